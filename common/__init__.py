@@ -1,0 +1,1 @@
+"""What all scripts of this repository share: errors for the user, arguments, files that are never half-written."""

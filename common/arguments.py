@@ -1,0 +1,96 @@
+"""Arguments of a script: dataclasses filled from a YAML recipe and from the command line, which wins."""
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from common.errors import UserError
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the arguments)")
+
+    def complain_of_unknown(self, names: Sequence[str], where: str) -> NoReturn:
+        """Raise a `UserError` about `names`, none of which is an argument, with the valid name nearest to the first."""
+        valid = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(names[0].lstrip("-").split("=")[0], valid, n=1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists the arguments"
+        raise UserError(f"unknown argument {' '.join(names)} {where} ({hint})")
+
+
+def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Fill dataclasses from `--config recipe.yaml` (keys are argument names) and from the command line, which wins.
+
+    Args:
+        *dataclass_types: dataclasses as `transformers.HfArgumentParser` takes them (help texts in `metadata`); `config`
+            is not free as a field name.
+        argv: the arguments; those of the process if None.
+
+    Returns:
+        One instance per dataclass, in the same order.
+
+    Raises:
+        UserError: an unknown argument or recipe key (the nearest valid name is given), a value of the wrong type, a
+            required argument that is missing, a recipe that cannot be read.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _new_parser(dataclass_types)
+    recipe, _ = _config_parser().parse_known_args(argv)
+    defaults = _recipe_argv(Path(recipe.config), dataclass_types) if recipe.config else []
+    *instances, _, rest = parser.parse_args_into_dataclasses(
+        defaults + argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        parser.complain_of_unknown(rest, "on the command line")
+    return tuple(instances)
+
+
+def _config_parser() -> _Parser:
+    """The parser of `--config` alone: it must be known before the rest can be read."""
+    parser = _Parser([], add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", metavar="RECIPE", help="YAML file whose keys are names of arguments")
+    return parser
+
+
+def _new_parser(dataclass_types: Iterable[Any]) -> _Parser:
+    return _Parser(dataclass_types, parents=[_config_parser()], allow_abbrev=False)
+
+
+def _recipe_argv(path: Path, dataclass_types: Iterable[Any]) -> list[str]:
+    """The recipe as command-line words, each already checked, so that a complaint can name the file and the key."""
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"the recipe {path} holds no 'argument: value' lines")
+    parser = _new_parser(dataclass_types)
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    for action in actions.values():
+        action.required = False  # one key is checked at a time
+    argv = []
+    for key, value in recipe.items():
+        if key not in actions:
+            parser.complain_of_unknown([str(key)], f"in the recipe {path}")
+        if value is None:
+            continue  # `key:` without a value leaves the default
+        if isinstance(value, dict) or (isinstance(value, list) and actions[key].nargs != "+"):
+            raise UserError(f"in the recipe {path}, {key} takes one value, not a {type(value).__name__}")
+        # Words, not Python values: YAML reads 1e-4 as a string, and the command line's own conversion gets it right.
+        words = [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+        try:
+            parser.parse_known_args(words)
+        except UserError as error:
+            raise UserError(f"in the recipe {path}, {error}") from None
+        argv += words
+    return argv

@@ -1,0 +1,33 @@
+"""Mistakes of a user, told in one sentence instead of a traceback."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(Exception):
+    """A mistake in what the user gave us: a file, an argument, a model that cannot do what was asked.
+
+    The message is one sentence: what is wrong, where (file, row, field), and what to do about it.
+    """
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a script's `main` and leave with the exit code that its end deserves.
+
+    Args:
+        main: the script's entry point, without arguments.
+
+    Raises:
+        SystemExit: always; 0 after success, 2 after a `UserError` (printed as `error: <sentence>` on stderr), 130 after
+            Ctrl-C. Every other exception passes through with its traceback: it is our mistake, not the user's.
+    """
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(0)
