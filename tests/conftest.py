@@ -1,0 +1,83 @@
+"""What every test stands on: fixed seeds, one thread, no network; and `--promises`, the report of the promises kept."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models here are tiny, and subprocesses inherit it
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # =0 lets the tests that can use the Hub reach it
+
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+PROMISES = Path(__file__).parents[1] / "docs" / "promises.md"
+
+hypothesis.settings.register_profile("longembed", deadline=None, derandomize=True, database=None, max_examples=50)
+hypothesis.settings.load_profile("longembed")
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """The same random numbers in a test whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries draw from the global generator)
+    torch.manual_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--promises", action="store_true", help="after the run print what each promise came to")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if config.getoption("--promises"):
+        config.pluginmanager.register(PromiseReport(known_promises()), "promise-report")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in item.iter_markers("promise"):
+            # user_properties travel with the reports, also from the workers of pytest-xdist.
+            item.user_properties.extend(("promise", promise) for promise in marker.args)
+
+
+def known_promises() -> dict[str, str]:
+    """Promise id -> property, from the table of docs/promises.md."""
+    return dict(re.findall(r"^\| ([A-Z]\d+) \| (.*?) \|", PROMISES.read_text(encoding="utf-8"), re.MULTILINE))
+
+
+class PromiseReport:
+    """Counts the outcomes of the tests that carry `@pytest.mark.promise(id)` and prints a line per promise."""
+
+    def __init__(self, known: dict[str, str]):
+        self.known = known
+        self.outcomes: dict[str, dict[str, str]] = defaultdict(dict)  # promise -> test -> outcome
+
+    def pytest_runtest_logreport(self, report):
+        for name, promise in report.user_properties:
+            if name == "promise":
+                outcomes = self.outcomes[promise]
+                if report.failed or hasattr(report, "wasxfail"):  # a promise that is expected to break is not kept
+                    outcomes[report.nodeid] = "failed"
+                elif report.skipped:
+                    outcomes[report.nodeid] = "skipped"
+                elif report.when == "call":
+                    outcomes.setdefault(report.nodeid, "passed")
+
+    def pytest_terminal_summary(self, terminalreporter):
+        terminalreporter.section("promises")
+        for promise in sorted(
+            {*self.known, *self.outcomes}, key=lambda p: (p[0], int(p[1:]) if p[1:].isdigit() else 0)
+        ):
+            outcomes = list(self.outcomes.get(promise, {}).values())
+            verdict = next((v for v in ("failed", "passed", "skipped") if v in outcomes), "not covered")
+            color = {"failed": "red", "passed": "green"}.get(verdict, "yellow")
+            counts = ", ".join(f"{outcomes.count(v)} {v}" for v in ("failed", "passed", "skipped") if v in outcomes)
+            line = f"{promise:4} {verdict:12}{counts:30} {self.known.get(promise, 'not in docs/promises.md')}"
+            terminalreporter.line(line.rstrip(), **{color: True})
