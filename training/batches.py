@@ -1,0 +1,204 @@
+"""Batches of pairs: their order is a pure function of (seed, index), so any position is reached at once."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from common.errors import UserError
+from training.data import Source
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Documents in one row without padding, as transformers' flash-attention models take them.
+
+    Args:
+        input_ids: `(1, T)`, all tokens of all documents.
+        cu_seq_lens_q: `(n + 1,)` int32, cumulative lengths in tokens, from 0.
+        max_length_q: tokens of the longest document.
+    """
+
+    input_ids: Tensor
+    cu_seq_lens_q: Tensor
+    max_length_q: int
+
+    def to(self, device: torch.device) -> "PackedTexts":
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            cu_seq_lens_q=self.cu_seq_lens_q.to(device, non_blocking=True),
+        )
+
+
+def pack(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[PackedTexts]:
+    """Documents in their order, cut into chunks of at most `batch_tokens` tokens; a longer document is its own chunk."""
+    chunks: list[list[Sequence[int]]] = []
+    room = 0
+    for document in token_ids:
+        if len(document) > room or not chunks:
+            chunks.append([])
+            room = batch_tokens
+        chunks[-1].append(document)
+        room -= len(document)
+    packed = []
+    for chunk in chunks:
+        lengths = np.array([len(document) for document in chunk])
+        cu_seq_lens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
+        packed.append(PackedTexts(torch.from_numpy(np.concatenate(chunk).astype(np.int64))[None], cu_seq_lens, int(lengths.max())))
+    return packed
+
+
+@dataclass
+class PairTokenizer:
+    """Texts of pairs to token ids: the first column is the query, the others are documents.
+
+    Args:
+        tokenizer: the model's.
+        max_length, query_max_length: tokens, special tokens included, at which a document and a query are cut off.
+        prompts: `query` and `document`: what is put before a text.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    query_max_length: int
+    prompts: dict[str, str]
+
+    def __call__(self, texts: list[str], kind: str) -> list[list[int]]:
+        """Token ids of texts of one kind, `query` or `document`."""
+        prompt = self.prompts.get(kind, "")
+        limit = self.query_max_length if kind == "query" else self.max_length
+        encoded = self.tokenizer(
+            [prompt + text for text in texts], truncation=True, max_length=limit, return_attention_mask=False
+        )
+        return encoded["input_ids"]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """One process's share of a batch.
+
+    Args:
+        chunks: the texts, packed; in the order of `text_ids`, all anchors, then all positives, then all negatives.
+        text_ids: `(n * columns,)` int64, equal where the texts are equal.
+        pairs: n.
+        tokens: in all chunks together.
+        longest: for each column its longest text, in tokens: what a padded batch would be padded to.
+        cut_off: texts that fill the limit of their kind.
+    """
+
+    chunks: list[PackedTexts]
+    text_ids: Tensor
+    pairs: int
+    tokens: int
+    longest: tuple[int, ...]
+    cut_off: int
+
+    def to(self, device: torch.device) -> "PairBatch":
+        return replace(
+            self, chunks=[chunk.to(device) for chunk in self.chunks], text_ids=self.text_ids.to(device, non_blocking=True)
+        )
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens that the same texts would be with every column padded to its longest text."""
+        return self.pairs * sum(self.longest)
+
+
+class PairBatches(Dataset):
+    """Batch number `index` of an endless run, for one process; `len` is the number of batches in an epoch.
+
+    All pairs of a batch, on all processes, come from one source: between sources a negative is too easy. An epoch holds
+    `weight * rows` of each source, in whole batches; a source's rows form an endless stream of shuffled passes, so rows
+    that do not fill an epoch's last batch come first in the next epoch, and no batch is ever short (a short one would
+    hang the gather of negatives).
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        tokenize: PairTokenizer,
+        *,
+        batch_size: int,
+        batch_tokens: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Args:
+        batch_size: pairs of one process; all processes together take `batch_size * world_size` pairs a batch.
+        batch_tokens: tokens of one packed chunk.
+
+        Raises:
+            UserError: a source has fewer pairs than a batch.
+        """
+        self.sources, self.tokenize, self.batch_tokens, self.seed = sources, tokenize, batch_tokens, seed
+        self.batch_size, self.rank, self.global_batch_size = batch_size, rank, batch_size * world_size
+        for source in sources:
+            if len(source.rows) < self.global_batch_size:
+                raise UserError(
+                    f"{source.name}: has {len(source.rows)} pairs, fewer than a batch of {self.global_batch_size} over all "
+                    "processes; give more data or a smaller --per_device_train_batch_size"
+                )
+        self.batches_of_source = [
+            max(1, int(source.weight * len(source.rows) / self.global_batch_size)) for source in sources
+        ]
+        self.first_batch_of_source = np.concatenate([[0], np.cumsum(self.batches_of_source)])
+
+    def __len__(self) -> int:
+        return int(self.first_batch_of_source[-1])
+
+    def describe(self) -> dict[str, Any]:
+        """All that the order depends on; a resumed run must agree in it. It does not depend on the number of processes."""
+        return {
+            "seed": self.seed,
+            "pairs a batch": self.global_batch_size,
+            "sources": [[source.name, len(source.rows), source.weight] for source in self.sources],
+        }
+
+    def global_rows(self, index: int) -> tuple[int, list[int]]:
+        """The number of the source and the rows of all processes of batch `index`."""
+        epoch, place = divmod(index, len(self))
+        batch = _permutation(len(self), self.seed, 0, epoch)[place]
+        source = int(np.searchsorted(self.first_batch_of_source, batch, side="right")) - 1
+        number = epoch * self.batches_of_source[source] + int(batch - self.first_batch_of_source[source])
+        count = len(self.sources[source].rows)
+        stream = range(number * self.global_batch_size, (number + 1) * self.global_batch_size)
+        return source, [int(_permutation(count, self.seed, 1 + source, i // count)[i % count]) for i in stream]
+
+    def __getitem__(self, index: int) -> PairBatch:
+        number, rows = self.global_rows(index)
+        own = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        return collate_pairs(self.sources[number].texts(own), self.tokenize, self.batch_tokens)
+
+
+def collate_pairs(columns: list[list[str]], tokenize: PairTokenizer, batch_tokens: int) -> PairBatch:
+    """Texts of a batch, one list a column with the queries first, to its packed form."""
+    token_ids = [tokenize(texts, "document" if number else "query") for number, texts in enumerate(columns)]
+    lengths = [[len(ids) for ids in column] for column in token_ids]
+    limits = [tokenize.query_max_length] + [tokenize.max_length] * (len(columns) - 1)
+    return PairBatch(
+        chunks=pack(sum(token_ids, []), batch_tokens),
+        text_ids=torch.tensor([_text_id(text) for column in columns for text in column]),
+        pairs=len(columns[0]),
+        tokens=sum(map(sum, lengths)),
+        longest=tuple(map(max, lengths)),
+        cut_off=sum(length >= limit for column, limit in zip(lengths, limits, strict=True) for length in column),
+    )
+
+
+def _text_id(text: str) -> int:
+    """63 bits of a hash: the same for the same text in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+@lru_cache(maxsize=16)
+def _permutation(count: int, *seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)

@@ -1,0 +1,209 @@
+"""Pairs from JSONL, Parquet or the Hub, checked before the first step: a mistake is named by file, row and column."""
+
+import gzip
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import datasets
+import pyarrow
+import pyarrow.compute
+
+from common.errors import UserError
+
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
+PARQUET_SUFFIX = ".parquet"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that share their columns.
+
+    Args:
+        name: as the user gave it, without the weight.
+        rows: the texts, memory-mapped.
+        columns: `anchor`, `positive`, and any number that begin with `negative`, in that order.
+        weight: how many times an epoch goes through the rows.
+    """
+
+    name: str
+    rows: datasets.Dataset
+    columns: tuple[str, ...]
+    weight: float = 1.0
+
+    def texts(self, rows: list[int]) -> list[list[str]]:
+        """The texts of some rows, one list a column."""
+        selected = self.rows[rows]
+        return [selected[column] for column in self.columns]
+
+
+def read_sources(specifications: list[str], *, split: str = "train") -> list[Source]:
+    """Open training or evaluation data.
+
+    Args:
+        specifications: each `path_or_id[:weight]`: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, or
+            `org/name[@config]` on the Hub.
+        split: which split of a Hub dataset.
+
+    Returns:
+        One source each.
+
+    Raises:
+        UserError: what cannot be read or is not pairs of texts, by file, row and column.
+    """
+    return [_read_source(*_split_weight(specification), split) for specification in specifications]
+
+
+def _split_weight(specification: str) -> tuple[str, float]:
+    name, _, weight = specification.rpartition(":")
+    if name and re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
+        if float(weight) == 0:
+            raise UserError(f"{specification}: a weight of 0 leaves nothing to read; leave the source out")
+        return name, float(weight)
+    return specification, 1.0
+
+
+def _read_source(name: str, weight: float, split: str) -> Source:
+    path = Path(name)
+    if path.exists():
+        rows = _read_files(name, _files(path))
+    elif HUB_ID.fullmatch(name) and not name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX)):
+        rows = _read_hub(name, split)
+    else:
+        raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
+    columns = _pair_columns(name, rows.column_names)
+    rows = rows.select_columns(list(columns))
+    if not len(rows):
+        raise UserError(f"{name}: holds no pairs; give at least one row with anchor and positive")
+    _check_columns(name, rows)
+    return Source(name, rows, columns, weight)
+
+
+def _files(path: Path) -> list[Path]:
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    readable = [file for file in files if file.name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX))]
+    if not readable:
+        raise UserError(f"{path}: no .jsonl, .jsonl.gz or .parquet file")
+    if len({file.name.endswith(PARQUET_SUFFIX) for file in readable}) > 1:
+        raise UserError(f"{path}: mixes Parquet and JSON lines; name the files one by one")
+    return readable
+
+
+def _read_files(name: str, files: list[Path]) -> datasets.Dataset:
+    for file in files:
+        try:
+            with open(file, "rb") as opened:
+                empty = not opened.read(1)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        if empty:
+            raise UserError(f"{file}: is empty; give JSON lines with anchor and positive")
+    paths = [str(file.absolute()) for file in files]
+    if paths[0].endswith(PARQUET_SUFFIX):
+        try:
+            return datasets.load_dataset("parquet", data_files=paths, split="train")
+        except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+            raise UserError(f"{name}: is not readable Parquet: {_one_line(error)}") from None
+
+    # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
+    # reading line by line costs one pass, whose result is cached until a file changes.
+    columns = _pair_columns(str(files[0]), next(_json_rows(files[0]))[1])
+    try:
+        return datasets.Dataset.from_generator(
+            _json_pairs,
+            features=datasets.Features({column: datasets.Value("large_string") for column in columns}),
+            gen_kwargs={
+                "paths": paths,
+                "columns": columns,
+                "versions": tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+            },
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+
+
+def _json_pairs(paths: list[str], columns: tuple[str, ...], versions: object) -> Iterator[dict[str, str]]:
+    """Rows of JSON-lines files; `versions` is there for the cache's key alone."""
+    for path in paths:
+        for number, row in _json_rows(Path(path)):
+            for column in columns:
+                if column not in row:
+                    raise UserError(f"{path}, row {number}: the column {column} is missing")
+                _check_text(path, number, column, row[column])
+            yield {column: row[column] for column in columns}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line numbers, from 1, and objects of one file; blank lines are passed over."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
+            empty = True
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                empty = False
+                try:
+                    row = json.loads(line)
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                    raise UserError(f"{path}, row {number}: is not JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise UserError(f"{path}, row {number}: is no object of columns but a {type(row).__name__}")
+                yield number, row
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+    if empty:
+        raise UserError(f"{path}: holds no rows; give JSON lines with anchor and positive")
+
+
+def _read_hub(name: str, split: str) -> datasets.Dataset:
+    repository, _, config = name.partition("@")
+    try:
+        return datasets.load_dataset(repository, config or None, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {_one_line(error)}") from None
+
+
+def _pair_columns(name: str, present: object) -> tuple[str, ...]:
+    present = list(present)  # type: ignore[call-overload]
+    for column in ("anchor", "positive"):
+        if column not in present:
+            raise UserError(f"{name}: the column {column} is missing; it has {', '.join(map(str, present)) or 'none'}")
+    return ("anchor", "positive", *(column for column in present if str(column).startswith("negative")))
+
+
+def _check_columns(name: str, rows: datasets.Dataset) -> None:
+    """Types, missing values and blank texts; one pass over memory-mapped columns."""
+    for column in rows.column_names:
+        kind = rows.features[column]
+        if not (isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")):
+            first = next(iter(rows.select_columns(column)))[column]
+            _refuse(name, 1, column, f"is {type(first).__name__} instead of text")
+        start = 0
+        for chunk in rows.data.column(column).chunks:
+            blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(chunk), "")
+            wrong = pyarrow.compute.fill_null(blank, True)
+            place = pyarrow.compute.index(wrong, True).as_py()
+            if place >= 0:
+                _check_text(name, start + place + 1, column, chunk[place].as_py())
+            start += len(chunk)
+
+
+def _check_text(name: str, number: int, column: str, text: object) -> None:
+    if not isinstance(text, str):
+        _refuse(name, number, column, f"is {'null' if text is None else type(text).__name__} instead of text")
+    if not text.strip():
+        _refuse(name, number, column, "is empty")
+
+
+def _refuse(name: str, number: int, column: str, complaint: str) -> NoReturn:
+    raise UserError(f"{name}, row {number}: {column} {complaint}; every column holds one text a row")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

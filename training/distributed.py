@@ -1,0 +1,64 @@
+"""Negatives from every process: an all-gather that gradients flow back through."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """All-gather whose backward is the sum of all processes' gradients with respect to the own rows.
+
+    `torch.distributed.all_gather` cuts the graph: with the loss over local rows the queries' gradient would still be
+    right, but the keys would miss what the other processes' queries ask of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.count = len(rows)
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, rows.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # gloo has no reduce-scatter; the embeddings of a batch are small, so the sum of all rows is no burden.
+        gradient = gradients[0].contiguous().clone()
+        dist.all_reduce(gradient)
+        start = dist.get_rank() * ctx.count
+        return gradient[start : start + ctx.count]
+
+
+def world_size() -> int:
+    """Processes of this run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of the processes, differentiable with respect to every process's rows.
+
+    With a loss that is the mean over the *own* rows against gathered columns, the mean of the processes' parameter
+    gradients (what DDP computes) is the gradient of the global loss: no factor of the number of processes anywhere.
+
+    Args:
+        rows: `(n, ...)`; the same shape on every process, or the collective hangs.
+
+    Returns:
+        `(world_size * n, ...)`; `rows` itself in a run of one process.
+    """
+    return rows if world_size() == 1 else _GatherWithGradient.apply(rows)
+
+
+def own_rows(count: int) -> slice:
+    """Where this process's `count` rows are in the result of `gather_rows`."""
+    start = dist.get_rank() * count if world_size() > 1 else 0
+    return slice(start, start + count)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over the processes, without gradient."""
+    values = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values / world_size()
