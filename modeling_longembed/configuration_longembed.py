@@ -1,0 +1,291 @@
+"""The configuration: four independent choices (positions, attention pattern, layout, output) and the sizes of the encoder.
+
+What cannot be combined is refused here, when the config is built, with the fields and the remedy in the message.
+"""
+
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import strict  # without it nothing is validated
+
+from .patterns_longembed import build_pattern
+from .positions_longembed import EXTENSIONS
+
+# Parameters of each extension method besides those that all share, with their defaults (None: derived or required).
+EXTENSION_PARAMETERS: dict[str, dict[str, Any]] = {
+    "repeat": {},
+    "interpolate": {"factor": None},
+    "group": {"factor": None, "neighbours": 64},
+    "restart": {"period": None},
+    "linear": {"factor": None},
+    "dynamic": {"factor": None},
+    "ntk": {"factor": None},
+    "theta": {"rope_theta": 100_000.0},
+    "yarn": {"factor": None, "beta_fast": None, "beta_slow": None, "attention_factor": None, "truncate": None},
+}
+
+
+@strict
+class LongEmbedConfig(PretrainedConfig):
+    """Configuration of a LongEmbed encoder.
+
+    Args:
+        vocab_size, type_vocab_size: rows of the token and segment tables; 0 segments: no such table.
+        hidden_size, num_attention_heads, intermediate_size: widths d, H, and of the feed-forward sublayer.
+        sublayer_pattern: the layout, one letter a sublayer: `s` self-attention, `f` feed-forward. Default: "sf" a layer.
+        num_hidden_layers: attention sublayers; follows from `sublayer_pattern` where that is given.
+        attention_patterns: which keys a query sees, one entry an attention sublayer (or one entry for all): a name or
+            `{"type": "full" | "sliding" | "block", **parameters}`.
+        max_position_embeddings: context length in tokens; what is longer is cut off (and said) by `encode`.
+        position_embedding_type: `absolute` (learned table), `sinusoidal`, `rope`, `alibi`.
+        relative_attention_num_buckets, relative_attention_max_distance: a learned bias by distance beside the scheme (MPNet, T5); 0: none.
+        rope_parameters: transformers' form, flat or one dict a layer type (`full_attention`, `sliding_attention`, `chunked_attention`).
+        position_extension: how documents beyond the original context are read: `{"method": ..., "original_max_position_embeddings": ...}`.
+            absolute and sinusoidal: repeat, interpolate, group, restart (`period`); rope: linear, dynamic, ntk, theta (`rope_theta`), yarn,
+            group (Self-Extend, `neighbours`). `factor` defaults to new over original length. `keep_short` (default true): a document
+            that fits the original context is read as the original model read it.
+        norm_placement: `post` (BERT) or `pre` (ModernBERT).
+        embedding_norm, final_norm, first_attention_norm: whether these norms exist. norm_bias, attention_bias, feed_forward_bias: biases.
+        hidden_act, feed_forward_gated: activation; gated: `down(act(up(x)) * gate(x))`, ModernBERT's GeGLU.
+        pooling: how a document becomes one vector: `mean`, `cls`, `last`, `weighted_mean` (weights 1..L).
+        prompts: text put before an input of a kind; the names `query` and `document` are what evaluation and serving use.
+        original_model, license: where the weights came from and under which licence, for the model card.
+
+    Raises:
+        ValueError: a combination that cannot work; the message names the fields and what to use.
+    """
+
+    model_type = "longembed"
+    attribute_map = {"num_layers": "num_hidden_layers"}
+
+    vocab_size: int = 30522
+    type_vocab_size: int = 2
+    hidden_size: int = 384
+    num_attention_heads: int = 12
+    head_dim: int | None = None
+    intermediate_size: int = 1536
+    num_hidden_layers: int | None = None
+    sublayer_pattern: str | None = None
+    attention_patterns: str | dict | list = "full"
+    layer_types: list[str] | None = None
+    max_position_embeddings: int = 512
+    position_embedding_type: Literal["absolute", "sinusoidal", "rope", "alibi"] = "absolute"
+    relative_attention_num_buckets: int = 0
+    relative_attention_max_distance: int = 128
+    rope_parameters: dict | None = None
+    position_extension: dict | None = None
+    norm_placement: Literal["post", "pre"] = "post"
+    norm_eps: float = 1e-12
+    norm_bias: bool = True
+    embedding_norm: bool = True
+    final_norm: bool = False
+    first_attention_norm: bool = True
+    hidden_act: str = "gelu"
+    feed_forward_gated: bool = False
+    attention_bias: bool = True
+    feed_forward_bias: bool = True
+    hidden_dropout_prob: float | int = 0.1
+    attention_dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    mlm_head_bias: bool = True
+    pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
+    prompts: dict | None = None
+    original_model: str | None = None
+    license: str | None = None
+    pad_token_id: int | None = 0
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        if unknown := sorted(
+            key for key in kwargs if key.startswith("_") and key not in ("_name_or_path", "_commit_hash")
+        ):
+            raise ValueError(f"config.json: {unknown[0]!r} is not a field of LongEmbedConfig; remove it")
+        if self.sublayer_pattern is None:
+            self.sublayer_pattern = "sf" * (6 if self.num_hidden_layers is None else self.num_hidden_layers)
+        if not self.sublayer_pattern or set(self.sublayer_pattern) - set("sf"):
+            raise ValueError(
+                f"sublayer_pattern={self.sublayer_pattern!r}; give letters 's' (self-attention) and 'f' (feed-forward), such as 'sfsf'"
+            )
+        attention_sublayers = self.sublayer_pattern.count("s")
+        if self.num_hidden_layers not in (None, attention_sublayers):
+            raise ValueError(
+                f"num_hidden_layers={self.num_hidden_layers} but sublayer_pattern={self.sublayer_pattern!r} has {attention_sublayers} "
+                "attention sublayers; leave num_hidden_layers out"
+            )
+        self.num_hidden_layers = attention_sublayers
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if not isinstance(self.attention_patterns, list):
+            self.attention_patterns = [self.attention_patterns] * attention_sublayers
+        if len(self.attention_patterns) != attention_sublayers:
+            raise ValueError(
+                f"attention_patterns has {len(self.attention_patterns)} entries but sublayer_pattern={self.sublayer_pattern!r} has "
+                f"{attention_sublayers} attention sublayers; give one entry for each, or one for all"
+            )
+        patterns = [build_pattern(entry) for entry in self.attention_patterns]
+        self.attention_patterns = [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
+        derived = [pattern.layer_type for pattern in patterns]
+        if self.layer_types not in (None, derived):
+            raise ValueError(
+                f"layer_types={self.layer_types} contradicts attention_patterns, which it is derived from; remove layer_types"
+            )
+        self.layer_types = derived
+        self.prompts = {"query": "", "document": ""} | (self.prompts or {})
+        if self.position_extension is not None:
+            self.position_extension = self._complete_extension(dict(self.position_extension))
+        super().__post_init__(**kwargs)
+
+    def _complete_extension(self, extension: dict) -> dict:
+        """The extension with every parameter of its method; refuses what the scheme or the method does not know."""
+        scheme, method = self.position_embedding_type, extension.get("method")
+        if not EXTENSIONS[scheme]:
+            raise ValueError(
+                f"position_extension: {scheme!r} positions have no trained length to extend; remove position_extension"
+            )
+        if method not in EXTENSIONS[scheme]:
+            raise ValueError(
+                f"position_extension: the method {method!r} is not defined for position_embedding_type={scheme!r}; "
+                f"choose from {', '.join(EXTENSIONS[scheme])}"
+            )
+        known = {"original_max_position_embeddings": None, "keep_short": True} | EXTENSION_PARAMETERS[method]
+        if scheme != "rope":
+            known.pop("neighbours", None)
+        if unknown := sorted(set(extension) - set(known) - {"method"}):
+            raise ValueError(
+                f"position_extension: the method {method!r} has no parameter {unknown[0]!r}; it has {', '.join(known)}"
+            )
+        extension = {"method": method} | known | extension
+        blocks = {entry["size"] for entry in self.attention_patterns if entry["type"] == "block"}
+        if method == "restart" and extension["period"] is None and len(blocks) == 1:
+            extension["period"] = blocks.pop()
+        original = extension["original_max_position_embeddings"]
+        required = {"original_max_position_embeddings": original} | (
+            {"period": extension["period"]} if method == "restart" else {}
+        )
+        for name, value in required.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"position_extension: {name}={value!r}; give the number of tokens, at least 1")
+        if original > self.max_position_embeddings:
+            raise ValueError(
+                f"position_extension: original_max_position_embeddings={original} is more than "
+                f"max_position_embeddings={self.max_position_embeddings}; an extension makes the context longer"
+            )
+        if method == "restart" and extension["period"] > original:
+            raise ValueError(
+                f"position_extension: period={extension['period']} is more than the {original} positions that were trained"
+            )
+        factor = extension.get("factor")
+        if factor is not None and (not isinstance(factor, (int, float)) or factor < 1):
+            raise ValueError(f"position_extension: factor={factor!r}; give a number of at least 1")
+        return extension
+
+    def convert_rope_params_to_dict(self, **kwargs):
+        """transformers' own reading of `rope_parameters`, for models that rotate; others carry none."""
+        if self.position_embedding_type == "rope":
+            return super().convert_rope_params_to_dict(**kwargs)
+        if self.rope_parameters:
+            raise ValueError(
+                f"rope_parameters are set but position_embedding_type={self.position_embedding_type!r}; remove them or set 'rope'"
+            )
+        return kwargs
+
+    def validate_sizes(self):
+        """Widths are positive and fit together."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; give at least 1")
+        if self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_attention_heads} times head_dim={self.head_dim}"
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is none of transformers' activations, such as 'gelu'")
+
+    def validate_positions(self):
+        """The position scheme can be computed with these sizes and patterns."""
+        extension = self.position_extension
+        if self.position_embedding_type == "rope":
+            if self.head_dim % 2:
+                raise ValueError(
+                    f"position_embedding_type='rope' rotates pairs of channels, head_dim={self.head_dim} is odd; use an even one"
+                )
+            nested = [self.rope_parameters.get(kind) for kind in dict.fromkeys(self.layer_types)]
+            for parameters in nested if all(nested) else [self.rope_parameters]:
+                rope_type = parameters.get("rope_type")
+                if rope_type not in ("default", "linear", "yarn", "llama3"):
+                    raise ValueError(
+                        f"rope_parameters: rope_type={rope_type!r} is not one that every document can be read with alike; "
+                        "use 'default', 'linear', 'yarn' or 'llama3' here and position_extension for the rest"
+                    )
+                if extension is not None and rope_type != "default":
+                    raise ValueError(
+                        f"position_extension cannot be put on top of rope_parameters with rope_type={rope_type!r}; set rope_type='default'"
+                    )
+        elif self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
+            raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
+        if self.relative_attention_num_buckets % 4:
+            raise ValueError(
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets}; give a multiple of 4: half for each side, half of "
+                "that for exact distances"
+            )
+        if (
+            self.relative_attention_num_buckets
+            and self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4
+        ):
+            raise ValueError(
+                f"relative_attention_max_distance={self.relative_attention_max_distance} is not beyond the exact distances of "
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets}; give more than a quarter of the buckets"
+            )
+        if self.relative_attention_num_buckets and self.position_embedding_type == "alibi":
+            raise ValueError(
+                "relative_attention_num_buckets and position_embedding_type='alibi' are both a bias by distance; choose one"
+            )
+        if extension is not None and extension["method"] == "group" and self.position_embedding_type == "rope":
+            if type(extension["neighbours"]) is not int or extension["neighbours"] < 1:
+                raise ValueError(
+                    f"position_extension: neighbours={extension['neighbours']!r}; give a whole number of at least 1"
+                )
+            if self.relative_attention_num_buckets:
+                raise ValueError(
+                    "position_extension 'group' on rope and relative_attention_num_buckets cannot be merged; use 'yarn'"
+                )
+            for entry in self.attention_patterns:
+                if entry["type"] == "sliding" and (
+                    entry["window"] >= extension["neighbours"] or entry["global_tokens"]
+                ):
+                    raise ValueError(
+                        f"position_extension: Self-Extend with neighbours={extension['neighbours']} cannot be computed under the sliding window "
+                        f"{entry['window']} with {entry['global_tokens']} global tokens; use neighbours > window and no global tokens, or 'yarn'"
+                    )
+        if (
+            self.position_embedding_type == "absolute"
+            and extension is not None
+            and extension["method"] == "interpolate"
+        ):
+            factor = -(-self.max_position_embeddings // extension["original_max_position_embeddings"])
+            if extension["factor"] not in (None, factor):
+                raise ValueError(
+                    f"position_extension: factor={extension['factor']} but the table of {self.max_position_embeddings} rows holds the "
+                    f"original ones at multiples of {factor}; leave factor out"
+                )
+
+    def validate_windows(self):
+        """A pattern that reaches further than the context has an effect nowhere: a slip, not a choice."""
+        for entry in self.attention_patterns:
+            for name in ("window", "size"):
+                if entry.get(name, 0) > self.max_position_embeddings:
+                    raise ValueError(
+                        f"attention_patterns: {name}={entry[name]} of {entry['type']!r} is more than "
+                        f"max_position_embeddings={self.max_position_embeddings}; use 'full' or a smaller one"
+                    )
+
+    def get_patterns(self) -> list:
+        """The attention patterns, one object an attention sublayer."""
+        return [build_pattern(entry) for entry in self.attention_patterns]

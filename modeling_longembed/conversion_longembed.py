@@ -1,0 +1,500 @@
+"""Conversion of a pretrained encoder: its weights under our names, its features as config fields, its outputs unchanged.
+
+`FAMILIES` says for each architecture which config fields it fixes and what its modules are called. Everything else (copying,
+stretching the position table, comparing the outputs) is the same for all.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from .patterns_longembed import build_pattern
+from .positions_longembed import extend_position_table
+
+# Largest difference between original and converted outputs that rounding explains, in fp32, for states of size 1.
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture is read.
+
+    Args:
+        fields: config fields from the original config; raises ValueError for a feature that we cannot express.
+        embeddings, attention, feed_forward, head: our module name -> theirs; `{n}` is the layer. A triple `(name, part, parts)` is
+            one part of a fused projection.
+        reserved_rows: rows at the front of the position table that no token reads (RoBERTa), given the original config.
+    """
+
+    fields: Callable
+    embeddings: dict
+    attention: dict
+    feed_forward: dict
+    head: dict
+    reserved_rows: Callable = lambda config: 0
+
+
+def refuse(condition: bool, feature: str):
+    """Raises if the checkpoint has a feature that a LongEmbed config cannot say."""
+    if condition:
+        raise ValueError(f"this checkpoint cannot be converted: LongEmbed cannot express {feature}")
+
+
+def bert_fields(original) -> dict:
+    """BERT, RoBERTa, XLM-R, MPNet: post-norm, learned positions."""
+    scheme = getattr(original, "position_embedding_type", "absolute")
+    refuse(scheme != "absolute", f"position_embedding_type={scheme!r}")
+    for flag in ("is_decoder", "add_cross_attention"):
+        refuse(bool(getattr(original, flag, False)), f"{flag}=true")
+    return {
+        "type_vocab_size": getattr(original, "type_vocab_size", 0),
+        "intermediate_size": original.intermediate_size,
+        "hidden_act": original.hidden_act,
+        "norm_eps": original.layer_norm_eps,
+        "hidden_dropout_prob": original.hidden_dropout_prob,
+        "attention_dropout": original.attention_probs_dropout_prob,
+    }
+
+
+def mpnet_fields(original) -> dict:
+    """MPNet: BERT with a bias by distance that all layers share, and no segments."""
+    buckets = {
+        "relative_attention_num_buckets": original.relative_attention_num_buckets,
+        "relative_attention_max_distance": 128,
+    }
+    return bert_fields(original) | buckets | {"type_vocab_size": 0}
+
+
+def distilbert_fields(original) -> dict:
+    """DistilBERT: BERT without segments; its sinusoidal variant stores the table, so it is read as a learned one."""
+    return {
+        "type_vocab_size": 0,
+        "intermediate_size": original.hidden_dim,
+        "hidden_act": original.activation,
+        "norm_eps": 1e-12,
+        "hidden_dropout_prob": original.dropout,
+        "attention_dropout": original.attention_dropout,
+    }
+
+
+def modernbert_fields(original) -> dict:
+    """ModernBERT: pre-norm, GeGLU, rope with one base a layer type, windows alternating with full attention."""
+    # transformers' window of W tokens is W // 2 on each side, both ends included.
+    window = {"type": "sliding", "window": original.local_attention // 2}
+    known = {"full_attention": "full", "sliding_attention": window}
+    refuse(
+        bool(set(original.layer_types) - set(known)), f"layer_types={sorted(set(original.layer_types) - set(known))}"
+    )
+    return {
+        "type_vocab_size": 0,
+        "intermediate_size": original.intermediate_size,
+        "hidden_act": original.hidden_activation,
+        "norm_eps": original.norm_eps,
+        "norm_bias": original.norm_bias,
+        "norm_placement": "pre",
+        "final_norm": True,
+        "first_attention_norm": False,
+        "feed_forward_gated": True,
+        "feed_forward_bias": original.mlp_bias,
+        "attention_bias": original.attention_bias,
+        "mlm_head_bias": original.classifier_bias,
+        "hidden_dropout_prob": original.mlp_dropout,
+        "attention_dropout": original.attention_dropout,
+        "attention_patterns": [known[layer_type] for layer_type in original.layer_types],
+        "position_embedding_type": "rope",
+        "rope_parameters": {kind: dict(original.rope_parameters[kind]) for kind in set(original.layer_types)},
+    }
+
+
+BERT = Family(
+    fields=bert_fields,
+    embeddings={
+        "word_embeddings": "embeddings.word_embeddings",
+        "position_embeddings": "embeddings.position_embeddings",
+        "token_type_embeddings": "embeddings.token_type_embeddings",
+        "norm": "embeddings.LayerNorm",
+    },
+    attention={
+        "attention.q_proj": "encoder.layer.{n}.attention.self.query",
+        "attention.k_proj": "encoder.layer.{n}.attention.self.key",
+        "attention.v_proj": "encoder.layer.{n}.attention.self.value",
+        "attention.o_proj": "encoder.layer.{n}.attention.output.dense",
+        "norm": "encoder.layer.{n}.attention.output.LayerNorm",
+    },
+    feed_forward={
+        "feed_forward.up_proj": "encoder.layer.{n}.intermediate.dense",
+        "feed_forward.down_proj": "encoder.layer.{n}.output.dense",
+        "norm": "encoder.layer.{n}.output.LayerNorm",
+    },
+    head={
+        "dense": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.LayerNorm",
+        "decoder": "cls.predictions.decoder",
+    },
+)
+ROBERTA_HEAD = {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "decoder": "lm_head.decoder"}
+# Rows up to the padding index are reserved: the first token reads the row after it.
+ROBERTA = Family(
+    BERT.fields,
+    BERT.embeddings,
+    BERT.attention,
+    BERT.feed_forward,
+    ROBERTA_HEAD,
+    lambda config: config.pad_token_id + 1,
+)
+MPNET = Family(
+    fields=mpnet_fields,
+    embeddings=BERT.embeddings,
+    attention={
+        "attention.q_proj": "encoder.layer.{n}.attention.attn.q",
+        "attention.k_proj": "encoder.layer.{n}.attention.attn.k",
+        "attention.v_proj": "encoder.layer.{n}.attention.attn.v",
+        "attention.o_proj": "encoder.layer.{n}.attention.attn.o",
+        "norm": "encoder.layer.{n}.attention.LayerNorm",
+    },
+    feed_forward=BERT.feed_forward,
+    head=ROBERTA_HEAD,
+    reserved_rows=ROBERTA.reserved_rows,
+)
+DISTILBERT = Family(
+    fields=distilbert_fields,
+    embeddings=BERT.embeddings,
+    attention={
+        "attention.q_proj": "transformer.layer.{n}.attention.q_lin",
+        "attention.k_proj": "transformer.layer.{n}.attention.k_lin",
+        "attention.v_proj": "transformer.layer.{n}.attention.v_lin",
+        "attention.o_proj": "transformer.layer.{n}.attention.out_lin",
+        "norm": "transformer.layer.{n}.sa_layer_norm",
+    },
+    feed_forward={
+        "feed_forward.up_proj": "transformer.layer.{n}.ffn.lin1",
+        "feed_forward.down_proj": "transformer.layer.{n}.ffn.lin2",
+        "norm": "transformer.layer.{n}.output_layer_norm",
+    },
+    head={"dense": "vocab_transform", "norm": "vocab_layer_norm", "decoder": "vocab_projector"},
+)
+MODERNBERT = Family(
+    fields=modernbert_fields,
+    embeddings={"word_embeddings": "embeddings.tok_embeddings", "norm": "embeddings.norm"},
+    attention={
+        "attention.q_proj": ("layers.{n}.attn.Wqkv", 0, 3),
+        "attention.k_proj": ("layers.{n}.attn.Wqkv", 1, 3),
+        "attention.v_proj": ("layers.{n}.attn.Wqkv", 2, 3),
+        "attention.o_proj": "layers.{n}.attn.Wo",
+        "norm": "layers.{n}.attn_norm",
+    },
+    feed_forward={
+        "feed_forward.up_proj": ("layers.{n}.mlp.Wi", 0, 2),
+        "feed_forward.gate_proj": ("layers.{n}.mlp.Wi", 1, 2),
+        "feed_forward.down_proj": "layers.{n}.mlp.Wo",
+        "norm": "layers.{n}.mlp_norm",
+    },
+    head={"dense": "head.dense", "norm": "head.norm", "decoder": "decoder"},
+)
+FAMILIES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "distilbert": DISTILBERT,
+    "mpnet": MPNET,
+    "modernbert": MODERNBERT,
+}
+
+# What a caller may choose; everything else is what the checkpoint is.
+CHOICES = (
+    "max_position_embeddings",
+    "position_extension",
+    "attention_patterns",
+    "pooling",
+    "prompts",
+    "hidden_dropout_prob",
+    "attention_dropout",
+    "original_model",
+)
+
+
+def converted_fields(original, family: Family, choices: dict) -> dict:
+    """Config fields of the converted model: what the checkpoint fixes, what the caller chose, and defaults for the rest."""
+    context = original.max_position_embeddings
+    fields = {
+        "vocab_size": original.vocab_size,
+        "hidden_size": original.hidden_size,
+        "num_attention_heads": original.num_attention_heads,
+        "num_hidden_layers": original.num_hidden_layers,
+        "initializer_range": original.initializer_range,
+        "pad_token_id": original.pad_token_id,
+        "max_position_embeddings": context - family.reserved_rows(original),
+    } | family.fields(original)
+    context = fields["max_position_embeddings"]
+    fields |= {name: value for name, value in choices.items() if value is not None}
+    rope = fields.get("position_embedding_type") == "rope"
+    patterns = fields.get("attention_patterns", "full")
+    blocks = {build_pattern(entry) for entry in (patterns if isinstance(patterns, list) else [patterns])}
+    all_blocks = {pattern.type for pattern in blocks} == {"block"} and len(blocks) == 1
+    extension = fields.get("position_extension")
+    if isinstance(extension, str):
+        extension = {"method": extension}
+    if extension is None and fields["max_position_embeddings"] > context:
+        # Untrained, the strongest start: blocks that are read as documents of their own; for full attention the training-free ways.
+        extension = {"method": "dynamic" if rope else "restart" if all_blocks else "repeat"}
+    if extension is not None:
+        fields["position_extension"] = {"original_max_position_embeddings": context} | extension
+    return fields
+
+
+def take(weights: dict[str, Tensor], theirs, suffix: str, layer: int) -> Tensor | None:
+    """One tensor of the checkpoint, or its part of a fused projection; None if the checkpoint has none."""
+    name, part, parts = theirs if isinstance(theirs, tuple) else (theirs, 0, 1)
+    tensor = weights.get(f"{name.format(n=layer)}.{suffix}")
+    return None if tensor is None else tensor.chunk(parts)[part]
+
+
+def converted_weights(original_model, family: Family, config) -> dict[str, Tensor]:
+    """State dict of our encoder from the original base model's."""
+    weights = original_model.state_dict()
+    ours = {}
+    modules = {f"embeddings.{mine}": (theirs, 0) for mine, theirs in family.embeddings.items()}
+    for layer in range(config.num_hidden_layers):  # a layer of the original is two sublayers, attention first
+        modules |= {f"layers.{2 * layer}.{mine}": (theirs, layer) for mine, theirs in family.attention.items()}
+        modules |= {f"layers.{2 * layer + 1}.{mine}": (theirs, layer) for mine, theirs in family.feed_forward.items()}
+    modules |= {"final_norm": ("final_norm", 0), "relative_attention_bias": ("encoder.relative_attention_bias", 0)}
+    for mine, (theirs, layer) in modules.items():
+        for suffix in ("weight", "bias"):
+            if (tensor := take(weights, theirs, suffix, layer)) is not None:
+                ours[f"{mine}.{suffix}"] = tensor
+    table = "embeddings.position_embeddings.weight"
+    if table in ours:
+        ours[table] = ours[table][family.reserved_rows(original_model.config) :]
+        extension = config.position_extension or {"method": None}
+        if extension["method"] in ("repeat", "interpolate"):
+            ours[table] = extend_position_table(ours[table], config.max_position_embeddings, extension["method"])
+        elif extension["method"] is None:
+            ours[table] = ours[table][: config.max_position_embeddings]
+    return ours
+
+
+def comparable_length(config, original_fields: dict) -> int:
+    """Longest document in tokens that the converted model must read exactly as the original; 0 if it must not at all."""
+    extension, context = config.position_extension, original_fields["max_position_embeddings"]
+    context = min(context, config.max_position_embeddings)
+    if extension is not None:
+        if extension["method"] == "restart":
+            context = min(context, extension["period"])
+        elif not extension["keep_short"] and extension["method"] != "repeat":
+            return 0
+    theirs = original_fields.get("attention_patterns", ["full"] * config.num_hidden_layers)
+    pairs = {(ours, build_pattern(entry)) for ours, entry in zip(config.get_patterns(), theirs)}
+    while context and any(a != b and not (a.sees_all(context) and b.sees_all(context)) for a, b in pairs):
+        context -= 1
+    return context
+
+
+@torch.no_grad()
+def largest_difference(original_model, model, length: int) -> float:
+    """Largest absolute difference of all outputs of two models on a padded batch of random documents of up to `length` tokens."""
+    lengths = [length, max(1, length // 3), 1]
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, model.config.vocab_size, (len(lengths), length), generator=generator)
+    pad = original_model.config.pad_token_id or 0
+    input_ids[input_ids == pad] = (
+        pad + 1
+    ) % model.config.vocab_size  # RoBERTa counts positions by "is it the padding id"
+    attention_mask = torch.tensor([[1] * n + [0] * (length - n) for n in lengths])
+    input_ids = torch.where(attention_mask == 1, input_ids, pad)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    theirs, ours = original_model(**inputs)[0], model(**inputs)[0]
+    # Unnormalised states of hundreds carry rounding of their own size.
+    scale = max(1.0, theirs[attention_mask == 1].abs().max().item())
+    return ((theirs - ours)[attention_mask == 1].abs().max() / scale).item()
+
+
+def read_text(name_or_path: str, file: str, **hub) -> str | None:
+    """A file of a model folder or Hub repository, None where there is none."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(name_or_path, file, **quiet, **hub)
+    return None if path is None else Path(path).read_text(encoding="utf-8")
+
+
+def sentence_transformers_choices(name_or_path: str, **hub) -> dict:
+    """Pooling and prompts that a sentence-transformers checkpoint was trained with; refuses modules that we do not have."""
+    choices = {}
+    modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
+    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
+    for kind in kinds:
+        refuse(kind not in ("Transformer", "Pooling", "Normalize"), f"the sentence-transformers module {kind}")
+    if "Pooling" in kinds:
+        folder = modules[kinds.index("Pooling")]["path"]
+        pooling = json.loads(read_text(name_or_path, f"{folder}/config.json", **hub) or "{}")
+        modes = {
+            key.removeprefix("pooling_mode_")
+            for key, value in pooling.items()
+            if key.startswith("pooling_mode_") and value is True
+        }
+        if isinstance(pooling.get("pooling_mode"), str):
+            modes = {pooling["pooling_mode"]}
+        names = {
+            "mean_tokens": "mean",
+            "mean": "mean",
+            "cls_token": "cls",
+            "cls": "cls",
+            "lasttoken": "last",
+            "weightedmean_tokens": "weighted_mean",
+            "weightedmean": "weighted_mean",
+        }
+        refuse(
+            len(modes) != 1 or not modes <= set(names),
+            f"the pooling {sorted(modes)}; pass pooling= to choose one of ours",
+        )
+        choices["pooling"] = names[modes.pop()]
+    prompts = (
+        json.loads(read_text(name_or_path, "config_sentence_transformers.json", **hub) or "{}").get("prompts") or {}
+    )
+    if prompts:
+        choices["prompts"] = {("document" if kind == "passage" else kind): text for kind, text in prompts.items()}
+    return choices
+
+
+def checkpoint_license(name_or_path: str, **hub) -> str | None:
+    """The `license` in the front matter of the checkpoint's card, None where there is none."""
+    parts = (read_text(name_or_path, "README.md", **hub) or "").split("---")
+    found = (
+        re.search(r"^license:\s*(\S+)\s*$", parts[1], re.MULTILINE) if len(parts) > 2 and not parts[0].strip() else None
+    )
+    return found.group(1) if found else None
+
+
+class FromEncoderMixin:
+    """Adds `from_encoder` to the models."""
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str,
+        max_position_embeddings: int | None = None,
+        position_extension: dict | str | None = None,
+        attention_patterns: list | dict | str | None = None,
+        attn_implementation: str | None = None,
+        **kwargs,
+    ):
+        """Turns a pretrained encoder into a long-document model.
+
+        Within the original context the outputs are the original's, as far as the chosen patterns see the same keys; the
+        conversion compares them and prints the largest difference.
+
+        Args:
+            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet or ModernBERT checkpoint, also one of
+                sentence-transformers, whose pooling and prompts are taken over.
+            max_position_embeddings: new context in tokens; default: the original one.
+            position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer context: `restart` if all
+                sublayers attend in blocks of one size, else `repeat` for learned positions and `dynamic` for rope.
+            attention_patterns: as in `LongEmbedConfig`; default: the original's.
+            attn_implementation: kernel, as in `from_pretrained`.
+            **kwargs: `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`, `original_model` (a name for the card); and what `from_pretrained` takes to find files:
+                `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Returns:
+            The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
+
+        Raises:
+            ValueError: a checkpoint with a feature that we cannot express (named), choices that cannot be combined, or outputs
+                that differ from the original's.
+        """
+        hub = {
+            name: kwargs.pop(name) for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
+        }
+        if unknown := sorted(set(kwargs) - set(CHOICES)):
+            raise ValueError(
+                f"from_encoder: {unknown[0]!r} is fixed by the checkpoint or unknown; you may choose {', '.join(CHOICES)}"
+            )
+        original = AutoConfig.from_pretrained(name_or_path, **hub)
+        if original.model_type not in FAMILIES:
+            raise ValueError(
+                f"this checkpoint cannot be converted: its architecture is {original.model_type!r}; LongEmbed reads {', '.join(FAMILIES)}"
+            )
+        family = FAMILIES[original.model_type]
+        choices = kwargs | {
+            "max_position_embeddings": max_position_embeddings,
+            "position_extension": position_extension,
+            "attention_patterns": attention_patterns,
+        }
+        if choices.get("pooling") is None or choices.get("prompts") is None:
+            choices = sentence_transformers_choices(name_or_path, **hub) | {
+                k: v for k, v in choices.items() if v is not None
+            }
+        fields = converted_fields(original, family, choices)
+        # A local path would mean nothing to those who read the published config.
+        name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+        config = cls.config_class(
+            **{"original_model": name, "license": checkpoint_license(name_or_path, **hub)} | fields
+        )
+
+        with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder itself ties nothing
+        auto = AutoModelForMaskedLM if with_head else AutoModel
+        original_model, loading = auto.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, **hub
+        )
+        original_model.eval()
+        model = cls._from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
+        weights = converted_weights(original_model.base_model, family, config)
+        if with_head:
+            weights = {f"model.{name}": tensor for name, tensor in weights.items()} | cls._head_weights(
+                original_model, family, loading
+            )
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        missing = [name for name in missing if name not in model.all_tied_weights_keys]
+        if missing or unexpected:
+            raise ValueError(
+                f"this checkpoint cannot be converted: weights without a counterpart: {[*missing, *unexpected][:3]}"
+            )
+        model.tie_weights()
+        model._report_difference(original_model, comparable_length(config, converted_fields(original, family, {})))
+        model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+        model.tokenizer.model_max_length = config.max_position_embeddings
+        return model
+
+    @staticmethod
+    def _head_weights(original_model, family: Family, loading: dict) -> dict[str, Tensor]:
+        config, layers = original_model.config, family.fields(original_model.config)["hidden_act"]
+        activation = "gelu" if family.head is ROBERTA_HEAD else getattr(config, "classifier_activation", layers)
+        refuse(
+            activation != layers,
+            f"a masked-language-model head with the activation {activation!r} over layers with {layers!r}",
+        )
+        missing = {name for name in loading["missing_keys"] if name.startswith(tuple(family.head.values()))}
+        refuse(
+            bool(missing),
+            f"a masked-language model without its head ({sorted(missing)[:1]} is missing); convert with LongEmbedModel",
+        )
+        weights = original_model.state_dict()
+        named = ((mine, theirs, suffix) for mine, theirs in family.head.items() for suffix in ("weight", "bias"))
+        return {
+            f"head.{mine}.{suffix}": x
+            for mine, theirs, suffix in named
+            if (x := take(weights, theirs, suffix, 0)) is not None
+        }
+
+    def _report_difference(self, original_model, length: int):
+        """Compares with the original on documents of up to `length` tokens, prints the result, refuses a difference."""
+        name = self.config.original_model
+        if length == 0:
+            print(
+                f"longembed: {name} converted; by choice no input is read as the original reads it, so nothing was compared"
+            )
+            return
+        length = min(length, 1024)
+        difference = largest_difference(original_model, self, length)
+        print(
+            f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: {difference:.1e}"
+        )
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"the conversion of {name} changed its outputs by {difference:.1e}, more than {TOLERANCE:.0e}: it has a feature that was not "
+                "recognised; please report it with the checkpoint's config.json"
+            )

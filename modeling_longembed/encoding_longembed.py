@@ -1,0 +1,190 @@
+"""`model.encode`: texts in, vectors out. No padding, no dependence on the neighbours, nothing cut off in silence."""
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .packing_longembed import split_documents
+from .pooling_longembed import pool
+
+logger = logging.get_logger(__name__)
+
+
+def is_fast_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if device.type != "cpu":
+        return False
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def budget_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+    """Indices of documents in batches of at most `batch_tokens` tokens, longest first; a longer document is a batch of its own."""
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not batches or lengths[index] > room:
+            batches.append([])
+            room = batch_tokens
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches
+
+
+class EncodeMixin:
+    """Adds `encode` to the encoder; the tokenizer is the one saved beside the model."""
+
+    def tokenize(self, texts: list[str], prompt: str = "", overflow: str = "warn") -> list[list[int]]:
+        """Token ids of each text with special tokens, cut to the context so that the closing special token stays.
+
+        Args:
+            texts: any strings; an empty one gives the special tokens alone.
+            prompt: put before every text.
+            overflow: `warn` says once how much was cut off, `error` refuses.
+
+        Raises:
+            ValueError: with `overflow="error"`, if a text is longer than the context.
+        """
+        limit = self.config.max_position_embeddings
+        encoded = self.tokenizer(
+            [prompt + text for text in texts], add_special_tokens=True, truncation=False, verbose=False
+        )
+        rows = encoded["input_ids"]
+        cut = [len(row) - limit for row in rows if len(row) > limit]
+        if cut:
+            message = (
+                f"{len(cut)} of {len(rows)} texts are longer than the context of {limit} tokens (max_position_embeddings); "
+                f"{sum(cut)} of {sum(map(len, rows))} tokens"
+            )
+            if overflow == "error":
+                raise ValueError(f"{message} would be cut off; split them, or extend the model")
+            logger.warning(f"{message} were cut off at the end")
+            closing = self._closing_tokens()
+            rows = [row if len(row) <= limit else row[: limit - len(closing)] + closing for row in rows]
+        return rows
+
+    def _closing_tokens(self) -> list[int]:
+        """Special tokens that the tokenizer puts after a text."""
+        marked = self.tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
+        ids, special = marked["input_ids"], marked["special_tokens_mask"]
+        count = next((n for n, flag in enumerate(reversed(special)) if not flag), 0)
+        return ids[len(ids) - count :]
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: str | list[str],
+        prompt_name: str | None = None,
+        batch_tokens: int = 16_384,
+        normalize: bool = True,
+        truncate_dim: int | None = None,
+        late_chunk_tokens: int | None = None,
+        overflow: str = "warn",
+        output: str = "numpy",
+        precision: str = "auto",
+        show_progress_bar: bool | None = None,
+    ):
+        """Embeds texts of any length up to the context.
+
+        Args:
+            texts: one string or a list.
+            prompt_name: key in `config.prompts` (`query`, `document`) whose text goes before each input; None: no prompt.
+            batch_tokens: tokens in one forward pass; documents are sorted by length and packed without padding. Sets memory.
+            normalize: unit vectors, after truncation.
+            truncate_dim: keep the first so many dimensions (for models trained with Matryoshka).
+            late_chunk_tokens: one vector for each passage of so many tokens, pooled from states that have read the whole document
+                (late chunking, Günther et al. 2024); the output is then a list of `(passages, dim)`.
+            overflow: `warn` says once how much was cut off at the context, `error` refuses.
+            output: `numpy` or `torch`.
+            precision: `float32`, `bfloat16` (matrix products in bf16 under autocast), or `auto`: bf16 where the processor is fast in it.
+            show_progress_bar: default: when there is more than one batch.
+
+        Returns:
+            `(len(texts), dim)` fp32, in the order of `texts`; `(dim,)` for one string; a list with `late_chunk_tokens`.
+
+        Raises:
+            ValueError: an unknown choice, or a text that is too long with `overflow="error"`.
+        """
+        for name, value, allowed in (
+            ("overflow", overflow, ("warn", "error")),
+            ("output", output, ("numpy", "torch")),
+            ("precision", precision, ("auto", "float32", "bfloat16")),
+            ("prompt_name", prompt_name, (None, *self.config.prompts)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
+        for name, size in (
+            ("batch_tokens", batch_tokens),
+            ("truncate_dim", truncate_dim),
+            ("late_chunk_tokens", late_chunk_tokens),
+        ):
+            if size is not None and size < 1:
+                raise ValueError(f"encode: {name}={size}; give at least 1")
+        if truncate_dim is not None and truncate_dim > self.config.hidden_size:
+            raise ValueError(
+                f"encode: truncate_dim={truncate_dim} is more than the {self.config.hidden_size} dimensions of the model"
+            )
+        single = isinstance(texts, str)
+        texts = [texts] if single else list(texts)
+        if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:
+            raise ValueError(f"encode: text {wrong[0]} is a {type(texts[wrong[0]]).__name__}, not a string")
+        was_training = self.training
+        self.eval()
+        try:
+            rows = (
+                self.tokenize(texts, self.config.prompts[prompt_name] if prompt_name else "", overflow) if texts else []
+            )
+            vectors = self._encode_rows(rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar)
+        finally:
+            self.train(was_training)
+        vectors = [self._finish(part, normalize, truncate_dim) for part in vectors]
+        if output == "numpy":
+            vectors = [part.numpy() for part in vectors]
+        if single:
+            return vectors[0] if late_chunk_tokens else vectors[0][0]
+        if late_chunk_tokens:
+            return vectors
+        width = truncate_dim or self.config.hidden_size
+        stacked = torch.cat([torch.as_tensor(part) for part in vectors]) if vectors else torch.zeros(0, width)
+        return stacked.numpy() if output == "numpy" else stacked
+
+    def _encode_rows(self, rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar) -> list[Tensor]:
+        """Vectors of tokenized documents, in their order: one `(1, d)`, or `(passages, d)`, each."""
+        device = self.device
+        batches = budget_batches([len(row) for row in rows], batch_tokens)
+        half = precision == "bfloat16" or (
+            precision == "auto" and self.dtype == torch.float32 and is_fast_in_bfloat16(device)
+        )
+        vectors: list[Tensor] = [torch.empty(0)] * len(rows)
+        hidden = show_progress_bar is False or (show_progress_bar is None and len(batches) < 2)
+        with logging.tqdm(
+            total=sum(map(len, rows)), unit="token", unit_scale=True, desc="encode", disable=hidden
+        ) as progress:
+            for batch in batches:
+                lengths = torch.tensor([len(rows[index]) for index in batch], dtype=torch.int32)
+                cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+                input_ids = torch.tensor(
+                    [token for index in batch for token in rows[index]], dtype=torch.long, device=device
+                )[None]
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    states = self(
+                        input_ids, cu_seq_lens_q=cu_seqlens, max_length_q=int(lengths.max()), return_dict=True
+                    )
+                if late_chunk_tokens is None:
+                    parts = states.pooler_output.float().cpu().split(1)
+                else:
+                    passages = split_documents(cu_seqlens, late_chunk_tokens)
+                    counts = (lengths + late_chunk_tokens - 1) // late_chunk_tokens
+                    pooled = pool(states.last_hidden_state[0], passages, self.config.pooling)
+                    parts = pooled.float().cpu().split(counts.tolist())
+                for index, part in zip(batch, parts):
+                    vectors[index] = part
+                progress.update(int(lengths.sum()))
+        return vectors
+
+    @staticmethod
+    def _finish(vectors: Tensor, normalize: bool, truncate_dim: int | None) -> Tensor:
+        vectors = vectors[:, :truncate_dim]
+        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors.clone()

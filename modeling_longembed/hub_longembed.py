@@ -1,0 +1,196 @@
+"""What a published folder holds beside weights, config and code: tokenizer, sentence-transformers files, model card."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_longembed.LongEmbedConfig",
+    "AutoModel": "modeling_longembed.LongEmbedModel",
+    "AutoModelForMaskedLM": "modeling_longembed.LongEmbedForMaskedLM",
+}
+# Our name of a pooling -> that of sentence-transformers.
+ST_POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "weighted_mean": "weightedmean_tokens"}
+
+CARD = """---
+{metadata}
+---
+
+# {title}
+
+A longembed encoder: one vector for a document of up to {context:,} tokens.
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{title}", trust_remote_code=True)
+documents = model.encode(["a long document ..."], prompt_name="document")
+queries = model.encode(["a question"], prompt_name="query")
+scores = queries @ documents.T
+```
+
+It loads as well with `SentenceTransformer("{title}", trust_remote_code=True)`; those who `pip install longembed` and
+`import modeling_longembed` need no remote code.
+
+## The model
+
+| | |
+|---|---|
+| made from | {base} |
+| context | {context:,} tokens |
+| vector | {dim} dimensions, pooling `{pooling}` |
+| positions | `{positions}`{extension} |
+| attention patterns | {patterns} |
+| layout | `{layout}` |
+| parameters | {parameters:,} |
+
+## Results
+
+{results}
+
+## Safety
+
+Weights are safetensors. The code in this repository runs on your machine when you pass `trust_remote_code=True`: pin a `revision`,
+read the files, or compare them with these sums.
+
+| file | sha256 |
+|---|---|
+{sums}
+"""
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while part := stream.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def summarize_patterns(entries: list[dict]) -> str:
+    """`4 x block (size 254), 2 x full`: the patterns of a config in the order they first appear."""
+    shown = [entry["type"] + "".join(f" ({k} {v})" for k, v in entry.items() if k != "type") for entry in entries]
+    return ", ".join(f"{shown.count(name)} x {name}" for name in dict.fromkeys(shown))
+
+
+class HubMixin:
+    """Loading with a tokenizer from the same revision, and saving everything that a published folder needs."""
+
+    _tokenizer = None
+    _tokenizer_source: dict = {}
+    # Rows of the card's results table, `{"task": ..., "metric": ..., "score": ...}`; whoever measures sets them before saving.
+    results: list[dict] = []
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; remembers where the files came from, so that the tokenizer is of the same revision."""
+        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+        source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._tokenizer_source = source
+        return loaded
+
+    @property
+    def tokenizer(self):
+        """The tokenizer saved beside the model, loaded at first use; can be set."""
+        if self._tokenizer is None:
+            if not self.name_or_path:
+                raise ValueError("this model was not loaded from a folder or the Hub; set model.tokenizer first")
+            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **self._tokenizer_source)
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer was set or stands beside the weights."""
+        if self._tokenizer is not None or not self.name_or_path:
+            return self._tokenizer is not None
+        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        return cached_file(self.name_or_path, "tokenizer_config.json", **quiet, **self._tokenizer_source) is not None
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As in transformers, and beside weights, config and code: tokenizer, sentence-transformers files and a model card."""
+        # All three classes, whichever is saved: the folder loads as encoder and as masked-language model.
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            self._write_companions(Path(save_directory))
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        """Called by transformers' `push_to_hub` after it has put a generic card into the folder: ours takes its place."""
+        self._write_companions(Path(working_dir), title=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def _write_companions(self, folder: Path, title: str | None = None):
+        if self.has_tokenizer():
+            self.tokenizer.model_max_length = self.config.max_position_embeddings
+            self.tokenizer.save_pretrained(folder)
+        for name, content in self._sentence_transformers_files().items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(self._card(folder, title or folder.name), encoding="utf-8")
+
+    def _sentence_transformers_files(self) -> dict[str, object]:
+        kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+        modes = {f"pooling_mode_{name}": name == ST_POOLINGS[self.config.pooling] for name in ST_POOLINGS.values()}
+        return {
+            "modules.json": [
+                # These names are understood by old and new releases alike.
+                {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for index, (path, kind) in enumerate(kinds)
+            ],
+            "sentence_bert_config.json": {
+                "max_seq_length": self.config.max_position_embeddings,
+                "do_lower_case": False,
+            },
+            "1_Pooling/config.json": {
+                "word_embedding_dimension": self.config.hidden_size,
+                **modes,
+                "include_prompt": True,
+            },
+            "config_sentence_transformers.json": {
+                "prompts": self.config.prompts,
+                "default_prompt_name": None,
+                "similarity_fn_name": "cosine",
+            },
+        }
+
+    def _card(self, folder: Path, title: str) -> str:
+        config = self.config
+        metadata = ["library_name: transformers", "pipeline_tag: sentence-similarity"]
+        metadata += [
+            "tags:",
+            *(f"- {tag}" for tag in ("longembed", "sentence-transformers", "feature-extraction", "custom_code")),
+        ]
+        metadata += [f"license: {config.license}"] if config.license else []
+        base = config.original_model
+        metadata += [f"base_model: {base}"] if base and "/" in base else []  # a Hub id, not the name of a folder
+        extension = config.position_extension
+        rows = [f"| {row['task']} | {row['metric']} | {row['score']:.2f} |" for row in self.results]
+        files = sorted({*folder.glob("*.py"), *folder.glob("*.safetensors")})
+        return CARD.format(
+            metadata="\n".join(metadata),
+            title=title,
+            base=f"`{base}`" if base else "random weights",
+            context=config.max_position_embeddings,
+            dim=config.hidden_size,
+            pooling=config.pooling,
+            positions=config.position_embedding_type,
+            extension=f", extended by `{extension['method']}` from {extension['original_max_position_embeddings']} tokens"
+            if extension
+            else "",
+            patterns=summarize_patterns(config.attention_patterns),
+            layout=config.sublayer_pattern,
+            parameters=self.num_parameters(),
+            results="\n".join(["| task | metric | score |", "|---|---|---|", *rows])
+            if rows
+            else "None recorded when this model was saved.",
+            sums="\n".join(f"| {path.name} | `{sha256(path)}` |" for path in files),
+        )

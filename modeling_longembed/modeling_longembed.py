@@ -1,0 +1,374 @@
+"""The encoder: embeddings, a list of residual sublayers read off `config.sublayer_pattern`, pooling.
+
+Shapes: B documents, S longest document of a padded batch, T packed tokens, d width, H heads, D head size, V vocabulary.
+Padding is taken out once, before the embeddings, and put back once, after the last sublayer.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+
+from .attention_longembed import DEFAULT_KERNEL, LongEmbedAttention
+from .configuration_longembed import LongEmbedConfig
+from .conversion_longembed import FromEncoderMixin
+from .encoding_longembed import EncodeMixin
+from .hub_longembed import HubMixin
+from .packing_longembed import PackedDocuments
+from .pooling_longembed import pool
+from .positions_longembed import (
+    AlibiBias,
+    BucketBias,
+    RopePlan,
+    ScoreBias,
+    position_ids,
+    position_table_rows,
+    rope_plan,
+    sinusoidal_embeddings,
+)
+
+
+class LongEmbedEmbeddings(nn.Module):
+    """Token, position and segment embeddings of packed tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = None
+        if config.position_embedding_type == "absolute":
+            self.position_embeddings = nn.Embedding(position_table_rows(config), config.hidden_size)
+        self.token_type_embeddings = None
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = None
+        if config.embedding_norm:
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, words: Tensor, token_type_ids: Tensor | None, documents: PackedDocuments, token_index: Tensor
+    ) -> Tensor:
+        """Word vectors `(T, d)`, segment ids `(T,)` or None, places in the document `(T,)`; returns `(T, d)`."""
+        hidden_states = words
+        if self.token_type_embeddings is not None:
+            segment = torch.zeros_like(token_index) if token_type_ids is None else token_type_ids
+            hidden_states = hidden_states + self.token_type_embeddings(segment)
+        if self.position_embeddings is not None:
+            hidden_states = hidden_states + self.position_embeddings(position_ids(self.config, documents, token_index))
+        elif self.config.position_embedding_type == "sinusoidal":
+            places = position_ids(self.config, documents, token_index)
+            hidden_states = hidden_states + sinusoidal_embeddings(places, self.config.hidden_size).to(
+                hidden_states.dtype
+            )
+        if self.norm is not None:
+            hidden_states = self.norm(hidden_states)
+        return self.dropout(hidden_states)
+
+
+class LongEmbedFeedForward(nn.Module):
+    """`down(act(up(x)))`, or gated: `down(act(up(x)) * gate(x))` (Shazeer 2020)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.feed_forward_bias)
+        self.gate_proj = None
+        if config.feed_forward_gated:
+            self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.feed_forward_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.feed_forward_bias)
+        self.act = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inner = self.act(self.up_proj(hidden_states))
+        if self.gate_proj is not None:
+            inner = inner * self.gate_proj(hidden_states)
+        return self.down_proj(inner)
+
+
+class LongEmbedSublayer(GradientCheckpointingLayer):
+    """One residual sublayer, attention or feed-forward: `norm(x + f(x))` (post) or `x + f(norm(x))` (pre)."""
+
+    def __init__(self, config, pattern=None, has_norm: bool = True):
+        super().__init__()
+        self.norm_placement = config.norm_placement
+        self.attention = LongEmbedAttention(config, pattern) if pattern is not None else None
+        self.feed_forward = LongEmbedFeedForward(config) if pattern is None else None
+        self.norm = (
+            nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias) if has_norm else nn.Identity()
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        documents: PackedDocuments,
+        rope: dict[str, RopePlan],
+        bias: ScoreBias | None,
+    ) -> tuple[Tensor, list[Tensor] | None]:
+        """`(T, d)` to `(T, d)`, and the attention weights of each document if there are any."""
+        states = self.norm(hidden_states) if self.norm_placement == "pre" else hidden_states
+        weights = None
+        if self.attention is not None:
+            states, weights = self.attention(states, documents, rope, bias)
+        else:
+            states = self.feed_forward(states)
+        hidden_states = hidden_states + self.dropout(states)
+        return self.norm(hidden_states) if self.norm_placement == "post" else hidden_states, weights
+
+
+class LongEmbedPreTrainedModel(HubMixin, FromEncoderMixin, PreTrainedModel):
+    """What the models share: loading, saving, conversion, initialisation."""
+
+    config_class = LongEmbedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LongEmbedSublayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """Ours is the packed path where the caller asks for none: transformers would take padded SDPA."""
+        return super().get_correct_attn_implementation(requested_attention or DEFAULT_KERNEL, is_init_check)
+
+
+class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
+    """A long-document encoder whose `pooler_output` is the embedding of each document."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embeddings = LongEmbedEmbeddings(config)
+        self.relative_attention_bias = None
+        if config.relative_attention_num_buckets:
+            self.relative_attention_bias = nn.Embedding(
+                config.relative_attention_num_buckets, config.num_attention_heads
+            )
+        patterns = iter(config.get_patterns())
+        self.layers = nn.ModuleList(
+            LongEmbedSublayer(
+                config, next(patterns) if kind == "s" else None, has_norm=index > 0 or config.first_attention_norm
+            )
+            for index, kind in enumerate(config.sublayer_pattern)
+        )
+        self.final_norm = None
+        if config.final_norm:
+            self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embeddings.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Encodes a padded batch, or packed documents.
+
+        Args:
+            input_ids: `(B, S)`; packed: `(1, T)`.
+            attention_mask: `(B, S)`, non-zero on real tokens; padding may stand anywhere.
+            token_type_ids: shape of `input_ids`; zeros if left out.
+            position_ids: shape of `input_ids`, places in the document; counted from 0 in each document if left out.
+            inputs_embeds: `(B, S, d)` word vectors instead of `input_ids`.
+            global_attention_mask: shape of `input_ids`, non-zero on tokens that see and are seen everywhere (sliding patterns).
+            cu_seq_lens_q: `(B + 1,)` int32 cumulative lengths: the input is packed. The name is transformers' own for varlen input.
+            max_length_q: longest document in tokens; counted if left out.
+            output_attentions: weights of each attention sublayer, `(B, H, S, S)`; needs `attn_implementation="eager"`.
+            output_hidden_states: the embeddings and the states after each SUBLAYER, `(B, S, d)`: in the layout `sfsf...` every
+                second entry is a layer of the original. Under pre-norm the last one is after the final norm.
+            return_dict: False gives a tuple.
+
+        Returns:
+            `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), and `pooler_output` `(B, d)`, one vector a
+            document by `config.pooling`, not normalised.
+
+        Raises:
+            ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                "attention weights exist in the eager kernel only; call model.set_attn_implementation('eager') first"
+            )
+
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        documents = self._documents(inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q)
+        token_index = (
+            documents.token_index if position_ids is None else documents.pack(position_ids.expand(inputs.shape[:2]))
+        )
+        words = (
+            self.embeddings.word_embeddings(documents.pack(input_ids))
+            if inputs_embeds is None
+            else documents.pack(inputs_embeds)
+        )
+        segments = None if token_type_ids is None else documents.pack(token_type_ids)
+
+        hidden_states = self.embeddings(words, segments, documents, token_index)  # (T, d)
+        rope, bias = self._rope(documents, token_index), self._bias(hidden_states.device)
+        all_hidden_states, all_weights = [hidden_states], []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, documents=documents, rope=rope, bias=bias)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions and weights is not None:
+                all_weights.append(self._pad_weights(weights, documents))
+        if self.final_norm is not None:
+            hidden_states = self.final_norm(hidden_states)
+            all_hidden_states[-1] = hidden_states
+
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=documents.unpack(hidden_states),
+            pooler_output=pool(hidden_states, documents.cu_seqlens, self.config.pooling),
+            hidden_states=tuple(documents.unpack(states) for states in all_hidden_states)
+            if output_hidden_states
+            else None,
+            attentions=tuple(all_weights) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _documents(self, inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q) -> PackedDocuments:
+        if cu_seq_lens_q is not None:
+            if inputs.shape[0] != 1 or attention_mask is not None:
+                raise ValueError(
+                    "packed input (cu_seq_lens_q) is one row of tokens, shape (1, T), without attention_mask"
+                )
+            longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
+            documents = PackedDocuments(cu_seq_lens_q.to(torch.int32), longest)
+        else:
+            mask = torch.ones(inputs.shape[:2], device=inputs.device) if attention_mask is None else attention_mask
+            if mask.shape != inputs.shape[:2]:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, the input {tuple(inputs.shape[:2])}; they must agree"
+                )
+            documents = PackedDocuments.from_attention_mask(mask)
+        if global_attention_mask is not None:
+            documents.is_global = documents.pack(global_attention_mask) != 0
+        return documents
+
+    def _rope(self, documents: PackedDocuments, token_index: Tensor) -> dict[str, RopePlan]:
+        """The rotation of each layer type; empty for schemes that do not rotate."""
+        if self.config.position_embedding_type != "rope":
+            return {}
+        parameters, plans = self.config.rope_parameters, {}
+        for layer_type in dict.fromkeys(self.config.layer_types):
+            plans[layer_type] = rope_plan(self.config, parameters.get(layer_type, parameters), documents, token_index)
+        return plans
+
+    def _bias(self, device: torch.device) -> ScoreBias | None:
+        if self.config.position_embedding_type == "alibi":
+            return AlibiBias(self.config.num_attention_heads, device)
+        if self.relative_attention_bias is not None:
+            return BucketBias(self.relative_attention_bias.weight, self.config.relative_attention_max_distance)
+        return None
+
+    def _pad_weights(self, weights: list[Tensor], documents: PackedDocuments) -> Tensor:
+        """Weights of each document, `(H, L, L)`, to `(B, H, S, S)` at the places of its tokens."""
+        if documents.batch_shape is None:  # packed by the caller: one row, documents on the diagonal
+            tokens = len(documents.token_index)
+            places, rows = (
+                torch.arange(tokens, device=weights[0].device),
+                torch.zeros(len(documents.lengths), dtype=torch.long),
+            )
+            batch, length = 1, tokens
+        else:
+            batch, length = documents.batch_shape
+            places, rows = documents.padded_index % length, torch.arange(batch)
+        padded = weights[0].new_zeros(batch, self.config.num_attention_heads, length, length)
+        filled = [number for number, tokens in enumerate(documents.lengths) if tokens]
+        for number, (start, end), part in zip(filled, documents.bounds, weights):
+            at = places[start:end]
+            padded[rows[number]][:, at[:, None], at[None, :]] = part
+        return padded
+
+
+class LongEmbedMaskedLMHead(nn.Module):
+    """Dense, activation, norm, and the projection to the vocabulary, tied to the word embeddings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.mlm_head_bias)
+        self.act = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.act(self.dense(hidden_states))))
+
+
+class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
+    """The encoder under a masked-language-model head."""
+
+    _tied_weights_keys = {"head.decoder.weight": "model.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LongEmbedModel(config)
+        self.head = LongEmbedMaskedLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head.decoder
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.head.decoder = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput | tuple:
+        """Vocabulary scores of every token.
+
+        Args:
+            input_ids, attention_mask, **kwargs: as in `LongEmbedModel.forward`.
+            labels: `(B, S)`, -100 where nothing is predicted. With labels only the predicted places reach the vocabulary
+                projection, and `logits` is `(P, V)` for the P of them: all places of a long document would not fit.
+
+        Returns:
+            `loss` (mean cross-entropy, with labels) and `logits` `(B, S, V)` (without labels).
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs, return_dict=True)
+        hidden_states, loss = outputs.last_hidden_state, None
+        if labels is not None:
+            chosen = labels != -100
+            logits = self.head(hidden_states[chosen])
+            loss = nn.functional.cross_entropy(logits.float(), labels[chosen])
+        else:
+            logits = self.head(hidden_states)
+        output = MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+
+# Saving then writes `auto_map` and copies these files, so that the folder loads with trust_remote_code and nothing installed.
+LongEmbedConfig.register_for_auto_class()
+LongEmbedModel.register_for_auto_class("AutoModel")
+LongEmbedForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

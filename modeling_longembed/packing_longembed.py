@@ -1,0 +1,108 @@
+"""Packed documents: every real token of a batch in one row, no padding.
+
+Shapes in this package: B documents, S longest document in a padded batch, T tokens in all documents together,
+H heads, D head size, d = H * D model width. A packed tensor is `(T, ...)`; document n owns the rows
+`cu_seqlens[n]` to `cu_seqlens[n + 1]`.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PackedDocuments:
+    """Which packed rows belong to which document.
+
+    Args:
+        cu_seqlens: `(B + 1,)` int32, cumulative document lengths, starting at 0.
+        max_seqlen: length of the longest document in tokens.
+        is_global: `(T,)` bool, tokens that attend everywhere and are seen from everywhere in their document, or None.
+        padded_index: `(T,)` int64, place of each packed token in the flattened `(B * S)` batch; None if the caller packed.
+        batch_shape: `(B, S)` of the padded batch; None if the caller packed.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    is_global: Tensor | None = None
+    padded_index: Tensor | None = None
+    batch_shape: tuple[int, int] | None = None
+    # What a kernel derives from these lengths once per forward pass (e.g. a block mask), for all layers.
+    cache: dict = field(default_factory=dict)
+
+    @classmethod
+    def from_attention_mask(cls, attention_mask: Tensor) -> "PackedDocuments":
+        """From a `(B, S)` mask that is non-zero on real tokens, wherever the padding is."""
+        attention_mask = attention_mask != 0
+        lengths = attention_mask.sum(dim=1, dtype=torch.int32)
+        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+        padded_index = attention_mask.flatten().nonzero(as_tuple=True)[0]
+        max_seqlen = int(lengths.max()) if len(lengths) else 0
+        return cls(
+            cu_seqlens,
+            max_seqlen,
+            padded_index=padded_index,
+            batch_shape=(attention_mask.shape[0], attention_mask.shape[1]),
+        )
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens in each document, as Python integers (a device synchronisation: CPU paths only)."""
+        return self.cu_seqlens.diff().tolist()
+
+    @cached_property
+    def bounds(self) -> list[tuple[int, int]]:
+        """First and one-past-last packed row of each document that has tokens."""
+        ends = self.cu_seqlens.tolist()
+        return [(start, end) for start, end in zip(ends[:-1], ends[1:]) if end > start]
+
+    @cached_property
+    def document_ids(self) -> Tensor:
+        """`(T,)` int64, number of the document of each packed token."""
+        lengths = self.cu_seqlens.diff().long()
+        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+
+    @cached_property
+    def token_index(self) -> Tensor:
+        """`(T,)` int64, place of each packed token in its own document, from 0."""
+        starts = self.cu_seqlens[:-1].long()[self.document_ids]
+        return torch.arange(len(starts), device=starts.device) - starts
+
+    @cached_property
+    def document_lengths(self) -> Tensor:
+        """`(T,)` int64, length of the document of each packed token."""
+        return self.cu_seqlens.diff().long()[self.document_ids]
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`(B, S, ...)` to `(T, ...)`; `(1, T, ...)` of a caller that packed to `(T, ...)`."""
+        flat = padded.flatten(0, 1)
+        return flat if self.padded_index is None else flat[self.padded_index]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """`(T, ...)` to `(B, S, ...)` with zeros at padding; to `(1, T, ...)` for a caller that packed."""
+        if self.padded_index is None:
+            return packed.unsqueeze(0)
+        batch, length = self.batch_shape
+        padded = packed.new_zeros(batch * length, *packed.shape[1:])
+        return padded.index_copy(0, self.padded_index, packed).view(batch, length, *packed.shape[1:])
+
+
+def split_documents(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Cuts every document into pieces of `size` tokens, the last one shorter.
+
+    Args:
+        cu_seqlens: `(B + 1,)` int32 cumulative lengths.
+        size: tokens a piece.
+
+    Returns:
+        `(P + 1,)` int32 cumulative lengths of the pieces. Pieces never cross a document; an empty document has none.
+    """
+    lengths = cu_seqlens.diff()
+    pieces = (lengths + size - 1) // size
+    first = torch.repeat_interleave(cu_seqlens[:-1], pieces)
+    number = torch.arange(len(first), device=lengths.device) - torch.repeat_interleave(
+        pieces.cumsum(0) - pieces, pieces
+    )
+    return torch.cat([first + number.to(first.dtype) * size, cu_seqlens[-1:]]).to(torch.int32)

@@ -1,0 +1,330 @@
+"""Position schemes: what a token knows about where it stands, and how that is stretched beyond the trained length.
+
+A scheme acts in one of three places: it adds a vector to the embedding (absolute, sinusoidal), rotates query and key (rope), or
+adds a bias to the scores (alibi, the relative buckets of T5 and MPNet). Nothing here holds tensor state: a non-persistent buffer
+comes back from `from_pretrained` as garbage, so tables are computed from Python numbers in every forward pass.
+
+An extension applies to documents that are longer than the original context only (unless `keep_short` is false), each document
+by its own length: a document that fits is read exactly as the original model read it, whatever stands beside it in the batch.
+"""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .packing_longembed import PackedDocuments
+
+# Extension methods of each scheme; alibi and none need no extension, they have no trained length.
+EXTENSIONS = {
+    "absolute": ("repeat", "interpolate", "group", "restart"),
+    "sinusoidal": ("repeat", "interpolate", "group", "restart"),
+    "rope": ("linear", "dynamic", "ntk", "theta", "yarn", "group"),
+    "alibi": (),
+    "none": (),
+}
+
+
+def sinusoidal_embeddings(positions: Tensor, dim: int) -> Tensor:
+    """Sine and cosine interleaved: `PE[p, 2t] = sin(p w_t)`, `PE[p, 2t + 1] = cos(p w_t)`, `w_t = 10000^(-2t / dim)`.
+
+    Vaswani et al. 2017, section 3.5.
+
+    Args:
+        positions: `(T,)`, whole or fractional.
+        dim: width of the embedding, even.
+
+    Returns:
+        `(T, dim)` fp32.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = positions.float()[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+
+def extend_position_table(table: Tensor, length: int, method: str) -> Tensor:
+    """A learned table of P rows stretched to `length` rows.
+
+    Args:
+        table: `(P, d)`.
+        length: rows wanted, at least P.
+        method: `repeat` copies the table (Longformer: row j*P + r is row r); `interpolate` puts old row i at k*i, k = ceil(length / P),
+            and convex combinations between (the table form of position interpolation; rows after the last old one repeat it).
+
+    Returns:
+        `(length, d)`, old rows bitwise.
+    """
+    rows = table.shape[0]
+    if method == "repeat":
+        return table[torch.arange(length, device=table.device) % rows].clone()
+    factor = -(-length // rows)
+    place = torch.arange(length, device=table.device)
+    low = (place // factor).clamp(max=rows - 1)
+    high = (low + 1).clamp(max=rows - 1)
+    share = ((place % factor).to(table.dtype) / factor)[:, None]
+    return torch.where(share == 0, table[low], (1 - share) * table[low] + share * table[high])
+
+
+def extension_factor(extension: dict, max_position_embeddings: int) -> float:
+    """How many times longer the new context is, unless the extension names its own factor."""
+    if extension.get("factor") is not None:
+        return extension["factor"]
+    return max(1.0, max_position_embeddings / extension["original_max_position_embeddings"])
+
+
+def is_extended(extension: dict | None, lengths: Tensor) -> Tensor:
+    """Which documents (or tokens, given the length of the document of each) the extension applies to. Bool, shape of `lengths`."""
+    if extension is None:
+        return torch.zeros_like(lengths, dtype=torch.bool)
+    if not extension["keep_short"]:
+        return torch.ones_like(lengths, dtype=torch.bool)
+    return lengths > extension["original_max_position_embeddings"]
+
+
+def position_ids(config, documents: PackedDocuments, token_index: Tensor) -> Tensor:
+    """Rows of the position table (absolute) or arguments of the sinusoids, per document.
+
+    `repeat` on a table needs no change of ids (the table itself is longer); on sinusoids it is `p mod P`. `interpolate` puts a short
+    document on the old rows, k*p (E5-Base-4k), and a long one on p. `group` is `p // factor`. `restart` is `p mod period`.
+
+    Args:
+        documents: the lengths.
+        token_index: `(T,)` place of each token in its document.
+
+    Returns:
+        `(T,)`: int64 for absolute, possibly fractional for sinusoidal.
+    """
+    extension = config.position_extension
+    if extension is None:
+        return token_index
+    method, learned = extension["method"], config.position_embedding_type == "absolute"
+    if method == "restart":
+        return token_index % extension["period"]
+    if method == "repeat":
+        return token_index if learned else token_index % extension["original_max_position_embeddings"]
+    extended = is_extended(extension, documents.document_lengths)
+    factor = extension_factor(extension, config.max_position_embeddings)
+    if method == "group":
+        return torch.where(extended, token_index // math.ceil(factor), token_index)
+    if learned:  # interpolate: the original rows stand at multiples of the factor
+        return torch.where(extended, token_index, token_index * math.ceil(factor))
+    return torch.where(extended, token_index / factor, token_index.float())
+
+
+def position_table_rows(config) -> int:
+    """Rows of the learned position table that `config` describes."""
+    extension = config.position_extension
+    if extension is None or extension["method"] in ("repeat", "interpolate"):
+        return config.max_position_embeddings
+    return extension["original_max_position_embeddings"]
+
+
+def rope_frequencies(
+    rope_parameters: dict, head_dim: int, original_length: int, extended_length: int | None = None
+) -> tuple[Tensor, float]:
+    """Inverse frequencies and attention factor of rotary embeddings (Su et al. 2021), scaled by what transformers offers.
+
+    Args:
+        rope_parameters: transformers' form, `{"rope_type": ..., "rope_theta": ..., ...}`. `ntk` (static NTK, theta times
+            `factor^(D / (D - 2))`) and `theta` (a new `rope_theta`) are ours: transformers has no name for them.
+        head_dim: D, even.
+        original_length: context in tokens that the model was trained at.
+        extended_length: length of the document, for `dynamic`.
+
+    Returns:
+        `(D / 2,)` fp32 inverse frequencies, and the number that cos and sin are multiplied by (1 except for yarn).
+    """
+    rope_type, theta = rope_parameters["rope_type"], float(rope_parameters["rope_theta"])
+    if rope_type == "ntk":
+        theta *= rope_parameters["factor"] ** (head_dim / (head_dim - 2))
+    if rope_type in ("default", "ntk", "theta"):
+        return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim), 1.0
+    # transformers reads the trained length from `max_position_embeddings`, which in our config is the extended one.
+    view = SimpleNamespace(
+        rope_parameters=rope_parameters,
+        head_dim=head_dim,
+        max_position_embeddings=original_length,
+        standardize_rope_params=lambda: None,
+    )
+    return ROPE_INIT_FUNCTIONS[rope_type](view, torch.device("cpu"), seq_len=extended_length)
+
+
+def extended_rope_parameters(extension: dict, rope_parameters: dict, max_position_embeddings: int) -> dict:
+    """Parameters of the stretched rotation: the base ones with the extension's type and factor."""
+    method = extension["method"]
+    parameters = {"rope_type": method, "rope_theta": rope_parameters["rope_theta"]}
+    parameters |= {
+        key: value for key, value in extension.items() if key not in ("method", "keep_short") and value is not None
+    }
+    if method != "theta":
+        # transformers' dynamic NTK at factor f scales by f * len / L - (f - 1): only f = 1 means "as long as the document is".
+        parameters["factor"] = (
+            parameters.get("factor", 1.0)
+            if method == "dynamic"
+            else extension_factor(extension, max_position_embeddings)
+        )
+    return parameters
+
+
+@dataclass
+class Rotary:
+    """Rotation of query and key: cos and sin of `(T, D)` fp32, half-split layout (the two halves of D form the planes)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Rotates `(T, H, D)`; in fp32, because bf16 angles are off by whole turns at long range."""
+        half = states.shape[-1] // 2
+        wide = states.float()
+        rotated = torch.cat([-wide[..., half:], wide[..., :half]], dim=-1)
+        return (wide * self.cos[:, None] + rotated * self.sin[:, None]).to(states.dtype)
+
+
+def rotary_at(positions: Tensor, inv_freq: Tensor, attention_factor: Tensor | float = 1.0) -> Rotary:
+    """Rotation at `positions` `(T,)` with inverse frequencies `(D / 2,)` or, one row a token, `(T, D / 2)`."""
+    angles = positions.float()[:, None] * inv_freq
+    angles = torch.cat([angles, angles], dim=-1)
+    return Rotary(angles.cos() * attention_factor, angles.sin() * attention_factor)
+
+
+@dataclass
+class GroupedRotary:
+    """Self-Extend (Jin et al. 2024): far keys are seen at grouped positions, near ones at their own.
+
+    For query i and key j the relative position is `i - j` where `|i - j| < neighbours`, else
+    `i // g - j // g + (w - w // g)` to the left and the mirror image to the right. Both are merged before one softmax.
+
+    Args:
+        query_left, query_right: `(T, H, D)` queries rotated for far keys on their left and on their right.
+        key: `(T, H, D)` keys rotated at grouped positions.
+        neighbours: `(T,)` int64, w of the document of each token; its length where the document is not extended.
+    """
+
+    query_left: Tensor
+    query_right: Tensor
+    key: Tensor
+    neighbours: Tensor
+
+    def __getitem__(self, rows: slice) -> "GroupedRotary":
+        return GroupedRotary(self.query_left[rows], self.query_right[rows], self.key[rows], self.neighbours[rows])
+
+    def merge(self, near: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        """Unscaled scores `(H, Q, K)` of one document: `near` where the key is a neighbour, grouped ones elsewhere."""
+        key = self.key[key_index].permute(1, 2, 0)  # (H, D, K)
+        left = self.query_left[query_index].transpose(0, 1) @ key
+        right = self.query_right[query_index].transpose(0, 1) @ key
+        distance = query_index[:, None] - key_index[None, :]
+        is_near = distance.abs() < self.neighbours[query_index][:, None]
+        return torch.where(is_near, near, torch.where(distance > 0, left, right))
+
+
+def grouped_positions(token_index: Tensor, group: int, neighbours: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions of Self-Extend's far rotation: of a query for keys on its left, for keys on its right, and of a key. Each `(T,)`."""
+    floored = token_index // group
+    shift = neighbours - neighbours // group
+    return floored + shift, floored - shift, floored
+
+
+@dataclass
+class RopePlan:
+    """What attention does to query and key under rope, for one rotation base; computed once per forward pass."""
+
+    near: Rotary
+    far: tuple[Rotary, Rotary, Rotary] | None = None
+    neighbours: Tensor | None = None
+
+    def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, GroupedRotary | None]:
+        grouped = None
+        if self.far is not None:
+            left, right, floored = self.far
+            grouped = GroupedRotary(left(query), right(query), floored(key), self.neighbours)
+        return self.near(query), self.near(key), grouped
+
+
+def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_index: Tensor) -> RopePlan:
+    """Rotations for one set of `rope_parameters`, every document by its own length."""
+    extension, device = config.position_extension, token_index.device
+    original = extension["original_max_position_embeddings"] if extension else config.max_position_embeddings
+    base, base_factor = rope_frequencies(rope_parameters, config.head_dim, original)
+    base = base.to(device)
+    if extension is None or not bool(is_extended(extension, torch.tensor(documents.max_seqlen))):
+        return RopePlan(rotary_at(token_index, base, base_factor))
+    method = extension["method"]
+    if method == "group":
+        group, window = math.ceil(extension_factor(extension, config.max_position_embeddings)), extension["neighbours"]
+        far = tuple(rotary_at(x, base, base_factor) for x in grouped_positions(token_index, group, window))
+        lengths = documents.document_lengths
+        neighbours = torch.where(is_extended(extension, lengths), torch.full_like(lengths, window), lengths)
+        return RopePlan(rotary_at(token_index, base, base_factor), far, neighbours)
+    parameters = extended_rope_parameters(extension, rope_parameters, config.max_position_embeddings)
+    lengths = documents.cu_seqlens.diff()
+    if method == "dynamic":  # one frequency row a document: the length of a neighbour must not reach into this one
+        rows, factors = zip(
+            *(rope_frequencies(parameters, config.head_dim, original, max(n, original)) for n in documents.lengths)
+        )
+        stretched, factor = torch.stack(rows).to(device), torch.tensor(factors, device=device)
+    else:
+        row, factor = rope_frequencies(parameters, config.head_dim, original)
+        stretched, factor = row.to(device).expand(len(lengths), -1), torch.full((len(lengths),), factor, device=device)
+    extended = is_extended(extension, lengths)
+    inv_freq = torch.where(extended[:, None], stretched, base)[documents.document_ids]
+    attention_factor = torch.where(extended, factor, base_factor)[documents.document_ids]
+    return RopePlan(rotary_at(token_index, inv_freq, attention_factor[:, None]))
+
+
+class ScoreBias:
+    """A number added to the score of query i and key j that depends on `j - i` and on the head."""
+
+    def values(self, relative_position: Tensor) -> Tensor:
+        """Bias of relative positions `key - query` of any shape: `(*shape, H)`."""
+        raise NotImplementedError
+
+    def dense(self, query_index: Tensor, key_index: Tensor) -> Tensor:
+        """`(H, Q, K)` for queries `(Q,)` and keys `(K,)` of one document."""
+        return self.values(key_index[None, :] - query_index[:, None]).permute(2, 0, 1)
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Slopes of Press et al. 2022: `2^(-8h / H)` for H a power of two, else those of the lower power and every second one of the next."""
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * h / power) for h in range(1, power + 1)]
+    return slopes + [2.0 ** (-4.0 * h / power) for h in range(1, 2 * (num_heads - power), 2)]
+
+
+class AlibiBias(ScoreBias):
+    """`-slope_h |i - j|`: the symmetric form, because an encoder looks both ways."""
+
+    def __init__(self, num_heads: int, device: torch.device):
+        self.slopes = torch.tensor(alibi_slopes(num_heads), device=device)
+
+    def values(self, relative_position: Tensor) -> Tensor:
+        return -relative_position.abs()[..., None] * self.slopes
+
+
+def relative_position_bucket(relative_position: Tensor, num_buckets: int, max_distance: int) -> Tensor:
+    """Bidirectional buckets of T5 (Raffel et al. 2020) and MPNet: half for each side, exact when near, logarithmic to `max_distance`."""
+    half = num_buckets // 2
+    exact = half // 2
+    side = (relative_position > 0).long() * half
+    distance = relative_position.abs()
+    far = (
+        exact
+        + (torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (half - exact)).long()
+    )
+    return side + torch.where(distance < exact, distance, far.clamp(max=half - 1))
+
+
+class BucketBias(ScoreBias):
+    """A learned number for every head and bucket of distances; shared by all layers."""
+
+    def __init__(self, table: Tensor, max_distance: int):
+        self.table, self.max_distance = table, max_distance  # (num_buckets, H)
+
+    def values(self, relative_position: Tensor) -> Tensor:
+        return nn.functional.embedding(
+            relative_position_bucket(relative_position, len(self.table), self.max_distance), self.table
+        )
