@@ -1,0 +1,128 @@
+"""`common.files`: under a final name there is the old content or the new, also after SIGKILL."""
+
+import hashlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.files import atomic_folder, atomic_write, sha256_file
+
+ROOT = Path(__file__).parents[2]
+
+
+def everything_under(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@given(st.binary(max_size=3 << 20) | st.text())
+def test_write_then_read(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("write") / "new" / "file"
+    atomic_write(path, data)
+    assert path.read_bytes() == (data if isinstance(data, bytes) else data.encode())
+    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert everything_under(path.parent) == ["file"]
+
+
+def test_a_written_file_has_the_mode_of_any_new_file(tmp_path):
+    (tmp_path / "plain").write_text("x")
+    atomic_write(tmp_path / "atomic", "x")
+    plain, atomic = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "atomic"))
+    assert atomic == plain
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    atomic_write(tmp_path / "file", "old")
+    with pytest.raises(TypeError):
+        atomic_write(tmp_path / "file", 3)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        atomic_write(tmp_path / "folder", "new")
+    assert (tmp_path / "file").read_text() == "old"
+    assert everything_under(tmp_path) == ["file", "folder"]
+
+
+def test_folder_appears_whole_and_replaces(tmp_path):
+    target = tmp_path / "parent" / "model"
+    for generation in ("first", "second"):
+        with atomic_folder(target) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / generation).write_text(generation)
+            assert not (target / "sub" / generation).exists()
+        assert everything_under(target.parent) == ["model", "model/sub", f"model/sub/{generation}"]
+
+
+def test_error_in_the_block_keeps_the_old_folder(tmp_path):
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "old").touch()
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "model") as folder:
+        (folder / "new").touch()
+        (folder / "absent").unlink()
+    assert everything_under(tmp_path) == ["model", "model/old"]
+
+
+# Writes two generations; in the second it kills itself just before its n-th call of a function that touches the disk
+# (the profiler sees every call of a C function, `write` on an open file too).
+WRITER = """
+import os, signal, sys
+from common.files import atomic_folder, atomic_write
+
+def write(generation):
+    atomic_write(sys.argv[1] + "/file", generation * 20_000)
+    with atomic_folder(sys.argv[1] + "/folder") as folder:
+        for part in "ab":
+            (folder / part).write_text(generation * 20_000)
+
+calls_left = int(sys.argv[2])
+DISK = {"open", "write", "close", "__exit__", "fsync", "mkdir", "replace", "rename", "unlink", "remove", "rmdir"}
+
+def kill(frame, event, function):
+    global calls_left
+    if event == "c_call" and function.__name__ in DISK:
+        calls_left -= 1
+        if calls_left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+write("1")
+sys.setprofile(kill)
+write("2")
+"""
+
+
+def test_killed_at_any_moment_nothing_is_half_written(tmp_path):
+    generations = set()
+    for moment in range(1, 1000):
+        # -S: no site-packages to look through, there are dozens of moments
+        code = subprocess.run([sys.executable, "-S", "-c", WRITER, str(tmp_path), str(moment)], cwd=ROOT).returncode
+        contents = [(tmp_path / "file").read_text()]
+        folder = tmp_path / "folder"
+        if folder.exists():  # it is absent between the two renames that replace it
+            contents += [(folder / part).read_text() for part in "ab"]
+            assert contents[1] == contents[2]
+            assert everything_under(folder) == ["a", "b"]
+        assert {len(content) for content in contents} == {20_000}
+        assert all(len(set(content)) == 1 for content in contents)
+        generations.add((contents[0][0], contents[-1][0]))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+    assert moment > 20
+    assert code == 0, "the writer never reached its end"
+    assert generations == {("1", "1"), ("2", "1"), ("2", "2")}
+    assert everything_under(tmp_path) == ["file", "folder", "folder/a", "folder/b"]  # what the killed left is cleared
+
+
+def test_the_temporary_files_of_a_living_writer_are_left_alone(tmp_path):
+    with atomic_folder(tmp_path / "model") as mine:
+        (mine / "weights").write_text("mine")
+        with atomic_folder(tmp_path / "model") as other:
+            (other / "weights").write_text("other")
+        assert (mine / "weights").read_text() == "mine"
+    assert (tmp_path / "model" / "weights").read_text() == "mine"
+    assert os.listdir(tmp_path) == ["model"]
