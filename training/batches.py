@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class PackedTexts:
 
 
 def pack(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[PackedTexts]:
-    """Documents in their order, cut into chunks of at most `batch_tokens` tokens; a longer document is its own chunk."""
+    """Documents in their order, in chunks of at most `batch_tokens` tokens; a longer document is a chunk of its own."""
     chunks: list[list[Sequence[int]]] = []
     room = 0
     for document in token_ids:
@@ -52,7 +53,9 @@ def pack(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[PackedTe
     for chunk in chunks:
         lengths = np.array([len(document) for document in chunk])
         cu_seq_lens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-        packed.append(PackedTexts(torch.from_numpy(np.concatenate(chunk).astype(np.int64))[None], cu_seq_lens, int(lengths.max())))
+        packed.append(
+            PackedTexts(torch.from_numpy(np.concatenate(chunk).astype(np.int64))[None], cu_seq_lens, int(lengths.max()))
+        )
     return packed
 
 
@@ -103,13 +106,27 @@ class PairBatch:
 
     def to(self, device: torch.device) -> "PairBatch":
         return replace(
-            self, chunks=[chunk.to(device) for chunk in self.chunks], text_ids=self.text_ids.to(device, non_blocking=True)
+            self,
+            chunks=[chunk.to(device) for chunk in self.chunks],
+            text_ids=self.text_ids.to(device, non_blocking=True),
         )
 
-    @property
-    def padded_tokens(self) -> int:
-        """Tokens that the same texts would be with every column padded to its longest text."""
-        return self.pairs * sum(self.longest)
+    def measures(self) -> dict[str, Tensor]:
+        """What a run reports of its data, as scalars.
+
+        `padding_share` is the share of what the model computes that is no token of a text; `padding_share_if_padded`
+        what it would be with every column padded to its longest text; `cut_off_share` the share of texts that fill the
+        limit.
+        """
+        computed = sum(chunk.input_ids.numel() for chunk in self.chunks)
+        values = {
+            "token_count": self.tokens,
+            "pair_count": self.pairs,
+            "padding_share": 1 - self.tokens / computed,
+            "padding_share_if_padded": 1 - self.tokens / (self.pairs * sum(self.longest)),
+            "cut_off_share": self.cut_off / len(self.text_ids),
+        }
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
 class PairBatches(Dataset):
@@ -144,8 +161,8 @@ class PairBatches(Dataset):
         for source in sources:
             if len(source.rows) < self.global_batch_size:
                 raise UserError(
-                    f"{source.name}: has {len(source.rows)} pairs, fewer than a batch of {self.global_batch_size} over all "
-                    "processes; give more data or a smaller --per_device_train_batch_size"
+                    f"{source.name}: has {len(source.rows)} pairs, fewer than a batch of {self.global_batch_size} "
+                    "over all processes; give more data or a smaller --per_device_train_batch_size"
                 )
         self.batches_of_source = [
             max(1, int(source.weight * len(source.rows) / self.global_batch_size)) for source in sources
@@ -156,7 +173,7 @@ class PairBatches(Dataset):
         return int(self.first_batch_of_source[-1])
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on; a resumed run must agree in it. It does not depend on the number of processes."""
+        """All that the order depends on, and a resumed run must agree in; the number of processes is not in it."""
         return {
             "seed": self.seed,
             "pairs a batch": self.global_batch_size,
@@ -185,7 +202,7 @@ def collate_pairs(columns: list[list[str]], tokenize: PairTokenizer, batch_token
     lengths = [[len(ids) for ids in column] for column in token_ids]
     limits = [tokenize.query_max_length] + [tokenize.max_length] * (len(columns) - 1)
     return PairBatch(
-        chunks=pack(sum(token_ids, []), batch_tokens),
+        chunks=pack(list(chain.from_iterable(token_ids)), batch_tokens),
         text_ids=torch.tensor([_text_id(text) for column in columns for text in column]),
         pairs=len(columns[0]),
         tokens=sum(map(sum, lengths)),

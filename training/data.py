@@ -3,7 +3,7 @@
 import gzip
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -169,12 +169,11 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
         raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {_one_line(error)}") from None
 
 
-def _pair_columns(name: str, present: object) -> tuple[str, ...]:
-    present = list(present)  # type: ignore[call-overload]
+def _pair_columns(name: str, present: Collection[str]) -> tuple[str, ...]:
     for column in ("anchor", "positive"):
         if column not in present:
-            raise UserError(f"{name}: the column {column} is missing; it has {', '.join(map(str, present)) or 'none'}")
-    return ("anchor", "positive", *(column for column in present if str(column).startswith("negative")))
+            raise UserError(f"{name}: the column {column} is missing; it has {', '.join(present) or 'none'}")
+    return ("anchor", "positive", *(column for column in present if column.startswith("negative")))
 
 
 def _check_columns(name: str, rows: datasets.Dataset) -> None:

@@ -62,3 +62,9 @@ def mean_over_processes(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values / world_size()
+
+
+def own_share(count: int) -> range:
+    """This process's contiguous share of `count` things; the shares of all processes, in order, are all of them."""
+    processes, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
+    return range(count * rank // processes, count * (rank + 1) // processes)

@@ -36,9 +36,8 @@ def cached_backward(
     embed: Callable[[Chunk], Tensor],
     loss: Callable[[Tensor], tuple[Tensor, Metrics]],
     *,
-    device: torch.device,
     synchronize: bool = True,
-) -> tuple[Tensor, Metrics]:
+) -> Metrics:
     """Accumulate the gradient of `loss(embeddings of all chunks)` while the activations of one chunk are alive.
 
     Gao et al. 2021 (arXiv:2101.06983), section 3: (1) embed every chunk without a graph; (2) the loss of the detached
@@ -52,18 +51,18 @@ def cached_backward(
         embed: a chunk to its embeddings `(n_i, d)`.
         loss: all embeddings `(sum n_i, d)` to a scalar and detached metrics. It may gather over processes; parameters
             of its own receive their gradient in step 2.
-        device: where `model` draws its random numbers.
         synchronize: False while gradients are accumulated over several batches: no all-reduce at all.
 
     Returns:
-        The loss, detached, and the metrics.
+        The metrics.
     """
     if len(chunks) == 1:
         with _synchronizing(model, synchronize):
             value, metrics = loss(_in_full_precision(embed(chunks[0])))
             value.backward()
-        return value.detach(), metrics
+        return metrics
 
+    device = next(model.parameters()).device
     states, embeddings = [], []
     with torch.no_grad():
         for chunk in chunks:
@@ -73,6 +72,7 @@ def cached_backward(
     cached = _in_full_precision(torch.cat(embeddings)).requires_grad_()
     value, metrics = loss(cached)
     value.backward()  # not autograd.grad: a loss with parameters of its own (a temperature) gets its gradient here
+    assert cached.grad is not None
     gradients = cached.grad.split([len(rows) for rows in embeddings])
 
     for index, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
@@ -80,7 +80,7 @@ def cached_backward(
         with state.replay(), _synchronizing(model, synchronize and last):
             rows = embed(chunk)
             rows.backward(gradient.to(rows.dtype))
-    return value.detach(), metrics
+    return metrics
 
 
 def _in_full_precision(embeddings: Tensor) -> Tensor:
