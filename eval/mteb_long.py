@@ -1,0 +1,118 @@
+"""Judge models and baselines on long-document retrieval with MTEB, on the Hub's data or on a local folder.
+
+    python eval/mteb_long.py --model runs/my/final chunk-mean:BAAI/bge-small-en-v1.5:512 bm25 \\
+        --data_dir my_tasks --output_dir runs/eval
+
+Results land in MTEB's own files under `<output_dir>/results/`; the table is printed and written to
+`<output_dir>/table.md`. The same command again repeats nothing that is finished; a killed one goes on.
+docs/evaluation.md says what the numbers mean.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import mteb
+from rich.console import Console
+
+from common.arguments import parse
+from common.errors import UserError, run
+from common.files import atomic_write
+from eval.encoders import resolve_precision
+from eval.models import ModelSpec
+from eval.results import AtomicResultCache, Score, as_markdown, as_table
+from eval.tasks import get_tasks, load
+from eval.vector_cache import VectorCache
+
+
+@dataclass
+class Arguments:
+    """What to judge, on what, and where the results go."""
+
+    model: list[str] = field(
+        metadata={
+            "help": "models by folder or Hub id; baselines: truncate:PATH:N, chunk-mean:PATH:N, chunk-max:PATH:N, bm25"
+        }
+    )
+    output_dir: str = field(metadata={"help": "folder of the results, and of the vectors that are computed once"})
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "names of MTEB tasks, or of sub-folders of data_dir; default: LongEmbed's six, or all sub-folders"
+        },
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder with one folder a task; default: the Hub's data"}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "tokens of a text that a model reads; baselines say theirs themselves"}
+    )
+    precision: str = field(
+        default="float32",
+        metadata={
+            "help": "float32, as published figures are; bfloat16; auto: bfloat16 where the processor is fast in it"
+        },
+    )
+    batch_tokens: int = field(
+        default=16384, metadata={"help": "tokens in one forward pass; lower it to use less memory"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with a model; our own models need none"}
+    )
+
+
+def judge(arguments: Arguments) -> list[Score]:
+    """Run what is not finished yet, and return the main scores of all models on all tasks, in the order asked for.
+
+    Args:
+        arguments: as on the command line.
+
+    Raises:
+        UserError: a model, a task or a file that is not as it must be; told before anything long begins where possible.
+    """
+    if arguments.max_length is not None and arguments.max_length < 8:
+        raise UserError(f"--max_length {arguments.max_length} is too short for any text; give at least 8 tokens")
+    if arguments.batch_tokens < 1:
+        raise UserError(f"--batch_tokens {arguments.batch_tokens} must be positive")
+    datasets.disable_progress_bars()  # of tables that are written in a moment; encoding shows its own
+    precision = resolve_precision(arguments.precision)
+    tasks = get_tasks(arguments.tasks, arguments.data_dir)
+    specs = [ModelSpec.parse(text, arguments.max_length, precision) for text in arguments.model]
+    results = AtomicResultCache(arguments.output_dir)
+    cache = VectorCache(Path(arguments.output_dir, "vectors.sqlite"))
+    todo = {spec: [task for task in tasks if not results.is_complete(task, spec.meta)] for spec in specs}
+    todo = {spec: missing for spec, missing in todo.items() if missing}
+    if len(todo) > 1:
+        for spec in todo:  # a model that does not load is found now, not when the ones before it are done
+            spec.load(cache, arguments.batch_tokens, arguments.trust_remote_code)
+    for spec, missing in todo.items():
+        model = spec.load(cache, arguments.batch_tokens, arguments.trust_remote_code)
+        for task in missing:
+            print(f"{spec.meta.model_name_with_experiment} on {task.metadata.name}", flush=True)
+            load(task)
+            mteb.evaluate(
+                model,
+                task,
+                co2_tracker=False,
+                cache=results,
+                overwrite_strategy="only-missing" if results.is_current(task, spec.meta) else "always",
+                show_progress_bar=False,
+            )
+            task.unload_data()
+    scores = []
+    for spec in specs:
+        for task in tasks:
+            scores += results.scores(task, spec.meta)
+    return scores
+
+
+def main() -> None:
+    """The script."""
+    (arguments,) = parse(Arguments)
+    scores = judge(arguments)
+    atomic_write(Path(arguments.output_dir, "table.md"), as_markdown(scores))
+    Console().print(as_table(scores))
+
+
+if __name__ == "__main__":
+    run(main)

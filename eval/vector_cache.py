@@ -1,0 +1,53 @@
+"""Vectors on disk by the text that they stand for, so that no text is encoded twice, not even after a kill."""
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import UserError
+
+_KEYS_A_QUERY = 500  # SQLite takes at most 999 parameters in its oldest builds
+
+
+class VectorCache:
+    """One SQLite file: a key (bytes, at most one row a key) -> a float32 matrix (k, d), k >= 1 vectors of one text.
+
+    SQLite because a `put` is then whole or absent whatever kills the process, several processes may share the file, and
+    memory stays that of the rows in hand.
+
+    Args:
+        path: the file; it and its folder are made when missing.
+
+    Raises:
+        UserError: the file is there and is not such a cache.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._connection = sqlite3.connect(self.path, timeout=60)
+            with self._connection:
+                self._connection.execute(
+                    "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, k INTEGER NOT NULL, data BLOB NOT NULL)"
+                )
+        except sqlite3.Error as error:
+            raise UserError(f"cannot use {self.path} as the cache of vectors ({error}); delete it") from None
+
+    def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
+        """The matrices of those `keys` that are in the cache, each float32 (k, d)."""
+        found = {}
+        for start in range(0, len(keys), _KEYS_A_QUERY):
+            part = keys[start : start + _KEYS_A_QUERY]
+            marks = ",".join("?" * len(part))
+            for key, k, data in self._connection.execute(f"SELECT * FROM vectors WHERE key IN ({marks})", part):
+                found[key] = np.frombuffer(data, dtype=np.float32).reshape(k, -1)
+        return found
+
+    def put(self, matrices: Mapping[bytes, np.ndarray]) -> None:
+        """Store matrices (k, d), all of them or none."""
+        rows = [(key, len(m), np.ascontiguousarray(m, dtype=np.float32).tobytes()) for key, m in matrices.items()]
+        with self._connection:
+            self._connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
