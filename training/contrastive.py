@@ -180,7 +180,7 @@ def save(
             save_adapter(model, tuning.tuning, folder)
         model = model.merge_and_unload()
     with atomic_folder(output_dir / "final") as folder:
-        model.eval().save_pretrained(folder)
+        model.eval().save_pretrained(str(folder))
         tokenizer.save_pretrained(folder)
     return output_dir / "final"
 

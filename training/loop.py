@@ -102,6 +102,8 @@ class Loop:
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
         self.accelerator = Accelerator(
+            # Without it Accelerate takes the processes of a machine that has no accelerator for runs of their own.
+            cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if arguments.bf16 else None,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
             project_dir=arguments.output_dir,
