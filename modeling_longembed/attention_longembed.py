@@ -1,7 +1,7 @@
 """Self-attention of the encoder: projections, positions, and the table of kernels.
 
-`config.attention_patterns` says WHICH keys a query sees and is part of the model; `attn_implementation` says HOW the numbers are
-computed and is never saved. All kernels take packed tensors and give the same numbers.
+`config.attention_patterns` says WHICH keys a query sees and is part of the model; `attn_implementation` says HOW the
+numbers are computed and is never saved. All kernels take packed tensors and give the same numbers.
 """
 
 from typing import NamedTuple
@@ -46,7 +46,7 @@ def document_mask(pattern: AttentionPattern, documents: PackedDocuments, start: 
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
-    """The definition, document by document: softmax of all scores under the predicate. L x L memory; returns the weights."""
+    """The definition, a document at a time: softmax of scores under the predicate, and its weights. L x L memory."""
     contexts, weights = [], []
     for start, end in inputs.documents.bounds:
         query, key, value = (
@@ -73,7 +73,7 @@ def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
 
 
 def sdpa_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """torch's fused attention under the dense mask of each document. Exact; the mask is L x L unless the pattern is full."""
+    """torch's fused attention under each document's mask. Exact; the mask is L x L unless every token sees all."""
     contexts = []
     for start, end in inputs.documents.bounds:
         query, key, value = (x[start:end].transpose(0, 1) for x in (inputs.query, inputs.key, inputs.value))
@@ -99,10 +99,11 @@ def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
     if (
         pattern.type not in ("full", "sliding", "block")
         or documents.is_global is not None
-        or getattr(pattern, "global_tokens", 0)
+        or getattr(pattern, "global_tokens", 0) > 0
     ):
         raise ValueError(
-            "flash_attention_2 computes full, block and sliding attention without global tokens; load with attn_implementation='longembed_varlen'"
+            "flash_attention_2 computes full, block and sliding attention without global tokens; "
+            f"load with attn_implementation={DEFAULT_KERNEL!r}"
         )
     window = (pattern.window, pattern.window) if pattern.type == "sliding" else (-1, -1)
     cu_seqlens = documents.cu_seqlens if pattern.type != "block" else pattern.blocks(documents)
@@ -121,7 +122,7 @@ def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """FlexAttention (Dong et al. 2024): predicate as `mask_mod`, bias as `score_mod`. On CPU it runs uncompiled and forward only."""
+    """FlexAttention (Dong et al. 2024): predicate as `mask_mod`, bias as `score_mod`. On CPU forward only."""
     documents, pattern, bias = inputs.documents, inputs.pattern, inputs.bias
     if not inputs.query.is_cuda and torch.is_grad_enabled() and inputs.query.requires_grad:
         raise ValueError(
@@ -148,8 +149,11 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
             mask_mod, None, None, tokens, tokens, device, _compile=compiled
         )
     function = torch.compile(flex_attention) if compiled else flex_attention
+    query, key, value = (x.transpose(0, 1)[None] for x in inputs[:3])
     context = function(
-        *(x.transpose(0, 1)[None] for x in inputs[:3]),
+        query,
+        key,
+        value,
         score_mod=None if bias is None else score_mod,
         block_mask=documents.cache["flex", pattern],
         scale=inputs.scaling,
@@ -157,7 +161,7 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
     return context[0].transpose(0, 1), None
 
 
-# Name in `attn_implementation` -> kernel, whether it adds a score bias, whether it merges Self-Extend's two score matrices.
+# Name in `attn_implementation` -> kernel, whether it adds a score bias, whether it merges Self-Extend's scores.
 KERNELS = {
     "eager": (eager_attention, True, True),
     "sdpa": (sdpa_attention, True, False),
@@ -196,7 +200,7 @@ class LongEmbedAttention(nn.Module):
         self.config, self.pattern = config, pattern
         self.head_dim = config.head_dim
         width = config.num_attention_heads * self.head_dim
-        # Separate projections: LoRA on a fused one would share its A matrix, and a column split would need its own layout.
+        # Separate projections: LoRA on a fused one would share its A matrix, and a column split would need its layout.
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
@@ -225,8 +229,8 @@ def longembed_varlen(
 ):
     """Full attention on packed sequences under transformers' contract: `(1, H, T, D)` in, `(1, T, H, D)` out.
 
-    The name has to stand in transformers' table before a model may be asked for it; this entry also serves any other model that
-    passes `cu_seq_lens_q`.
+    The name has to stand in transformers' table before a model may be asked for it; the entry serves any other model
+    too, padded, or packed if it passes `cu_seq_lens_q`.
     """
     if cu_seq_lens_q is None:
         batch, length = query.shape[0], query.shape[2]
@@ -242,7 +246,7 @@ def longembed_varlen(
 
 
 def padding_mask(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """The `(B, S)` padding mask as it is: packed kernels need no other. Unregistered, transformers would pass None and padding be seen."""
+    """The `(B, S)` padding mask as it is. Unregistered, transformers would pass None and padding be seen."""
     return attention_mask
 
 

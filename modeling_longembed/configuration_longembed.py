@@ -1,9 +1,9 @@
-"""The configuration: four independent choices (positions, attention pattern, layout, output) and the sizes of the encoder.
+"""The configuration: four independent choices (positions, attention pattern, layout, output) and the sizes.
 
 What cannot be combined is refused here, when the config is built, with the fields and the remedy in the message.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
@@ -33,23 +33,27 @@ class LongEmbedConfig(PretrainedConfig):
     Args:
         vocab_size, type_vocab_size: rows of the token and segment tables; 0 segments: no such table.
         hidden_size, num_attention_heads, intermediate_size: widths d, H, and of the feed-forward sublayer.
-        sublayer_pattern: the layout, one letter a sublayer: `s` self-attention, `f` feed-forward. Default: "sf" a layer.
+        sublayer_pattern: the layout, one letter a sublayer: `s` self-attention, `f` feed-forward. Default: `sfsf...`.
         num_hidden_layers: attention sublayers; follows from `sublayer_pattern` where that is given.
         attention_patterns: which keys a query sees, one entry an attention sublayer (or one entry for all): a name or
             `{"type": "full" | "sliding" | "block", **parameters}`.
         max_position_embeddings: context length in tokens; what is longer is cut off (and said) by `encode`.
         position_embedding_type: `absolute` (learned table), `sinusoidal`, `rope`, `alibi`.
-        relative_attention_num_buckets, relative_attention_max_distance: a learned bias by distance beside the scheme (MPNet, T5); 0: none.
-        rope_parameters: transformers' form, flat or one dict a layer type (`full_attention`, `sliding_attention`, `chunked_attention`).
-        position_extension: how documents beyond the original context are read: `{"method": ..., "original_max_position_embeddings": ...}`.
-            absolute and sinusoidal: repeat, interpolate, group, restart (`period`); rope: linear, dynamic, ntk, theta (`rope_theta`), yarn,
-            group (Self-Extend, `neighbours`). `factor` defaults to new over original length. `keep_short` (default true): a document
-            that fits the original context is read as the original model read it.
+        relative_attention_num_buckets, relative_attention_max_distance: a learned bias by distance beside the scheme
+            (MPNet, T5); 0: none.
+        rope_parameters: transformers' form, flat or one dict a layer type (`full_attention`, `sliding_attention`,
+            `chunked_attention`).
+        position_extension: how documents beyond the original context are read: `{"method": ...,
+            "original_max_position_embeddings": ...}`. absolute and sinusoidal: repeat, interpolate, group, restart
+            (`period`); rope: linear, dynamic, ntk, theta (`rope_theta`), yarn, group (Self-Extend, `neighbours`).
+            `factor` defaults to new over original length. `keep_short` (default true): a document that fits the
+            original context is read as the original model read it.
         norm_placement: `post` (BERT) or `pre` (ModernBERT).
-        embedding_norm, final_norm, first_attention_norm: whether these norms exist. norm_bias, attention_bias, feed_forward_bias: biases.
+        embedding_norm, final_norm, first_attention_norm: whether these norms exist. norm_bias, attention_bias,
+            feed_forward_bias: biases.
         hidden_act, feed_forward_gated: activation; gated: `down(act(up(x)) * gate(x))`, ModernBERT's GeGLU.
         pooling: how a document becomes one vector: `mean`, `cls`, `last`, `weighted_mean` (weights 1..L).
-        prompts: text put before an input of a kind; the names `query` and `document` are what evaluation and serving use.
+        prompts: text put before an input of a kind; evaluation and serving use the names `query` and `document`.
         original_model, license: where the weights came from and under which licence, for the model card.
 
     Raises:
@@ -57,7 +61,7 @@ class LongEmbedConfig(PretrainedConfig):
     """
 
     model_type = "longembed"
-    attribute_map = {"num_layers": "num_hidden_layers"}
+    attribute_map: ClassVar[dict[str, str]] = {"num_layers": "num_hidden_layers"}
 
     vocab_size: int = 30522
     type_vocab_size: int = 2
@@ -105,13 +109,14 @@ class LongEmbedConfig(PretrainedConfig):
             self.sublayer_pattern = "sf" * (6 if self.num_hidden_layers is None else self.num_hidden_layers)
         if not self.sublayer_pattern or set(self.sublayer_pattern) - set("sf"):
             raise ValueError(
-                f"sublayer_pattern={self.sublayer_pattern!r}; give letters 's' (self-attention) and 'f' (feed-forward), such as 'sfsf'"
+                f"sublayer_pattern={self.sublayer_pattern!r}; give letters 's' (self-attention) and 'f' "
+                "(feed-forward), such as 'sfsf'"
             )
         attention_sublayers = self.sublayer_pattern.count("s")
         if self.num_hidden_layers not in (None, attention_sublayers):
             raise ValueError(
-                f"num_hidden_layers={self.num_hidden_layers} but sublayer_pattern={self.sublayer_pattern!r} has {attention_sublayers} "
-                "attention sublayers; leave num_hidden_layers out"
+                f"num_hidden_layers={self.num_hidden_layers} but sublayer_pattern={self.sublayer_pattern!r} has "
+                f"{attention_sublayers} attention sublayers; leave num_hidden_layers out"
             )
         self.num_hidden_layers = attention_sublayers
         if self.head_dim is None and self.num_attention_heads > 0:
@@ -120,15 +125,17 @@ class LongEmbedConfig(PretrainedConfig):
             self.attention_patterns = [self.attention_patterns] * attention_sublayers
         if len(self.attention_patterns) != attention_sublayers:
             raise ValueError(
-                f"attention_patterns has {len(self.attention_patterns)} entries but sublayer_pattern={self.sublayer_pattern!r} has "
-                f"{attention_sublayers} attention sublayers; give one entry for each, or one for all"
+                f"attention_patterns has {len(self.attention_patterns)} entries but sublayer_pattern="
+                f"{self.sublayer_pattern!r} has {attention_sublayers} attention sublayers; give one entry for each, or "
+                "one for all"
             )
         patterns = [build_pattern(entry) for entry in self.attention_patterns]
         self.attention_patterns = [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
         derived = [pattern.layer_type for pattern in patterns]
         if self.layer_types not in (None, derived):
             raise ValueError(
-                f"layer_types={self.layer_types} contradicts attention_patterns, which it is derived from; remove layer_types"
+                f"layer_types={self.layer_types} contradicts attention_patterns, which it is derived from; "
+                "remove layer_types"
             )
         self.layer_types = derived
         self.prompts = {"query": "", "document": ""} | (self.prompts or {})
@@ -156,7 +163,7 @@ class LongEmbedConfig(PretrainedConfig):
                 f"position_extension: the method {method!r} has no parameter {unknown[0]!r}; it has {', '.join(known)}"
             )
         extension = {"method": method} | known | extension
-        blocks = {entry["size"] for entry in self.attention_patterns if entry["type"] == "block"}
+        blocks = {pattern.size for pattern in self.get_patterns() if pattern.type == "block"}
         if method == "restart" and extension["period"] is None and len(blocks) == 1:
             extension["period"] = blocks.pop()
         original = extension["original_max_position_embeddings"]
@@ -173,7 +180,8 @@ class LongEmbedConfig(PretrainedConfig):
             )
         if method == "restart" and extension["period"] > original:
             raise ValueError(
-                f"position_extension: period={extension['period']} is more than the {original} positions that were trained"
+                f"position_extension: period={extension['period']} is more than the {original} positions "
+                "that were trained; give a smaller one"
             )
         factor = extension.get("factor")
         if factor is not None and (not isinstance(factor, (int, float)) or factor < 1):
@@ -186,7 +194,8 @@ class LongEmbedConfig(PretrainedConfig):
             return super().convert_rope_params_to_dict(**kwargs)
         if self.rope_parameters:
             raise ValueError(
-                f"rope_parameters are set but position_embedding_type={self.position_embedding_type!r}; remove them or set 'rope'"
+                f"rope_parameters are set but position_embedding_type={self.position_embedding_type!r}; "
+                "remove them or set 'rope'"
             )
         return kwargs
 
@@ -203,7 +212,8 @@ class LongEmbedConfig(PretrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)}; give at least 1")
         if self.head_dim * self.num_attention_heads != self.hidden_size:
             raise ValueError(
-                f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_attention_heads} times head_dim={self.head_dim}"
+                f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_attention_heads} "
+                f"times head_dim={self.head_dim}"
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is none of transformers' activations, such as 'gelu'")
@@ -214,38 +224,42 @@ class LongEmbedConfig(PretrainedConfig):
         if self.position_embedding_type == "rope":
             if self.head_dim % 2:
                 raise ValueError(
-                    f"position_embedding_type='rope' rotates pairs of channels, head_dim={self.head_dim} is odd; use an even one"
+                    f"position_embedding_type='rope' rotates pairs of channels, head_dim={self.head_dim} is odd; "
+                    "use an even one"
                 )
             nested = [self.rope_parameters.get(kind) for kind in dict.fromkeys(self.layer_types)]
             for parameters in nested if all(nested) else [self.rope_parameters]:
                 rope_type = parameters.get("rope_type")
                 if rope_type not in ("default", "linear", "yarn", "llama3"):
                     raise ValueError(
-                        f"rope_parameters: rope_type={rope_type!r} is not one that every document can be read with alike; "
-                        "use 'default', 'linear', 'yarn' or 'llama3' here and position_extension for the rest"
+                        f"rope_parameters: rope_type={rope_type!r} is not one that every document can be read with "
+                        "alike; use 'default', 'linear', 'yarn' or 'llama3' here and position_extension for the rest"
                     )
                 if extension is not None and rope_type != "default":
                     raise ValueError(
-                        f"position_extension cannot be put on top of rope_parameters with rope_type={rope_type!r}; set rope_type='default'"
+                        f"position_extension cannot be put on top of rope_parameters with rope_type={rope_type!r}; "
+                        "set rope_type='default'"
                     )
         elif self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
         if self.relative_attention_num_buckets % 4:
             raise ValueError(
-                f"relative_attention_num_buckets={self.relative_attention_num_buckets}; give a multiple of 4: half for each side, half of "
-                "that for exact distances"
+                f"relative_attention_num_buckets={self.relative_attention_num_buckets}; give a multiple of 4: "
+                "half for each side, half of that for exact distances"
             )
         if (
             self.relative_attention_num_buckets
             and self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4
         ):
             raise ValueError(
-                f"relative_attention_max_distance={self.relative_attention_max_distance} is not beyond the exact distances of "
-                f"relative_attention_num_buckets={self.relative_attention_num_buckets}; give more than a quarter of the buckets"
+                f"relative_attention_max_distance={self.relative_attention_max_distance} is not beyond the exact "
+                f"distances of relative_attention_num_buckets={self.relative_attention_num_buckets}; "
+                "give more than a quarter of the buckets"
             )
         if self.relative_attention_num_buckets and self.position_embedding_type == "alibi":
             raise ValueError(
-                "relative_attention_num_buckets and position_embedding_type='alibi' are both a bias by distance; choose one"
+                "relative_attention_num_buckets and position_embedding_type='alibi' are both a bias by distance; "
+                "choose one"
             )
         if extension is not None and extension["method"] == "group" and self.position_embedding_type == "rope":
             if type(extension["neighbours"]) is not int or extension["neighbours"] < 1:
@@ -261,8 +275,9 @@ class LongEmbedConfig(PretrainedConfig):
                     entry["window"] >= extension["neighbours"] or entry["global_tokens"]
                 ):
                     raise ValueError(
-                        f"position_extension: Self-Extend with neighbours={extension['neighbours']} cannot be computed under the sliding window "
-                        f"{entry['window']} with {entry['global_tokens']} global tokens; use neighbours > window and no global tokens, or 'yarn'"
+                        f"position_extension: Self-Extend with neighbours={extension['neighbours']} cannot be computed "
+                        f"under the sliding window {entry['window']} with {entry['global_tokens']} global tokens; "
+                        "use neighbours > window and no global tokens, or 'yarn'"
                     )
         if (
             self.position_embedding_type == "absolute"
@@ -272,8 +287,8 @@ class LongEmbedConfig(PretrainedConfig):
             factor = -(-self.max_position_embeddings // extension["original_max_position_embeddings"])
             if extension["factor"] not in (None, factor):
                 raise ValueError(
-                    f"position_extension: factor={extension['factor']} but the table of {self.max_position_embeddings} rows holds the "
-                    f"original ones at multiples of {factor}; leave factor out"
+                    f"position_extension: factor={extension['factor']} but the table of {self.max_position_embeddings} "
+                    f"rows holds the original ones at multiples of {factor}; leave factor out"
                 )
 
     def validate_windows(self):

@@ -1,7 +1,7 @@
-"""Conversion of a pretrained encoder: its weights under our names, its features as config fields, its outputs unchanged.
+"""Conversion of a pretrained encoder: its weights under our names, its features as fields, its outputs unchanged.
 
-`FAMILIES` says for each architecture which config fields it fixes and what its modules are called. Everything else (copying,
-stretching the position table, comparing the outputs) is the same for all.
+`FAMILIES` says for each architecture which config fields it fixes and what its modules are called. Everything else
+(copying, stretching the position table, comparing the outputs) is the same for all.
 """
 
 import json
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ class Family:
 
     Args:
         fields: config fields from the original config; raises ValueError for a feature that we cannot express.
-        embeddings, attention, feed_forward, head: our module name -> theirs; `{n}` is the layer. A triple `(name, part, parts)` is
-            one part of a fused projection.
+        embeddings, attention, feed_forward, head: our module name -> theirs; `{n}` is the layer. A triple
+            `(name, part, parts)` is one part of a fused projection.
         reserved_rows: rows at the front of the position table that no token reads (RoBERTa), given the original config.
     """
 
@@ -221,7 +222,7 @@ CHOICES = (
 
 
 def converted_fields(original, family: Family, choices: dict) -> dict:
-    """Config fields of the converted model: what the checkpoint fixes, what the caller chose, and defaults for the rest."""
+    """Config fields of the converted model: what the checkpoint fixes, what the caller chose, defaults for the rest."""
     context = original.max_position_embeddings
     fields = {
         "vocab_size": original.vocab_size,
@@ -242,7 +243,7 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
     if isinstance(extension, str):
         extension = {"method": extension}
     if extension is None and fields["max_position_embeddings"] > context:
-        # Untrained, the strongest start: blocks that are read as documents of their own; for full attention the training-free ways.
+        # The strongest untrained start: blocks read as documents of their own; for full attention a training-free way.
         extension = {"method": "dynamic" if rope else "restart" if all_blocks else "repeat"}
     if extension is not None:
         fields["position_extension"] = {"original_max_position_embeddings": context} | extension
@@ -281,7 +282,7 @@ def converted_weights(original_model, family: Family, config) -> dict[str, Tenso
 
 
 def comparable_length(config, original_fields: dict) -> int:
-    """Longest document in tokens that the converted model must read exactly as the original; 0 if it must not at all."""
+    """Longest document in tokens that the converted model must read as the original does; 0 if it need not at all."""
     extension, context = config.position_extension, original_fields["max_position_embeddings"]
     context = min(context, config.max_position_embeddings)
     if extension is not None:
@@ -290,7 +291,7 @@ def comparable_length(config, original_fields: dict) -> int:
         elif not extension["keep_short"] and extension["method"] != "repeat":
             return 0
     theirs = original_fields.get("attention_patterns", ["full"] * config.num_hidden_layers)
-    pairs = {(ours, build_pattern(entry)) for ours, entry in zip(config.get_patterns(), theirs)}
+    pairs = {(ours, build_pattern(entry)) for ours, entry in zip(config.get_patterns(), theirs, strict=True)}
     while context and any(a != b and not (a.sees_all(context) and b.sees_all(context)) for a, b in pairs):
         context -= 1
     return context
@@ -298,7 +299,7 @@ def comparable_length(config, original_fields: dict) -> int:
 
 @torch.no_grad()
 def largest_difference(original_model, model, length: int) -> float:
-    """Largest absolute difference of all outputs of two models on a padded batch of random documents of up to `length` tokens."""
+    """Largest absolute difference of two models' outputs on a padded batch of documents of up to `length` tokens."""
     lengths = [length, max(1, length // 3), 1]
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, model.config.vocab_size, (len(lengths), length), generator=generator)
@@ -323,8 +324,8 @@ def read_text(name_or_path: str, file: str, **hub) -> str | None:
 
 
 def sentence_transformers_choices(name_or_path: str, **hub) -> dict:
-    """Pooling and prompts that a sentence-transformers checkpoint was trained with; refuses modules that we do not have."""
-    choices = {}
+    """Pooling and prompts that a sentence-transformers checkpoint was trained with; refuses modules we do not have."""
+    choices: dict[str, Any] = {}
     modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     for kind in kinds:
@@ -389,34 +390,38 @@ class FromEncoderMixin:
         conversion compares them and prints the largest difference.
 
         Args:
-            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet or ModernBERT checkpoint, also one of
-                sentence-transformers, whose pooling and prompts are taken over.
+            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet or ModernBERT checkpoint, also
+                one of sentence-transformers, whose pooling and prompts are taken over.
             max_position_embeddings: new context in tokens; default: the original one.
-            position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer context: `restart` if all
-                sublayers attend in blocks of one size, else `repeat` for learned positions and `dynamic` for rope.
+            position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer
+                context: `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions
+                and `dynamic` for rope.
             attention_patterns: as in `LongEmbedConfig`; default: the original's.
             attn_implementation: kernel, as in `from_pretrained`.
-            **kwargs: `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`, `original_model` (a name for the card); and what `from_pretrained` takes to find files:
-                `revision`, `token`, `cache_dir`, `local_files_only`.
+            **kwargs: `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`, `original_model` (a name for the
+                card); and what `from_pretrained` takes to find files: `revision`, `token`, `cache_dir`,
+                `local_files_only`.
 
         Returns:
             The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
 
         Raises:
-            ValueError: a checkpoint with a feature that we cannot express (named), choices that cannot be combined, or outputs
-                that differ from the original's.
+            ValueError: a checkpoint with a feature that we cannot express (named), choices that cannot be combined, or
+                outputs that differ from the original's.
         """
         hub = {
             name: kwargs.pop(name) for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
         }
         if unknown := sorted(set(kwargs) - set(CHOICES)):
             raise ValueError(
-                f"from_encoder: {unknown[0]!r} is fixed by the checkpoint or unknown; you may choose {', '.join(CHOICES)}"
+                f"from_encoder: {unknown[0]!r} is fixed by the checkpoint or unknown; "
+                f"you may choose {', '.join(CHOICES)}"
             )
         original = AutoConfig.from_pretrained(name_or_path, **hub)
         if original.model_type not in FAMILIES:
             raise ValueError(
-                f"this checkpoint cannot be converted: its architecture is {original.model_type!r}; LongEmbed reads {', '.join(FAMILIES)}"
+                f"this checkpoint cannot be converted: its architecture is {original.model_type!r}; "
+                f"LongEmbed reads {', '.join(FAMILIES)}"
             )
         family = FAMILIES[original.model_type]
         choices = kwargs | {
@@ -485,16 +490,18 @@ class FromEncoderMixin:
         name = self.config.original_model
         if length == 0:
             print(
-                f"longembed: {name} converted; by choice no input is read as the original reads it, so nothing was compared"
+                f"longembed: {name} converted; by choice no input is read as the original reads it, "
+                "so nothing was compared"
             )
             return
         length = min(length, 1024)
         difference = largest_difference(original_model, self, length)
         print(
-            f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: {difference:.1e}"
+            f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: "
+            f"{difference:.1e}"
         )
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"the conversion of {name} changed its outputs by {difference:.1e}, more than {TOLERANCE:.0e}: it has a feature that was not "
-                "recognised; please report it with the checkpoint's config.json"
+                f"the conversion of {name} changed its outputs by {difference:.1e}, more than {TOLERANCE:.0e}: it has "
+                "a feature that was not recognised; please report it with the checkpoint's config.json"
             )

@@ -1,5 +1,8 @@
 """`model.encode`: texts in, vectors out. No padding, no dependence on the neighbours, nothing cut off in silence."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.utils import logging
@@ -21,7 +24,7 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
 
 
 def budget_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of documents in batches of at most `batch_tokens` tokens, longest first; a longer document is a batch of its own."""
+    """Indices of documents in batches of at most `batch_tokens`, longest first; a longer document is alone."""
     batches: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -35,6 +38,8 @@ def budget_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
 
 class EncodeMixin:
     """Adds `encode` to the encoder; the tokenizer is the one saved beside the model."""
+
+    __call__: Callable[..., Any]  # of the module that this is mixed into
 
     def tokenize(self, texts: list[str], prompt: str = "", overflow: str = "warn") -> list[list[int]]:
         """Token ids of each text with special tokens, cut to the context so that the closing special token stays.
@@ -55,8 +60,8 @@ class EncodeMixin:
         cut = [len(row) - limit for row in rows if len(row) > limit]
         if cut:
             message = (
-                f"{len(cut)} of {len(rows)} texts are longer than the context of {limit} tokens (max_position_embeddings); "
-                f"{sum(cut)} of {sum(map(len, rows))} tokens"
+                f"{len(cut)} of {len(rows)} texts are longer than the context of {limit} tokens "
+                f"(max_position_embeddings); {sum(cut)} of {sum(map(len, rows))} tokens"
             )
             if overflow == "error":
                 raise ValueError(f"{message} would be cut off; split them, or extend the model")
@@ -90,15 +95,16 @@ class EncodeMixin:
 
         Args:
             texts: one string or a list.
-            prompt_name: key in `config.prompts` (`query`, `document`) whose text goes before each input; None: no prompt.
-            batch_tokens: tokens in one forward pass; documents are sorted by length and packed without padding. Sets memory.
+            prompt_name: key in `config.prompts` (`query`, `document`) whose text goes before each input; None: none.
+            batch_tokens: tokens in one forward pass, sorted by length and packed without padding; sets memory.
             normalize: unit vectors, after truncation.
             truncate_dim: keep the first so many dimensions (for models trained with Matryoshka).
-            late_chunk_tokens: one vector for each passage of so many tokens, pooled from states that have read the whole document
-                (late chunking, Günther et al. 2024); the output is then a list of `(passages, dim)`.
+            late_chunk_tokens: one vector for each passage of so many tokens, pooled from states that have read the
+                whole document (late chunking, Günther et al. 2024); the output is then a list of `(passages, dim)`.
             overflow: `warn` says once how much was cut off at the context, `error` refuses.
             output: `numpy` or `torch`.
-            precision: `float32`, `bfloat16` (matrix products in bf16 under autocast), or `auto`: bf16 where the processor is fast in it.
+            precision: `float32`, `bfloat16` (matrix products in bf16 under autocast), or `auto`: bf16 where the
+                processor is fast in it.
             show_progress_bar: default: when there is more than one batch.
 
         Returns:
@@ -124,10 +130,11 @@ class EncodeMixin:
                 raise ValueError(f"encode: {name}={size}; give at least 1")
         if truncate_dim is not None and truncate_dim > self.config.hidden_size:
             raise ValueError(
-                f"encode: truncate_dim={truncate_dim} is more than the {self.config.hidden_size} dimensions of the model"
+                f"encode: truncate_dim={truncate_dim} is more than the {self.config.hidden_size} dimensions "
+                "of the model"
             )
         single = isinstance(texts, str)
-        texts = [texts] if single else list(texts)
+        texts = [texts] if isinstance(texts, str) else list(texts)
         if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:
             raise ValueError(f"encode: text {wrong[0]} is a {type(texts[wrong[0]]).__name__}, not a string")
         was_training = self.training
@@ -179,7 +186,7 @@ class EncodeMixin:
                     counts = (lengths + late_chunk_tokens - 1) // late_chunk_tokens
                     pooled = pool(states.last_hidden_state[0], passages, self.config.pooling)
                     parts = pooled.float().cpu().split(counts.tolist())
-                for index, part in zip(batch, parts):
+                for index, part in zip(batch, parts, strict=True):
                     vectors[index] = part
                 progress.update(int(lengths.sum()))
         return vectors

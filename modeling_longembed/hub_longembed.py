@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -53,8 +54,8 @@ It loads as well with `SentenceTransformer("{title}", trust_remote_code=True)`; 
 
 ## Safety
 
-Weights are safetensors. The code in this repository runs on your machine when you pass `trust_remote_code=True`: pin a `revision`,
-read the files, or compare them with these sums.
+Weights are safetensors. The code in this repository runs on your machine when you pass `trust_remote_code=True`: pin a
+`revision`, read the files, or compare them with these sums.
 
 | file | sha256 |
 |---|---|
@@ -81,9 +82,9 @@ class HubMixin:
     """Loading with a tokenizer from the same revision, and saving everything that a published folder needs."""
 
     _tokenizer = None
-    _tokenizer_source: dict = {}
-    # Rows of the card's results table, `{"task": ..., "metric": ..., "score": ...}`; whoever measures sets them before saving.
-    results: list[dict] = []
+    _tokenizer_source: dict | None = None
+    # Rows of the card's table, `{"task": ..., "metric": ..., "score": ...}`; whoever measures sets them before saving.
+    results: Sequence[dict] = ()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -101,7 +102,7 @@ class HubMixin:
         if self._tokenizer is None:
             if not self.name_or_path:
                 raise ValueError("this model was not loaded from a folder or the Hub; set model.tokenizer first")
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **self._tokenizer_source)
+            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **(self._tokenizer_source or {}))
         return self._tokenizer
 
     @tokenizer.setter
@@ -113,10 +114,11 @@ class HubMixin:
         if self._tokenizer is not None or not self.name_or_path:
             return self._tokenizer is not None
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        return cached_file(self.name_or_path, "tokenizer_config.json", **quiet, **self._tokenizer_source) is not None
+        source = self._tokenizer_source or {}
+        return cached_file(self.name_or_path, "tokenizer_config.json", **quiet, **source) is not None
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers, and beside weights, config and code: tokenizer, sentence-transformers files and a model card."""
+        """As in transformers; beside weights, config and code: tokenizer, sentence-transformers files, a model card."""
         # All three classes, whichever is saved: the folder loads as encoder and as masked-language model.
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
@@ -124,7 +126,7 @@ class HubMixin:
             self._write_companions(Path(save_directory))
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        """Called by transformers' `push_to_hub` after it has put a generic card into the folder: ours takes its place."""
+        """transformers' `push_to_hub` calls this once it has put a generic card into the folder: ours replaces it."""
         self._write_companions(Path(working_dir), title=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
@@ -172,7 +174,10 @@ class HubMixin:
         metadata += [f"license: {config.license}"] if config.license else []
         base = config.original_model
         metadata += [f"base_model: {base}"] if base and "/" in base else []  # a Hub id, not the name of a folder
-        extension = config.position_extension
+        extension, extended = config.position_extension, ""
+        if extension is not None:
+            original = extension["original_max_position_embeddings"]
+            extended = f", extended by `{extension['method']}` from {original:,} tokens"
         rows = [f"| {row['task']} | {row['metric']} | {row['score']:.2f} |" for row in self.results]
         files = sorted({*folder.glob("*.py"), *folder.glob("*.safetensors")})
         return CARD.format(
@@ -183,9 +188,7 @@ class HubMixin:
             dim=config.hidden_size,
             pooling=config.pooling,
             positions=config.position_embedding_type,
-            extension=f", extended by `{extension['method']}` from {extension['original_max_position_embeddings']} tokens"
-            if extension
-            else "",
+            extension=extended,
             patterns=summarize_patterns(config.attention_patterns),
             layout=config.sublayer_pattern,
             parameters=self.num_parameters(),

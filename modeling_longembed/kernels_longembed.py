@@ -1,11 +1,13 @@
 """The attention arithmetic on packed tokens that needs torch alone, at linear memory.
 
-Every function takes query, key and value of shape `(T, H, D)` and returns the context `(T, H, D)`. None of them allocates a
-tensor of T x T elements: queries are taken in chunks whose scores, where they exist at all, stay below `MAX_SCORES`.
+Every function takes query, key and value of shape `(T, H, D)` and returns the context `(T, H, D)`. None of them
+allocates a tensor of T x T elements: queries are taken in chunks whose scores, where they exist at all, stay below
+`MAX_SCORES`.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,15 +26,18 @@ MAX_SCORES = 2**24
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float) -> Tensor:
-    """Attention of one or of N equal problems: query `(..., H, Q, D)`, key and value `(..., H, K, D)`, mask broadcastable to `(..., H, Q, K)`."""
+    """Attention of one or of N equal problems, mask broadcastable to the scores.
+
+    Query `(..., H, Q, D)`, key and value `(..., H, K, D)`, mask `(..., H, Q, K)`; returns `(..., H, Q, D)`.
+    """
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
 
 
-def recompute_in_backward(function: Callable, *tensors: Tensor) -> Tensor:
-    """Calls `function`; its scores are computed again in the backward pass: kept, they would add up to T x T elements."""
-    return checkpoint(function, *tensors, use_reentrant=False) if torch.is_grad_enabled() else function(*tensors)
+def recompute_in_backward(function: Callable, *inputs: Any) -> Tensor:
+    """Calls `function`; backward computes its scores again: kept for it, they would add up to T x T elements."""
+    return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
 def varlen_kernel_applies(query: Tensor, dropout: float) -> bool:
@@ -62,23 +67,26 @@ def segment_attention(
         grouped: the second rotation of Self-Extend for far keys, or None.
     """
     if varlen_kernel_applies(query, dropout) and bias is None and grouped is None:
-        return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
+        context = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
+        return cast(Tensor, context)  # a pair only where `return_aux` asks for one
     starts = cu_seqlens[:-1].tolist()
     rows_by_length: dict[int, list[int]] = {}
-    for start, length in zip(starts, cu_seqlens.diff().tolist()):
+    for start, length in zip(starts, cu_seqlens.diff().tolist(), strict=True):
         if length:
             rows_by_length.setdefault(length, []).append(start)
     if len(rows_by_length) == 1 and bias is None and grouped is None:  # blocks of one size: a view, nothing is gathered
         (length, starts) = next(iter(rows_by_length.items()))
         shape = (len(starts), length, *query.shape[1:])
-        context = attend(*(x.view(shape).transpose(1, 2) for x in (query, key, value)), None, scaling, dropout)
+        query_NHLD, key_NHLD, value_NHLD = (x.view(shape).transpose(1, 2) for x in (query, key, value))
+        context = attend(query_NHLD, key_NHLD, value_NHLD, None, scaling, dropout)
         return context.transpose(1, 2).reshape(query.shape)
     context = torch.zeros_like(query)
     for length, starts in rows_by_length.items():
         if bias is None and grouped is None:  # segments of one length are one call
-            rows = (torch.tensor(starts)[:, None] + torch.arange(length)).to(query.device)  # (N, length)
-            part = attend(*(x[rows].transpose(1, 2) for x in (query, key, value)), None, scaling, dropout)
-            context = context.index_copy(0, rows.flatten(), part.transpose(1, 2).flatten(0, 1))
+            index = (torch.tensor(starts)[:, None] + torch.arange(length)).to(query.device)  # (N, length)
+            query_NHLD, key_NHLD, value_NHLD = (x[index].transpose(1, 2) for x in (query, key, value))
+            part = attend(query_NHLD, key_NHLD, value_NHLD, None, scaling, dropout)
+            context = context.index_copy(0, index.flatten(), part.transpose(1, 2).flatten(0, 1))
             continue
         for start in starts:
             rows = slice(start, start + length)
@@ -121,7 +129,7 @@ def window_attention(
     dropout: float,
     bias: ScoreBias | None = None,
 ) -> Tensor:
-    """Sliding-window attention of ONE document, blocks of queries against the keys around them (Longformer, section 3.1).
+    """Sliding-window attention of ONE document, blocks of queries against the keys around them (Longformer, 3.1).
 
     Args:
         query, key, value: `(L, H, D)`.
@@ -190,5 +198,5 @@ def window_attention(
 def _global_rows(query, key, value, global_index, scaling, dropout, bias) -> Tensor:
     """Global tokens of one document see all its keys: `(G, H, D)`, G x L scores."""
     mask = None if bias is None else bias.dense(global_index, torch.arange(len(key), device=key.device))
-    context = attend(*(x.transpose(0, 1) for x in (query[global_index], key, value)), mask, scaling, dropout)
-    return context.transpose(0, 1)
+    query_HGD, key_HLD, value_HLD = (x.transpose(0, 1) for x in (query[global_index], key, value))
+    return attend(query_HGD, key_HLD, value_HLD, mask, scaling, dropout).transpose(0, 1)

@@ -187,17 +187,19 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             token_type_ids: shape of `input_ids`; zeros if left out.
             position_ids: shape of `input_ids`, places in the document; counted from 0 in each document if left out.
             inputs_embeds: `(B, S, d)` word vectors instead of `input_ids`.
-            global_attention_mask: shape of `input_ids`, non-zero on tokens that see and are seen everywhere (sliding patterns).
-            cu_seq_lens_q: `(B + 1,)` int32 cumulative lengths: the input is packed. The name is transformers' own for varlen input.
+            global_attention_mask: shape of `input_ids`, non-zero on tokens that see and are seen everywhere (sliding
+                patterns).
+            cu_seq_lens_q: `(B + 1,)` int32 cumulative lengths: the input is packed. The name is transformers' own.
             max_length_q: longest document in tokens; counted if left out.
             output_attentions: weights of each attention sublayer, `(B, H, S, S)`; needs `attn_implementation="eager"`.
-            output_hidden_states: the embeddings and the states after each SUBLAYER, `(B, S, d)`: in the layout `sfsf...` every
-                second entry is a layer of the original. Under pre-norm the last one is after the final norm.
+            output_hidden_states: the embeddings and the states after each SUBLAYER, `(B, S, d)`: in the layout
+                `sfsf...` every second entry is a layer of the original. Under pre-norm the last one is after the final
+                norm.
             return_dict: False gives a tuple.
 
         Returns:
-            `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), and `pooler_output` `(B, d)`, one vector a
-            document by `config.pooling`, not normalised.
+            `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), and `pooler_output` `(B, d)`, one
+            vector a document by `config.pooling`, not normalised.
 
         Raises:
             ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
@@ -261,7 +263,8 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             mask = torch.ones(inputs.shape[:2], device=inputs.device) if attention_mask is None else attention_mask
             if mask.shape != inputs.shape[:2]:
                 raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}, the input {tuple(inputs.shape[:2])}; they must agree"
+                    f"attention_mask has shape {tuple(mask.shape)}, the input {tuple(inputs.shape[:2])}; "
+                    "they must agree"
                 )
             documents = PackedDocuments.from_attention_mask(mask)
         if global_attention_mask is not None:
@@ -298,7 +301,7 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             places, rows = documents.padded_index % length, torch.arange(batch)
         padded = weights[0].new_zeros(batch, self.config.num_attention_heads, length, length)
         filled = [number for number, tokens in enumerate(documents.lengths) if tokens]
-        for number, (start, end), part in zip(filled, documents.bounds, weights):
+        for number, (start, end), part in zip(filled, documents.bounds, weights, strict=True):
             at = places[start:end]
             padded[rows[number]][:, at[:, None], at[None, :]] = part
         return padded
@@ -346,8 +349,9 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
 
         Args:
             input_ids, attention_mask, **kwargs: as in `LongEmbedModel.forward`.
-            labels: `(B, S)`, -100 where nothing is predicted. With labels only the predicted places reach the vocabulary
-                projection, and `logits` is `(P, V)` for the P of them: all places of a long document would not fit.
+            labels: `(B, S)`, -100 where nothing is predicted. With labels only the predicted places reach the
+                vocabulary projection, and `logits` is `(P, V)` for the P of them: those of a whole long document would
+                not fit.
 
         Returns:
             `loss` (mean cross-entropy, with labels) and `logits` `(B, S, V)` (without labels).
@@ -368,7 +372,7 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
         return output if return_dict else output.to_tuple()
 
 
-# Saving then writes `auto_map` and copies these files, so that the folder loads with trust_remote_code and nothing installed.
+# Saving then writes `auto_map` and copies these files: the folder loads with trust_remote_code and nothing installed.
 LongEmbedConfig.register_for_auto_class()
 LongEmbedModel.register_for_auto_class("AutoModel")
 LongEmbedForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

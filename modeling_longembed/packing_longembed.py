@@ -7,6 +7,7 @@ H heads, D head size, d = H * D model width. A packed tensor is `(T, ...)`; docu
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ class PackedDocuments:
         cu_seqlens: `(B + 1,)` int32, cumulative document lengths, starting at 0.
         max_seqlen: length of the longest document in tokens.
         is_global: `(T,)` bool, tokens that attend everywhere and are seen from everywhere in their document, or None.
-        padded_index: `(T,)` int64, place of each packed token in the flattened `(B * S)` batch; None if the caller packed.
+        padded_index: `(T,)` int64, place of each token in the flattened `(B * S)` batch; None if the caller packed.
         batch_shape: `(B, S)` of the padded batch; None if the caller packed.
     """
 
@@ -55,8 +56,7 @@ class PackedDocuments:
     @cached_property
     def bounds(self) -> list[tuple[int, int]]:
         """First and one-past-last packed row of each document that has tokens."""
-        ends = self.cu_seqlens.tolist()
-        return [(start, end) for start, end in zip(ends[:-1], ends[1:]) if end > start]
+        return [(start, end) for start, end in pairwise(self.cu_seqlens.tolist()) if end > start]
 
     @cached_property
     def document_ids(self) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention patterns: which keys a query sees. The registry behind `config.attention_patterns`.
 
-A pattern is one class: a predicate that defines it (`visible`; every kernel is tested against the dense softmax built from
-it) and `attend`, which computes the same numbers at the pattern's own cost. To add one, write the class and register it.
+A pattern is one class: a predicate that defines it (`visible`; every kernel is tested against the dense softmax built
+from it) and `attend`, which computes the same numbers at the pattern's own cost. To add one, write and register the
+class.
 """
 
 from dataclasses import dataclass, field, fields
@@ -32,7 +33,8 @@ class AttentionPattern:
             value, least = getattr(self, parameter.name), parameter.metadata["least"]
             if type(value) is not int or value < least:
                 raise ValueError(
-                    f"attention_patterns: {parameter.name!r} of the pattern {self.type!r} is {value!r}; give a whole number of at least {least}"
+                    f"attention_patterns: {parameter.name!r} of the pattern {self.type!r} is {value!r}; "
+                    f"give a whole number of at least {least}"
                 )
 
     def visible(self, query_index: Tensor, key_index: Tensor, query_global: Tensor, key_global: Tensor) -> Tensor:
@@ -88,7 +90,8 @@ def build_pattern(entry: "str | dict") -> AttentionPattern:
     known = [parameter.name for parameter in fields(PATTERNS[name])]
     if unknown := sorted(set(entry) - set(known)):
         raise ValueError(
-            f"attention_patterns: the pattern {name!r} has no parameter {unknown[0]!r}; it has {', '.join(known) or 'none'}"
+            f"attention_patterns: the pattern {name!r} has no parameter {unknown[0]!r}; "
+            f"it has {', '.join(known) or 'none'}"
         )
     return PATTERNS[name](**entry)
 
@@ -113,10 +116,10 @@ class FullAttention(AttentionPattern):
 
 @register_pattern
 class SlidingAttention(AttentionPattern):
-    """A token sees `window` tokens on EACH side (Longformer's w is both sides together, ModernBERT's `local_attention` too).
+    """A token sees `window` tokens on EACH side (Longformer's w and ModernBERT's `local_attention` are both sides).
 
-    Global tokens (the first `global_tokens` of a document, and those of `global_attention_mask`) see all and are seen by all, in
-    the same softmax and with the same projections. Cost L x window in time and memory.
+    Global tokens (the first `global_tokens` of a document, and those of `global_attention_mask`) see all and are seen
+    by all, in the same softmax and with the same projections. Cost L x window in time and memory.
     """
 
     type = "sliding"
@@ -156,10 +159,10 @@ class SlidingAttention(AttentionPattern):
 
 @register_pattern
 class BlockAttention(AttentionPattern):
-    """Full attention inside consecutive blocks of `size` tokens, none between them. Cost L x size in time, linear in memory.
+    """Full attention inside consecutive blocks of `size` tokens, none between them. Cost L x size, linear in memory.
 
-    With `position_extension={"method": "restart"}` every block is read as a document of its own, so that a converted model
-    starts out as "cut into blocks, embed, token-weighted mean".
+    With `position_extension={"method": "restart"}` every block is read as a document of its own, so that a converted
+    model starts out as "cut into blocks, embed, token-weighted mean".
     """
 
     type = "block"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def weighted_sum(hidden_states: Tensor, weights: Tensor, segment_ids: Tensor, segments: int) -> Tensor:
-    """Sum of weighted rows by segment: `(T, d)`, `(T,)`, `(T,)` to `(N, d)`. In fp32: 8,000 terms do not add up in half precision."""
+    """Weighted mean by segment, `(T, d)`, `(T,)`, `(T,)` to `(N, d)`; fp32, for half precision loses 8,000 terms."""
     with torch.autocast(hidden_states.device.type, enabled=False):
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         total = wide.new_zeros(segments, wide.shape[1]).index_add(

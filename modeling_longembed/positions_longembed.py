@@ -1,11 +1,12 @@
 """Position schemes: what a token knows about where it stands, and how that is stretched beyond the trained length.
 
-A scheme acts in one of three places: it adds a vector to the embedding (absolute, sinusoidal), rotates query and key (rope), or
-adds a bias to the scores (alibi, the relative buckets of T5 and MPNet). Nothing here holds tensor state: a non-persistent buffer
-comes back from `from_pretrained` as garbage, so tables are computed from Python numbers in every forward pass.
+A scheme acts in one of three places: it adds a vector to the embedding (absolute, sinusoidal), rotates query and key
+(rope), or adds a bias to the scores (alibi, the relative buckets of T5 and MPNet). Nothing here holds tensor state: a
+non-persistent buffer comes back from `from_pretrained` as garbage, so tables are computed from Python numbers in every
+forward pass.
 
-An extension applies to documents that are longer than the original context only (unless `keep_short` is false), each document
-by its own length: a document that fits is read exactly as the original model read it, whatever stands beside it in the batch.
+An extension applies to documents that are longer than the original context only (unless `keep_short` is false), each by
+its own length: a document that fits is read as the original model read it, whatever stands beside it in the batch.
 """
 
 import math
@@ -51,8 +52,9 @@ def extend_position_table(table: Tensor, length: int, method: str) -> Tensor:
     Args:
         table: `(P, d)`.
         length: rows wanted, at least P.
-        method: `repeat` copies the table (Longformer: row j*P + r is row r); `interpolate` puts old row i at k*i, k = ceil(length / P),
-            and convex combinations between (the table form of position interpolation; rows after the last old one repeat it).
+        method: `repeat` copies the table (Longformer: row j*P + r is row r); `interpolate` puts old row i at k*i,
+            k = ceil(length / P), and convex combinations between (the table form of position interpolation; rows after
+            the last old one repeat it).
 
     Returns:
         `(length, d)`, old rows bitwise.
@@ -76,7 +78,7 @@ def extension_factor(extension: dict, max_position_embeddings: int) -> float:
 
 
 def is_extended(extension: dict | None, lengths: Tensor) -> Tensor:
-    """Which documents (or tokens, given the length of the document of each) the extension applies to. Bool, shape of `lengths`."""
+    """Which documents the extension applies to, given the length of each (or, for every token, of its own). Bool."""
     if extension is None:
         return torch.zeros_like(lengths, dtype=torch.bool)
     if not extension["keep_short"]:
@@ -87,8 +89,9 @@ def is_extended(extension: dict | None, lengths: Tensor) -> Tensor:
 def position_ids(config, documents: PackedDocuments, token_index: Tensor) -> Tensor:
     """Rows of the position table (absolute) or arguments of the sinusoids, per document.
 
-    `repeat` on a table needs no change of ids (the table itself is longer); on sinusoids it is `p mod P`. `interpolate` puts a short
-    document on the old rows, k*p (E5-Base-4k), and a long one on p. `group` is `p // factor`. `restart` is `p mod period`.
+    `repeat` on a table needs no change of ids (the table itself is longer); on sinusoids it is `p mod P`. `interpolate`
+    puts a short document on the old rows, k*p (E5-Base-4k), and a long one on p. `group` is `p // factor`. `restart` is
+    `p mod period`.
 
     Args:
         documents: the lengths.
@@ -125,11 +128,11 @@ def position_table_rows(config) -> int:
 def rope_frequencies(
     rope_parameters: dict, head_dim: int, original_length: int, extended_length: int | None = None
 ) -> tuple[Tensor, float]:
-    """Inverse frequencies and attention factor of rotary embeddings (Su et al. 2021), scaled by what transformers offers.
+    """Inverse frequencies and attention factor of rotary embeddings (Su et al. 2021), scaled as transformers does it.
 
     Args:
-        rope_parameters: transformers' form, `{"rope_type": ..., "rope_theta": ..., ...}`. `ntk` (static NTK, theta times
-            `factor^(D / (D - 2))`) and `theta` (a new `rope_theta`) are ours: transformers has no name for them.
+        rope_parameters: transformers' form, `{"rope_type": ..., "rope_theta": ..., ...}`. `ntk` (static NTK, theta
+            times `factor^(D / (D - 2))`) and `theta` (a new `rope_theta`) are ours: transformers has no name for them.
         head_dim: D, even.
         original_length: context in tokens that the model was trained at.
         extended_length: length of the document, for `dynamic`.
@@ -160,7 +163,7 @@ def extended_rope_parameters(extension: dict, rope_parameters: dict, max_positio
         key: value for key, value in extension.items() if key not in ("method", "keep_short") and value is not None
     }
     if method != "theta":
-        # transformers' dynamic NTK at factor f scales by f * len / L - (f - 1): only f = 1 means "as long as the document is".
+        # transformers' dynamic NTK scales by f * len / L - (f - 1): only f = 1 means "as long as the document is".
         parameters["factor"] = (
             parameters.get("factor", 1.0)
             if method == "dynamic"
@@ -171,7 +174,7 @@ def extended_rope_parameters(extension: dict, rope_parameters: dict, max_positio
 
 @dataclass
 class Rotary:
-    """Rotation of query and key: cos and sin of `(T, D)` fp32, half-split layout (the two halves of D form the planes)."""
+    """Rotation of query and key: cos and sin `(T, D)` in fp32, half-split (channels t and t + D/2 form a plane)."""
 
     cos: Tensor
     sin: Tensor
@@ -223,7 +226,7 @@ class GroupedRotary:
 
 
 def grouped_positions(token_index: Tensor, group: int, neighbours: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of Self-Extend's far rotation: of a query for keys on its left, for keys on its right, and of a key. Each `(T,)`."""
+    """Positions of Self-Extend's far part: a query's for keys on its left, on its right, and a key's. All `(T,)`."""
     floored = token_index // group
     shift = neighbours - neighbours // group
     return floored + shift, floored - shift, floored
@@ -256,20 +259,21 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
     method = extension["method"]
     if method == "group":
         group, window = math.ceil(extension_factor(extension, config.max_position_embeddings)), extension["neighbours"]
-        far = tuple(rotary_at(x, base, base_factor) for x in grouped_positions(token_index, group, window))
+        left, right, floored = (rotary_at(x, base, base_factor) for x in grouped_positions(token_index, group, window))
         lengths = documents.document_lengths
         neighbours = torch.where(is_extended(extension, lengths), torch.full_like(lengths, window), lengths)
-        return RopePlan(rotary_at(token_index, base, base_factor), far, neighbours)
+        return RopePlan(rotary_at(token_index, base, base_factor), (left, right, floored), neighbours)
     parameters = extended_rope_parameters(extension, rope_parameters, config.max_position_embeddings)
     lengths = documents.cu_seqlens.diff()
     if method == "dynamic":  # one frequency row a document: the length of a neighbour must not reach into this one
         rows, factors = zip(
-            *(rope_frequencies(parameters, config.head_dim, original, max(n, original)) for n in documents.lengths)
+            *(rope_frequencies(parameters, config.head_dim, original, max(n, original)) for n in documents.lengths),
+            strict=True,
         )
         stretched, factor = torch.stack(rows).to(device), torch.tensor(factors, device=device)
     else:
-        row, factor = rope_frequencies(parameters, config.head_dim, original)
-        stretched, factor = row.to(device).expand(len(lengths), -1), torch.full((len(lengths),), factor, device=device)
+        row, row_factor = rope_frequencies(parameters, config.head_dim, original)
+        stretched, factor = row.to(device).expand(len(lengths), -1), torch.tensor(row_factor, device=device)
     extended = is_extended(extension, lengths)
     inv_freq = torch.where(extended[:, None], stretched, base)[documents.document_ids]
     attention_factor = torch.where(extended, factor, base_factor)[documents.document_ids]
@@ -289,7 +293,7 @@ class ScoreBias:
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Slopes of Press et al. 2022: `2^(-8h / H)` for H a power of two, else those of the lower power and every second one of the next."""
+    """Slopes of Press et al. 2022: `2^(-8h / H)` for H a power of two, else with every second one of the next power."""
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * h / power) for h in range(1, power + 1)]
     return slopes + [2.0 ** (-4.0 * h / power) for h in range(1, 2 * (num_heads - power), 2)]
@@ -306,7 +310,7 @@ class AlibiBias(ScoreBias):
 
 
 def relative_position_bucket(relative_position: Tensor, num_buckets: int, max_distance: int) -> Tensor:
-    """Bidirectional buckets of T5 (Raffel et al. 2020) and MPNet: half for each side, exact when near, logarithmic to `max_distance`."""
+    """Bidirectional buckets of T5 (Raffel et al. 2020) and MPNet: half a side, exact near, logarithmic further away."""
     half = num_buckets // 2
     exact = half // 2
     side = (relative_position > 0).long() * half
