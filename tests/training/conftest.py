@@ -1,0 +1,63 @@
+"""A tiny LongEmbed model with a tokenizer of its own, and pairs to train on."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from tiny_training import SPECIALS, WORDS, random_pairs, tiny_config, write_jsonl
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from modeling_longembed import LongEmbedModel
+
+
+@pytest.fixture
+def tiny_model() -> LongEmbedModel:
+    return LongEmbedModel(tiny_config())
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = [*SPECIALS, *WORDS, *map(str, range(10))]
+    core = Tokenizer(WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    core.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=128, **names)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer) -> Path:
+    """A saved tiny model, with dropout."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    LongEmbedModel(tiny_config(hidden_dropout_prob=0.1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", random_pairs(48, negatives=1))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_dataset_cache(tmp_path_factory):
+    """What the tests read is cached in their own folder, in this process and in those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("datasets"))
+        patch.setenv("HF_DATASETS_CACHE", folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps its settings for the life of a process; each test starts without them."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,0 +1,44 @@
+"""The sizes and texts that the tests of training share, in this process and in those that they start."""
+
+import json
+import random
+from pathlib import Path
+
+from modeling_longembed import LongEmbedConfig
+
+WORDS = "river stone cloud table green seven night paper music house train north glass bread winter garden".split()
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def tiny_config(**changes) -> LongEmbedConfig:
+    """Two layers of width 32, restarting positions in blocks of 16, no dropout."""
+    options = {
+        "vocab_size": len(SPECIALS) + len(WORDS) + 10,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 128,
+        "attention_patterns": {"type": "block", "size": 16},
+        "hidden_dropout_prob": 0.0,
+    }
+    return LongEmbedConfig(**(options | changes))
+
+
+def random_pairs(count: int, seed: int = 0, negatives: int = 0) -> list[dict[str, str]]:
+    """Pairs of texts of 3 to 40 words; a positive repeats its anchor's words somewhere."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        anchor = draw.choices(WORDS, k=draw.randint(3, 6)) + [str(draw.randint(0, 9))]
+        noise = draw.choices(WORDS, k=draw.randint(1, 34))
+        row = {"anchor": " ".join(anchor), "positive": " ".join(noise + anchor)}
+        for number in range(negatives):
+            row[f"negative_{number}"] = " ".join(draw.choices(WORDS, k=draw.randint(1, 30)))
+        rows.append(row)
+    return rows
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
