@@ -30,13 +30,13 @@ clean: ## remove the environments and what tools cached; runs/ stays
 	rm -rf .venv .venv-lower build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is made last: a setup that was interrupted leaves none and is taken up again. Both parts of the check
-# matter, because an interrupted `python -m venv` leaves a python without pip.
+# The stamp is made last: a setup that was interrupted leaves none and is taken up again. An interrupted `python -m venv`
+# leaves a python without pip, and running it once more completes it.
 $(VENV)/.stamp-%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "error: \
 	$(PYTHON) is not a Python >= 3.10 with the modules venv and ensurepip: install one (Debian: python3-venv) and name \
 	it, make PYTHON=/path/to/python" >&2; exit 2; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) for '$*'; the first time downloads about 1 GB (several with CUDA builds of torch)"
 	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable '.[$*]'
 	@touch $@
