@@ -172,14 +172,23 @@ KERNELS = {
 DEFAULT_KERNEL = "longembed_varlen"
 
 
+def check_kernel(name: str):
+    """Raises ValueError if there is no kernel called `name`, or not on this machine."""
+    if name not in KERNELS:
+        raise ValueError(f"attn_implementation={name!r} is none of ours; choose from {', '.join(KERNELS)}")
+    if name == "flash_attention_2" and flash_attn_varlen_func is None:
+        raise ValueError(
+            f"attn_implementation={name!r} needs the package flash-attn, which is not installed; use {DEFAULT_KERNEL!r}"
+        )
+
+
 def select_kernel(name: str, has_bias: bool, is_grouped: bool):
     """The kernel called `name`, if it can compute what the model's positions need.
 
     Raises:
         ValueError: no such kernel, or one that cannot add this model's position scheme.
     """
-    if name not in KERNELS:
-        raise ValueError(f"attn_implementation={name!r} is none of ours; choose from {', '.join(KERNELS)}")
+    check_kernel(name)
     kernel, adds_bias, merges_groups = KERNELS[name]
     if has_bias and not adds_bias:
         raise ValueError(

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 
-from .attention_longembed import DEFAULT_KERNEL, LongEmbedAttention
+from .attention_longembed import DEFAULT_KERNEL, LongEmbedAttention, check_kernel
 from .configuration_longembed import LongEmbedConfig
 from .conversion_longembed import FromEncoderMixin
 from .encoding_longembed import EncodeMixin
@@ -132,7 +132,9 @@ class LongEmbedPreTrainedModel(HubMixin, FromEncoderMixin, PreTrainedModel):
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Ours is the packed path where the caller asks for none: transformers would take padded SDPA."""
-        return super().get_correct_attn_implementation(requested_attention or DEFAULT_KERNEL, is_init_check)
+        name = requested_attention or DEFAULT_KERNEL
+        check_kernel(name)
+        return super().get_correct_attn_implementation(name, is_init_check)
 
 
 class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):

@@ -140,6 +140,11 @@ class SlidingAttention(AttentionPattern):
         if self.global_tokens:
             first = documents.token_index < self.global_tokens
             is_global = first if is_global is None else is_global | first
+        if is_global is not None and grouped is not None:
+            raise ValueError(
+                "global_attention_mask cannot be combined with Self-Extend (method 'group' on rope) under a sliding "
+                "window; leave it out, or extend by 'yarn'"
+            )
         if is_global is None and bias is None and varlen_kernel_applies(query, dropout):
             cu, longest, window = documents.cu_seqlens, documents.max_seqlen, (self.window, self.window)
             return varlen_attn(query, key, value, cu, cu, longest, longest, scale=scaling, window_size=window)

@@ -120,9 +120,12 @@ def position_ids(config, documents: PackedDocuments, token_index: Tensor) -> Ten
 def position_table_rows(config) -> int:
     """Rows of the learned position table that `config` describes."""
     extension = config.position_extension
-    if extension is None or extension["method"] in ("repeat", "interpolate"):
+    if extension is None or extension["method"] == "repeat":
         return config.max_position_embeddings
-    return extension["original_max_position_embeddings"]
+    original = extension["original_max_position_embeddings"]
+    if extension["method"] == "interpolate":  # whole steps: a document that fits reads every k-th row up to the last
+        return original * -(-config.max_position_embeddings // original)
+    return original
 
 
 def rope_frequencies(
@@ -149,6 +152,8 @@ def rope_frequencies(
     view = SimpleNamespace(
         rope_parameters=rope_parameters,
         head_dim=head_dim,
+        hidden_size=head_dim,  # read, though not needed beside head_dim
+        num_attention_heads=1,
         max_position_embeddings=original_length,
         standardize_rope_params=lambda: None,
     )
@@ -180,16 +185,16 @@ class Rotary:
     sin: Tensor
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Rotates `(T, H, D)`; in fp32, because bf16 angles are off by whole turns at long range."""
+        """Rotates `(T, H, D)`; in fp32 at least, because bf16 angles are off by whole turns at long range."""
         half = states.shape[-1] // 2
-        wide = states.float()
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
         rotated = torch.cat([-wide[..., half:], wide[..., :half]], dim=-1)
         return (wide * self.cos[:, None] + rotated * self.sin[:, None]).to(states.dtype)
 
 
 def rotary_at(positions: Tensor, inv_freq: Tensor, attention_factor: Tensor | float = 1.0) -> Rotary:
     """Rotation at `positions` `(T,)` with inverse frequencies `(D / 2,)` or, one row a token, `(T, D / 2)`."""
-    angles = positions.float()[:, None] * inv_freq
+    angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
     angles = torch.cat([angles, angles], dim=-1)
     return Rotary(angles.cos() * attention_factor, angles.sin() * attention_factor)
 
