@@ -135,7 +135,8 @@ def as_table(scores: Sequence[Score], title: str = "main score x 100") -> Table:
     """The table for a terminal; the best of each column is bold."""
     columns, rows = pivot(scores)
     best = [max(score.value for score in scores if score.column == column) for column in columns]
-    table = Table("model", title=title)
+    table = Table(title=title)
+    table.add_column("model", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right")
     for model, row in rows.items():
