@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
-from importlib.metadata import requires
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,29 @@ def test_lower_constraints_are_the_lower_bounds():
     bounds = {name: requirement.specifier for name, requirement in direct_requirements().items()}
     lower = {name: str(bound).replace(">=", "==") for name, bound in bounds.items() if str(bound).startswith(">=")}
     assert pins("constraints-lower.txt") == lower
+
+
+def test_the_citation_names_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == version("longembed")
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [path for path in tracked_files() if path.suffix == ".md"]
+    broken = [
+        (str(page.relative_to(ROOT)), link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if "://" not in link and not (page.parent / link).exists()
+    ]
+    assert not broken
+
+
+def test_python_in_the_readme_is_python():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        compile(block, "README.md", "exec")
 
 
 def test_ci_calls_make_test():
