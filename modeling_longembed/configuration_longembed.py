@@ -3,6 +3,9 @@
 What cannot be combined is refused here, when the config is built, with the fields and the remedy in the message.
 """
 
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import wraps
 from typing import Any, ClassVar, Literal
 
 from transformers import PretrainedConfig
@@ -26,6 +29,24 @@ EXTENSION_PARAMETERS: dict[str, dict[str, Any]] = {
 }
 
 
+def told_in_one_sentence(cls: type) -> type:
+    """Class decorator over `strict`, which wraps a mistake in lines of its own: the ValueError tells it alone."""
+    strict_init = cls.__init__
+
+    @wraps(strict_init)
+    def __init__(self, **kwargs):
+        try:
+            strict_init(self, **kwargs)
+        except Exception as error:
+            if not isinstance(error.__cause__, (TypeError, ValueError)):
+                raise
+            raise ValueError(str(error.__cause__).split(". Errors:")[0]) from error
+
+    cls.__init__ = __init__
+    return cls
+
+
+@told_in_one_sentence
 @strict
 class LongEmbedConfig(PretrainedConfig):
     """Configuration of a LongEmbed encoder.
@@ -105,6 +126,12 @@ class LongEmbedConfig(PretrainedConfig):
             key for key in kwargs if key.startswith("_") and key not in ("_name_or_path", "_commit_hash")
         ):
             raise ValueError(f"config.json: {unknown[0]!r} is not a field of LongEmbedConfig; remove it")
+        known = [field.name for field in fields(self)]
+        for key in kwargs:  # transformers takes any name; ours are long, and a slip in one would go unnoticed
+            if nearest := get_close_matches(key, known, n=1, cutoff=0.9):
+                raise ValueError(f"{key!r} is not a field of LongEmbedConfig; did you mean {nearest[0]!r}?")
+        if self.num_hidden_layers is not None and self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}; give at least 1")
         if self.sublayer_pattern is None:
             self.sublayer_pattern = "sf" * (6 if self.num_hidden_layers is None else self.num_hidden_layers)
         if not self.sublayer_pattern or set(self.sublayer_pattern) - set("sf"):
@@ -139,6 +166,9 @@ class LongEmbedConfig(PretrainedConfig):
             )
         self.layer_types = derived
         self.prompts = {"query": "", "document": ""} | (self.prompts or {})
+        for name, text in self.prompts.items():
+            if not isinstance(text, str):
+                raise ValueError(f"prompts: {name!r} is {text!r}; give the text to put before an input")
         if self.position_extension is not None:
             self.position_extension = self._complete_extension(dict(self.position_extension))
         super().__post_init__(**kwargs)
@@ -199,6 +229,13 @@ class LongEmbedConfig(PretrainedConfig):
             )
         return kwargs
 
+    def validate_rope(self):
+        """transformers' own check, a missing key of which is a mistake of the user."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+
     def validate_sizes(self):
         """Widths are positive and fit together."""
         for name in (
@@ -215,6 +252,11 @@ class LongEmbedConfig(PretrainedConfig):
                 f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_attention_heads} "
                 f"times head_dim={self.head_dim}"
             )
+        for name in ("hidden_dropout_prob", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; give a probability, at least 0 and below 1")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is none of transformers' activations, such as 'gelu'")
 
@@ -229,6 +271,10 @@ class LongEmbedConfig(PretrainedConfig):
                 )
             nested = [self.rope_parameters.get(kind) for kind in dict.fromkeys(self.layer_types)]
             for parameters in nested if all(nested) else [self.rope_parameters]:
+                for name, least in (("rope_theta", 0.0), ("factor", 1.0)):
+                    value = parameters.get(name, 1.0)
+                    if not isinstance(value, (int, float)) or value < least or value == 0:
+                        raise ValueError(f"rope_parameters: {name}={value!r}; give a number above {least}")
                 rope_type = parameters.get("rope_type")
                 if rope_type not in ("default", "linear", "yarn", "llama3"):
                     raise ValueError(

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
-from transformers.utils import cached_file
 
+from .hub_longembed import ST_POOLINGS, find_file
 from .patterns_longembed import build_pattern
-from .positions_longembed import extend_position_table
+from .positions_longembed import extend_position_table, position_table_rows
 
+# Any one of these is a tokenizer.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # Largest difference between original and converted outputs that rounding explains, in fp32, for states of size 1.
 TOLERANCE = 1e-5
 
@@ -234,7 +236,7 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
         "max_position_embeddings": context - family.reserved_rows(original),
     } | family.fields(original)
     context = fields["max_position_embeddings"]
-    fields |= {name: value for name, value in choices.items() if value is not None}
+    fields |= choices
     rope = fields.get("position_embedding_type") == "rope"
     patterns = fields.get("attention_patterns", "full")
     blocks = {build_pattern(entry) for entry in (patterns if isinstance(patterns, list) else [patterns])}
@@ -242,7 +244,8 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
     extension = fields.get("position_extension")
     if isinstance(extension, str):
         extension = {"method": extension}
-    if extension is None and fields["max_position_embeddings"] > context:
+    wanted = fields["max_position_embeddings"]
+    if extension is None and isinstance(wanted, int) and wanted > context:
         # The strongest untrained start: blocks read as documents of their own; for full attention a training-free way.
         extension = {"method": "dynamic" if rope else "restart" if all_blocks else "repeat"}
     if extension is not None:
@@ -257,9 +260,8 @@ def take(weights: dict[str, Tensor], theirs, suffix: str, layer: int) -> Tensor 
     return None if tensor is None else tensor.chunk(parts)[part]
 
 
-def converted_weights(original_model, family: Family, config) -> dict[str, Tensor]:
+def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Family, config) -> dict[str, Tensor]:
     """State dict of our encoder from the original base model's."""
-    weights = original_model.state_dict()
     ours = {}
     modules = {f"embeddings.{mine}": (theirs, 0) for mine, theirs in family.embeddings.items()}
     for layer in range(config.num_hidden_layers):  # a layer of the original is two sublayers, attention first
@@ -272,12 +274,11 @@ def converted_weights(original_model, family: Family, config) -> dict[str, Tenso
                 ours[f"{mine}.{suffix}"] = tensor
     table = "embeddings.position_embeddings.weight"
     if table in ours:
-        ours[table] = ours[table][family.reserved_rows(original_model.config) :]
-        extension = config.position_extension or {"method": None}
-        if extension["method"] in ("repeat", "interpolate"):
-            ours[table] = extend_position_table(ours[table], config.max_position_embeddings, extension["method"])
-        elif extension["method"] is None:
-            ours[table] = ours[table][: config.max_position_embeddings]
+        ours[table], rows = ours[table][reserved_rows:], position_table_rows(config)
+        method = (config.position_extension or {"method": None})["method"]
+        if method in ("repeat", "interpolate"):
+            ours[table] = extend_position_table(ours[table], rows, method)
+        ours[table] = ours[table][:rows]
     return ours
 
 
@@ -310,6 +311,8 @@ def largest_difference(original_model, model, length: int) -> float:
     attention_mask = torch.tensor([[1] * n + [0] * (length - n) for n in lengths])
     input_ids = torch.where(attention_mask == 1, input_ids, pad)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if segments := model.config.type_vocab_size:
+        inputs["token_type_ids"] = torch.randint(0, segments, input_ids.shape, generator=generator)
     theirs, ours = original_model(**inputs)[0], model(**inputs)[0]
     # Unnormalised states of hundreds carry rounding of their own size.
     scale = max(1.0, theirs[attention_mask == 1].abs().max().item())
@@ -318,46 +321,32 @@ def largest_difference(original_model, model, length: int) -> float:
 
 def read_text(name_or_path: str, file: str, **hub) -> str | None:
     """A file of a model folder or Hub repository, None where there is none."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(name_or_path, file, **quiet, **hub)
+    path = find_file(name_or_path, file, **hub)
     return None if path is None else Path(path).read_text(encoding="utf-8")
 
 
-def sentence_transformers_choices(name_or_path: str, **hub) -> dict:
+def sentence_transformers_choices(name_or_path: str, choose_pooling: bool, **hub) -> dict:
     """Pooling and prompts that a sentence-transformers checkpoint was trained with; refuses modules we do not have."""
     choices: dict[str, Any] = {}
     modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
     for kind in kinds:
         refuse(kind not in ("Transformer", "Pooling", "Normalize"), f"the sentence-transformers module {kind}")
-    if "Pooling" in kinds:
+    if "Pooling" in kinds and choose_pooling:
         folder = modules[kinds.index("Pooling")]["path"]
         pooling = json.loads(read_text(name_or_path, f"{folder}/config.json", **hub) or "{}")
-        modes = {
-            key.removeprefix("pooling_mode_")
-            for key, value in pooling.items()
-            if key.startswith("pooling_mode_") and value is True
-        }
-        if isinstance(pooling.get("pooling_mode"), str):
-            modes = {pooling["pooling_mode"]}
-        names = {
-            "mean_tokens": "mean",
-            "mean": "mean",
-            "cls_token": "cls",
-            "cls": "cls",
-            "lasttoken": "last",
-            "weightedmean_tokens": "weighted_mean",
-            "weightedmean": "weighted_mean",
-        }
+        refuse(pooling.get("include_prompt") is False, "a pooling that leaves the prompt out (include_prompt=false)")
+        modes = {key.removeprefix("pooling_mode_") for key in pooling if pooling[key] is True and "_mode_" in key}
+        if isinstance(named := pooling.get("pooling_mode", []), str):  # newer releases: a name, or a list of them
+            named = [named]
+        known = {theirs: ours for ours, legacy in ST_POOLINGS.items() for theirs in (legacy, legacy.split("_")[0])}
         refuse(
-            len(modes) != 1 or not modes <= set(names),
+            len(modes := {*modes, *named}) != 1 or not modes <= set(known),
             f"the pooling {sorted(modes)}; pass pooling= to choose one of ours",
         )
-        choices["pooling"] = names[modes.pop()]
-    prompts = (
-        json.loads(read_text(name_or_path, "config_sentence_transformers.json", **hub) or "{}").get("prompts") or {}
-    )
-    if prompts:
+        choices["pooling"] = known[modes.pop()]
+    settings = json.loads(read_text(name_or_path, "config_sentence_transformers.json", **hub) or "{}")
+    if prompts := settings.get("prompts"):
         choices["prompts"] = {("document" if kind == "passage" else kind): text for kind, text in prompts.items()}
     return choices
 
@@ -429,10 +418,8 @@ class FromEncoderMixin:
             "position_extension": position_extension,
             "attention_patterns": attention_patterns,
         }
-        if choices.get("pooling") is None or choices.get("prompts") is None:
-            choices = sentence_transformers_choices(name_or_path, **hub) | {
-                k: v for k, v in choices.items() if v is not None
-            }
+        trained = sentence_transformers_choices(name_or_path, choices.get("pooling") is None, **hub)
+        choices = trained | {name: value for name, value in choices.items() if value is not None}
         fields = converted_fields(original, family, choices)
         # A local path would mean nothing to those who read the published config.
         name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
@@ -446,36 +433,42 @@ class FromEncoderMixin:
             name_or_path, dtype=torch.float32, output_loading_info=True, **hub
         )
         original_model.eval()
+        missing, prefix = loading["missing_keys"], f"{original_model.base_model_prefix}." if with_head else ""
         model = cls._from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
-        weights = converted_weights(original_model.base_model, family, config)
+        # transformers fills in what a damaged checkpoint lacks, at random: those weights are not the checkpoint's.
+        theirs = {k: v for k, v in original_model.base_model.state_dict(prefix=prefix).items() if k not in missing}
+        theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
+        weights = converted_weights(theirs, family.reserved_rows(original), family, config)
         if with_head:
-            weights = {f"model.{name}": tensor for name, tensor in weights.items()} | cls._head_weights(
-                original_model, family, loading
-            )
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        missing = [name for name in missing if name not in model.all_tied_weights_keys]
-        if missing or unexpected:
+            weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+            weights |= cls._head_weights(original_model, family, missing)
+        absent, unexpected = model.load_state_dict(weights, strict=False)
+        absent = [name for name in absent if name not in model.all_tied_weights_keys]
+        if absent or unexpected:
             raise ValueError(
-                f"this checkpoint cannot be converted: weights without a counterpart: {[*missing, *unexpected][:3]}"
+                "this checkpoint cannot be converted: it has no weights, or we have no place, for "
+                f"{', '.join([*absent, *unexpected][:3])}"
             )
         model.tie_weights()
         model._report_difference(original_model, comparable_length(config, converted_fields(original, family, {})))
-        model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
-        model.tokenizer.model_max_length = config.max_position_embeddings
+        # Asked for a tokenizer that is not there, transformers makes one that knows no words.
+        if any(find_file(name_or_path, file, **hub) for file in TOKENIZER_FILES):
+            model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+            model.tokenizer.model_max_length = config.max_position_embeddings
         return model
 
     @staticmethod
-    def _head_weights(original_model, family: Family, loading: dict) -> dict[str, Tensor]:
+    def _head_weights(original_model, family: Family, missing: set[str]) -> dict[str, Tensor]:
         config, layers = original_model.config, family.fields(original_model.config)["hidden_act"]
         activation = "gelu" if family.head is ROBERTA_HEAD else getattr(config, "classifier_activation", layers)
         refuse(
             activation != layers,
             f"a masked-language-model head with the activation {activation!r} over layers with {layers!r}",
         )
-        missing = {name for name in loading["missing_keys"] if name.startswith(tuple(family.head.values()))}
+        absent = sorted(name for name in missing if name.startswith(tuple(family.head.values())))
         refuse(
-            bool(missing),
-            f"a masked-language model without its head ({sorted(missing)[:1]} is missing); convert with LongEmbedModel",
+            bool(absent),
+            f"a masked-language model without its head ({absent[:1]} is missing); convert with LongEmbedModel",
         )
         weights = original_model.state_dict()
         named = ((mine, theirs, suffix) for mine, theirs in family.head.items() for suffix in ("weight", "bias"))

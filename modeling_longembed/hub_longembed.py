@@ -63,6 +63,12 @@ Weights are safetensors. The code in this repository runs on your machine when y
 """
 
 
+def find_file(name_or_path: str, file: str, **hub) -> str | None:
+    """Where a file of a model folder or Hub repository lies, None where there is none."""
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(name_or_path, file, **quiet, **hub)
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
@@ -100,8 +106,8 @@ class HubMixin:
     def tokenizer(self):
         """The tokenizer saved beside the model, loaded at first use; can be set."""
         if self._tokenizer is None:
-            if not self.name_or_path:
-                raise ValueError("this model was not loaded from a folder or the Hub; set model.tokenizer first")
+            if not self.has_tokenizer():
+                raise ValueError("there is no tokenizer beside this model; set model.tokenizer first")
             self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **(self._tokenizer_source or {}))
         return self._tokenizer
 
@@ -113,9 +119,7 @@ class HubMixin:
         """Whether a tokenizer was set or stands beside the weights."""
         if self._tokenizer is not None or not self.name_or_path:
             return self._tokenizer is not None
-        quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        source = self._tokenizer_source or {}
-        return cached_file(self.name_or_path, "tokenizer_config.json", **quiet, **source) is not None
+        return find_file(self.name_or_path, "tokenizer_config.json", **(self._tokenizer_source or {})) is not None
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As in transformers; beside weights, config and code: tokenizer, sentence-transformers files, a model card."""

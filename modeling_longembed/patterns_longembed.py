@@ -83,6 +83,8 @@ def build_pattern(entry: "str | dict") -> AttentionPattern:
     Raises:
         ValueError: unknown name or parameter, or a parameter out of range.
     """
+    if not isinstance(entry, (str, dict)):
+        raise ValueError(f'attention_patterns: {entry!r} is no pattern; give a name or {{"type": name, **parameters}}')
     entry = {"type": entry} if isinstance(entry, str) else dict(entry)
     name = entry.pop("type", None)
     if name not in PATTERNS:
