@@ -219,8 +219,10 @@ class LongEmbedAttention(nn.Module):
         self, hidden_states: Tensor, documents: PackedDocuments, rope: dict[str, RopePlan], bias: ScoreBias | None
     ) -> tuple[Tensor, list[Tensor] | None]:
         """`(T, d)` to `(T, d)`, and the weights of each document `(H, L, L)` if the kernel has them."""
-        heads = (len(hidden_states), -1, self.head_dim)
-        query, key, value = (project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         grouped = None
         if rope:
             query, key, grouped = rope[self.pattern.layer_type](query, key)

@@ -121,13 +121,13 @@ class EncodeMixin:
         ):
             if value not in allowed:
                 raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
-        for name, size in (
-            ("batch_tokens", batch_tokens),
-            ("truncate_dim", truncate_dim),
-            ("late_chunk_tokens", late_chunk_tokens),
+        for name, size, optional in (
+            ("batch_tokens", batch_tokens, False),
+            ("truncate_dim", truncate_dim, True),
+            ("late_chunk_tokens", late_chunk_tokens, True),
         ):
-            if size is not None and size < 1:
-                raise ValueError(f"encode: {name}={size}; give at least 1")
+            if not (optional and size is None) and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"encode: {name}={size!r}; give a whole number of at least 1")
         if truncate_dim is not None and truncate_dim > self.config.hidden_size:
             raise ValueError(
                 f"encode: truncate_dim={truncate_dim} is more than the {self.config.hidden_size} dimensions "
