@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from mteb.types import PromptType
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize
 from sentence_transformers.util import get_device_name
@@ -81,11 +82,18 @@ class ModelFolder:
 
     @cached_property
     def parameters(self) -> int:
-        """How many numbers the weight files hold, read from their headers."""
+        """How many numbers the weight files hold, read from their headers.
+
+        Raises:
+            UserError: a file that is no safetensors file.
+        """
         total = 0
         for file in self.path.glob("*.safetensors"):
-            with safe_open(file, framework="numpy") as weights:
-                total += sum(int(np.prod(weights.get_slice(key).get_shape())) for key in weights.keys())  # noqa: SIM118
+            try:
+                with safe_open(file, framework="numpy") as weights:
+                    total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+            except SafetensorError as error:
+                raise UserError(f"{file} is damaged: {error}; copy or download it again") from None
         return total
 
 
@@ -113,7 +121,7 @@ class Encoder:
     ):
         try:
             self.model = SentenceTransformer(str(folder.path), trust_remote_code=trust_remote_code).eval()
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = re.sub(r"\s+", " ", str(error))[:200]
             raise UserError(f"the model in {folder.path} does not load: {reason}") from None
         self.folder, self.precision, self.batch_tokens = folder, precision, batch_tokens

@@ -58,7 +58,7 @@ def draw(scores: Sequence[Score], path: str | Path, labels: Mapping[str, str] | 
         axis.grid(axis="y", alpha=0.3)
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(models))]
     names = [(labels or {}).get(model, model) for model in models]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(models)), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=panels, frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     plt.close(figure)

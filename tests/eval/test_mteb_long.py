@@ -1,0 +1,177 @@
+"""The script as a user runs it: the table, refusals in one sentence, and a kill that loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import run
+from eval import mteb_long, plot, synthetic
+
+ROOT = Path(__file__).parents[2]
+ANIMALS = "fox whale frog heron badger otter salmon eagle beetle mole".split()  # noqa: SIM905
+TEXTS = [f"A story about one {animal} and the {animal}'s many friends in the wood. " * 8 for animal in ANIMALS]
+QUERIES = [f"Which story is about the {animal}?" for animal in ANIMALS]
+
+
+def call(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
+    """The script's exit code and what it printed."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        run(module.main)
+    out, err = capsys.readouterr()
+    return left.value.code, out, err
+
+
+def test_models_and_baselines_side_by_side(make_task, tiny_model, tiny_longembed, tmp_path, monkeypatch, capsys):
+    make_task("Animals", TEXTS, QUERIES)
+    make_task("Hidden", TEXTS, QUERIES, split="test_64")
+    make_task("Hidden", TEXTS, QUERIES, split="test_128")
+    models = [tiny_longembed, tiny_model]
+    models += [f"truncate:{tiny_model}:16", f"chunk-mean:{tiny_model}:32", f"chunk-max:{tiny_model}:32", "bm25"]
+    arguments = ["--model", *models, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "r"]
+    code, out, _ = call(monkeypatch, capsys, mteb_long, *arguments)
+    assert code == 0
+    table = (tmp_path / "r" / "table.md").read_text().splitlines()
+    assert table[0] == "| model | Animals | Hidden 64 | Hidden 128 |"
+    names = ["tiny-longembed", "tiny", "tiny-truncate-16", "tiny-chunk-mean-32", "tiny-chunk-max-32"]
+    assert [line.split(" | ")[0] for line in table[2:]] == [*(f"| local/{name}" for name in names), "| baseline/bm25s"]
+    assert table[-1] == "| baseline/bm25s | 100.0 | 100.0 | 100.0 |"
+    assert "Hidden" in out
+    for folder in (tmp_path / "r" / "results").glob("*/*"):
+        assert {"Animals.json", "Hidden.json", "model_meta.json"} <= {file.name for file in folder.iterdir()}
+
+    # A second run loads no model and computes nothing, and says the same.
+    monkeypatch.setattr(mteb_long.ModelSpec, "load", lambda *_: pytest.fail("loaded a model for finished results"))
+    monkeypatch.setattr(mteb_long.mteb, "evaluate", lambda *_, **__: pytest.fail("ran a finished task"))
+    assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0
+    assert (tmp_path / "r" / "table.md").read_text().splitlines() == table
+
+    code, out, _ = call(monkeypatch, capsys, plot, "--results_dir", tmp_path / "r", "--output", tmp_path / "report.png")
+    assert (code, out.strip()) == (0, str(tmp_path / "report.png"))
+
+
+def test_data_that_changed_are_judged_again(make_task, tmp_path, monkeypatch, capsys):
+    arguments = ["--model", "bm25", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "r"]
+    make_task("Animals", TEXTS, QUERIES)
+    call(monkeypatch, capsys, mteb_long, *arguments)
+    make_task("Animals", ["nothing of the kind"] * 9 + TEXTS[:1], QUERIES)
+    call(monkeypatch, capsys, mteb_long, *arguments)
+    score = float((tmp_path / "r" / "table.md").read_text().split("|")[-2])
+    assert score < 60
+
+
+def test_chunk_vectors_are_computed_once_for_mean_and_max(make_task, tiny_model, tmp_path, monkeypatch, capsys):
+    make_task("Animals", TEXTS, QUERIES)
+    encoded = []
+    original = mteb_long.ModelSpec.load.__globals__["ChunkEncoder"].__call__
+    monkeypatch.setattr(
+        "eval.encoders.ChunkEncoder.__call__",
+        lambda self, texts, kind: encoded.extend(texts) or original(self, texts, kind),
+    )
+    models = [f"chunk-mean:{tiny_model}:32", f"chunk-max:{tiny_model}:32"]
+    code, *_ = call(
+        monkeypatch,
+        capsys,
+        mteb_long,
+        "--model",
+        *models,
+        "--data_dir",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "r",
+    )
+    assert code == 0
+    assert sorted(encoded) == sorted([*(text.strip() for text in TEXTS), *QUERIES])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"--model": ["no/where/at/all"]}, "unknown model no/where/at/all"),
+        ({"--model": ["truncate:{model}:4096"]}, "4096 tokens are more than the context of local/tiny-truncate"),
+        ({"--max_length": ["4096"]}, "4096 tokens are more than the context of local/tiny; give at most 64"),
+        ({"--max_length": ["1"]}, "--max_length 1 is too short"),
+        ({"--batch_tokens": ["0"]}, "--batch_tokens 0 must be positive"),
+        ({"--precision": ["half"]}, "--precision half is not one of auto, float32, bfloat16"),
+        ({"--tasks": ["Plants"]}, "Plants holds no task"),
+        ({"--task": ["Animals"]}, "did you mean tasks?"),
+        ({"--data_dir": ["/no/such/folder"]}, "--data_dir /no/such/folder is not a folder"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(make_task, tiny_model, tmp_path, monkeypatch, capsys, change, words):
+    make_task("Animals", TEXTS, QUERIES)
+    settings = {"--model": ["{model}"], "--data_dir": [tmp_path / "data"], "--output_dir": [tmp_path / "r"]} | change
+    arguments = [word for key, values in settings.items() for word in (key, *values)]
+    arguments = [str(word).format(model=tiny_model) for word in arguments]
+    code, _, err = call(monkeypatch, capsys, mteb_long, *arguments)
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2
+    assert "Traceback" not in err
+    assert len(told) == 1
+    assert words.replace("tiny-truncate", "tiny") in told[0]
+    assert not list(tmp_path.glob("r/results/**/*.json"))
+
+
+def test_synthetic_tasks_are_made_and_judged(minilm, tmp_path, monkeypatch, capsys):
+    (tmp_path / "essay.txt").write_text("It rained. The boat left at noon, as it did on most days. " * 40)
+    code, out, _ = call(
+        monkeypatch, capsys, synthetic, "--output_dir", tmp_path / "data", "--tokenizer", minilm, "--lengths", 64, 128,
+        "--queries", 5, "--documents", 10, "--haystack", tmp_path / "essay.txt",
+    )  # fmt: skip
+    assert (code, out.split()) == (0, [str(tmp_path / "data" / name) for name in ("Passkey", "Needle")])
+    call(
+        monkeypatch,
+        capsys,
+        mteb_long,
+        "--model",
+        "bm25",
+        "--data_dir",
+        tmp_path / "data",
+        "--output_dir",
+        tmp_path / "r",
+    )
+    assert (tmp_path / "r" / "table.md").read_text().endswith("| baseline/bm25s | 100.0 | 100.0 | 100.0 | 100.0 |\n")
+    code, _, err = call(monkeypatch, capsys, synthetic, "--output_dir", tmp_path, "--tokenizer", tmp_path / "none")
+    assert code == 2
+    assert "there is no tokenizer" in err
+
+
+def test_a_killed_run_goes_on_where_it_stopped(make_task, tiny_model, tmp_path, monkeypatch, capsys):
+    """SIGKILL once the first of the documents are in the cache; the second run encodes only the others."""
+    texts = [f"{text} {i} {'and more ' * 600}" for i in range(4) for text in TEXTS]
+    make_task("Animals", texts, QUERIES)
+    arguments = ["--model", "bm25", f"chunk-mean:{tiny_model}:16", "--data_dir", tmp_path / "data"]
+    arguments += ["--output_dir", tmp_path / "r", "--batch_tokens", "256"]
+    command = [sys.executable, "eval/mteb_long.py", *map(str, arguments)]
+    cache = tmp_path / "r" / "vectors.sqlite"
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not (cache.is_file() and cache.stat().st_size > 60_000):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "r" / "table.md").exists()
+    (finished,) = (tmp_path / "r" / "results").glob("baseline__bm25s/*/Animals.json")
+    before = finished.read_bytes()
+    encoded = []
+    original = mteb_long.ModelSpec.load.__globals__["ChunkEncoder"].__call__
+    monkeypatch.setattr(
+        "eval.encoders.ChunkEncoder.__call__",
+        lambda self, texts, kind: encoded.extend(texts) or original(self, texts, kind),
+    )
+    assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0
+    assert 0 < len(encoded) < len(texts) + len(QUERIES)
+    assert finished.read_bytes() == before
+    resumed = (tmp_path / "r" / "table.md").read_text()
+    arguments[arguments.index(tmp_path / "r")] = tmp_path / "whole"
+    call(monkeypatch, capsys, mteb_long, *arguments)
+    assert (tmp_path / "whole" / "table.md").read_text() == resumed
+    for file in (tmp_path / "r" / "results").rglob("*.json"):
+        json.loads(file.read_text())
