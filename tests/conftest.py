@@ -1,10 +1,15 @@
 """What every test stands on: fixed seeds, one thread, no network; and `--promises`, the report of the promises kept."""
 
 import os
+import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the models here are tiny, and subprocesses inherit it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # =0 lets the tests that can use the Hub reach it
+# transformers copies remote code into a cache that all processes of a user share, under the name of the model's folder:
+# two test runs with folders of one name would overwrite each other's.
+_remote_code = tempfile.TemporaryDirectory(prefix="longembed-remote-code-")
+os.environ["HF_MODULES_CACHE"] = _remote_code.name
 
 import random
 import re
