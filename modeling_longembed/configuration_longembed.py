@@ -130,10 +130,11 @@ class LongEmbedConfig(PretrainedConfig):
         for key in kwargs:  # transformers takes any name; ours are long, and a slip in one would go unnoticed
             if nearest := get_close_matches(key, known, n=1, cutoff=0.9):
                 raise ValueError(f"{key!r} is not a field of LongEmbedConfig; did you mean {nearest[0]!r}?")
-        if self.num_hidden_layers is not None and self.num_hidden_layers < 1:
-            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}; give at least 1")
         if self.sublayer_pattern is None:
-            self.sublayer_pattern = "sf" * (6 if self.num_hidden_layers is None else self.num_hidden_layers)
+            layers = 6 if self.num_hidden_layers is None else self.num_hidden_layers
+            if layers < 1:
+                raise ValueError(f"num_hidden_layers={layers}; give at least 1")
+            self.sublayer_pattern = "sf" * layers
         if not self.sublayer_pattern or set(self.sublayer_pattern) - set("sf"):
             raise ValueError(
                 f"sublayer_pattern={self.sublayer_pattern!r}; give letters 's' (self-attention) and 'f' "
@@ -213,9 +214,12 @@ class LongEmbedConfig(PretrainedConfig):
                 f"position_extension: period={extension['period']} is more than the {original} positions "
                 "that were trained; give a smaller one"
             )
-        factor = extension.get("factor")
-        if factor is not None and (not isinstance(factor, (int, float)) or factor < 1):
-            raise ValueError(f"position_extension: factor={factor!r}; give a number of at least 1")
+        for name in ("factor", "rope_theta"):
+            value = extension.get(name)
+            if value is not None and not (isinstance(value, (int, float)) and value >= 1):
+                raise ValueError(f"position_extension: {name}={value!r}; give a number of at least 1")
+        if not isinstance(extension["keep_short"], bool):
+            raise ValueError(f"position_extension: keep_short={extension['keep_short']!r}; give true or false")
         return extension
 
     def convert_rope_params_to_dict(self, **kwargs):
@@ -271,10 +275,10 @@ class LongEmbedConfig(PretrainedConfig):
                 )
             nested = [self.rope_parameters.get(kind) for kind in dict.fromkeys(self.layer_types)]
             for parameters in nested if all(nested) else [self.rope_parameters]:
-                for name, least in (("rope_theta", 0.0), ("factor", 1.0)):
+                for name in ("rope_theta", "factor"):
                     value = parameters.get(name, 1.0)
-                    if not isinstance(value, (int, float)) or value < least or value == 0:
-                        raise ValueError(f"rope_parameters: {name}={value!r}; give a number above {least}")
+                    if not (isinstance(value, (int, float)) and value >= 1):
+                        raise ValueError(f"rope_parameters: {name}={value!r}; give a number of at least 1")
                 rope_type = parameters.get("rope_type")
                 if rope_type not in ("default", "linear", "yarn", "llama3"):
                     raise ValueError(
