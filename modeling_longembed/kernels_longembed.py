@@ -69,32 +69,26 @@ def segment_attention(
     if varlen_kernel_applies(query, dropout) and bias is None and grouped is None:
         context = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scaling)
         return cast(Tensor, context)  # a pair only where `return_aux` asks for one
-    starts = cu_seqlens[:-1].tolist()
-    rows_by_length: dict[int, list[int]] = {}
-    for start, length in zip(starts, cu_seqlens.diff().tolist(), strict=True):
-        if length:
-            rows_by_length.setdefault(length, []).append(start)
-    if len(rows_by_length) == 1 and bias is None and grouped is None:  # blocks of one size: a view, nothing is gathered
-        (length, starts) = next(iter(rows_by_length.items()))
-        shape = (len(starts), length, *query.shape[1:])
-        query_NHLD, key_NHLD, value_NHLD = (x.view(shape).transpose(1, 2) for x in (query, key, value))
-        context = attend(query_NHLD, key_NHLD, value_NHLD, None, scaling, dropout)
-        return context.transpose(1, 2).reshape(query.shape)
-    context = torch.zeros_like(query)
-    for length, starts in rows_by_length.items():
-        if bias is None and grouped is None:  # segments of one length are one call
-            index = (torch.tensor(starts)[:, None] + torch.arange(length)).to(query.device)  # (N, length)
-            query_NHLD, key_NHLD, value_NHLD = (x[index].transpose(1, 2) for x in (query, key, value))
-            part = attend(query_NHLD, key_NHLD, value_NHLD, None, scaling, dropout)
-            context = context.index_copy(0, index.flatten(), part.transpose(1, 2).flatten(0, 1))
-            continue
-        for start in starts:
-            rows = slice(start, start + length)
-            part = _chunked_document(
-                query[rows], key[rows], value[rows], scaling, dropout, bias, grouped and grouped[rows]
-            )
-            context = context.index_copy(0, torch.arange(start, start + length, device=query.device), part)
-    return context
+    lengths = cu_seqlens.diff().tolist()
+    # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens, that of a split is one `cat`.
+    pieces = list(zip(*(x.split(lengths) for x in (query, key, value)), strict=True))
+    contexts = [piece[0] for piece in pieces]
+    if bias is None and grouped is None:  # segments of one length are one call
+        for length in set(lengths) - {0}:
+            same = [number for number, tokens in enumerate(lengths) if tokens == length]
+            stacked = (
+                torch.stack([pieces[n][part] for n in same]).transpose(1, 2) for part in range(3)
+            )  # (N, H, L, D)
+            attended = attend(*stacked, None, scaling, dropout).transpose(1, 2)
+            for number, context in zip(same, attended.unbind(0), strict=True):
+                contexts[number] = context
+    else:
+        starts = cu_seqlens.tolist()
+        for number, length in enumerate(lengths):
+            rows = slice(starts[number], starts[number] + length)
+            if length:
+                contexts[number] = _chunked_document(*pieces[number], scaling, dropout, bias, grouped and grouped[rows])
+    return torch.cat(contexts) if contexts else torch.zeros_like(query)
 
 
 def _chunked_document(query, key, value, scaling, dropout, bias, grouped) -> Tensor:
@@ -109,12 +103,12 @@ def _chunked_document(query, key, value, scaling, dropout, bias, grouped) -> Ten
         if grouped is None:
             return attend(query_HCD, key_HLD, value_HLD, bias.dense(query_index, key_index), scaling, dropout)
         scores = grouped.merge(query_HCD @ key_HLD.transpose(1, 2), query_index, key_index) * scaling
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(value.dtype)
         return torch.dropout(weights, dropout, train=dropout > 0) @ value_HLD
 
     parts = [
-        recompute_in_backward(lambda x, start=start: one_chunk(x, start), query[start : start + chunk].transpose(0, 1))
-        for start in range(0, length, chunk)
+        recompute_in_backward(one_chunk, part.transpose(0, 1), number * chunk)
+        for number, part in enumerate(query.split(chunk))
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)
 

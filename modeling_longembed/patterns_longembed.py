@@ -154,13 +154,10 @@ class SlidingAttention(AttentionPattern):
             return segment_attention(
                 query, key, value, documents.cu_seqlens, documents.max_seqlen, scaling, dropout, bias
             )
-        parts = []
-        for start, end in documents.bounds:
-            rows = slice(start, end)
-            marked = None if is_global is None else is_global[rows]
-            parts.append(
-                window_attention(query[rows], key[rows], value[rows], self.window, marked, scaling, dropout, bias)
-            )
+        lengths = documents.lengths
+        marked = [None] * len(lengths) if is_global is None else is_global.split(lengths)
+        pieces = zip(query.split(lengths), key.split(lengths), value.split(lengths), marked, strict=True)
+        parts = [window_attention(q, k, v, self.window, m, scaling, dropout, bias) for q, k, v, m in pieces if len(q)]
         return torch.cat(parts)
 
 
