@@ -4,6 +4,7 @@ accelerate launch training/contrastive.py --config training/recipes/contrastive.
     --model_name_or_path MODEL --train_data pairs.jsonl --output_dir runs/mine
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,10 @@ class ContrastiveArguments:
             raise UserError("--push_to_hub needs --hub_model_id org/name")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train; `argv` is the process's own if None."""
     model_arguments, arguments, tuning, loop_arguments = parse(
-        ModelArguments, ContrastiveArguments, TuningArguments, LoopArguments
+        ModelArguments, ContrastiveArguments, TuningArguments, LoopArguments, argv=argv
     )
     loop = Loop(loop_arguments)
     model, tokenize = load(model_arguments)

@@ -1,12 +1,17 @@
 """The sizes and texts that the tests of training share, in this process and in those that they start."""
 
 import json
+import multiprocessing
+import os
 import random
+import signal
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from modeling_longembed import LongEmbedConfig
+from training import contrastive
 
-WORDS = "river stone cloud table green seven night paper music house train north glass bread winter garden".split()
+WORDS = ("river stone cloud table green seven night paper music house train north glass bread winter garden").split()  # noqa: SIM905
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -30,7 +35,7 @@ def random_pairs(count: int, seed: int = 0, negatives: int = 0) -> list[dict[str
     draw = random.Random(seed)
     rows = []
     for _ in range(count):
-        anchor = draw.choices(WORDS, k=draw.randint(3, 6)) + [str(draw.randint(0, 9))]
+        anchor = [*draw.choices(WORDS, k=draw.randint(3, 6)), str(draw.randint(0, 9))]
         noise = draw.choices(WORDS, k=draw.randint(1, 34))
         row = {"anchor": " ".join(anchor), "positive": " ".join(noise + anchor)}
         for number in range(negatives):
@@ -42,3 +47,34 @@ def random_pairs(count: int, seed: int = 0, negatives: int = 0) -> list[dict[str
 def write_jsonl(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def train_until_killed(argv: list[str], calls: int | None = None) -> None:
+    """The training script in a process of its own, which kills itself, with SIGKILL, in the middle of a file operation.
+
+    Args:
+        argv: of the script.
+        calls: before which fsync or rename, counted from the start of the run, the kill comes; never if None.
+    """
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that a shell has started
+    left = [calls]
+
+    def killing(call):
+        def counted(*args, **kwargs):
+            if left[0] is not None:
+                left[0] -= 1
+                if left[0] <= 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return counted
+
+    os.fsync, os.replace = killing(os.fsync), killing(os.replace)
+    with open(os.devnull, "w") as sink, redirect_stdout(sink), redirect_stderr(sink):
+        contrastive.main(argv)
+
+
+def losses(output_dir: Path) -> list[tuple]:
+    """Step and loss of every line of metrics.jsonl, in the order of the file: without what depends on the clock."""
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in lines]

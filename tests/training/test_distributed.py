@@ -1,0 +1,216 @@
+"""Two gloo processes against one process that has the whole batch; and the script, launched with one and with two."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from tiny_training import tiny_config
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_longembed import LongEmbedModel
+from training.batches import pack
+from training.contrastive import embed
+from training.distributed import gather_rows, own_rows
+from training.gradient_cache import cached_backward
+from training.losses.contrastive import info_nce
+
+PROCESSES, PAIRS, NEGATIVES = 2, 6, 2
+
+
+def documents() -> list[list[list[int]]]:
+    """Token ids of queries, positives and negatives. The second half of the pairs is much longer than the first."""
+    generator = torch.Generator().manual_seed(3)
+
+    def text(pair: int) -> list[int]:
+        length = int(torch.randint(1, 6 if pair < PAIRS // 2 else 60, (), generator=generator))
+        return torch.randint(5, 31, (length,), generator=generator).tolist()
+
+    return [[text(pair) for pair in range(PAIRS) for _ in range(repeats)] for repeats in (1, 1, NEGATIVES)]
+
+
+def model() -> LongEmbedModel:
+    torch.manual_seed(1)
+    return LongEmbedModel(tiny_config()).double()
+
+
+def gathered_loss(gather):
+    def loss(embeddings):
+        pairs = len(embeddings) // (2 + NEGATIVES)
+        columns = embeddings.split([pairs, pairs, pairs * NEGATIVES])
+        value, _ = info_nce(*map(gather, columns), symmetric=True, rows=own_rows(pairs))
+        return value, {"loss": value.detach()}
+
+    return loss
+
+
+def one_process() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss and gradients of the whole batch, without cache and without gather."""
+    whole = model()
+    embeddings = torch.cat([embed(whole, chunk) for column in documents() for chunk in pack(column, 10**6)])
+    loss, _ = info_nce(*embeddings.split([PAIRS, PAIRS, PAIRS * NEGATIVES]), symmetric=True)
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in whole.named_parameters()}
+
+
+def _gather_without_gradient(rows):
+    everyone = [torch.empty_like(rows) for _ in range(PROCESSES)]
+    dist.all_gather(everyone, rows.detach().contiguous())
+    everyone[dist.get_rank()] = rows
+    return torch.cat(everyone)
+
+
+def _worker(rank: int, folder: str) -> None:
+    """What one of two processes computes, saved for the test."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=timedelta(seconds=60),  # a mistake that makes one process wait for the other is to fail
+    )
+    results: dict = {}
+
+    def per_process(column: list) -> list:
+        return column[len(column) // PROCESSES * rank : len(column) // PROCESSES * (rank + 1)]
+
+    chunks = pack([text for column in documents() for text in per_process(column)], 40)
+    results["chunks"] = len(chunks)
+    for name, gather in (("exact", gather_rows), ("without_gradient", _gather_without_gradient)):
+        reduced: list[int] = []
+
+        def counting_hook(state, bucket, reduced=reduced):
+            reduced.append(bucket.buffer().numel())
+            dist.all_reduce(bucket.buffer())
+            done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer() / PROCESSES)
+            return done
+
+        wrapped = DistributedDataParallel(model(), broadcast_buffers=False)
+        wrapped.register_comm_hook(None, counting_hook)
+        for synchronize in (False, True):
+            metrics = cached_backward(
+                wrapped, chunks, lambda c, m=wrapped: embed(m, c), gathered_loss(gather), synchronize=synchronize
+            )
+            results[name, "all_reduces", synchronize] = len(reduced)
+            results[name, "reduced_numbers"] = sum(reduced)
+        loss = metrics["loss"].clone()
+        dist.all_reduce(loss)
+        results[name, "loss"] = loss / PROCESSES
+        # Two batches were accumulated, the first without a reduction.
+        results[name, "gradients"] = {key: p.grad / 2 for key, p in wrapped.module.named_parameters()}
+
+    torch.manual_seed(0)
+    whole = [F.normalize(torch.randn(PAIRS, 8, dtype=torch.float64), dim=-1) for _ in range(3)]
+    own = [rows[own_rows(PAIRS // PROCESSES)].clone().requires_grad_() for rows in whole]
+    unit = [F.normalize(rows, dim=-1) for rows in own]  # the published loss normalises
+    for name, value in (
+        ("ours", info_nce(*map(gather_rows, unit), rows=own_rows(PAIRS // PROCESSES))[0]),
+        (
+            "published",
+            MultipleNegativesRankingLoss(
+                torch.nn.Identity(), scale=20.0, gather_across_devices=True
+            ).compute_loss_from_embeddings(own, None),
+        ),
+        # The full loss on every process, its own shard alive: the gradient has to be multiplied by the processes.
+        ("full_loss", info_nce(*map(_gather_without_gradient, unit))[0] * PROCESSES),
+    ):
+        results[name] = (value.detach(), torch.autograd.grad(value, own, retain_graph=True))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=PROCESSES)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+@pytest.mark.promise("C8", "C9")
+def test_two_processes_have_the_gradient_of_one(two_processes):
+    loss, gradients = one_process()
+    assert two_processes[0]["chunks"] != two_processes[1]["chunks"]  # the budget cuts the two shares differently
+    for results in two_processes:
+        torch.testing.assert_close(results["exact", "loss"], loss, atol=1e-10, rtol=0)
+        torch.testing.assert_close(results["exact", "gradients"], gradients, atol=1e-10, rtol=0)
+
+
+@pytest.mark.promise("C9")
+def test_a_gather_without_gradient_is_wrong(two_processes):
+    _, gradients = one_process()
+    name = "layers.0.attention.v_proj.weight"
+    wrong = two_processes[0]["without_gradient", "gradients"][name]
+    assert F.cosine_similarity(wrong.flatten(), gradients[name].flatten(), dim=0) < 0.99
+
+
+@pytest.mark.promise("C8")
+def test_one_all_reduce_a_step(two_processes):
+    """Every parameter is reduced exactly once over both accumulated batches and all their chunks."""
+    numbers = sum(parameter.numel() for parameter in model().parameters())
+    for results in two_processes:
+        assert results["exact", "all_reduces", False] == 0
+        assert results["exact", "all_reduces", True] == 1
+        assert results["exact", "reduced_numbers"] == numbers
+
+
+@pytest.mark.promise("C9")
+def test_gather_recipes_agree_with_sentence_transformers(two_processes):
+    for results in two_processes:
+        (loss, ours), (published_loss, published) = results["ours"], results["published"]
+        torch.testing.assert_close(loss, published_loss, atol=1e-10, rtol=0)
+        torch.testing.assert_close(ours, published, atol=1e-10, rtol=0)
+        # Means over own rows, averaged by DDP, against the loss of all rows: the same after the factor.
+        torch.testing.assert_close(results["full_loss"][1], ours, atol=1e-10, rtol=0)
+
+
+@pytest.mark.promise("C9")
+def test_the_launched_script_gives_the_same_losses_and_gradients(model_folder, pairs_file, tmp_path):
+    """`accelerate launch` with one and two processes and the same pairs a batch; weights are the gradients' trace."""
+    common = (
+        f"--model_name_or_path {model_folder} --train_data {pairs_file} --eval_data {pairs_file} --max_steps 6 "
+        "--dropout 0 --batch_tokens 120 --learning_rate 1e-3 --logging_steps 1 --max_length 64 "
+        "--gradient_accumulation_steps 2"
+    ).split()
+    script = Path(__file__).parents[2] / "training" / "contrastive.py"
+    runs = {}
+    for processes, options in ((1, ["--cpu"]), (2, ["--multi_gpu"])):
+        output = tmp_path / str(processes)
+        launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", str(processes)]
+        launch += [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
+        own = ["--per_device_train_batch_size", str(8 // processes), "--output_dir", str(output)]
+        done = subprocess.run(
+            [*launch, str(script), *common, *own],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        runs[processes] = output
+    lines = {n: [json.loads(line) for line in (runs[n] / "metrics.jsonl").read_text().splitlines()] for n in runs}
+    assert len(lines[1]) == len(lines[2]) == 7
+    compared = {"step", "loss", "grad_norm", "accuracy", "token_count", "pair_count", "eval_loss", "eval_ndcg_at_10"}
+    for one, two in zip(lines[1], lines[2], strict=True):
+        assert one.keys() == two.keys()
+        names = one.keys() & compared
+        assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-5)
+    one, two = (load_file(runs[n] / "final" / "model.safetensors") for n in (1, 2))
+    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
