@@ -140,7 +140,7 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
         return visible & (owner[query] == owner[key])
 
     def score_mod(score, batch, head, query, key):
-        return score + bias.values(index[key] - index[query])[..., head]
+        return score + bias.values(index[key] - index[query], head)
 
     compiled = inputs.query.is_cuda
     if ("flex", pattern) not in documents.cache:

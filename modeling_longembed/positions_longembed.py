@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .packing_longembed import PackedDocuments
@@ -288,13 +288,16 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
 class ScoreBias:
     """A number added to the score of query i and key j that depends on `j - i` and on the head."""
 
-    def values(self, relative_position: Tensor) -> Tensor:
-        """Bias of relative positions `key - query` of any shape: `(*shape, H)`."""
+    num_heads: int
+
+    def values(self, relative_position: Tensor, head: Tensor) -> Tensor:
+        """Bias of relative positions `key - query` in the heads `head`, int64, broadcastable against each other."""
         raise NotImplementedError
 
     def dense(self, query_index: Tensor, key_index: Tensor) -> Tensor:
         """`(H, Q, K)` for queries `(Q,)` and keys `(K,)` of one document."""
-        return self.values(key_index[None, :] - query_index[:, None]).permute(2, 0, 1)
+        head = torch.arange(self.num_heads, device=query_index.device)
+        return self.values(key_index[None, :] - query_index[:, None], head[:, None, None])
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -308,10 +311,11 @@ class AlibiBias(ScoreBias):
     """`-slope_h |i - j|`: the symmetric form, because an encoder looks both ways."""
 
     def __init__(self, num_heads: int, device: torch.device):
+        self.num_heads = num_heads
         self.slopes = torch.tensor(alibi_slopes(num_heads), device=device)
 
-    def values(self, relative_position: Tensor) -> Tensor:
-        return -relative_position.abs()[..., None] * self.slopes
+    def values(self, relative_position: Tensor, head: Tensor) -> Tensor:
+        return -relative_position.abs() * self.slopes[head]
 
 
 def relative_position_bucket(relative_position: Tensor, num_buckets: int, max_distance: int) -> Tensor:
@@ -332,8 +336,7 @@ class BucketBias(ScoreBias):
 
     def __init__(self, table: Tensor, max_distance: int):
         self.table, self.max_distance = table, max_distance  # (num_buckets, H)
+        self.num_heads = table.shape[1]
 
-    def values(self, relative_position: Tensor) -> Tensor:
-        return nn.functional.embedding(
-            relative_position_bucket(relative_position, len(self.table), self.max_distance), self.table
-        )
+    def values(self, relative_position: Tensor, head: Tensor) -> Tensor:
+        return self.table[relative_position_bucket(relative_position, len(self.table), self.max_distance), head]

@@ -69,7 +69,7 @@ def as_complex(states):
 
 
 def relative_scores(query, key, relative_position, inv_freq):
-    """Scores by the definition, `Re(sum_t q_t conj(k_t) exp(i r f_t))`, with any `(Q, K)` table r of relative positions."""
+    """Scores by the definition, `Re(sum_t q_t conj(k_t) exp(i r f_t))`, with any `(Q, K)` table r of distances."""
     product = torch.einsum("qht,kht->hqkt", as_complex(query), as_complex(key).conj())
     turn = torch.polar(torch.ones(1, dtype=torch.float64), relative_position.double()[..., None] * inv_freq.double())
     return (product * turn).sum(-1).real
