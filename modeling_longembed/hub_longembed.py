@@ -108,7 +108,9 @@ class HubMixin:
         if self._tokenizer is None:
             if not self.has_tokenizer():
                 raise ValueError("there is no tokenizer beside this model; set model.tokenizer first")
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, **(self._tokenizer_source or {}))
+            # Given our config, transformers need not ask for trust in code to find out what it is.
+            source = self._tokenizer_source or {}
+            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, **source)
         return self._tokenizer
 
     @tokenizer.setter
