@@ -1,7 +1,7 @@
 """An environment that holds some distributions and what they require, and nothing else of this one.
 
-`python -I -S` starts without site-packages, so without the editable install of this repository; the only folder added is
-one of links to the files of the distributions named. What is not linked is not installed there, metadata included.
+`python -I -S` starts without site-packages, so without the editable install of this repository. The only folder added
+is one of links to the files of the distributions named: what is not linked is not installed, metadata included.
 """
 
 import os

@@ -224,9 +224,8 @@ def test_a_local_folder_in_an_environment_of_torch_and_transformers(environment,
 
 def test_the_hub_offline_with_a_pinned_revision(environment, model, published, vectors, tmp_path):
     first, second = "a" * 40, "b" * 40
-    other = LongEmbedModel.from_pretrained(
-        published
-    )  # a later commit: other weights, and a tokenizer without special tokens
+    # A later commit: other weights, and a tokenizer without special tokens.
+    other = LongEmbedModel.from_pretrained(published)
     with torch.no_grad():
         other.embeddings.word_embeddings.weight.add_(1.0)
     other.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
