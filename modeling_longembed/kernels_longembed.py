@@ -71,23 +71,25 @@ def segment_attention(
         return cast(Tensor, context)  # a pair only where `return_aux` asks for one
     lengths = cu_seqlens.diff().tolist()
     # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens, that of a split is one `cat`.
-    pieces = list(zip(*(x.split(lengths) for x in (query, key, value)), strict=True))
+    pieces = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
     contexts = [piece[0] for piece in pieces]
     if bias is None and grouped is None:  # segments of one length are one call
         for length in set(lengths) - {0}:
             same = [number for number, tokens in enumerate(lengths) if tokens == length]
-            stacked = (
-                torch.stack([pieces[n][part] for n in same]).transpose(1, 2) for part in range(3)
-            )  # (N, H, L, D)
-            attended = attend(*stacked, None, scaling, dropout).transpose(1, 2)
-            for number, context in zip(same, attended.unbind(0), strict=True):
+            query_NHLD, key_NHLD, value_NHLD = (
+                torch.stack([pieces[number][part] for number in same]).transpose(1, 2) for part in range(3)
+            )
+            attended = attend(query_NHLD, key_NHLD, value_NHLD, None, scaling, dropout)
+            for number, context in zip(same, attended.transpose(1, 2).unbind(0), strict=True):
                 contexts[number] = context
     else:
         starts = cu_seqlens.tolist()
         for number, length in enumerate(lengths):
             rows = slice(starts[number], starts[number] + length)
             if length:
-                contexts[number] = _chunked_document(*pieces[number], scaling, dropout, bias, grouped and grouped[rows])
+                part = grouped and grouped[rows]
+                query_LHD, key_LHD, value_LHD = pieces[number]
+                contexts[number] = _chunked_document(query_LHD, key_LHD, value_LHD, scaling, dropout, bias, part)
     return torch.cat(contexts) if contexts else torch.zeros_like(query)
 
 
