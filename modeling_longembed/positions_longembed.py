@@ -19,13 +19,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .packing_longembed import PackedDocuments
 
-# Extension methods of each scheme; alibi and none need no extension, they have no trained length.
+# Extension methods of each scheme; alibi needs none, it has no trained length.
 EXTENSIONS = {
     "absolute": ("repeat", "interpolate", "group", "restart"),
     "sinusoidal": ("repeat", "interpolate", "group", "restart"),
     "rope": ("linear", "dynamic", "ntk", "theta", "yarn", "group"),
     "alibi": (),
-    "none": (),
 }
 
 
