@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from common.arguments import parse
 from common.errors import UserError, run
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trained = loop.run(select_parameters(model, tuning), batches, accumulate_gradient, evaluate if retrievals else None)
     if loop.is_main:
-        final = save(trained, tokenize.tokenizer, tuning, Path(loop_arguments.output_dir))
+        final = save(trained, tuning, Path(loop_arguments.output_dir))
         if arguments.push_to_hub:
             push(final, arguments.hub_model_id, arguments.hub_private_repo)
 
@@ -173,17 +173,14 @@ def embed(model: nn.Module, chunk: PackedTexts) -> Tensor:
     return F.normalize(output, dim=-1)
 
 
-def save(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, tuning: TuningArguments, output_dir: Path
-) -> Path:
+def save(model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: Path) -> Path:
     """Write the model to `output_dir/final`; a LoRA one merged, and its adapter to `output_dir/adapter`."""
     if isinstance(model, PeftModel):
         with atomic_folder(output_dir / "adapter") as folder:
             save_adapter(model, tuning.tuning, folder)
         model = model.merge_and_unload()
     with atomic_folder(output_dir / "final") as folder:
-        model.eval().save_pretrained(str(folder))
-        tokenizer.save_pretrained(folder)
+        model.eval().save_pretrained(str(folder))  # with its tokenizer
     return output_dir / "final"
 
 

@@ -11,6 +11,7 @@ from typing import NoReturn
 import datasets
 import pyarrow
 import pyarrow.compute
+import pyarrow.parquet
 
 from common.errors import UserError
 
@@ -105,9 +106,12 @@ def _read_files(name: str, files: list[Path]) -> datasets.Dataset:
     paths = [str(file.absolute()) for file in files]
     if paths[0].endswith(PARQUET_SUFFIX):
         try:
-            return datasets.load_dataset("parquet", data_files=paths, split="train")
-        except (pyarrow.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+            count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{name}: is not readable Parquet: {_one_line(error)}") from None
+        if not count:  # datasets cannot make a table of nothing
+            raise UserError(f"{name}: holds no pairs; give at least one row with anchor and positive")
+        return datasets.load_dataset("parquet", data_files=paths, split="train")
 
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
     # reading line by line costs one pass, whose result is cached until a file changes.

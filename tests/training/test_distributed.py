@@ -186,16 +186,8 @@ def test_the_launched_script_gives_the_same_losses_and_gradients(model_folder, p
     for processes, options in ((1, ["--cpu"]), (2, ["--multi_gpu"])):
         output = tmp_path / str(processes)
         launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", str(processes)]
-        launch += [
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--main_process_port",
-            "0",
-        ]
+        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        launch += ["--main_process_port", "0"]  # any that is free
         own = ["--per_device_train_batch_size", str(8 // processes), "--output_dir", str(output)]
         done = subprocess.run(
             [*launch, str(script), *common, *own],

@@ -77,4 +77,5 @@ def train_until_killed(argv: list[str], calls: int | None = None) -> None:
 def losses(output_dir: Path) -> list[tuple]:
     """Step and loss of every line of metrics.jsonl, in the order of the file: without what depends on the clock."""
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in lines]
+    names = ("step", "loss", "grad_norm", "eval_loss")
+    return [tuple(line[name] for name in names if name in line) for line in lines]

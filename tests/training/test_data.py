@@ -1,0 +1,118 @@
+"""Reading pairs: every form gives the same rows, and a mistake is one sentence with file, row and column."""
+
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tiny_training import random_pairs, write_jsonl
+
+from common.errors import UserError
+from training.data import read_sources
+
+PAIR = {"anchor": "a", "positive": "b"}
+
+
+def texts(path) -> list[list[str]]:
+    (source,) = read_sources([str(path)])
+    return source.texts(list(range(len(source.rows))))
+
+
+def test_every_form_holds_the_same_rows(tmp_path):
+    rows = random_pairs(20, negatives=2)
+    # A text that looks like a date, or holds what is no ASCII, is a text.
+    rows[0] |= {"anchor": "2020-01-01", "positive": "naïve \u2028 \U0001f600"}
+    expected = [[row[name] for row in rows] for name in ("anchor", "positive", "negative_0", "negative_1")]
+    lines = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    (tmp_path / "pairs.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "0.jsonl", rows[:7])
+    write_jsonl(folder / "1.jsonl", [{"more": 1, **row} for row in rows[7:]])
+    for name in ("pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet", "folder"):
+        assert texts(tmp_path / name) == expected, name
+
+
+def test_weights_and_a_colon_in_a_name(tmp_path):
+    path = write_jsonl(tmp_path / "a:b.jsonl", [PAIR])
+    assert [source.weight for source in read_sources([f"{path}:2.5", str(path), f"{path}:3"])] == [2.5, 1.0, 3.0]
+    with pytest.raises(UserError, match="weight of 0"):
+        read_sources([f"{path}:0"])
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
+    assert texts(path) == [["a"], ["b"]]
+    write_jsonl(path, [{"anchor": "changed", "positive": "too"}])
+    assert texts(path) == [["changed"], ["too"]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ([PAIR, {"anchor": 3, "positive": "b"}], r"row 2: anchor is int instead of text"),
+        ([PAIR, PAIR, {"anchor": "a", "positive": None}], r"row 3: positive is null instead of text"),
+        ([PAIR, {"anchor": ["a"], "positive": "b"}], r"row 2: anchor is list instead of text"),
+        ([PAIR, {"anchor": "a"}], r"row 2: the column positive is missing"),
+        ([{"anchor": "a", "text": "b"}], r"the column positive is missing; it has anchor, text"),
+        ([PAIR, {"anchor": " ", "positive": "b"}], r"row 2: anchor is empty"),
+        ([PAIR, ["a", "b"]], r"row 2: is no object of columns but a list"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path, lines, complaint):
+    path = write_jsonl(tmp_path / "pairs.jsonl", lines)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_sources([str(path)])
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("pairs.jsonl", b"", "is empty"),
+        ("pairs.jsonl", b"\n \n", "holds no rows"),
+        ("pairs.jsonl", json.dumps(PAIR).encode() + b'\n{"anchor": "a", "pos', "row 2: is not JSON"),
+        ("pairs.jsonl", json.dumps(PAIR).encode() + b'\n{"anchor": "\xff"}', "row 2: is not JSON"),
+        ("pairs.jsonl.gz", b"no gzip at all", "cannot be read: Not a gzipped file"),
+        ("pairs.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 999)[:-9], "cannot be read"),
+        ("pairs.parquet", b"PAR1 no parquet", "is not readable Parquet"),
+        ("pairs.csv", b"anchor,positive", "no .jsonl, .jsonl.gz or .parquet file"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_sources([str(path)])
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "complaint"),
+    [
+        ({"anchor": ["a", None], "positive": ["b", "c"]}, "row 2: anchor is null"),
+        ({"anchor": ["a", "b"], "positive": [1, 2]}, "row 1: positive is int instead of text"),
+        ({"anchor": ["a", "b", "c"], "positive": ["b", "c", " "]}, "row 3: positive is empty"),
+        ({"anchor": ["a"]}, "column positive is missing"),
+        ({"anchor": pyarrow.array([], "string"), "positive": pyarrow.array([], "string")}, "holds no pairs"),
+    ],
+)
+def test_a_wrong_row_of_parquet_is_named(tmp_path, columns, complaint):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
+    with pytest.raises(UserError, match=complaint):
+        read_sources([str(tmp_path / "pairs.parquet")])
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "some/missing.jsonl", "no such thing", "org/unknown-dataset"])
+def test_what_is_not_there_is_named(name):
+    with pytest.raises(UserError, match=name):
+        read_sources([name])
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing")
+    with pytest.raises(UserError, match=r"no \.jsonl, \.jsonl\.gz or \.parquet file"):
+        read_sources([str(tmp_path)])
