@@ -174,6 +174,15 @@ class LongEmbedConfig(PretrainedConfig):
             self.position_extension = self._complete_extension(dict(self.position_extension))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, but a field changed at load is completed and checked like one in the file."""
+        # transformers sets what is passed to `from_pretrained` on the finished config, past `__post_init__`.
+        changes = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
+        if "attention_patterns" in changes:
+            changes.setdefault("layer_types", None)  # derived anew
+        return super().from_dict(config_dict | changes, **kwargs)
+
     def _complete_extension(self, extension: dict) -> dict:
         """The extension with every parameter of its method; refuses what the scheme or the method does not know."""
         scheme, method = self.position_embedding_type, extension.get("method")

@@ -1,0 +1,283 @@
+"""The encoder as a whole: its outputs, its memory, its heads, its precision."""
+
+import pytest
+import torch
+from sentence_transformers.models import Pooling
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import BertConfig, BertModel
+
+from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel, kernels_longembed
+from modeling_longembed.attention_longembed import KERNELS
+from modeling_longembed.hub_longembed import ST_POOLINGS
+from modeling_longembed.patterns_longembed import PATTERNS
+from modeling_longembed.pooling_longembed import POOLINGS
+
+CPU_KERNELS = [name for name in KERNELS if name != "flash_attention_2"]
+MIXED = [{"type": "sliding", "window": 3, "global_tokens": 1}, {"type": "block", "size": 4}]
+RELATIVE = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+GROUP = {"method": "group", "original_max_position_embeddings": 8, "factor": 3, "neighbours": 8}
+POSITIONS = {
+    "absolute": {},
+    "sinusoidal": {"position_embedding_type": "sinusoidal"},
+    "rope": {"position_embedding_type": "rope"},
+    "rope+group": {"position_embedding_type": "rope", "position_extension": GROUP},
+    "alibi": {"position_embedding_type": "alibi"},
+    "relative": RELATIVE,
+}
+
+
+def make_batch(lengths=(17, 9, 1)):
+    attention_mask = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
+    return {"input_ids": torch.randint(1, 64, attention_mask.shape), "attention_mask": attention_mask}
+
+
+def parameter_gradients(model, batch, step=0):
+    torch.manual_seed(step)  # dropout
+    model.zero_grad()
+    output = model(**batch)
+    (output.pooler_output.square().mean() + output.last_hidden_state.sin().mean()).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Outputs --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bert_and_ours(tmp_path):
+    config = BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_attention_heads=4,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        initializer_range=0.3,
+    )
+    bert = BertModel(config, add_pooling_layer=False).eval()
+    bert.save_pretrained(tmp_path)
+    bert.set_attn_implementation("eager")
+    return bert, LongEmbedModel.from_encoder(tmp_path, attn_implementation="eager")
+
+
+def test_hidden_states_and_attentions_are_those_of_bert(bert_and_ours):
+    batch = make_batch()
+    mask = batch["attention_mask"] == 1
+    with torch.no_grad():
+        theirs, ours = (m(**batch, output_hidden_states=True, output_attentions=True) for m in bert_and_ours)
+    # Ours come after every sublayer: every second one is a layer of BERT.
+    assert len(ours.hidden_states) == 2 * 3 + 1
+    for expected, states in zip(theirs.hidden_states, ours.hidden_states[::2], strict=True):
+        assert states.shape == expected.shape
+        torch.testing.assert_close(states[mask], expected[mask], atol=1e-5, rtol=1e-5)
+    assert torch.equal(ours.hidden_states[-1], ours.last_hidden_state)
+    assert len(ours.attentions) == 3
+    for expected, weights in zip(theirs.attentions, ours.attentions, strict=True):
+        assert weights.shape == expected.shape
+        kept = expected * mask[:, None, :, None]  # BERT lets padding attend
+        torch.testing.assert_close(weights, kept, atol=1e-6, rtol=0)
+
+
+def test_attentions_of_a_pack_stand_on_the_diagonal(tiny_model):
+    model = tiny_model(attn_implementation="eager")
+    documents = torch.randint(1, 64, (1, 9))
+    cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    with torch.no_grad():
+        packed = model(documents, cu_seq_lens_q=cu_seqlens, output_attentions=True).attentions
+        for start, end in ((0, 4), (4, 9)):
+            alone = model(documents[:, start:end], output_attentions=True).attentions
+            for together, expected in zip(packed, alone, strict=True):
+                torch.testing.assert_close(together[:, :, start:end, start:end], expected, atol=1e-6, rtol=0)
+    assert all(weights.sum().isclose(torch.tensor(4.0 * 9)) for weights in packed)
+
+
+def test_attentions_need_the_eager_kernel(tiny_model):
+    with pytest.raises(ValueError, match=r"attention weights exist in the eager kernel only; call model"):
+        tiny_model()(**make_batch(), output_attentions=True)
+
+
+def test_the_last_hidden_state_of_pre_norm_is_the_output(tiny_model):
+    model = tiny_model(norm_placement="pre", final_norm=True)
+    output = model(**make_batch(), output_hidden_states=True)
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+def test_a_tuple_on_request(tiny_model):
+    model, batch = tiny_model(), make_batch()
+    states, pooled = model(**batch, return_dict=False)
+    assert torch.equal(states, model(**batch).last_hidden_state)
+    assert torch.equal(pooled, model(**batch).pooler_output)
+
+
+def test_word_vectors_and_places_can_be_given(tiny_model):
+    model, batch = tiny_model(), make_batch()
+    expected = model(**batch).last_hidden_state
+    words = model.get_input_embeddings()(batch["input_ids"])
+    places = torch.arange(words.shape[1])[None]
+    output = model(inputs_embeds=words, attention_mask=batch["attention_mask"], position_ids=places)
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pooling_is_that_of_sentence_transformers(tiny_model, pooling):
+    model, batch = tiny_model(pooling=pooling), make_batch()
+    output = model(**batch)
+    features = {"token_embeddings": output.last_hidden_state, "attention_mask": batch["attention_mask"]}
+    mode = ST_POOLINGS[pooling].removesuffix("_tokens").removesuffix("_token")
+    expected = Pooling(32, pooling_mode=mode)(features)["sentence_embedding"]
+    torch.testing.assert_close(output.pooler_output, expected, atol=1e-6, rtol=1e-5)
+
+
+# Kernels and checkpoints of the graph ---------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("X5")
+def test_the_kernel_can_be_changed_and_changed_back(tiny_model):
+    model, batch = tiny_model(attention_patterns=MIXED), make_batch()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        first = model(**batch).last_hidden_state
+        for kernel in CPU_KERNELS:
+            model.set_attn_implementation(kernel)
+            assert model.config._attn_implementation == kernel
+            torch.testing.assert_close(model(**batch).last_hidden_state, first, atol=1e-5, rtol=0)
+        model.set_attn_implementation("longembed_varlen")
+        assert torch.equal(model(**batch).last_hidden_state, first)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.promise("X5")
+def test_the_pattern_can_be_changed_at_load(tiny_model, tmp_path):
+    model = tiny_model(attention_patterns=MIXED)
+    model.save_pretrained(tmp_path)
+    full = LongEmbedModel.from_pretrained(tmp_path, attention_patterns="full")
+    assert all(torch.equal(tensor, full.state_dict()[name]) for name, tensor in model.state_dict().items())
+    batch = make_batch()
+    with torch.no_grad():
+        expected = tiny_model(attention_patterns="full")(**batch).pooler_output
+        assert torch.equal(full(**batch).pooler_output, expected)
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, positions, dropout):
+    patterns = "full" if positions == "rope+group" else MIXED
+    model = tiny_model(attention_patterns=patterns, hidden_dropout_prob=dropout, **POSITIONS[positions]).train()
+    batch = make_batch()
+    plain = parameter_gradients(model, batch)
+    model.gradient_checkpointing_enable()
+    calls = []
+    model.layers[0].attention.q_proj.register_forward_hook(lambda *_: calls.append(None))
+    checkpointed = parameter_gradients(model, batch)
+    assert len(calls) == 2  # computed again in the backward pass
+    assert plain.keys() == checkpointed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+# Memory ---------------------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize(
+    ("pattern", "positions"),
+    [
+        ({"type": "sliding", "window": 32}, "absolute"),
+        ({"type": "sliding", "window": 32, "global_tokens": 2}, "absolute"),
+        ({"type": "sliding", "window": 32}, "alibi"),
+        ({"type": "sliding", "window": 32, "global_tokens": 2}, "relative"),
+        ({"type": "block", "size": 64}, "absolute"),
+        ({"type": "block", "size": 64}, "alibi"),
+        ("full", "absolute"),
+        ("full", "alibi"),
+        ("full", "relative"),
+    ],
+    ids=str,
+)
+def test_no_tensor_of_length_times_length(tiny_model, monkeypatch, pattern, positions):
+    """Neither kept for the backward pass nor allocated on the way, forward and backward, at 4,096 tokens."""
+    length, budget = 4096, 2**20
+    monkeypatch.setattr(kernels_longembed, "MAX_SCORES", budget)
+    model = tiny_model(
+        attention_patterns=pattern,
+        num_hidden_layers=1,
+        max_position_embeddings=length,
+        hidden_size=16,
+        num_attention_heads=2,
+        **POSITIONS[positions],
+    ).train()
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with LargestTensor() as largest, saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randint(1, 64, (1, length))).pooler_output.sum().backward()
+    assert length * length == 16 * budget
+    # A window of 32 in blocks of 64 holds 4096 x (64 + 2 x 32) scores a head.
+    assert max(kept) <= budget
+    assert largest.elements <= 1.1 * budget
+
+
+# The head -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_that_of_all_scores(tiny_model):
+    model, batch = tiny_model(LongEmbedForMaskedLM, attention_patterns=MIXED), make_batch()
+    labels = batch["input_ids"].masked_fill(torch.rand(batch["input_ids"].shape) < 0.6, -100)
+    labels[batch["attention_mask"] == 0] = -100
+    output, scores = model(**batch, labels=labels), model(**batch).logits
+    assert scores.shape == (*labels.shape, 64)
+    expected = torch.nn.functional.cross_entropy(scores.transpose(1, 2), labels)
+    torch.testing.assert_close(output.loss, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(output.logits, scores[labels != -100], atol=1e-6, rtol=0)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (output.loss, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+def test_the_projection_is_tied_to_the_word_embeddings(tiny_model):
+    model = tiny_model(LongEmbedForMaskedLM)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+# Precision ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("X3")
+@pytest.mark.parametrize("positions", POSITIONS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_autocast_bfloat16_points_where_float32_does(tiny_model, pattern, positions):
+    if (pattern, positions) == ("sliding", "rope+group"):
+        pytest.skip("refused by the config: the window is wider than the neighbours")
+    # Weights of a usual size: random ones of 0.3 amplify every rounding.
+    fields = {"attention_patterns": pattern, "initializer_range": 0.1, **POSITIONS[positions]}
+    model, batch = tiny_model(**fields), make_batch((60, 33, 2))
+    with torch.no_grad():
+        expected = model(**batch).pooler_output
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(**batch).pooler_output
+    assert torch.nn.functional.cosine_similarity(output.float(), expected).min() > 1 - 2e-2
+    assert output.dtype == torch.float32  # pooled in full precision
+
+
+@pytest.mark.promise("X3")
+@pytest.mark.parametrize("kernel", CPU_KERNELS)
+def test_a_model_in_bfloat16(tiny_model, kernel):
+    model, batch = tiny_model(attention_patterns=MIXED, initializer_range=0.1, attn_implementation=kernel), make_batch()
+    with torch.no_grad():
+        expected = model(**batch).pooler_output
+        output = model.bfloat16()(**batch).pooler_output
+    assert torch.nn.functional.cosine_similarity(output.float(), expected).min() > 1 - 2e-2
