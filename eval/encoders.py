@@ -166,7 +166,7 @@ class Encoder:
             cut = self.own.tokenizer(
                 texts, truncation=True, max_length=self.max_length, return_offsets_mapping=True
             ).offset_mapping
-            texts = [text[: max(end for _, end in spans)] for text, spans in zip(texts, cut, strict=True)]
+            texts = [text[: max((end for _, end in spans), default=0)] for text, spans in zip(texts, cut, strict=True)]
         return self.own.encode(
             texts,
             prompt_name=prompt_type.value if prompt_type else None,

@@ -3,6 +3,8 @@
 import hypothesis
 import hypothesis.strategies as st
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from eval.synthetic import MOST_DOCUMENTS, NEEDLES, Haystack, Needle, read_haystack, write_task
@@ -63,6 +65,16 @@ def test_questions_and_answers_are_all_different(kind):
     assert len({needle.text for needle in needles}) == MOST_DOCUMENTS[kind]
 
 
+@pytest.fixture(scope="module")
+def byte_pairs():
+    """A byte-level BPE, where a word costs more tokens at the start of a text than after a space."""
+    pieces = ["A ship sails. ", "Why, unbelievably? ", "The key is 42. "]
+    model = tokenizers.ByteLevelBPETokenizer()
+    model.train_from_iterator(pieces * 50, vocab_size=400, min_frequency=1, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=model._tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "byte_pairs"])
 @hypothesis.settings(max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     text=st.lists(
@@ -73,7 +85,8 @@ def test_questions_and_answers_are_all_different(kind):
     depth=st.floats(0, 1),
     start=st.integers(0, 10**6),
 )
-def test_any_text_gives_documents_of_any_length(tokenizer, text, tokens, depth, start):
+def test_any_text_gives_documents_of_any_length(request, kind, text, tokens, depth, start):
+    tokenizer = request.getfixturevalue(kind)
     needle = Needle("The key is 42. ", "What is the key?")
     document = Haystack("".join(text), tokenizer).document(needle, tokens, depth, start)
     assert len(tokenizer(document)["input_ids"]) <= tokens
