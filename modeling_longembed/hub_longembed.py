@@ -123,13 +123,16 @@ class HubMixin:
             return self._tokenizer is not None
         return find_file(self.name_or_path, "tokenizer_config.json", **(self._tokenizer_source or {})) is not None
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As in transformers; beside weights, config and code: tokenizer, sentence-transformers files, a model card."""
+    def save_pretrained(self, save_directory, is_main_process: bool = True, title: str | None = None, **kwargs):
+        """As in transformers; beside weights, config and code: tokenizer, sentence-transformers files, a model card.
+
+        `title` is what the card calls the model; the name of the folder if None.
+        """
         # All three classes, whichever is saved: the folder loads as encoder and as masked-language model.
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            self._write_companions(Path(save_directory))
+            self._write_companions(Path(save_directory), title)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         """transformers' `push_to_hub` calls this once it has put a generic card into the folder: ours replaces it."""

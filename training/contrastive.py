@@ -129,7 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     trained = loop.run(select_parameters(model, tuning), batches, accumulate_gradient, evaluate if retrievals else None)
     if loop.is_main:
-        final = save(trained, tuning, Path(loop_arguments.output_dir))
+        output_dir = Path(loop_arguments.output_dir).absolute()
+        final = save(trained, tuning, output_dir, title=arguments.hub_model_id or output_dir.name)
         if arguments.push_to_hub:
             push(final, arguments.hub_model_id, arguments.hub_private_repo)
 
@@ -173,14 +174,14 @@ def embed(model: nn.Module, chunk: PackedTexts) -> Tensor:
     return F.normalize(output, dim=-1)
 
 
-def save(model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: Path) -> Path:
+def save(model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: Path, title: str) -> Path:
     """Write the model to `output_dir/final`; a LoRA one merged, and its adapter to `output_dir/adapter`."""
     if isinstance(model, PeftModel):
         with atomic_folder(output_dir / "adapter") as folder:
             save_adapter(model, tuning.tuning, folder)
         model = model.merge_and_unload()
     with atomic_folder(output_dir / "final") as folder:
-        model.eval().save_pretrained(str(folder))  # with its tokenizer
+        model.eval().save_pretrained(str(folder), title=title)  # with its tokenizer
     return output_dir / "final"
 
 

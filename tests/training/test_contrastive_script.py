@@ -57,6 +57,9 @@ def test_learns_and_reports(train, pairs_file):
     loaded = LongEmbedModel.from_pretrained(output / "final")
     vectors = loaded.encode(["river stone", "seven night"], output="torch")
     assert vectors.shape == (2, 32)
+    card = (output / "final" / "README.md").read_text()
+    assert "# out\n" in card
+    assert ".tmp" not in card  # the folder that it was written in
 
 
 @pytest.mark.parametrize("tuning", ["lora", "longlora"])
