@@ -150,7 +150,9 @@ class LongEmbedConfig(PretrainedConfig):
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if not isinstance(self.attention_patterns, list):
-            self.attention_patterns = [self.attention_patterns] * attention_sublayers
+            self.attention_patterns = [self.attention_patterns]
+        if len(self.attention_patterns) == 1:
+            self.attention_patterns = self.attention_patterns * attention_sublayers
         if len(self.attention_patterns) != attention_sublayers:
             raise ValueError(
                 f"attention_patterns has {len(self.attention_patterns)} entries but sublayer_pattern="
