@@ -256,6 +256,23 @@ def test_the_projection_is_tied_to_the_word_embeddings(tiny_model):
 # Precision ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("X2")
+@pytest.mark.parametrize("pattern", ["full", *MIXED], ids=["full", "sliding", "block"])
+def test_a_compiled_model_equals_the_eager_one(tiny_model, pattern):
+    """`aot_eager` traces forward and backward as the default compiler does, and needs no C++ compiler."""
+    torch._dynamo.reset()
+    input_ids = torch.arange(1, 25).view(2, 12)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 7:] = 0
+    gradients = []
+    for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
+        model = tiny_model(attention_patterns=pattern)
+        output = wrap(model)(input_ids, attention_mask=attention_mask).pooler_output
+        output.sin().sum().backward()
+        gradients.append({"output": output.detach()} | {n: p.grad for n, p in model.named_parameters()})
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.promise("X3")
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("pattern", PATTERNS)
