@@ -300,21 +300,22 @@ def comparable_length(config, original_fields: dict) -> int:
 
 @torch.no_grad()
 def largest_difference(original_model, model, length: int) -> float:
-    """Largest absolute difference of two models' outputs on a padded batch of documents of up to `length` tokens."""
+    """Largest absolute difference of two models' outputs on a padded batch of documents of up to `length` tokens.
+
+    Where outputs exceed 1 it is relative to the largest: unnormalised states of hundreds are rounded accordingly.
+    """
     lengths = [length, max(1, length // 3), 1]
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, model.config.vocab_size, (len(lengths), length), generator=generator)
     pad = original_model.config.pad_token_id or 0
-    input_ids[input_ids == pad] = (
-        pad + 1
-    ) % model.config.vocab_size  # RoBERTa counts positions by "is it the padding id"
+    # RoBERTa counts positions by "is it the padding id": no real token may be one.
+    input_ids[input_ids == pad] = (pad + 1) % model.config.vocab_size
     attention_mask = torch.tensor([[1] * n + [0] * (length - n) for n in lengths])
     input_ids = torch.where(attention_mask == 1, input_ids, pad)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     if segments := model.config.type_vocab_size:
         inputs["token_type_ids"] = torch.randint(0, segments, input_ids.shape, generator=generator)
     theirs, ours = original_model(**inputs)[0], model(**inputs)[0]
-    # Unnormalised states of hundreds carry rounding of their own size.
     scale = max(1.0, theirs[attention_mask == 1].abs().max().item())
     return ((theirs - ours)[attention_mask == 1].abs().max() / scale).item()
 
