@@ -22,7 +22,7 @@ def test_comes_back_as_it_was(tmp_path):
     assert state == {"random": [1, (2, None)]}
     assert checkpoint.progress.window == [{"loss": 3.1}]
     complete = json.loads((checkpoint.path / COMPLETE).read_text())
-    assert complete["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(complete["versions"]["torch"])  # the package's own has no "+cu128"
     assert {"step", "epoch", "offset", "world_size", "data", "sha256"} <= complete.keys()
 
 
