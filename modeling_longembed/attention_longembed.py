@@ -4,6 +4,7 @@
 numbers are computed and is never saved. All kernels take packed tensors and give the same numbers.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .attention_pattern_longembed import AttentionInputs, AttentionPattern, Places, chunked_attention
 from .kernels_longembed import attend, segment_attention
 from .packing_longembed import PackedDocuments
-from .patterns_longembed import AttentionPattern
-from .positions_longembed import GroupedRotary, RopePlan, ScoreBias
+from .positions_longembed import RopePlan, ScoreBias
+from .relative_longembed import DistanceAttention, DistanceEmbeddings
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -22,92 +24,60 @@ except ImportError:  # optional: the `flash` extra
     flash_attn_varlen_func = None
 
 
-class AttentionInputs(NamedTuple):
-    """What one attention call reads. T packed tokens, H heads, D head size."""
+class LayerContext(NamedTuple):
+    """What the sublayers of one forward pass share."""
 
-    query: Tensor  # (T, H, D), rotated
-    key: Tensor  # (T, H, D), rotated
-    value: Tensor  # (T, H, D)
-    pattern: AttentionPattern
     documents: PackedDocuments
-    scaling: float
-    dropout: float
-    bias: ScoreBias | None
-    grouped: GroupedRotary | None
-
-
-def document_mask(pattern: AttentionPattern, documents: PackedDocuments, start: int, end: int) -> Tensor:
-    """The pattern's predicate on one document, packed rows `start` to `end`: bool `(L, L)`."""
-    index = torch.arange(end - start, device=documents.cu_seqlens.device)
-    marked = (
-        torch.zeros_like(index, dtype=torch.bool) if documents.is_global is None else documents.is_global[start:end]
-    )
-    return pattern.visible(index[:, None], index[None, :], marked[:, None], marked[None, :])
+    rope: dict[str, RopePlan]  # by layer type; empty for schemes that do not rotate
+    bias: ScoreBias | None  # of a scheme that adds the same bias in all layers
+    distances: DistanceEmbeddings | None  # of Transformer-XL's scheme, whose bias each layer makes from its query
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
-    """The definition, a document at a time: softmax of scores under the predicate, and its weights. L x L memory."""
-    contexts, weights = [], []
-    for start, end in inputs.documents.bounds:
-        query, key, value = (
-            x[start:end].transpose(0, 1) for x in (inputs.query, inputs.key, inputs.value)
-        )  # (H, L, D)
-        index = torch.arange(end - start, device=query.device)
-        scores = query @ key.transpose(1, 2)
-        if inputs.grouped is not None:
-            scores = inputs.grouped[slice(start, end)].merge(scores, index, index)
-        scores = scores * inputs.scaling
-        if inputs.bias is not None:
-            scores = scores + inputs.bias.dense(index, index)
-        mask = document_mask(inputs.pattern, inputs.documents, start, end)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        # A row that sees nothing is all -inf: its weights are zero, not NaN.
-        attention = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(
-            query.dtype
-        )
-        attention = attention.masked_fill(~mask, 0.0)
-        weights.append(attention)
-        attention = torch.dropout(attention, inputs.dropout, train=inputs.dropout > 0)
-        contexts.append((attention @ value).transpose(0, 1))
-    return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query), weights
+    """The definition, a document at a time, and its weights. L x L memory."""
+    parts = [inputs.pattern.dense(inputs, slice(start, end)) for start, end in inputs.documents.bounds]
+    context = torch.cat([context for context, _ in parts]) if parts else torch.zeros_like(inputs.query)
+    return context, [weights for _, weights in parts]
 
 
 def sdpa_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
     """torch's fused attention under each document's mask. Exact; the mask is L x L unless every token sees all."""
     contexts = []
     for start, end in inputs.documents.bounds:
-        query, key, value = (x[start:end].transpose(0, 1) for x in (inputs.query, inputs.key, inputs.value))
-        mask = None
+        rows = slice(start, end)
+        query, key, value = (x[rows].transpose(0, 1) for x in inputs[:3])
+        mask, places = None, inputs.places(rows)
         if not inputs.pattern.sees_all(end - start):
-            mask = document_mask(inputs.pattern, inputs.documents, start, end)
+            mask = inputs.mask(places, places)
         if inputs.bias is not None:
-            index = torch.arange(end - start, device=query.device)
-            bias = inputs.bias.dense(index, index)
+            bias = inputs.bias.dense(query, places.index, places.index)
+            mask = inputs.mask(places, places) if inputs.causal else mask
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-        contexts.append(attend(query, key, value, mask, inputs.scaling, inputs.dropout).transpose(0, 1))
+        contexts.append(
+            attend(query, key, value, mask, inputs.scaling, inputs.dropout, inputs.causal).transpose(0, 1)
+        )
     return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query), None
 
 
 def varlen_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """The pattern's own path: no padding, linear memory, torch alone. The default."""
-    return inputs.pattern.attend(inputs.query, inputs.key, inputs.value, *inputs[4:]), None
+    """The pattern's own path: no padding, torch alone. The default."""
+    return inputs.pattern.attend(inputs), None
+
+
+def memory_efficient_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
+    """Any mask, bias and grouping in linear memory without a fused kernel (Rabe & Staats 2021)."""
+    return chunked_attention(inputs), None
 
 
 def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
     """flash-attn's variable-length kernel (Dao 2023): full and block patterns, and windows without global tokens."""
-    documents, pattern = inputs.documents, inputs.pattern
-    if (
-        pattern.type not in ("full", "sliding", "block")
-        or documents.is_global is not None
-        or getattr(pattern, "global_tokens", 0) > 0
-    ):
+    segments = inputs.pattern.segments(inputs.documents)
+    if segments is None:
         raise ValueError(
             "flash_attention_2 computes full, block and sliding attention without global tokens; "
             f"load with attn_implementation={DEFAULT_KERNEL!r}"
         )
-    window = (pattern.window, pattern.window) if pattern.type == "sliding" else (-1, -1)
-    cu_seqlens = documents.cu_seqlens if pattern.type != "block" else pattern.blocks(documents)
-    longest = documents.max_seqlen if pattern.type != "block" else min(pattern.size, documents.max_seqlen)
+    cu_seqlens, longest, window = segments
     context = flash_attn_varlen_func(
         *inputs[:3],
         cu_seqlens,
@@ -116,7 +86,8 @@ def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
         longest,
         inputs.dropout,
         softmax_scale=inputs.scaling,
-        window_size=window,
+        causal=inputs.causal,
+        window_size=(window, window),
     )
     return context, None
 
@@ -132,42 +103,48 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
         raise ValueError(
             "flex_attention has no dropout; set attention_dropout=0 or use attn_implementation='longembed_varlen'"
         )
-    tokens, index, owner = len(inputs.query), documents.token_index, documents.document_ids
+    tokens, num_heads, owner = len(inputs.query), inputs.query.shape[1], documents.document_ids
+    index = documents.token_index
     marked = documents.is_global if documents.is_global is not None else torch.zeros_like(index, dtype=torch.bool)
+    places = Places(index, documents.document_lengths, marked)
 
     def mask_mod(batch, head, query, key):
-        visible = pattern.visible(index[query], index[key], marked[query], marked[key])
-        return visible & (owner[query] == owner[key])
+        visible = pattern.visible(places.at(query), places.at(key), head, num_heads) & (owner[query] == owner[key])
+        return visible & (index[key] <= index[query]) if inputs.causal else visible
 
     def score_mod(score, batch, head, query, key):
         return score + bias.values(index[key] - index[query], head)
 
     compiled = inputs.query.is_cuda
-    if ("flex", pattern) not in documents.cache:
-        device = inputs.query.device
-        documents.cache["flex", pattern] = create_block_mask(
-            mask_mod, None, None, tokens, tokens, device, _compile=compiled
-        )
+    heads = num_heads if pattern.per_head else None
+    block_mask = documents.once(
+        ("flex", pattern),
+        lambda: create_block_mask(mask_mod, None, heads, tokens, tokens, inputs.query.device, _compile=compiled),
+    )
     function = torch.compile(flex_attention) if compiled else flex_attention
     query, key, value = (x.transpose(0, 1)[None] for x in inputs[:3])
-    context = function(
-        query,
-        key,
-        value,
-        score_mod=None if bias is None else score_mod,
-        block_mask=documents.cache["flex", pattern],
-        scale=inputs.scaling,
-    )
+    modifier = None if bias is None else score_mod
+    context = function(query, key, value, score_mod=modifier, block_mask=block_mask, scale=inputs.scaling)
     return context[0].transpose(0, 1), None
 
 
-# Name in `attn_implementation` -> kernel, whether it adds a score bias, whether it merges Self-Extend's scores.
+class Kernel(NamedTuple):
+    """One way to compute attention, and what it can compute beside a mask."""
+
+    function: Callable[[AttentionInputs], tuple[Tensor, list[Tensor] | None]]
+    bias: bool = True  # a bias by distance on the scores
+    query_bias: bool = True  # a bias that reads the query (Transformer-XL)
+    grouped: bool = True  # the merged scores of Self-Extend
+    beyond_masks: bool = False  # patterns that are more than a mask
+
+
 KERNELS = {
-    "eager": (eager_attention, True, True),
-    "sdpa": (sdpa_attention, True, False),
-    "longembed_varlen": (varlen_attention, True, True),
-    "flash_attention_2": (flash_attention, False, False),
-    "flex_attention": (flex_attention_kernel, True, False),
+    "eager": Kernel(eager_attention, beyond_masks=True),
+    "sdpa": Kernel(sdpa_attention, grouped=False),
+    "longembed_varlen": Kernel(varlen_attention, beyond_masks=True),
+    "longembed_chunked": Kernel(memory_efficient_attention),
+    "flash_attention_2": Kernel(flash_attention, bias=False, query_bias=False, grouped=False),
+    "flex_attention": Kernel(flex_attention_kernel, query_bias=False, grouped=False),
 }
 DEFAULT_KERNEL = "longembed_varlen"
 
@@ -182,57 +159,74 @@ def check_kernel(name: str):
         )
 
 
-def select_kernel(name: str, has_bias: bool, is_grouped: bool):
-    """The kernel called `name`, if it can compute what the model's positions need.
+def select_kernel(name: str, inputs: AttentionInputs) -> Kernel:
+    """The kernel called `name`, if it can compute these inputs.
 
     Raises:
-        ValueError: no such kernel, or one that cannot add this model's position scheme.
+        ValueError: no such kernel, or one that cannot compute this model's pattern or position scheme.
     """
     check_kernel(name)
-    kernel, adds_bias, merges_groups = KERNELS[name]
-    if has_bias and not adds_bias:
-        raise ValueError(
-            f"attn_implementation={name!r} cannot add a position bias (alibi, relative buckets); use {DEFAULT_KERNEL!r}"
-        )
-    if is_grouped and not merges_groups:
-        raise ValueError(
-            f"attn_implementation={name!r} cannot compute Self-Extend (method 'group' on rope); use {DEFAULT_KERNEL!r}"
-        )
+    kernel, bias = KERNELS[name], inputs.bias
+    refused = None
+    if bias is not None and not (kernel.query_bias if bias.reads_query else kernel.bias):
+        refused = "cannot add the position bias of this scheme (alibi, relative, relative buckets)"
+    elif inputs.grouped is not None and not kernel.grouped:
+        refused = "cannot compute Self-Extend (method 'group' on rope)"
+    elif not inputs.pattern.is_mask and not kernel.beyond_masks:
+        refused = f"computes masks alone, and the pattern {inputs.pattern.type!r} is more than a mask"
+    if refused:
+        raise ValueError(f"attn_implementation={name!r} {refused}; use {DEFAULT_KERNEL!r}")
     return kernel
 
 
 class LongEmbedAttention(nn.Module):
     """Multi-head self-attention of one sublayer on packed tokens."""
 
-    def __init__(self, config, pattern: AttentionPattern):
+    def __init__(self, config, pattern: AttentionPattern, training_pattern: AttentionPattern | None = None):
         super().__init__()
-        self.config, self.pattern = config, pattern
-        self.head_dim = config.head_dim
-        width = config.num_attention_heads * self.head_dim
+        self.config, self.pattern, self.training_pattern = config, pattern, training_pattern or pattern
+        self.layer_type, self.head_dim = pattern.layer_type, config.head_dim
+        width, bias = config.num_attention_heads * self.head_dim, config.attention_bias
         # Separate projections: LoRA on a fused one would share its A matrix, and a column split would need its layout.
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.attention_bias)
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.k_proj = None if pattern.shares_query_key else nn.Linear(config.hidden_size, width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.own = pattern.build(config)
+        self.distance = DistanceAttention(config) if config.position_embedding_type == "relative" else None
 
-    def forward(
-        self, hidden_states: Tensor, documents: PackedDocuments, rope: dict[str, RopePlan], bias: ScoreBias | None
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `(T, H, D)` of states `(T, d)`; no rotation yet."""
+        query = self.q_proj(states)
+        key = query if self.k_proj is None else self.k_proj(states)
+        heads = (-1, self.head_dim)
+        return query.unflatten(-1, heads), key.unflatten(-1, heads), self.v_proj(states).unflatten(-1, heads)
+
+    def forward(self, hidden_states: Tensor, context: LayerContext) -> tuple[Tensor, list[Tensor] | None]:
         """`(T, d)` to `(T, d)`, and the weights of each document `(H, L, L)` if the kernel has them."""
-        query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, self.head_dim))
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        grouped = None
-        if rope:
-            query, key, grouped = rope[self.pattern.layer_type](query, key)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        kernel = select_kernel(self.config._attn_implementation, bias is not None, grouped is not None)
+        pattern = self.training_pattern if self.training else self.pattern
+        query, key, value = self.project(hidden_states)
+        bias, grouped = context.bias, None
+        if context.rope:  # of the pattern that serves, whichever one trains
+            query, key, grouped = context.rope[self.layer_type](query, key)
+        if self.distance is not None:
+            query, bias = self.distance(query, context.distances, pattern.reach(context.documents))
         inputs = AttentionInputs(
-            query, key, value, self.pattern, documents, self.head_dim**-0.5, dropout, bias, grouped
+            query,
+            key,
+            value,
+            pattern,
+            context.documents,
+            self.head_dim**-0.5,
+            self.config.attention_dropout if self.training else 0.0,
+            bias,
+            grouped,
+            self.config.is_causal,
+            self.training,
+            pattern.prepare(self, hidden_states, context),
         )
-        context, weights = kernel(inputs)
-        return self.o_proj(context.flatten(1)), weights
+        attended, weights = select_kernel(self.config._attn_implementation, inputs).function(inputs)
+        return self.o_proj(attended.flatten(1)), weights
 
 
 def longembed_varlen(
@@ -261,5 +255,7 @@ def padding_mask(attention_mask: Tensor | None = None, **kwargs) -> Tensor | Non
     return attention_mask
 
 
-AttentionInterface.register(DEFAULT_KERNEL, longembed_varlen)
-AttentionMaskInterface.register(DEFAULT_KERNEL, padding_mask)
+for name in KERNELS:
+    if name.startswith("longembed"):
+        AttentionInterface.register(name, longembed_varlen)
+        AttentionMaskInterface.register(name, padding_mask)

@@ -57,9 +57,13 @@ class LongEmbedConfig(PretrainedConfig):
         sublayer_pattern: the layout, one letter a sublayer: `s` self-attention, `f` feed-forward. Default: `sfsf...`.
         num_hidden_layers: attention sublayers; follows from `sublayer_pattern` where that is given.
         attention_patterns: which keys a query sees, one entry an attention sublayer (or one entry for all): a name or
-            `{"type": "full" | "sliding" | "block", **parameters}`.
+            `{"type": name, **parameters}`, see `patterns_longembed`.
+        training_attention_patterns: what the same weights use while they train (S2-Attn of LongLoRA: train `shifted`,
+            serve `full`); None: the same.
+        is_causal: no token sees a later one.
         max_position_embeddings: context length in tokens; what is longer is cut off (and said) by `encode`.
-        position_embedding_type: `absolute` (learned table), `sinusoidal`, `rope`, `alibi`.
+        position_embedding_type: `absolute` (learned table), `sinusoidal`, `rope`, `alibi`, `relative` (Transformer-XL),
+            `none` (NoPE: the causal mask is the only order).
         relative_attention_num_buckets, relative_attention_max_distance: a learned bias by distance beside the scheme
             (MPNet, T5); 0: none.
         rope_parameters: transformers' form, flat or one dict a layer type (`full_attention`, `sliding_attention`,
@@ -93,9 +97,11 @@ class LongEmbedConfig(PretrainedConfig):
     num_hidden_layers: int | None = None
     sublayer_pattern: str | None = None
     attention_patterns: str | dict | list = "full"
+    training_attention_patterns: str | dict | list | None = None
+    is_causal: bool = False
     layer_types: list[str] | None = None
     max_position_embeddings: int = 512
-    position_embedding_type: Literal["absolute", "sinusoidal", "rope", "alibi"] = "absolute"
+    position_embedding_type: Literal["absolute", "sinusoidal", "rope", "alibi", "relative", "none"] = "absolute"
     relative_attention_num_buckets: int = 0
     relative_attention_max_distance: int = 128
     rope_parameters: dict | None = None
@@ -149,18 +155,10 @@ class LongEmbedConfig(PretrainedConfig):
         self.num_hidden_layers = attention_sublayers
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if not isinstance(self.attention_patterns, list):
-            self.attention_patterns = [self.attention_patterns]
-        if len(self.attention_patterns) == 1:
-            self.attention_patterns = self.attention_patterns * attention_sublayers
-        if len(self.attention_patterns) != attention_sublayers:
-            raise ValueError(
-                f"attention_patterns has {len(self.attention_patterns)} entries but sublayer_pattern="
-                f"{self.sublayer_pattern!r} has {attention_sublayers} attention sublayers; give one entry for each, or "
-                "one for all"
-            )
-        patterns = [build_pattern(entry) for entry in self.attention_patterns]
-        self.attention_patterns = [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
+        self.attention_patterns = self._complete_patterns("attention_patterns")
+        if self.training_attention_patterns is not None:
+            self.training_attention_patterns = self._complete_patterns("training_attention_patterns")
+        patterns = self.get_patterns()
         derived = [pattern.layer_type for pattern in patterns]
         if self.layer_types not in (None, derived):
             raise ValueError(
@@ -184,6 +182,20 @@ class LongEmbedConfig(PretrainedConfig):
         if "attention_patterns" in changes:
             changes.setdefault("layer_types", None)  # derived anew
         return super().from_dict(config_dict | changes, **kwargs)
+
+    def _complete_patterns(self, name: str) -> list[dict]:
+        """The field `name` with one entry an attention sublayer and every parameter of each."""
+        entries, expected = getattr(self, name), self.num_hidden_layers
+        entries = entries if isinstance(entries, list) else [entries]
+        if len(entries) == 1:
+            entries = entries * expected
+        if len(entries) != expected:
+            raise ValueError(
+                f"{name} has {len(entries)} entries but sublayer_pattern={self.sublayer_pattern!r} has {expected} "
+                "attention sublayers; give one entry for each, or one for all"
+            )
+        patterns = [build_pattern(entry) for entry in entries]
+        return [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
 
     def _complete_extension(self, extension: dict) -> dict:
         """The extension with every parameter of its method; refuses what the scheme or the method does not know."""
@@ -301,8 +313,11 @@ class LongEmbedConfig(PretrainedConfig):
                         f"position_extension cannot be put on top of rope_parameters with rope_type={rope_type!r}; "
                         "set rope_type='default'"
                     )
-        elif self.position_embedding_type == "sinusoidal" and self.hidden_size % 2:
-            raise ValueError(f"position_embedding_type='sinusoidal' needs an even hidden_size, not {self.hidden_size}")
+        elif self.position_embedding_type in ("sinusoidal", "relative") and self.hidden_size % 2:
+            raise ValueError(
+                f"position_embedding_type={self.position_embedding_type!r} needs an even hidden_size, not "
+                f"{self.hidden_size}"
+            )
         if self.relative_attention_num_buckets % 4:
             raise ValueError(
                 f"relative_attention_num_buckets={self.relative_attention_num_buckets}; give a multiple of 4: "
@@ -317,10 +332,15 @@ class LongEmbedConfig(PretrainedConfig):
                 f"distances of relative_attention_num_buckets={self.relative_attention_num_buckets}; "
                 "give more than a quarter of the buckets"
             )
-        if self.relative_attention_num_buckets and self.position_embedding_type == "alibi":
+        if self.relative_attention_num_buckets and self.position_embedding_type in ("alibi", "relative"):
             raise ValueError(
-                "relative_attention_num_buckets and position_embedding_type='alibi' are both a bias by distance; "
-                "choose one"
+                f"relative_attention_num_buckets and position_embedding_type={self.position_embedding_type!r} are both "
+                "a bias by distance; choose one"
+            )
+        if self.position_embedding_type == "none" and not self.is_causal:
+            raise ValueError(
+                "position_embedding_type='none' leaves the causal mask as the only order, and without it word order is "
+                "lost; set is_causal=true or choose a position scheme"
             )
         if extension is not None and extension["method"] == "group" and self.position_embedding_type == "rope":
             if type(extension["neighbours"]) is not int or extension["neighbours"] < 1:
@@ -331,15 +351,6 @@ class LongEmbedConfig(PretrainedConfig):
                 raise ValueError(
                     "position_extension 'group' on rope and relative_attention_num_buckets cannot be merged; use 'yarn'"
                 )
-            for entry in self.attention_patterns:
-                if entry["type"] == "sliding" and (
-                    entry["window"] >= extension["neighbours"] or entry["global_tokens"]
-                ):
-                    raise ValueError(
-                        f"position_extension: Self-Extend with neighbours={extension['neighbours']} cannot be computed "
-                        f"under the sliding window {entry['window']} with {entry['global_tokens']} global tokens; "
-                        "use neighbours > window and no global tokens, or 'yarn'"
-                    )
         if (
             self.position_embedding_type == "absolute"
             and extension is not None
@@ -352,16 +363,35 @@ class LongEmbedConfig(PretrainedConfig):
                     f"rows holds the original ones at multiples of {factor}; leave factor out"
                 )
 
-    def validate_windows(self):
-        """A pattern that reaches further than the context has an effect nowhere: a slip, not a choice."""
-        for entry in self.attention_patterns:
-            for name in ("window", "size"):
-                if entry.get(name, 0) > self.max_position_embeddings:
-                    raise ValueError(
-                        f"attention_patterns: {name}={entry[name]} of {entry['type']!r} is more than "
-                        f"max_position_embeddings={self.max_position_embeddings}; use 'full' or a smaller one"
-                    )
+    def validate_attention(self):
+        """Every pattern can be combined with the rest, and reaches no further than the context."""
+        if self.is_causal and self.pooling == "cls":
+            raise ValueError("is_causal=true lets the first token see nothing but itself; set pooling to 'mean' or 'last'")
+        for pattern, trained in zip(self.get_patterns(), self.get_training_patterns(), strict=True):
+            for which in (pattern, trained):
+                which.check(self)
+                for name in ("window", "size"):  # beyond the context it has an effect nowhere: a slip, not a choice
+                    if (value := getattr(which, name, 0)) > self.max_position_embeddings:
+                        raise ValueError(
+                            f"attention_patterns: {name}={value} of {which.type!r} is more than "
+                            f"max_position_embeddings={self.max_position_embeddings}; use 'full' or a smaller one"
+                        )
+            if trained != pattern and (trained.own_weights or pattern.own_weights):
+                raise ValueError(
+                    f"training_attention_patterns: {trained.type!r} cannot stand in for {pattern.type!r}, because one "
+                    "of the two has weights of its own; leave training_attention_patterns out"
+                )
+
+    @property
+    def extends_by_groups(self) -> bool:
+        """Whether Self-Extend computes two scores for every pair."""
+        extension = self.position_extension
+        return self.position_embedding_type == "rope" and extension is not None and extension["method"] == "group"
 
     def get_patterns(self) -> list:
         """The attention patterns, one object an attention sublayer."""
         return [build_pattern(entry) for entry in self.attention_patterns]
+
+    def get_training_patterns(self) -> list:
+        """The attention patterns in training, one object an attention sublayer."""
+        return [build_pattern(entry) for entry in self.training_attention_patterns or self.attention_patterns]

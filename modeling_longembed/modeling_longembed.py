@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 
-from .attention_longembed import DEFAULT_KERNEL, LongEmbedAttention, check_kernel
+from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, check_kernel
 from .configuration_longembed import LongEmbedConfig
 from .conversion_longembed import FromEncoderMixin
 from .encoding_longembed import EncodeMixin
@@ -21,13 +21,13 @@ from .pooling_longembed import pool
 from .positions_longembed import (
     AlibiBias,
     BucketBias,
-    RopePlan,
-    ScoreBias,
+    alibi_slopes,
     position_ids,
     position_table_rows,
     rope_plan,
     sinusoidal_embeddings,
 )
+from .relative_longembed import DistanceEmbeddings
 
 
 class LongEmbedEmbeddings(nn.Module):
@@ -90,28 +90,22 @@ class LongEmbedFeedForward(nn.Module):
 class LongEmbedSublayer(GradientCheckpointingLayer):
     """One residual sublayer, attention or feed-forward: `norm(x + f(x))` (post) or `x + f(norm(x))` (pre)."""
 
-    def __init__(self, config, pattern=None, has_norm: bool = True):
+    def __init__(self, config, pattern=None, training_pattern=None, has_norm: bool = True):
         super().__init__()
         self.norm_placement = config.norm_placement
-        self.attention = LongEmbedAttention(config, pattern) if pattern is not None else None
+        self.attention = LongEmbedAttention(config, pattern, training_pattern) if pattern is not None else None
         self.feed_forward = LongEmbedFeedForward(config) if pattern is None else None
         self.norm = (
             nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias) if has_norm else nn.Identity()
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        documents: PackedDocuments,
-        rope: dict[str, RopePlan],
-        bias: ScoreBias | None,
-    ) -> tuple[Tensor, list[Tensor] | None]:
+    def forward(self, hidden_states: Tensor, context: LayerContext) -> tuple[Tensor, list[Tensor] | None]:
         """`(T, d)` to `(T, d)`, and the attention weights of each document if there are any."""
         states = self.norm(hidden_states) if self.norm_placement == "pre" else hidden_states
         weights = None
         if self.attention is not None:
-            states, weights = self.attention(states, documents, rope, bias)
+            states, weights = self.attention(states, context)
         else:
             states = self.feed_forward(states)
         hidden_states = hidden_states + self.dropout(states)
@@ -148,10 +142,10 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             self.relative_attention_bias = nn.Embedding(
                 config.relative_attention_num_buckets, config.num_attention_heads
             )
-        patterns = iter(config.get_patterns())
+        patterns = zip(config.get_patterns(), config.get_training_patterns(), strict=True)
         self.layers = nn.ModuleList(
             LongEmbedSublayer(
-                config, next(patterns) if kind == "s" else None, has_norm=index > 0 or config.first_attention_norm
+                config, *(next(patterns) if kind == "s" else ()), has_norm=index > 0 or config.first_attention_norm
             )
             for index, kind in enumerate(config.sublayer_pattern)
         )
@@ -231,10 +225,10 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
         segments = None if token_type_ids is None else documents.pack(token_type_ids)
 
         hidden_states = self.embeddings(words, segments, documents, token_index)  # (T, d)
-        rope, bias = self._rope(documents, token_index), self._bias(hidden_states.device)
+        context = self._context(documents, token_index, hidden_states)
         all_hidden_states, all_weights = [hidden_states], []
         for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, documents=documents, rope=rope, bias=bias)
+            hidden_states, weights = layer(hidden_states, context=context)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions and weights is not None:
@@ -273,21 +267,23 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             documents.is_global = documents.pack(global_attention_mask) != 0
         return documents
 
-    def _rope(self, documents: PackedDocuments, token_index: Tensor) -> dict[str, RopePlan]:
-        """The rotation of each layer type; empty for schemes that do not rotate."""
-        if self.config.position_embedding_type != "rope":
-            return {}
-        parameters, plans = self.config.rope_parameters, {}
-        for layer_type in dict.fromkeys(self.config.layer_types):
-            plans[layer_type] = rope_plan(self.config, parameters.get(layer_type, parameters), documents, token_index)
-        return plans
-
-    def _bias(self, device: torch.device) -> ScoreBias | None:
-        if self.config.position_embedding_type == "alibi":
-            return AlibiBias(self.config.num_attention_heads, device)
+    def _context(self, documents: PackedDocuments, token_index: Tensor, hidden_states: Tensor) -> LayerContext:
+        """What the position scheme contributes to attention, computed once for all sublayers."""
+        config, rope, bias, distances = self.config, {}, None, None
+        if config.position_embedding_type == "rope":
+            parameters = config.rope_parameters
+            for layer_type in dict.fromkeys(config.layer_types):
+                of_type = parameters.get(layer_type, parameters)
+                rope[layer_type] = rope_plan(config, of_type, documents, token_index)
+        elif config.position_embedding_type == "alibi":
+            bias = AlibiBias(torch.tensor(alibi_slopes(config.num_attention_heads), device=hidden_states.device))
+        elif config.position_embedding_type == "relative":
+            patterns = [*config.get_patterns(), *config.get_training_patterns()]
+            reach = max(pattern.reach(documents) for pattern in patterns)
+            distances = DistanceEmbeddings.up_to(reach, config.hidden_size, hidden_states)
         if self.relative_attention_bias is not None:
-            return BucketBias(self.relative_attention_bias.weight, self.config.relative_attention_max_distance)
-        return None
+            bias = BucketBias(self.relative_attention_bias.weight, config.relative_attention_max_distance)
+        return LayerContext(documents, rope, bias, distances)
 
     def _pad_weights(self, weights: list[Tensor], documents: PackedDocuments) -> Tensor:
         """Weights of each document, `(H, L, L)`, to `(B, H, S, S)` at the places of its tokens."""

@@ -5,9 +5,11 @@ H heads, D head size, d = H * D model width. A packed tensor is `(T, ...)`; docu
 `cu_seqlens[n]` to `cu_seqlens[n + 1]`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +32,7 @@ class PackedDocuments:
     is_global: Tensor | None = None
     padded_index: Tensor | None = None
     batch_shape: tuple[int, int] | None = None
-    # What a kernel derives from these lengths once per forward pass (e.g. a block mask), for all layers.
+    # What kernels derive from these lengths (e.g. a block mask), see `once`.
     cache: dict = field(default_factory=dict)
 
     @classmethod
@@ -75,6 +77,12 @@ class PackedDocuments:
         """`(T,)` int64, length of the document of each packed token."""
         return self.cu_seqlens.diff().long()[self.document_ids]
 
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, computed once per forward pass under `key`, for all layers."""
+        if key not in self.cache:
+            self.cache[key] = compute()
+        return self.cache[key]
+
     def pack(self, padded: Tensor) -> Tensor:
         """`(B, S, ...)` to `(T, ...)`; `(1, T, ...)` of a caller that packed to `(T, ...)`."""
         flat = padded.flatten(0, 1)
@@ -89,20 +97,24 @@ class PackedDocuments:
         return padded.index_copy(0, self.padded_index, packed).view(batch, length, *packed.shape[1:])
 
 
-def split_documents(cu_seqlens: Tensor, size: int) -> Tensor:
+def split_documents(cu_seqlens: Tensor, size: int, first: int | None = None) -> Tensor:
     """Cuts every document into pieces of `size` tokens, the last one shorter.
 
     Args:
         cu_seqlens: `(B + 1,)` int32 cumulative lengths.
         size: tokens a piece.
+        first: tokens in the first piece of a document that has more than `size`; `size` if None.
 
     Returns:
         `(P + 1,)` int32 cumulative lengths of the pieces. Pieces never cross a document; an empty document has none.
     """
     lengths = cu_seqlens.diff()
-    pieces = (lengths + size - 1) // size
-    first = torch.repeat_interleave(cu_seqlens[:-1], pieces)
-    number = torch.arange(len(first), device=lengths.device) - torch.repeat_interleave(
+    # Tokens that the first piece lacks: as if the document began so much earlier.
+    lead = torch.where(lengths > size, size - (size if first is None else first), 0)
+    pieces = (lengths + lead + size - 1) // size
+    starts = torch.repeat_interleave(cu_seqlens[:-1], pieces)
+    number = torch.arange(len(starts), device=lengths.device) - torch.repeat_interleave(
         pieces.cumsum(0) - pieces, pieces
     )
-    return torch.cat([first + number.to(first.dtype) * size, cu_seqlens[-1:]]).to(torch.int32)
+    offset = (number * size - torch.repeat_interleave(lead, pieces)).clamp(min=0)
+    return torch.cat([starts + offset, cu_seqlens[-1:]]).to(torch.int32)

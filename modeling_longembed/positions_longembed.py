@@ -1,7 +1,7 @@
 """Position schemes: what a token knows about where it stands, and how that is stretched beyond the trained length.
 
 A scheme acts in one of three places: it adds a vector to the embedding (absolute, sinusoidal), rotates query and key
-(rope), or adds a bias to the scores (alibi, the relative buckets of T5 and MPNet). Nothing here holds tensor state: a
+(rope), or adds a bias to the scores (alibi, the relative buckets of T5 and MPNet, Transformer-XL's in a file of its own). Nothing here holds tensor state: a
 non-persistent buffer comes back from `from_pretrained` as garbage, so tables are computed from Python numbers in every
 forward pass.
 
@@ -12,6 +12,7 @@ its own length: a document that fits is read as the original model read it, what
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .packing_longembed import PackedDocuments
 
-# Extension methods of each scheme; alibi needs none, it has no trained length.
+# Extension methods of each scheme; those without have no trained length.
 EXTENSIONS = {
     "absolute": ("repeat", "interpolate", "group", "restart"),
     "sinusoidal": ("repeat", "interpolate", "group", "restart"),
     "rope": ("linear", "dynamic", "ntk", "theta", "yarn", "group"),
     "alibi": (),
+    "relative": (),
+    "none": (),
 }
 
 
@@ -219,6 +222,11 @@ class GroupedRotary:
     def __getitem__(self, rows: slice) -> "GroupedRotary":
         return GroupedRotary(self.query_left[rows], self.query_right[rows], self.key[rows], self.neighbours[rows])
 
+    def heads(self, heads: slice) -> "GroupedRotary":
+        """The same for some of the heads."""
+        rotated = (x[:, heads] for x in (self.query_left, self.query_right, self.key))
+        return GroupedRotary(*rotated, self.neighbours)
+
     def merge(self, near: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         """Unscaled scores `(H, Q, K)` of one document: `near` where the key is a neighbour, grouped ones elsewhere."""
         key = self.key[key_index].permute(1, 2, 0)  # (H, D, K)
@@ -285,7 +293,21 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
 
 
 class ScoreBias:
-    """A number added to the score of query i and key j that depends on `j - i` and on the head."""
+    """A number added to the scaled score of query i and key j that depends on their places and on the head."""
+
+    reads_query: ClassVar[bool] = False  # whether it depends on the query's vector too
+
+    def heads(self, heads: slice) -> "ScoreBias":
+        """The same for some of the heads."""
+        raise NotImplementedError
+
+    def dense(self, query: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        """`(..., H, Q, K)` for queries `(..., H, Q, D)` at the places `(Q,)` and keys at `(K,)` of one document."""
+        raise NotImplementedError
+
+
+class DistanceOnlyBias(ScoreBias):
+    """A bias that is a function of `j - i` and the head alone."""
 
     num_heads: int
 
@@ -293,8 +315,8 @@ class ScoreBias:
         """Bias of relative positions `key - query` in the heads `head`, int64, broadcastable against each other."""
         raise NotImplementedError
 
-    def dense(self, query_index: Tensor, key_index: Tensor) -> Tensor:
-        """`(H, Q, K)` for queries `(Q,)` and keys `(K,)` of one document."""
+    def dense(self, query: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
+        """`(H, Q, K)`; the query's vector does not matter."""
         head = torch.arange(self.num_heads, device=query_index.device)
         return self.values(key_index[None, :] - query_index[:, None], head[:, None, None])
 
@@ -306,12 +328,14 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + [2.0 ** (-4.0 * h / power) for h in range(1, 2 * (num_heads - power), 2)]
 
 
-class AlibiBias(ScoreBias):
-    """`-slope_h |i - j|`: the symmetric form, because an encoder looks both ways."""
+class AlibiBias(DistanceOnlyBias):
+    """`-slope_h |i - j|`: the symmetric form, because an encoder looks both ways. `slopes` is `(H,)`."""
 
-    def __init__(self, num_heads: int, device: torch.device):
-        self.num_heads = num_heads
-        self.slopes = torch.tensor(alibi_slopes(num_heads), device=device)
+    def __init__(self, slopes: Tensor):
+        self.slopes, self.num_heads = slopes, len(slopes)
+
+    def heads(self, heads):
+        return AlibiBias(self.slopes[heads])
 
     def values(self, relative_position: Tensor, head: Tensor) -> Tensor:
         return -relative_position.abs() * self.slopes[head]
@@ -330,12 +354,15 @@ def relative_position_bucket(relative_position: Tensor, num_buckets: int, max_di
     return side + torch.where(distance < exact, distance, far.clamp(max=half - 1))
 
 
-class BucketBias(ScoreBias):
+class BucketBias(DistanceOnlyBias):
     """A learned number for every head and bucket of distances; shared by all layers."""
 
     def __init__(self, table: Tensor, max_distance: int):
         self.table, self.max_distance = table, max_distance  # (num_buckets, H)
         self.num_heads = table.shape[1]
+
+    def heads(self, heads):
+        return BucketBias(self.table[:, heads], self.max_distance)
 
     def values(self, relative_position: Tensor, head: Tensor) -> Tensor:
         return self.table[relative_position_bucket(relative_position, len(self.table), self.max_distance), head]
