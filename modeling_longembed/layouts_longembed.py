@@ -46,10 +46,10 @@ def par(blocks: int, ratio: float) -> str:
     """Few attention sublayers, evenly spaced in the first two thirds, and feed-forward everywhere else.
 
     Mandava et al. 2020, "Pay Attention when Required" (arXiv:2009.04534). Of N = `blocks` sublayers, round(N / p) are
-    attention, p = `ratio` (5 in the paper's models). It leaves open which blocks of the first two thirds these are; here
-    number i of n_s stands at index floor(i * ceil(2N / 3) / n_s), so the first block is attention. Where an attention
-    sublayer (4 d^2 parameters) gives way to a feed-forward one (8 d^2 at the usual width), the model has MORE parameters
-    than the interleaved one of as many blocks; what falls is the time for long documents.
+    attention, p = `ratio` (5 in the paper's models). The paper leaves open which blocks of the first two thirds these
+    are; here number i of n_s stands at index floor(i * ceil(2N / 3) / n_s), so the first block is attention. Where an
+    attention sublayer (4 d^2 parameters) gives way to a feed-forward one (8 d^2 at the usual width), the model has MORE
+    parameters than the interleaved one of as many blocks; what falls is the time for long documents.
 
     Args:
         blocks: N, sublayers of both kinds together.

@@ -34,6 +34,7 @@ class Progress:
         world_size: processes.
         data: what the order of the data depends on (`describe()` of the batches).
         window: metrics of the steps since the last logged one.
+        ended: the script has ended the run here, before the last step that its arguments name.
     """
 
     step: int
@@ -42,6 +43,7 @@ class Progress:
     world_size: int
     data: dict[str, Any]
     window: list[dict[str, float]] = field(default_factory=list)
+    ended: bool = False
 
 
 @dataclass
@@ -52,25 +54,25 @@ class Checkpoint:
     progress: Progress
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The trained parameters by name, and the rest of the state as it was given to `save_checkpoint`."""
+        """The trained parameters and buffers by name, and the rest of the state as `save_checkpoint` got it."""
         state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
         return load_file(self.path / WEIGHTS), state
 
 
 def save_checkpoint(
-    folder: Path, progress: Progress, parameters: Mapping[str, Tensor], state: dict[str, Any], keep: int | None
+    folder: Path, progress: Progress, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int | None
 ) -> None:
     """Write `folder/step-N`, and only when it is whole under its name remove older ones.
 
     Args:
         folder: where the checkpoints are.
         progress: where the run is.
-        parameters: the parameters that train, by name.
+        tensors: the parameters that train and the buffers, by name.
         state: optimiser, schedule and random states; tensors, numbers and containers of them (no pickled classes).
         keep: how many checkpoints stay; all if None.
     """
     with atomic_folder(folder / f"step-{progress.step}") as temporary:
-        save_file({name: tensor.detach().contiguous() for name, tensor in parameters.items()}, temporary / WEIGHTS)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
         torch.save(state, temporary / STATE)
         complete = {
             **asdict(progress),

@@ -4,7 +4,7 @@ accelerate launch training/contrastive.py --config training/recipes/contrastive.
     --model_name_or_path MODEL --train_data pairs.jsonl --output_dir runs/mine
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from training.batches import PackedTexts, PairBatch, PairBatches, PairTokenizer
 from training.data import read_sources
 from training.distributed import gather_rows, own_rows
 from training.gradient_cache import cached_backward
-from training.loop import Loop, LoopArguments
+from training.loop import AccumulateGradient, Loop, LoopArguments
 from training.losses.contrastive import info_nce
 from training.tuning import TuningArguments, save_adapter, select_parameters
 from training.validation import PairRetrieval
@@ -60,79 +60,41 @@ class ContrastiveArguments:
     batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
     temperature: float = field(default=0.05, metadata={"help": "similarities are divided by it"})
     symmetric: bool = field(default=False, metadata={"help": "also find the query of a document"})
-    push_to_hub: bool = field(default=False, metadata={"help": "upload the final model"})
-    hub_model_id: str | None = field(default=None, metadata={"help": "where to: org/name"})
-    hub_private_repo: bool = field(default=True, metadata={"help": "whether a repository that is made is private"})
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "batch_tokens", "temperature"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+
+
+@dataclass
+class HubArguments:
+    """Where the final model is published."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the final model"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "where to: org/name"})
+    hub_private_repo: bool = field(default=True, metadata={"help": "whether a repository that is made is private"})
+
+    def __post_init__(self) -> None:
         if self.push_to_hub and not self.hub_model_id:
             raise UserError("--push_to_hub needs --hub_model_id org/name")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, arguments, tuning, loop_arguments = parse(
-        ModelArguments, ContrastiveArguments, TuningArguments, LoopArguments, argv=argv
+    model_arguments, arguments, tuning, loop_arguments, hub = parse(
+        ModelArguments, ContrastiveArguments, TuningArguments, LoopArguments, HubArguments, argv=argv
     )
     loop = Loop(loop_arguments)
     model, tokenize = load(model_arguments)
-    batches = PairBatches(
-        read_sources(arguments.train_data),
-        tokenize,
-        batch_size=arguments.per_device_train_batch_size,
-        batch_tokens=arguments.batch_tokens,
-        seed=loop_arguments.seed,
-        rank=loop.accelerator.process_index,
-        world_size=loop.accelerator.num_processes,
-    )
-    retrievals = {
-        source.name: PairRetrieval(
-            source, tokenize, batch_size=batches.global_batch_size, batch_tokens=arguments.batch_tokens
-        )
-        for source in read_sources(arguments.eval_data)
-    }
-
-    def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
-        def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            sizes = [batch.pairs, batch.pairs, len(embeddings) - 2 * batch.pairs]
-            # Columns are gathered one by one: all positives come before all negatives, on every process.
-            query, positive, negative = (gather_rows(rows) for rows in embeddings.split(sizes))
-            query_id, positive_id, negative_id = (gather_rows(ids) for ids in batch.text_ids.split(sizes))
-            value, metrics = info_nce(
-                query,
-                positive,
-                negative,
-                temperature=arguments.temperature,
-                symmetric=arguments.symmetric,
-                query_id=query_id,
-                positive_id=positive_id,
-                negative_id=negative_id,
-                rows=own_rows(batch.pairs),
-            )
-            return value * scale, metrics | {"loss": value.detach()}
-
-        metrics = cached_backward(model, batch.chunks, lambda chunk: embed(model, chunk), loss, synchronize=synchronize)
-        return metrics | batch.measures()
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        device = loop.accelerator.device
-        results = {
-            name: retrieval(lambda chunk: embed(model, chunk.to(device)), arguments.temperature)
-            for name, retrieval in retrievals.items()
-        }
-        if len(results) == 1:
-            return next(iter(results.values()))
-        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
-
-    trained = loop.run(select_parameters(model, tuning), batches, accumulate_gradient, evaluate if retrievals else None)
+    batches = pair_batches(arguments, tokenize, loop)
+    evaluate = pair_retrieval(arguments, batches, loop)
+    trained = loop.run(select_parameters(model, tuning), batches, pair_gradient(arguments), evaluate)
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
-        final = save(trained, tuning, output_dir, title=arguments.hub_model_id or output_dir.name)
-        if arguments.push_to_hub:
-            push(final, arguments.hub_model_id, arguments.hub_private_repo)
+        final = save(trained, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
+        if hub.push_to_hub:
+            push(final, hub.hub_model_id, hub.hub_private_repo)
 
 
 def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PairTokenizer]:
@@ -164,6 +126,71 @@ def load(arguments: ModelArguments) -> tuple[PreTrainedModel, PairTokenizer]:
                 "for text"
             )
     return model, PairTokenizer(tokenizer, max_length, query_max_length, model.config.prompts)
+
+
+def pair_batches(arguments: ContrastiveArguments, tokenize: PairTokenizer, loop: Loop) -> PairBatches:
+    """The training data, as the loop takes it."""
+    return PairBatches(
+        read_sources(arguments.train_data),
+        tokenize,
+        batch_size=arguments.per_device_train_batch_size,
+        batch_tokens=arguments.batch_tokens,
+        seed=loop.arguments.seed,
+        rank=loop.accelerator.process_index,
+        world_size=loop.accelerator.num_processes,
+    )
+
+
+def pair_retrieval(
+    arguments: ContrastiveArguments, batches: PairBatches, loop: Loop
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """The evaluation of a model on each source of `--eval_data`; None if there is none."""
+    retrievals = {
+        source.name: PairRetrieval(
+            source, batches.tokenize, batch_size=batches.global_batch_size, batch_tokens=arguments.batch_tokens
+        )
+        for source in read_sources(arguments.eval_data)
+    }
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        device = loop.accelerator.device
+        results = {
+            name: retrieval(lambda chunk: embed(model, chunk.to(device)), arguments.temperature)
+            for name, retrieval in retrievals.items()
+        }
+        if len(results) == 1:
+            return next(iter(results.values()))
+        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
+
+    return evaluate if retrievals else None
+
+
+def pair_gradient(arguments: ContrastiveArguments) -> AccumulateGradient:
+    """The objective: InfoNCE over the pairs of a batch, on all processes."""
+
+    def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
+        def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            sizes = [batch.pairs, batch.pairs, len(embeddings) - 2 * batch.pairs]
+            # Columns are gathered one by one: all positives come before all negatives, on every process.
+            query, positive, negative = (gather_rows(rows) for rows in embeddings.split(sizes))
+            query_id, positive_id, negative_id = (gather_rows(ids) for ids in batch.text_ids.split(sizes))
+            value, metrics = info_nce(
+                query,
+                positive,
+                negative,
+                temperature=arguments.temperature,
+                symmetric=arguments.symmetric,
+                query_id=query_id,
+                positive_id=positive_id,
+                negative_id=negative_id,
+                rows=own_rows(batch.pairs),
+            )
+            return value * scale, metrics | {"loss": value.detach()}
+
+        metrics = cached_backward(model, batch.chunks, lambda chunk: embed(model, chunk), loss, synchronize=synchronize)
+        return metrics | batch.measures()
+
+    return accumulate_gradient
 
 
 def embed(model: nn.Module, chunk: PackedTexts) -> Tensor:

@@ -131,30 +131,30 @@ class Loop:
         batches: Batches,
         accumulate_gradient: AccumulateGradient,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        groups: list[dict[str, Any]] | None = None,
+        ends_after: Callable[[int], bool] | None = None,
     ) -> Model:
         """Train `model` to the last step, going on from the checkpoint that the arguments name.
 
         Args:
-            model: what trains is what requires a gradient.
+            model: what trains is what requires a gradient. A checkpoint holds that and the model's buffers.
             batches: the data.
             accumulate_gradient: the objective, see `AccumulateGradient`.
             evaluate: metrics of the model at hand, called in evaluation mode on all processes.
+            groups: parameter groups of the optimiser, the first at `--learning_rate`; `parameter_groups` if None.
+            ends_after: called with the number of each step after it, on all processes; True ends the run there. What
+                it needs to know of earlier steps belongs in buffers of the model, which come back on resume.
 
         Returns:
             The trained model, without the wrappers of distributed training.
         """
         arguments, accelerator = self.arguments, self.accelerator
-        steps_per_epoch = len(batches) / arguments.gradient_accumulation_steps
-        total = (
-            arguments.max_steps
-            if arguments.max_steps > 0
-            else max(1, round(arguments.num_train_epochs * steps_per_epoch))
-        )
+        total = self.total_steps(batches)
         if arguments.gradient_checkpointing:
             _enable_gradient_checkpointing(model)
         wrapped = accelerator.prepare(model)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, arguments.weight_decay),
+            parameter_groups(model, arguments.weight_decay) if groups is None else groups,
             lr=arguments.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
@@ -168,6 +168,8 @@ class Loop:
         )
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         progress = self._resume(model, optimizer, scheduler, batches)
+        if progress.ended:
+            total = progress.step
         log = MetricsLog(accelerator, self.output_dir, progress.step)
         bar = tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=not self.is_main)
 
@@ -206,21 +208,32 @@ class Loop:
             speed.add(progress.window[-1])
             progress.step = step
             progress.epoch, progress.offset = divmod(step * accumulation, len(batches))
+            progress.ended = ends_after is not None and ends_after(step)
+            is_last = step == total or progress.ended
             bar.update()
             bar.set_postfix(loss=f"{progress.window[-1]['loss']:.4f}")
-            if step % arguments.logging_steps == 0 or step == total:
+            if step % arguments.logging_steps == 0 or is_last:
                 epoch = {"epoch": step * accumulation / len(batches), "learning_rate": learning_rate}
                 log.write(step, epoch | _mean(progress.window) | speed.read())
                 progress.window.clear()
-            if evaluate and (step == total or (arguments.eval_steps and step % arguments.eval_steps == 0)):
+            if evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
                 with speed.paused():
                     log.write(step, _evaluate(wrapped, evaluate))
-            if step % arguments.save_steps == 0 or step == total:
+            if step % arguments.save_steps == 0 or is_last:
                 with speed.paused():
                     self._save(progress, model, optimizer, scheduler)
+            if is_last:
+                break
         bar.close()
         accelerator.end_training()
         return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+
+    def total_steps(self, batches: Batches) -> int:
+        """Optimiser steps of the whole run."""
+        arguments = self.arguments
+        if arguments.max_steps > 0:
+            return arguments.max_steps
+        return max(1, round(arguments.num_train_epochs * len(batches) / arguments.gradient_accumulation_steps))
 
     def _choose_checkpoint(self) -> Checkpoint | None:
         folder, wanted = self.output_dir / "checkpoints", self.arguments.resume_from_checkpoint
@@ -258,14 +271,14 @@ class Loop:
                 f"{path}: was made by {progress.world_size} processes, now there are {world_size}; launch as "
                 "before, or add --allow_reshard (the same batches, but other dropout masks)"
             )
-        parameters, state = self.checkpoint.load()
-        own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if own.keys() != parameters.keys():
-            name = sorted(own.keys() ^ parameters.keys())[0]
+        tensors, state = self.checkpoint.load()
+        own = _training_tensors(model)
+        if own.keys() != tensors.keys():
+            name = sorted(own.keys() ^ tensors.keys())[0]
             raise UserError(f"{path}: trains other parameters than now ({name}); use the same model and --tuning")
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(parameters[name])
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         if progress.world_size == world_size:
@@ -279,9 +292,8 @@ class Loop:
         random_states = gather_object([_random_state()])
         if self.is_main:
             state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_states}
-            parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
             keep = self.arguments.save_total_limit
-            save_checkpoint(self.output_dir / "checkpoints", progress, parameters, state, keep)
+            save_checkpoint(self.output_dir / "checkpoints", progress, _training_tensors(model), state, keep)
         self.accelerator.wait_for_everyone()
 
     def _reduce(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -328,6 +340,12 @@ class _Speed:
             "pairs_per_second": pairs,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
+
+
+def _training_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What changes in training, by name: the parameters that train, and the buffers."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | dict(model.named_buffers())
 
 
 def _mean(window: list[dict[str, float]]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The published layouts, as strings and as models."""
 
 import re
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_par_places_few_attention_sublayers_in_the_first_two_thirds(blocks, rati
     assert len(places) == attention
     assert places[0] == 0
     assert 3 * places[-1] < 2 * blocks
-    gaps = {after - before for before, after in zip(places, places[1:], strict=False)}
+    gaps = {after - before for before, after in pairwise(places)}
     assert max(gaps, default=0) - min(gaps, default=0) <= 1  # evenly
 
 
