@@ -53,9 +53,7 @@ def sdpa_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
             bias = inputs.bias.dense(query, places.index, places.index)
             mask = inputs.mask(places, places) if inputs.causal else mask
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
-        contexts.append(
-            attend(query, key, value, mask, inputs.scaling, inputs.dropout, inputs.causal).transpose(0, 1)
-        )
+        contexts.append(attend(query, key, value, mask, inputs.scaling, inputs.dropout, inputs.causal).transpose(0, 1))
     return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query), None
 
 

@@ -366,7 +366,9 @@ class LongEmbedConfig(PretrainedConfig):
     def validate_attention(self):
         """Every pattern can be combined with the rest, and reaches no further than the context."""
         if self.is_causal and self.pooling == "cls":
-            raise ValueError("is_causal=true lets the first token see nothing but itself; set pooling to 'mean' or 'last'")
+            raise ValueError(
+                "is_causal=true lets the first token see nothing but itself; set pooling to 'mean' or 'last'"
+            )
         for pattern, trained in zip(self.get_patterns(), self.get_training_patterns(), strict=True):
             for which in (pattern, trained):
                 which.check(self)

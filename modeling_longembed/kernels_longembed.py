@@ -66,13 +66,18 @@ def varlen_kernel_applies(query: Tensor, dropout: float) -> bool:
 
 
 def varlen_kernel(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, longest: int, scaling: float, window: int, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    scaling: float,
+    window: int,
+    causal: bool,
 ) -> Tensor:
     """torch's variable-length flash kernel; `window` tokens on each side, -1 for all."""
     sides = (window, 0 if causal else window)
-    context = varlen_attn(
-        query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=sides
-    )
+    context = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=sides)
     return cast(Tensor, context)  # a pair only where `return_aux` asks for one
 
 
@@ -204,7 +209,9 @@ def online_attention(
 
     def one_query_chunk(query_HQD: Tensor, key: Tensor, value: Tensor, query_index: Tensor) -> Tensor:
         parts = []
-        for key_index, key_LHD, value_LHD in zip(index.split(key_chunk), key.split(key_chunk), value.split(key_chunk), strict=True):
+        for key_index, key_LHD, value_LHD in zip(
+            index.split(key_chunk), key.split(key_chunk), value.split(key_chunk), strict=True
+        ):
             visible = None if mask is None else mask(query_index, key_index)
             if visible is None or bool(visible.any()):
                 states = (key_LHD.transpose(0, 1), value_LHD.transpose(0, 1))
@@ -297,7 +304,9 @@ def window_attention(
             query_place = places[query_index.clamp(max=length - 1)]  # (N, block)
             extra = torch.ones(count, 1, block, global_count, dtype=torch.bool, device=device)
             if causal:
-                extra = (global_keys.index <= query_place[..., None])[:, None] | (query_index >= length)[:, None, :, None]
+                extra = (global_keys.index <= query_place[..., None])[:, None] | (query_index >= length)[
+                    :, None, :, None
+                ]
             if bias is not None:
                 flat = query_blocks.transpose(0, 1).flatten(1, 2)  # (H, N * block, D)
                 far = bias.dense(flat, query_place.flatten(), global_keys.index)  # (H, N * block, G)

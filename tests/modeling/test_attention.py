@@ -5,7 +5,7 @@ The tests run over the registries: a pattern, a kernel or a position scheme that
 
 import inspect
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from unittest.mock import patch
 
 import pytest
@@ -21,17 +21,19 @@ from modeling_longembed import (
     LongEmbedModel,
     attention_longembed,
     kernels_longembed,
-    patterns_longembed,
+    local_patterns_longembed,
 )
-from modeling_longembed.attention_longembed import KERNELS, AttentionInputs, flash_attention, select_kernel
+from modeling_longembed.attention_longembed import KERNELS, flash_attention, select_kernel
+from modeling_longembed.attention_pattern_longembed import AttentionInputs, AttentionPattern, Places
 from modeling_longembed.conversion_longembed import FAMILIES, converted_weights
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.patterns_longembed import PATTERNS, build_pattern
-from modeling_longembed.positions_longembed import AlibiBias, BucketBias, rope_plan
+from modeling_longembed.positions_longembed import AlibiBias, BucketBias, alibi_slopes, rope_plan
+from modeling_longembed.relative_longembed import DistanceBias
 
 HEADS, DIM = 4, 8
 BUCKETS, DISTANCE = 8, 20
-SCHEMES = ("absolute", "rope", "alibi", "relative", "rope+group")
+SCHEMES = ("absolute", "rope", "alibi", "buckets", "relative", "rope+group")
 # flash-attn needs a GPU: what is passed to it is tested with a stand-in below.
 CPU_KERNELS = [name for name in KERNELS if name != "flash_attention_2"]
 TRAINABLE_KERNELS = [name for name in CPU_KERNELS if name != "flex_attention"]
@@ -55,7 +57,7 @@ class Problem:
 
 def scheme_fields(scheme, neighbours):
     """Config fields of a position scheme; under Self-Extend documents beyond 8 tokens are extended."""
-    if scheme == "relative":
+    if scheme == "buckets":
         return {"relative_attention_num_buckets": BUCKETS, "relative_attention_max_distance": DISTANCE}
     extension = {"method": "group", "original_max_position_embeddings": 8, "factor": 3, "neighbours": neighbours}
     return {
@@ -64,7 +66,7 @@ def scheme_fields(scheme, neighbours):
     }
 
 
-def make_problem(pattern, scheme, lengths, is_global=None, neighbours=16, dtype=torch.float64):
+def make_problem(pattern, scheme, lengths, is_global=None, neighbours=16, dtype=torch.float64, causal=False):
     """Random inputs, with gradients unless they are turned off. ValueError where the config refuses the combination."""
     config = LongEmbedConfig(
         hidden_size=HEADS * DIM,
@@ -72,6 +74,7 @@ def make_problem(pattern, scheme, lengths, is_global=None, neighbours=16, dtype=
         num_hidden_layers=1,
         max_position_embeddings=256,
         attention_patterns={"type": pattern.type, **vars(pattern)},
+        is_causal=causal,
         **scheme_fields(scheme, neighbours),
     )
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -83,11 +86,25 @@ def make_problem(pattern, scheme, lengths, is_global=None, neighbours=16, dtype=
     if config.position_embedding_type == "rope":
         query, key, grouped = rope_plan(config, config.rope_parameters, documents, documents.token_index)(query, key)
     elif scheme == "alibi":
-        bias = AlibiBias(HEADS, query.device)
-    elif scheme == "relative":
+        bias = AlibiBias(torch.tensor(alibi_slopes(HEADS)))
+    elif scheme == "buckets":
         leaves.append(torch.randn(BUCKETS, HEADS, dtype=dtype, requires_grad=trainable))
         bias = BucketBias(leaves[-1], DISTANCE)
-    return Problem(AttentionInputs(query, key, value, pattern, documents, 0.3, 0.0, bias, grouped), scheme, leaves)
+    elif scheme == "relative":  # Transformer-XL: keys of the distances -reach to reach, u and v
+        reach = max(lengths)
+        leaves.append(torch.randn(HEADS, 2 * reach + 1, DIM, dtype=dtype, requires_grad=trainable))
+        leaves += [torch.randn(HEADS, DIM, dtype=dtype, requires_grad=trainable) for _ in range(2)]
+        keys, u, v = leaves[3:]
+        query, bias = query + u, DistanceBias(keys, v - u, 0.3)
+    inputs = AttentionInputs(query, key, value, pattern, documents, 0.3, 0.0, bias, grouped, causal)
+    return Problem(inputs, scheme, leaves)
+
+
+def predicate(pattern, length, marked):
+    """The pattern's own definition, on every pair of tokens of a document: bool `(1 or H, L, L)`."""
+    places = Places(torch.arange(length), torch.full((length,), length), marked)
+    query, key = (Places(*(x.view(shape) for x in places)) for shape in ((-1, 1), (1, -1)))
+    return pattern.visible(query, key, torch.arange(HEADS)[:, None, None], HEADS)
 
 
 def dense_attention(problem, dtype=torch.float64):
@@ -111,10 +128,15 @@ def dense_attention(problem, dtype=torch.float64):
         scores = scores * inputs.scaling
         if problem.scheme == "alibi":
             scores = scores - torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256], dtype=dtype)[:, None, None] * (i - j).abs()
-        if problem.scheme == "relative":
+        if problem.scheme == "relative":  # (q + v) . r_{i - j}, pair by pair; the query carries u already
+            keys, u, v = (leaf.to(dtype) for leaf in problem.leaves[3:])
+            pairs = keys[:, i - j + keys.shape[1] // 2]  # (H, L, L, D)
+            scores = scores + inputs.scaling * torch.einsum("qhd,hqkd->hqk", query[rows] - u + v, pairs)
+        if problem.scheme == "buckets":
             buckets = MPNetEncoder.relative_position_bucket(j - i, BUCKETS, DISTANCE)
             scores = scores + problem.leaves[3].to(dtype)[buckets].permute(2, 0, 1)
-        visible = inputs.pattern.visible(i, j, marked[:, None], marked[None, :]).expand(scores.shape)
+        visible = predicate(inputs.pattern, end - start, marked).expand(scores.shape)
+        visible = visible & (j <= i) if inputs.causal else visible
         weights = torch.where(visible, scores.exp(), 0.0)
         total = weights.sum(-1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1.0)
@@ -134,19 +156,25 @@ def assert_same_gradients(output, expected, leaves):
 
 
 def computes(kernel, scheme):
-    _, adds_bias, merges_groups = KERNELS[kernel]
-    return (adds_bias or scheme not in ("alibi", "relative")) and (merges_groups or scheme != "rope+group")
+    kernel = KERNELS[kernel]
+    needs = {"alibi": kernel.bias, "buckets": kernel.bias, "relative": kernel.query_bias, "rope+group": kernel.grouped}
+    return needs.get(scheme, True)
 
 
 def entries(name, reach=5):
-    """Two settings of a registered pattern: its smallest, and about `reach`."""
-    settings = [
-        {"type": name, **{f.name: f.metadata["least"] + extra for f in fields(PATTERNS[name])}} for extra in (0, reach)
-    ]
+    """Settings of a registered pattern: its smallest and about `reach`, its switches off and on."""
+    switches = [f.name for f in fields(PATTERNS[name]) if f.metadata["least"] is None]
+    numbers = {f.name: f.metadata["least"] for f in fields(PATTERNS[name]) if f.name not in switches}
+    settings = []
+    for extra, values in product((0, reach), product((False, True), repeat=len(switches))):
+        entry = {"type": name} | {key: least + extra for key, least in numbers.items()}
+        settings.append(entry | dict(zip(switches, values, strict=True)))
     return [entry for n, entry in enumerate(settings) if entry not in settings[:n]]
 
 
-ALL_PATTERNS = [build_pattern(entry) for name in PATTERNS for entry in entries(name)]
+# Patterns that are more than a mask have tests, and an oracle, of their own.
+ALL_PATTERNS = [p for name in PATTERNS for p in map(build_pattern, entries(name)) if p.is_mask]
+MASKS = sorted({pattern.type for pattern in ALL_PATTERNS})
 COMBINATIONS = [
     pytest.param(pattern, scheme, kernel, id=f"{pattern}-{scheme}-{kernel}")
     for pattern in ALL_PATTERNS
@@ -154,13 +182,15 @@ COMBINATIONS = [
     for kernel in CPU_KERNELS
     if computes(kernel, scheme)
 ]
+# What the config refuses by design; any other refusal is a mistake.
+REFUSALS = ("Self-Extend", "wrap=true joins the end of a document with its beginning")
 
 
 def problem_or_skip(pattern, scheme, *args, **kwargs):
     try:
         return make_problem(pattern, scheme, *args, **kwargs)
     except ValueError as refusal:
-        if "Self-Extend" not in str(refusal):  # the one combination that cannot be; any other refusal is a mistake
+        if not any(reason in str(refusal) for reason in REFUSALS):
             raise
         pytest.skip(str(refusal))
 
@@ -169,13 +199,12 @@ def problem_or_skip(pattern, scheme, *args, **kwargs):
 
 
 def test_the_predicates_are_what_their_names_say():
-    i, j = torch.arange(12)[:, None], torch.arange(12)[None, :]
     none = torch.zeros(12, dtype=torch.bool)
     chosen = none.clone()
     chosen[7] = True
 
-    def seen(entry, marked=none):
-        return build_pattern(entry).visible(i, j, marked[:, None], marked[None, :]).tolist()
+    def seen(entry, marked=none, head=0):
+        return predicate(build_pattern(entry), 12, marked).expand(HEADS, 12, 12)[head].tolist()
 
     places = range(12)
     assert seen("full") == [[True] * 12] * 12
@@ -186,26 +215,46 @@ def test_the_predicates_are_what_their_names_say():
     assert seen({"type": "sliding", "window": 2}, chosen) == [
         [abs(a - b) <= 2 or a == 7 or b == 7 for b in places] for a in places
     ]
+    assert seen({"type": "sliding", "window": 2, "dilation": 3}) == [
+        [abs(a - b) in (0, 3, 6) for b in places] for a in places
+    ]
+    shifted = {"type": "shifted", "size": 4}
+    for head in (0, 1):
+        assert seen(shifted, head=head) == [[a // 4 == b // 4 for b in places] for a in places]
+    for head in (2, 3):
+        assert seen(shifted, head=head) == [[(a + 2) // 4 == (b + 2) // 4 for b in places] for a in places]
+        ends = {0, 1, 10, 11}
+        assert seen(shifted | {"wrap": True}, head=head) == [
+            [(a + 2) // 4 == (b + 2) // 4 or {a, b} <= ends for b in places] for a in places
+        ]
     assert seen({"type": "block", "size": 5}) == [[a // 5 == b // 5 for b in places] for a in places]
 
 
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
 def test_sees_all_agrees_with_the_predicate(pattern):
     for length in range(1, 20):
-        index = torch.arange(length)
-        none = torch.zeros(length, dtype=torch.bool)
-        dense = pattern.visible(index[:, None], index[None], none[:, None], none[None]).expand(length, length)
+        dense = predicate(pattern, length, torch.zeros(length, dtype=torch.bool))
         assert not pattern.sees_all(length) or dense.all()
 
 
 # Every pattern, scheme and kernel -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
+def test_reach_is_as_far_as_the_predicate_sees(pattern):
+    for length in range(1, 30):
+        marked = torch.zeros(length, dtype=torch.bool)
+        _, query, key = predicate(pattern, length, marked).expand(HEADS, length, length).nonzero(as_tuple=True)
+        documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
+        assert pattern.reach(documents) >= (query - key).abs().max()
+
+
 @pytest.mark.promise("A1")
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize(("pattern", "scheme", "kernel"), COMBINATIONS)
-def test_equals_dense_attention(pattern, scheme, kernel):
+def test_equals_dense_attention(pattern, scheme, kernel, causal):
     with torch.set_grad_enabled(kernel in TRAINABLE_KERNELS):
-        problem = problem_or_skip(pattern, scheme, [1, 67, 0, 2, 6, 131, 5, 4, 13])
+        problem = problem_or_skip(pattern, scheme, [1, 67, 0, 2, 6, 131, 5, 4, 13], causal=causal)
         output, expected = problem.attend(kernel), dense_attention(problem)
     torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
     if kernel in TRAINABLE_KERNELS:
@@ -217,10 +266,14 @@ def cases(draw, name, scheme):
     """A setting of the pattern `name`, and documents whose lengths lie around its parameters, some tokens global."""
     entry, may_be_global = {"type": name}, (name, scheme) != ("sliding", "rope+group")  # refused, see below
     for field in fields(PATTERNS[name]):
-        if field.name == "global_tokens" and not may_be_global:
+        least = field.metadata["least"]
+        if field.name == "global_projections" or (field.name == "global_tokens" and not may_be_global):
             continue
-        entry[field.name] = draw(st.integers(field.metadata["least"], field.metadata["least"] + 70))
-    sizes = [size for size in entry.values() if isinstance(size, int)]
+        if least is None:
+            entry[field.name] = scheme != "rope+group" and draw(st.booleans())
+        else:
+            entry[field.name] = draw(st.integers(least, least + (2 if field.name == "dilation" else 70)))
+    sizes = [size for size in entry.values() if type(size) is int]
     around = [max(0, size * times + more) for size in sizes for times in (1, 2) for more in (-1, 0, 1)]
     lengths = draw(st.lists(st.sampled_from([*LENGTHS, *around]), min_size=1, max_size=3).filter(any))
     is_global = None
@@ -234,12 +287,13 @@ def cases(draw, name, scheme):
 
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", MASKS)
 @settings(max_examples=25)
 @given(data=st.data())
 def test_the_packed_path_equals_dense_attention_on_any_batch(name, scheme, data):
     pattern, lengths, is_global, max_scores = data.draw(cases(name, scheme))
-    problem = make_problem(pattern, scheme, lengths, is_global, neighbours=96)
+    causal = not getattr(pattern, "wrap", False) and data.draw(st.booleans())
+    problem = make_problem(pattern, scheme, lengths, is_global, neighbours=256, causal=causal)
     with patch.object(kernels_longembed, "MAX_SCORES", max_scores):
         output, expected = problem.attend("longembed_varlen"), dense_attention(problem)
         torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
@@ -260,7 +314,16 @@ def test_global_tokens_of_a_mask(pattern, kernel):
 
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 32, 33, 63, 64, 65, 97, 128, 129, 193])
-@pytest.mark.parametrize("entry", [{"type": "sliding", "window": 16}, {"type": "block", "size": 16}], ids=str)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"type": "sliding", "window": 16},
+        {"type": "block", "size": 16},
+        {"type": "shifted", "size": 16},
+        {"type": "shifted", "size": 16, "wrap": True},
+    ],
+    ids=str,
+)
 def test_lengths_around_the_window_and_the_blocks_of_the_computation(entry, length):
     problem = make_problem(build_pattern(entry), "absolute", [length])
     torch.testing.assert_close(problem.attend("longembed_varlen"), dense_attention(problem), atol=1e-10, rtol=0)
@@ -297,22 +360,22 @@ def test_no_document_sees_another(pattern, scheme, kernel):
             assert not grad[end:].any()
 
 
-class EvenTokens(patterns_longembed.AttentionPattern):
+class EvenTokens(AttentionPattern):
     """Odd tokens see nothing and are not seen: what no pattern of ours does to a query, and a new one may."""
 
     type = "even"
     layer_type = "full_attention"
 
-    def visible(self, query_index, key_index, query_global, key_global):
-        return (query_index % 2 == 0) & (key_index % 2 == 0)
+    def visible(self, query, key, head, num_heads):
+        return (query.index % 2 == 0) & (key.index % 2 == 0)
 
     def sees_all(self, length):
         return length == 1
 
 
 @pytest.mark.promise("A13")
-@pytest.mark.parametrize("bias", [None, AlibiBias(HEADS, torch.device("cpu"))], ids=["plain", "alibi"])
-@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("bias", [None, AlibiBias(torch.tensor(alibi_slopes(HEADS)))], ids=["plain", "alibi"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "longembed_chunked", "longembed_varlen", "flex_attention"])
 def test_a_query_that_sees_nothing_gives_zeros(kernel, bias):
     with torch.set_grad_enabled(kernel in TRAINABLE_KERNELS):
         problem = make_problem(build_pattern("full"), "absolute", [7, 1, 10])
@@ -443,8 +506,10 @@ def dense_varlen(query, key, value, cu_seqlens, window, scale):
         index = torch.arange(end - start)
         distance = index[:, None] - index[None]
         visible = torch.ones_like(distance, dtype=torch.bool)
-        if window != (-1, -1):
-            visible = (distance <= window[0]) & (-distance <= window[1])
+        if window[0] >= 0:
+            visible &= distance <= window[0]
+        if window[1] >= 0:
+            visible &= -distance <= window[1]
         scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * scale
         weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
         context[start:end] = torch.einsum("hqk,khd->qhd", weights, value[start:end])
@@ -456,23 +521,25 @@ PLAIN_PATTERNS = [
 ]
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("pattern", PLAIN_PATTERNS, ids=str)
-def test_what_flash_attention_is_asked_for(pattern):
+def test_what_flash_attention_is_asked_for(pattern, causal):
     def flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
         assert cu_q is cu_k
         assert cu_q.dtype == torch.int32
         assert max_q == max_k == cu_q.diff().max()
-        assert not causal
-        return dense_varlen(q, k, v, cu_q, window_size, softmax_scale)
+        assert causal == problem.inputs.causal
+        return dense_varlen(q, k, v, cu_q, (window_size[0], 0) if causal else window_size, softmax_scale)
 
-    problem = make_problem(pattern, "rope", [20, 3, 7])
+    problem = make_problem(pattern, "rope", [20, 3, 7], causal=causal)
     with patch.object(attention_longembed, "flash_attn_varlen_func", flash):
         output, _ = flash_attention(problem.inputs)
     torch.testing.assert_close(output, dense_attention(problem), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("pattern", PLAIN_PATTERNS, ids=str)
-def test_what_the_varlen_kernel_of_torch_is_asked_for(pattern):
+def test_what_the_varlen_kernel_of_torch_is_asked_for(pattern, causal):
     real = kernels_longembed.varlen_attn
     if real is None:
         pytest.skip("this torch has no torch.nn.attention.varlen")
@@ -486,9 +553,12 @@ def test_what_the_varlen_kernel_of_torch_is_asked_for(pattern):
             call["query"], call["key"], call["value"], call["cu_seq_q"], tuple(call["window_size"]), call["scale"]
         )
 
-    problem = make_problem(pattern, "rope", [20, 3, 7])
-    names = {"varlen_attn": varlen, "varlen_kernel_applies": lambda query, dropout: True}
-    with patch.multiple(kernels_longembed, **names), patch.multiple(patterns_longembed, **names):
+    problem = make_problem(pattern, "rope", [20, 3, 7], causal=causal)
+    applies = {"varlen_kernel_applies": lambda query, dropout: True}
+    with (
+        patch.multiple(kernels_longembed, varlen_attn=varlen, **applies),
+        patch.multiple(local_patterns_longembed, **applies),
+    ):
         output = problem.attend("longembed_varlen")
     torch.testing.assert_close(output, dense_attention(problem), atol=1e-10, rtol=0)
 
@@ -507,10 +577,14 @@ def test_flash_attention_is_refused_where_it_is_not_installed(tiny_model):
 
 def test_what_a_kernel_cannot_compute_is_refused(tiny_model):
     with patch.object(attention_longembed, "flash_attn_varlen_func", dense_varlen):
-        with pytest.raises(ValueError, match=r"^attn_implementation='flash_attention_2' cannot add a position bias"):
-            select_kernel("flash_attention_2", has_bias=True, is_grouped=False)
-        with pytest.raises(ValueError, match=r"^attn_implementation='flash_attention_2' cannot compute Self-Extend"):
-            select_kernel("flash_attention_2", has_bias=False, is_grouped=True)
+        for scheme, refusal in (("alibi", "cannot add the position bias"), ("rope+group", "cannot compute Self-Ext")):
+            with pytest.raises(ValueError, match=rf"^attn_implementation='flash_attention_2' {refusal}.*; use "):
+                select_kernel("flash_attention_2", make_problem(build_pattern("full"), scheme, [20]).inputs)
+        with pytest.raises(ValueError, match=r"^attn_implementation='flex_attention' cannot add the position bias"):
+            select_kernel("flex_attention", make_problem(build_pattern("full"), "relative", [9]).inputs)
+        more_than_a_mask = build_pattern({"type": "sliding", "window": 2, "global_projections": True})
+        with pytest.raises(ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern"):
+            select_kernel("sdpa", make_problem(more_than_a_mask, "absolute", [9]).inputs)
         pattern = build_pattern({"type": "sliding", "window": 2, "global_tokens": 1})
         with pytest.raises(ValueError, match=r"^flash_attention_2 computes .* without global tokens; load with"):
             flash_attention(make_problem(pattern, "absolute", [9]).inputs)

@@ -322,7 +322,7 @@ def test_alibi_slopes_are_those_of_bloom_and_mpt(heads):
 @pytest.mark.parametrize("heads", [8, 12])
 def test_alibi_is_symmetric(heads):
     index = torch.arange(9)
-    bias = AlibiBias(heads, index.device).dense(index, index)
+    bias = AlibiBias(torch.tensor(alibi_slopes(heads))).dense(None, index, index)
     assert torch.equal(bias, bias.transpose(1, 2))
     assert torch.equal(bias[:, 1:, 1:], bias[:, :-1, :-1])
     assert torch.equal(bias[:, 0], -torch.tensor(alibi_slopes(heads))[:, None] * index)
@@ -339,7 +339,7 @@ def test_buckets_are_those_of_mpnet_and_t5(buckets, distance):
 def test_bucket_bias_is_a_lookup_by_key_minus_query():
     table = torch.randn(8, 3)
     index = torch.arange(40)
-    bias = BucketBias(table, 20).dense(index, index)
+    bias = BucketBias(table, 20).dense(None, index, index)
     expected = table[MPNetEncoder.relative_position_bucket(index[None] - index[:, None], 8, 20)].permute(2, 0, 1)
     assert torch.equal(bias, expected)
 
