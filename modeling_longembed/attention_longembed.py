@@ -101,13 +101,15 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
         raise ValueError(
             "flex_attention has no dropout; set attention_dropout=0 or use attn_implementation='longembed_varlen'"
         )
-    tokens, num_heads, owner = len(inputs.query), inputs.query.shape[1], documents.document_ids
+    (tokens, num_heads), owner = inputs.query.shape[:2], documents.document_ids
     index = documents.token_index
     marked = documents.is_global if documents.is_global is not None else torch.zeros_like(index, dtype=torch.bool)
     places = Places(index, documents.document_lengths, marked)
 
     def mask_mod(batch, head, query, key):
-        visible = pattern.visible(places.at(query), places.at(key), head, num_heads) & (owner[query] == owner[key])
+        number = head + inputs.first_head
+        visible = pattern.visible(places.at(query), places.at(key), number, inputs.model_heads)
+        visible = visible & (owner[query] == owner[key])
         return visible & (index[key] <= index[query]) if inputs.causal else visible
 
     def score_mod(score, batch, head, query, key):
@@ -177,6 +179,13 @@ def select_kernel(name: str, inputs: AttentionInputs) -> Kernel:
     return kernel
 
 
+def heads_here(projection: nn.Module, count: int) -> slice:
+    """Which heads of the model `projection` computes, `count` of them: under tensor parallelism each process its own."""
+    mesh = getattr(projection.weight, "device_mesh", None)  # of a DTensor
+    first = 0 if mesh is None else mesh.get_local_rank() * count
+    return slice(first, first + count)
+
+
 class LongEmbedAttention(nn.Module):
     """Multi-head self-attention of one sublayer on packed tokens."""
 
@@ -204,7 +213,10 @@ class LongEmbedAttention(nn.Module):
         """`(T, d)` to `(T, d)`, and the weights of each document `(H, L, L)` if the kernel has them."""
         pattern = self.training_pattern if self.training else self.pattern
         query, key, value = self.project(hidden_states)
+        num_heads, here = self.config.num_attention_heads, heads_here(self.q_proj, query.shape[1])
         bias, grouped = context.bias, None
+        if bias is not None and query.shape[1] < num_heads:
+            bias = bias.heads(here)
         if context.rope:  # of the pattern that serves, whichever one trains
             query, key, grouped = context.rope[self.layer_type](query, key)
         if self.distance is not None:
@@ -222,6 +234,8 @@ class LongEmbedAttention(nn.Module):
             self.config.is_causal,
             self.training,
             pattern.prepare(self, hidden_states, context),
+            here.start,
+            num_heads,
         )
         attended, weights = select_kernel(self.config._attn_implementation, inputs).function(inputs)
         return self.o_proj(attended.flatten(1)), weights

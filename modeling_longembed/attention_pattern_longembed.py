@@ -52,6 +52,8 @@ class AttentionInputs(NamedTuple):
     causal: bool = False  # no query sees a later key
     training: bool = False
     own: Any = None  # what `pattern.prepare` returned
+    first_head: int = 0  # number of the first head here: tensor parallelism gives a process some of the model's heads
+    num_heads: int | None = None  # heads of the model; H if None
 
     def heads(self, heads: slice) -> "AttentionInputs":
         """The same for some of the heads."""
@@ -61,7 +63,20 @@ class AttentionInputs(NamedTuple):
             value=self.value[:, heads],
             bias=self.bias and self.bias.heads(heads),
             grouped=self.grouped and self.grouped.heads(heads),
+            first_head=self.first_head + heads.indices(self.query.shape[1])[0],
+            num_heads=self.model_heads,
         )
+
+    @property
+    def model_heads(self) -> int:
+        """Heads of the model, of which `first_head` and the H - 1 after it are here."""
+        return self.query.shape[1] if self.num_heads is None else self.num_heads
+
+    @property
+    def head_numbers(self) -> Tensor:
+        """`(H, 1, 1)` int64: the numbers of the heads here among those of the model."""
+        first, heads = self.first_head, self.query.shape[1]
+        return torch.arange(first, first + heads, device=self.query.device)[:, None, None]
 
     def places(self, rows: slice) -> Places:
         """The tokens of one document, packed rows `rows`, each field `(L,)`."""
@@ -71,11 +86,10 @@ class AttentionInputs(NamedTuple):
         return Places(index, torch.full_like(index, len(index)), marked)
 
     def mask(self, query: Places, key: Places) -> Tensor:
-        """Which keys `(K,)` the queries `(Q,)` of one document see: bool, `(1 or H, Q, K)`."""
-        num_heads = self.query.shape[1]
-        head = torch.arange(num_heads if self.pattern.per_head else 1, device=self.query.device)[:, None, None]
-        query, key = query.at((None, slice(None), None)), key.at((None, None, slice(None)))
-        visible = self.pattern.visible(query, key, head, num_heads)
+        """Which keys `(..., K)` the queries `(..., Q)` of one document see: bool, `(..., 1 or H, Q, K)`."""
+        head = self.head_numbers if self.pattern.per_head else self.head_numbers[:1]
+        query, key = query.at((..., None, slice(None), None)), key.at((..., None, None, slice(None)))
+        visible = self.pattern.visible(query, key, head, self.model_heads)
         return visible & (key.index <= query.index) if self.causal else visible
 
     def scores(self, rows: slice) -> Tensor:
@@ -131,7 +145,7 @@ class AttentionPattern:
         Args:
             query, key: the tokens; all tensors broadcast against each other.
             head: int64, number of the head; looked at if `per_head`.
-            num_heads: H.
+            num_heads: heads of the model.
 
         Returns:
             bool, broadcast shape. Made of elementwise operations, so that it serves as flex_attention's `mask_mod`.

@@ -141,7 +141,8 @@ class ShiftedAttention(AttentionPattern):
         return max(0, longest - 1)
 
     def attend(self, inputs):
-        half, documents = inputs.query.shape[1] // 2, inputs.documents
+        documents, heads = inputs.documents, inputs.query.shape[1]
+        half = min(max(inputs.model_heads // 2 - inputs.first_head, 0), heads)  # so many of the heads here do not shift
         longest, cu_seqlens = min(self.size, documents.max_seqlen), documents.cu_seqlens
         groups = documents.once(self, lambda: split_documents(cu_seqlens, self.size))
         plain = attend_segments(inputs.heads(slice(None, half)), groups, longest)
