@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention_pattern_longembed import AttentionInputs, AttentionPattern, Places, chunked_attention
-from .kernels_longembed import attend, segment_attention
+from .kernels_longembed import attend, masked_softmax, segment_attention
 from .packing_longembed import PackedDocuments
 from .positions_longembed import RopePlan, ScoreBias
 from .relative_longembed import DistanceAttention, DistanceEmbeddings
@@ -65,6 +65,28 @@ def varlen_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
 def memory_efficient_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
     """Any mask, bias and grouping in linear memory without a fused kernel (Rabe & Staats 2021)."""
     return chunked_attention(inputs), None
+
+
+def padded_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
+    """One masked product for all documents, padded to the longest: B x H x S x S scores, no loop, what ONNX can say."""
+    documents = inputs.documents
+    lengths, longest = documents.cu_seqlens.diff(), documents.max_seqlen
+    batch, cell = lengths.shape[0], documents.document_ids * longest + documents.token_index
+
+    def padded(x: Tensor) -> Tensor:  # (T, ...) to (B, S, ...)
+        return x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, cell, x).unflatten(0, (batch, longest))
+
+    query, key, value = (padded(x).transpose(1, 2) for x in inputs[:3])  # (B, H, S, D)
+    index = torch.arange(longest, device=cell.device)
+    marked = torch.zeros_like(cell, dtype=torch.bool) if documents.is_global is None else documents.is_global
+    places = Places(index.expand(batch, -1), lengths[:, None].expand(-1, longest), padded(marked))
+    mask = inputs.mask(places, places) & (index < lengths[:, None])[:, None, None]  # (B, 1 or H, S, S)
+    scores = query @ key.transpose(2, 3) * inputs.scaling
+    if inputs.bias is not None:
+        scores = scores + inputs.bias.dense(query, index, index)
+    weights = masked_softmax(scores, mask).to(value.dtype)
+    attended = torch.dropout(weights, inputs.dropout, train=inputs.dropout > 0) @ value
+    return attended.transpose(1, 2).flatten(0, 1)[cell], None
 
 
 def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
@@ -143,6 +165,7 @@ KERNELS = {
     "sdpa": Kernel(sdpa_attention, grouped=False),
     "longembed_varlen": Kernel(varlen_attention, beyond_masks=True),
     "longembed_chunked": Kernel(memory_efficient_attention),
+    "longembed_padded": Kernel(padded_attention, query_bias=False, grouped=False),
     "flash_attention_2": Kernel(flash_attention, bias=False, query_bias=False, grouped=False),
     "flex_attention": Kernel(flex_attention_kernel, query_bias=False, grouped=False),
 }
@@ -180,10 +203,14 @@ def select_kernel(name: str, inputs: AttentionInputs) -> Kernel:
 
 
 def heads_here(projection: nn.Module, count: int) -> slice:
-    """Which heads of the model `projection` computes, `count` of them: under tensor parallelism each process its own."""
+    """Which `count` heads of the model `projection` computes: under tensor parallelism each process has its own."""
     mesh = getattr(projection.weight, "device_mesh", None)  # of a DTensor
     first = 0 if mesh is None else mesh.get_local_rank() * count
     return slice(first, first + count)
+
+
+class ResidualLinear(nn.Linear):
+    """A linear layer whose output is added to the residual stream: its initialisation may be scaled."""
 
 
 class LongEmbedAttention(nn.Module):
@@ -198,7 +225,7 @@ class LongEmbedAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.k_proj = None if pattern.shares_query_key else nn.Linear(config.hidden_size, width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
+        self.o_proj = ResidualLinear(width, config.hidden_size, bias=bias)
         self.own = pattern.build(config)
         self.distance = DistanceAttention(config) if config.position_embedding_type == "relative" else None
 

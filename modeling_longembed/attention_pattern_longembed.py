@@ -15,8 +15,8 @@ from .packing_longembed import PackedDocuments
 from .positions_longembed import GroupedRotary, ScoreBias
 
 
-def parameter(default: int, least: int = 1) -> Any:
-    """A whole-number parameter of a pattern: its default and its smallest value."""
+def parameter(default: int | None, least: int = 1) -> Any:
+    """A whole-number parameter of a pattern: its default (None: the class derives it) and its smallest value."""
     return field(default=default, metadata={"least": least})
 
 
@@ -25,7 +25,8 @@ def switch(default: bool) -> Any:
     return field(default=default, metadata={"least": None})
 
 
-class Places(NamedTuple):
+@dataclass(frozen=True)
+class Places:
     """Tokens as a predicate sees them; tensors that broadcast against those of other tokens."""
 
     index: Tensor  # int64, place in the document from 0
@@ -34,7 +35,7 @@ class Places(NamedTuple):
 
     def at(self, index) -> "Places":
         """The tokens `index`, or the same ones in another shape."""
-        return Places(*(x[index] for x in self))
+        return Places(self.index[index], self.length[index], self.is_global[index])
 
 
 class AttentionInputs(NamedTuple):
@@ -139,6 +140,11 @@ class AttentionPattern:
         """Whether the weights of a model are others with this pattern than with a mask."""
         return False
 
+    @property
+    def at_start(self) -> "AttentionPattern":
+        """What the pattern computes while its own weights are as `initialize` leaves them, as a mask if that is one."""
+        return self
+
     def visible(self, query: Places, key: Places, head: Tensor, num_heads: int) -> Tensor:
         """The definition: may the query see the key, both of one document? (A causal mask comes on top.)
 
@@ -188,6 +194,12 @@ class AttentionPattern:
         """Parameters of the pattern's own, one module an attention sublayer; None if it has none."""
         return None
 
+    def initialize(self, attention: nn.Module):
+        """Start values of the parameters in `attention.own`, where the other weights of the sublayer are there.
+
+        Written with `transformers.initialization`, which leaves alone what a checkpoint has given.
+        """
+
     def prepare(self, attention: nn.Module, states: Tensor, context: Any) -> Any:
         """What `dense` and `attend` find in `inputs.own`.
 
@@ -211,7 +223,9 @@ def chunked_attention(inputs: AttentionInputs) -> Tensor:
 
         contexts.append(
             online_attention(
-                *(x[rows] for x in inputs[:3]),
+                inputs.query[rows],
+                inputs.key[rows],
+                inputs.value[rows],
                 inputs.scaling,
                 inputs.dropout,
                 mask=mask,

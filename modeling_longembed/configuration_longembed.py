@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import strict  # without it nothing is validated
 
+from .layouts_longembed import expand_layout
 from .patterns_longembed import build_pattern
 from .positions_longembed import EXTENSIONS
 
@@ -54,8 +55,12 @@ class LongEmbedConfig(PretrainedConfig):
     Args:
         vocab_size, type_vocab_size: rows of the token and segment tables; 0 segments: no such table.
         hidden_size, num_attention_heads, intermediate_size: widths d, H, and of the feed-forward sublayer.
-        sublayer_pattern: the layout, one letter a sublayer: `s` self-attention, `f` feed-forward. Default: `sfsf...`.
-        num_hidden_layers: attention sublayers; follows from `sublayer_pattern` where that is given.
+        sublayer_pattern: the layout, one letter a sublayer: `s` self-attention, `f` feed-forward; or by name,
+            `interleaved` (the default, `sfsf...`), `sandwich(k)`, `par(p)`, of `num_hidden_layers` pairs.
+        num_hidden_layers: attention sublayers; follows from the letters of `sublayer_pattern`.
+        layerdrop: probability to leave out a layer in training (LayerDrop); layerdrop_unit: `layer`, an attention and
+            the feed-forwards after it, or `sublayer`.
+        scaled_initialization: Megatron's: output projections start at `initializer_range / sqrt(sublayers)`.
         attention_patterns: which keys a query sees, one entry an attention sublayer (or one entry for all): a name or
             `{"type": name, **parameters}`, see `patterns_longembed`.
         training_attention_patterns: what the same weights use while they train (S2-Attn of LongLoRA: train `shifted`,
@@ -119,6 +124,9 @@ class LongEmbedConfig(PretrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
+    scaled_initialization: bool = False
+    layerdrop: float | int = 0.0
+    layerdrop_unit: Literal["layer", "sublayer"] = "layer"
     mlm_head_bias: bool = True
     pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
     prompts: dict | None = None
@@ -136,15 +144,15 @@ class LongEmbedConfig(PretrainedConfig):
         for key in kwargs:  # transformers takes any name; ours are long, and a slip in one would go unnoticed
             if nearest := get_close_matches(key, known, n=1, cutoff=0.9):
                 raise ValueError(f"{key!r} is not a field of LongEmbedConfig; did you mean {nearest[0]!r}?")
-        if self.sublayer_pattern is None:
+        if self.sublayer_pattern is None or not set(self.sublayer_pattern) <= set("sf"):
             layers = 6 if self.num_hidden_layers is None else self.num_hidden_layers
             if layers < 1:
                 raise ValueError(f"num_hidden_layers={layers}; give at least 1")
-            self.sublayer_pattern = "sf" * layers
-        if not self.sublayer_pattern or set(self.sublayer_pattern) - set("sf"):
+            self.sublayer_pattern = expand_layout(self.sublayer_pattern or "interleaved", layers)
+            self.num_hidden_layers = None  # of a named layout the pairs, from which the letters follow
+        if "s" not in self.sublayer_pattern:
             raise ValueError(
-                f"sublayer_pattern={self.sublayer_pattern!r}; give letters 's' (self-attention) and 'f' "
-                "(feed-forward), such as 'sfsf'"
+                f"sublayer_pattern={self.sublayer_pattern!r} has no attention sublayer 's'; give at least one"
             )
         attention_sublayers = self.sublayer_pattern.count("s")
         if self.num_hidden_layers not in (None, attention_sublayers):
@@ -279,7 +287,7 @@ class LongEmbedConfig(PretrainedConfig):
                 f"hidden_size={self.hidden_size} is not num_attention_heads={self.num_attention_heads} "
                 f"times head_dim={self.head_dim}"
             )
-        for name in ("hidden_dropout_prob", "attention_dropout"):
+        for name in ("hidden_dropout_prob", "attention_dropout", "layerdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; give a probability, at least 0 and below 1")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
@@ -356,11 +364,10 @@ class LongEmbedConfig(PretrainedConfig):
             and extension is not None
             and extension["method"] == "interpolate"
         ):
-            factor = -(-self.max_position_embeddings // extension["original_max_position_embeddings"])
-            if extension["factor"] not in (None, factor):
+            if extension["factor"] is not None and type(extension["factor"]) is not int:
                 raise ValueError(
-                    f"position_extension: factor={extension['factor']} but the table of {self.max_position_embeddings} "
-                    f"rows holds the original ones at multiples of {factor}; leave factor out"
+                    f"position_extension: factor={extension['factor']} but the rows of a table stand at whole places; "
+                    "give a whole number, or leave it out"
                 )
 
     def validate_attention(self):

@@ -6,8 +6,9 @@ allocates a tensor of T x T elements: queries are taken in chunks whose scores, 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -231,7 +232,8 @@ def online_attention(
     return torch.cat(parts, dim=1).transpose(0, 1)
 
 
-class GlobalKeys(NamedTuple):
+@dataclass(frozen=True)
+class GlobalKeys:
     """Keys that every query of a document sees beside its window: G tokens."""
 
     key: Tensor  # (G, H, D)

@@ -7,27 +7,32 @@ Padding is taken out once, before the embeddings, and put back once, after the l
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 
-from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, check_kernel
+from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, ResidualLinear, check_kernel
 from .configuration_longembed import LongEmbedConfig
 from .conversion_longembed import FromEncoderMixin
 from .encoding_longembed import EncodeMixin
+from .extension_longembed import ExtendContextMixin
 from .hub_longembed import HubMixin
+from .layerdrop_longembed import PruneMixin, draw_layers, no_contribution
 from .packing_longembed import PackedDocuments
 from .pooling_longembed import pool
 from .positions_longembed import (
     AlibiBias,
     BucketBias,
+    RopePlan,
+    ScoreBias,
     alibi_slopes,
     position_ids,
     position_table_rows,
     rope_plan,
     sinusoidal_embeddings,
 )
-from .relative_longembed import DistanceEmbeddings
+from .relative_longembed import DistanceAttention, DistanceEmbeddings
 
 
 class LongEmbedEmbeddings(nn.Module):
@@ -77,7 +82,7 @@ class LongEmbedFeedForward(nn.Module):
         self.gate_proj = None
         if config.feed_forward_gated:
             self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.feed_forward_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.feed_forward_bias)
+        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, bias=config.feed_forward_bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -112,7 +117,7 @@ class LongEmbedSublayer(GradientCheckpointingLayer):
         return self.norm(hidden_states) if self.norm_placement == "post" else hidden_states, weights
 
 
-class LongEmbedPreTrainedModel(HubMixin, FromEncoderMixin, PreTrainedModel):
+class LongEmbedPreTrainedModel(HubMixin, FromEncoderMixin, ExtendContextMixin, PruneMixin, PreTrainedModel):
     """What the models share: loading, saving, conversion, initialisation."""
 
     config_class = LongEmbedConfig
@@ -123,6 +128,18 @@ class LongEmbedPreTrainedModel(HubMixin, FromEncoderMixin, PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """As transformers does, and the parameters of our own; a parameter that a checkpoint has given is left alone."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DistanceAttention):
+            init.normal_(module.content_bias, std=std)
+            init.normal_(module.distance_bias, std=std)
+        # Megatron (Shoeybi et al. 2019, section 5.1): what adds to the residual stream, by the number of additions.
+        if self.config.scaled_initialization and isinstance(module, ResidualLinear):
+            init.normal_(module.weight, std=std / len(self.config.sublayer_pattern) ** 0.5)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Ours is the packed path where the caller asks for none: transformers would take padded SDPA."""
@@ -227,8 +244,15 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
         hidden_states = self.embeddings(words, segments, documents, token_index)  # (T, d)
         context = self._context(documents, token_index, hidden_states)
         all_hidden_states, all_weights = [hidden_states], []
-        for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, context=context)
+        taken = [True] * len(self.layers)
+        if self.training and self.config.layerdrop:
+            taken = draw_layers(self.config.sublayer_pattern, self.config.layerdrop, self.config.layerdrop_unit)
+        for layer, take in zip(self.layers, taken, strict=True):
+            weights = None
+            if take:
+                hidden_states, weights = layer(hidden_states, context=context)
+            elif torch.is_grad_enabled():
+                hidden_states = hidden_states + no_contribution(layer).to(hidden_states.dtype)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions and weights is not None:
@@ -269,7 +293,10 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
 
     def _context(self, documents: PackedDocuments, token_index: Tensor, hidden_states: Tensor) -> LayerContext:
         """What the position scheme contributes to attention, computed once for all sublayers."""
-        config, rope, bias, distances = self.config, {}, None, None
+        config = self.config
+        rope: dict[str, RopePlan] = {}
+        bias: ScoreBias | None = None
+        distances = None
         if config.position_embedding_type == "rope":
             parameters = config.rope_parameters
             for layer_type in dict.fromkeys(config.layer_types):

@@ -1,7 +1,7 @@
 """Position schemes: what a token knows about where it stands, and how that is stretched beyond the trained length.
 
 A scheme acts in one of three places: it adds a vector to the embedding (absolute, sinusoidal), rotates query and key
-(rope), or adds a bias to the scores (alibi, the relative buckets of T5 and MPNet, Transformer-XL's in a file of its own). Nothing here holds tensor state: a
+(rope), or adds a bias to the scores (alibi, the relative buckets of T5 and MPNet; Transformer-XL's has its own file). Nothing here holds tensor state: a
 non-persistent buffer comes back from `from_pretrained` as garbage, so tables are computed from Python numbers in every
 forward pass.
 
@@ -126,8 +126,18 @@ def position_table_rows(config) -> int:
         return config.max_position_embeddings
     original = extension["original_max_position_embeddings"]
     if extension["method"] == "interpolate":  # whole steps: a document that fits reads every k-th row up to the last
-        return original * -(-config.max_position_embeddings // original)
+        spread = original * math.ceil(extension_factor(extension, config.max_position_embeddings))
+        return max(spread, config.max_position_embeddings)
     return original
+
+
+def extended_position_table(table: Tensor, config) -> Tensor:
+    """The table that `config` describes, from the original one of a model: `(P, d)` to `(position_table_rows, d)`."""
+    extension, rows = config.position_extension or {"method": None}, position_table_rows(config)
+    if extension["method"] == "interpolate":
+        factor = math.ceil(extension_factor(extension, config.max_position_embeddings))
+        table = extend_position_table(table, len(table) * factor, "interpolate")
+    return table[:rows] if rows <= len(table) else extend_position_table(table, rows, "repeat")
 
 
 def rope_frequencies(

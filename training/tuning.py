@@ -1,6 +1,7 @@
 """Which parameters train: all, LoRA, LoRA with embeddings and norms (LongLoRA), or the position table alone."""
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError
+from modeling_longembed.positions_longembed import extension_factor
 
 TUNING = "tuning.json"
 EMBED_NORM_WEIGHTS = "train_embed_norm.safetensors"
@@ -150,7 +152,7 @@ def _train_positions(model: PreTrainedModel) -> None:
 def original_rows(model: PreTrainedModel) -> Tensor:
     """Which rows of a position table are the original model's: `(rows,)` bool, all False if it was not extended.
 
-    `repeat` puts the P old rows first, `interpolate` at the multiples of ceil(rows / P).
+    `repeat` puts the P old rows first, `interpolate` at the multiples of its factor.
     """
     rows = len(model.get_parameter("embeddings.position_embeddings.weight"))
     extension = model.config.position_extension or {}
@@ -159,6 +161,6 @@ def original_rows(model: PreTrainedModel) -> Tensor:
     if old >= rows:
         return torch.zeros(rows, dtype=torch.bool)
     if extension["method"] == "interpolate":
-        factor = -(-rows // old)
+        factor = math.ceil(extension_factor(extension, model.config.max_position_embeddings))
         return (place % factor == 0) & (place < factor * old)
     return place < old

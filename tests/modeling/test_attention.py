@@ -102,8 +102,8 @@ def make_problem(pattern, scheme, lengths, is_global=None, neighbours=16, dtype=
 
 def predicate(pattern, length, marked):
     """The pattern's own definition, on every pair of tokens of a document: bool `(1 or H, L, L)`."""
-    places = Places(torch.arange(length), torch.full((length,), length), marked)
-    query, key = (Places(*(x.view(shape) for x in places)) for shape in ((-1, 1), (1, -1)))
+    fields = (torch.arange(length), torch.full((length,), length), marked)
+    query, key = (Places(*(x.view(shape) for x in fields)) for shape in ((-1, 1), (1, -1)))
     return pattern.visible(query, key, torch.arange(HEADS)[:, None, None], HEADS)
 
 
