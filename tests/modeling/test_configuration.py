@@ -4,14 +4,14 @@ import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from modeling_longembed.configuration_longembed import EXTENSION_PARAMETERS
-from modeling_longembed.patterns_longembed import PATTERNS
+from modeling_longembed.patterns_longembed import PATTERNS, build_pattern
 from modeling_longembed.positions_longembed import EXTENSIONS
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
@@ -21,7 +21,7 @@ CONTEXT = 64
 @st.composite
 def valid_fields(draw) -> dict:
     """Fields of a config that can be built: every choice on every axis."""
-    layout = draw(st.text("sf", min_size=1, max_size=8))
+    layout = draw(st.text("sf", min_size=1, max_size=8).filter(lambda letters: "s" in letters))
     heads, head_dim = draw(st.sampled_from([(1, 8), (2, 8), (3, 4)]))
     scheme = draw(st.sampled_from(sorted(set(EXTENSIONS) - {"none"})))
     one_pattern = st.one_of(
@@ -43,7 +43,10 @@ def valid_fields(draw) -> dict:
         "attention_patterns": patterns,
         "max_position_embeddings": draw(st.integers(256, 500)),
         "position_embedding_type": scheme,
-        "relative_attention_num_buckets": 0 if scheme == "alibi" else draw(st.sampled_from([0, 8, 32])),
+        "relative_attention_num_buckets": 0 if scheme in ("alibi", "relative") else draw(st.sampled_from([0, 8, 32])),
+        "layerdrop": draw(st.floats(0, 0.9)),
+        "layerdrop_unit": draw(st.sampled_from(["layer", "sublayer"])),
+        "scaled_initialization": draw(st.booleans()),
         "norm_placement": draw(st.sampled_from(["post", "pre"])),
         "norm_eps": draw(st.floats(1e-12, 1e-3)),
         "hidden_act": draw(st.sampled_from(["gelu", "relu", "silu"])),
@@ -78,6 +81,19 @@ def valid_fields(draw) -> dict:
         if extension["method"] == "restart":
             extension["period"] = draw(st.integers(1, CONTEXT))
         fields["position_extension"] = extension
+    if draw(st.booleans()):
+        fields |= {"is_causal": True, "pooling": draw(st.sampled_from(["mean", "last"]))}
+    plain = {"full", "block", "shifted"}
+    if (
+        draw(st.booleans())
+        and {build_pattern(p).type for p in (patterns if isinstance(patterns, list) else [patterns])} <= plain
+    ):
+        fields["training_attention_patterns"] = draw(st.sampled_from(sorted(plain)))
+    try:
+        LongEmbedConfig(**fields)
+    except ValueError as refusal:  # a pattern that says no to the rest; those refusals have tests of their own
+        assume(not str(refusal).startswith("attention_patterns: "))
+        raise
     return fields
 
 
@@ -91,7 +107,7 @@ def test_every_field_comes_back_from_its_file(fields, tmp_path_factory):
     assert loaded.to_dict() == {**config.to_dict(), "transformers_version": loaded.to_dict()["transformers_version"]}
     completed = ("position_extension", "prompts", "rope_parameters")
     for name, value in fields.items():
-        if name not in (*completed, "attention_patterns"):
+        if name not in (*completed, "attention_patterns", "training_attention_patterns"):
             assert getattr(loaded, name) == value
     for name in completed:
         assert (fields.get(name) or {}).items() <= (getattr(loaded, name) or {}).items()
@@ -106,7 +122,8 @@ def test_what_transformers_reads_is_derived(fields):
     assert config.num_hidden_layers == config.num_layers == fields["sublayer_pattern"].count("s")
     assert len(config.layer_types) == len(config.attention_patterns) == config.num_hidden_layers
     expected = {"full": "full_attention", "sliding": "sliding_attention", "block": "chunked_attention"}
-    assert config.layer_types == [expected[entry["type"]] for entry in config.attention_patterns]
+    for entry, layer_type in zip(config.attention_patterns, config.layer_types, strict=True):
+        assert layer_type == expected.get(entry["type"], layer_type)
     assert set(config.layer_types) <= set(ALLOWED_LAYER_TYPES)
     assert config.head_dim * config.num_attention_heads == config.hidden_size
     for entry in config.attention_patterns:  # every parameter is written out: a later default changes no saved model
@@ -132,6 +149,10 @@ def test_an_extension_is_written_out_with_all_its_parameters(scheme, method):
 def test_defaults_of_the_layout():
     assert LongEmbedConfig(num_hidden_layers=3).sublayer_pattern == "sfsfsf"
     assert LongEmbedConfig(sublayer_pattern="ssff").num_hidden_layers == 2
+    assert LongEmbedConfig(sublayer_pattern="sandwich(2)", num_hidden_layers=3).sublayer_pattern == "sssfff"
+    par = LongEmbedConfig(sublayer_pattern="par(5)", num_hidden_layers=16)
+    assert par.sublayer_pattern == "sffsfffsfffsffsfffsfffffffffffff"
+    assert par.num_hidden_layers == 6
     assert LongEmbedConfig().prompts == {"query": "", "document": ""}
     block = LongEmbedConfig(
         attention_patterns={"type": "block", "size": 100},
@@ -165,7 +186,7 @@ REFUSALS = [
     ({"norm_eps": "small"}, ["norm_eps"]),
     ({"norm_placement": "middle"}, ["norm_placement", "post", "pre", "middle"]),
     ({"pooling": "max"}, ["pooling", "weighted_mean", "max"]),
-    ({"position_embedding_type": "relative"}, ["position_embedding_type", "alibi", "relative"]),
+    ({"position_embedding_type": "learned"}, ["position_embedding_type", "alibi", "learned"]),
     ({"attention_patterns": 3}, ["attention_patterns", "3"]),
     ({"position_extension": "repeat"}, ["position_extension", "dict"]),
     # sizes
@@ -185,7 +206,7 @@ REFUSALS = [
     ({"num_hidden_layers": 0}, ["num_hidden_layers=0"]),
     ({"num_hidden_layers": 3, "sublayer_pattern": "sf"}, ["num_hidden_layers=3", "sublayer_pattern='sf'"]),
     # patterns
-    ({"attention_patterns": "local"}, ["attention_patterns", "'local'", "full, sliding, block"]),
+    ({"attention_patterns": "local"}, ["attention_patterns", "'local'", "full, ", "sliding"]),
     ({"attention_patterns": ["full"] * 5}, ["attention_patterns has 5", "6 attention"]),
     ({"attention_patterns": [None] * 6}, ["attention_patterns", "None"]),
     ({"attention_patterns": {"type": "full", "size": 3}}, ["'full'", "'size'"]),
@@ -221,7 +242,7 @@ REFUSALS = [
     (stretched("restart", period=65), ["position_extension", "period=65", "64"]),
     (stretched("restart", period=0), ["position_extension", "period=0"]),
     (stretched("group", factor=0.5), ["position_extension", "factor=0.5"]),
-    (stretched("interpolate", factor=2), ["position_extension", "factor=2", "8"]),
+    (stretched("interpolate", factor=2.5), ["position_extension", "factor=2.5"]),
     (stretched("repeat", keep_short="yes"), ["position_extension", "keep_short='yes'"]),
     ({"position_extension": {"method": "repeat"}}, ["position_extension", "original_max_position_embeddings=None"]),
     (
@@ -239,6 +260,31 @@ REFUSALS = [
         ["'group'", "relative_attention_num_buckets"],
     ),
     ({**ROPE, **stretched("theta", rope_theta=0)}, ["position_extension", "rope_theta=0"]),
+    # causal
+    ({"position_embedding_type": "none"}, ["position_embedding_type='none'", "is_causal=true"]),
+    ({"is_causal": True, "pooling": "cls"}, ["is_causal=true", "pooling"]),
+    ({"position_embedding_type": "relative", "hidden_size": 5, "num_attention_heads": 1}, ["'relative'", "hidden_"]),
+    (
+        {"relative_attention_num_buckets": 32, "position_embedding_type": "relative"},
+        ["relative_attention_num_buckets", "position_embedding_type='relative'"],
+    ),
+    ({"is_causal": True, "attention_patterns": {"type": "shifted", "wrap": True}}, ["wrap=true", "is_causal=true"]),
+    (
+        {**ROPE, **stretched("group"), "attention_patterns": {"type": "shifted", "wrap": True}},
+        ["wrap=true", "Self-Extend"],
+    ),
+    ({"num_attention_heads": 1, "attention_patterns": "shifted"}, ["'shifted'", "num_attention_heads=1"]),
+    ({"attention_patterns": {"type": "shifted", "wrap": 1}}, ["'wrap'", "'shifted'", "true or false"]),
+    ({"attention_patterns": {"type": "sliding", "window": 100, "dilation": 6}}, ["dilation=6", "max_position_emb"]),
+    ({"training_attention_patterns": ["full"] * 2}, ["training_attention_patterns has 2", "6 attention"]),
+    (
+        {"training_attention_patterns": {"type": "sliding", "global_projections": True}},
+        ["training_attention_patterns", "'sliding'", "'full'", "weights of its own"],
+    ),
+    ({"layerdrop": 1.0}, ["layerdrop=1.0"]),
+    ({"layerdrop_unit": "block"}, ["layerdrop_unit", "sublayer"]),
+    ({"sublayer_pattern": "sandwich(6)"}, ["sandwich(6)", "num_hidden_layers=6"]),
+    ({"sublayer_pattern": "fff"}, ["sublayer_pattern='fff'", "'s'"]),
     # the rest
     ({"prompts": {"query": 3}}, ["prompts", "'query'", "3"]),
     ({"_attn_implementation_internal": "someone/kernel"}, ["_attn_implementation_internal"]),
