@@ -1,7 +1,10 @@
 """Patterns that are a mask alone, and their paths: full, sliding, block and shifted attention."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .attention_pattern_longembed import (
     AttentionInputs,
@@ -130,7 +133,7 @@ class ShiftedAttention(AttentionPattern):
             return first == second
 
         shifted = head >= num_heads // 2
-        within = torch.where(shifted, same_group(self.size // 2), same_group(0))
+        within = (shifted & same_group(self.size // 2)) | (~shifted & same_group(0))
         return within | (query.length <= self.size)
 
     def sees_all(self, length):
@@ -166,7 +169,7 @@ class ShiftedAttention(AttentionPattern):
 
 
 class GlobalProjections(nn.Module):
-    """Longformer's second set of projections, which global tokens use: copies of the first where weights are absent."""
+    """Longformer's second set of projections, which global tokens use; they start as copies of the first."""
 
     def __init__(self, config):
         super().__init__()
@@ -242,8 +245,20 @@ class SlidingAttention(AttentionPattern):
         first = documents.token_index < self.global_tokens
         return first if documents.is_global is None else documents.is_global | first
 
+    @property
+    def at_start(self):
+        return replace(self, global_projections=False)
+
     def build(self, config):
         return GlobalProjections(config) if self.global_projections else None
+
+    def initialize(self, attention):
+        if self.global_projections:
+            for name in ("q_proj", "k_proj", "v_proj"):
+                for own, other in zip(
+                    getattr(attention.own, name).parameters(), getattr(attention, name).parameters(), strict=True
+                ):
+                    init.copy_(own, other)
 
     def prepare(self, attention, states, context):
         """Query, key and value of the global tokens' own rows, `(T, H, D)` each."""

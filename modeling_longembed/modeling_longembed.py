@@ -12,12 +12,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 
+from .adaptive_span_longembed import AdaptiveSpanMixin
 from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, ResidualLinear, check_kernel
 from .configuration_longembed import LongEmbedConfig
 from .conversion_longembed import FromEncoderMixin
 from .encoding_longembed import EncodeMixin
 from .extension_longembed import ExtendContextMixin
 from .hub_longembed import HubMixin
+from .landmark_longembed import Landmarks, landmark_size
 from .layerdrop_longembed import PruneMixin, draw_layers, no_contribution
 from .packing_longembed import PackedDocuments
 from .pooling_longembed import pool
@@ -48,23 +50,38 @@ class LongEmbedEmbeddings(nn.Module):
         self.token_type_embeddings = None
         if config.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.landmark_embedding = nn.Embedding(1, config.hidden_size) if landmark_size(config) else None
         self.norm = None
         if config.embedding_norm:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, words: Tensor, token_type_ids: Tensor | None, documents: PackedDocuments, token_index: Tensor
+        self,
+        words: Tensor,
+        token_type_ids: Tensor | None,
+        documents: PackedDocuments,
+        token_index: Tensor,
+        landmarks: Landmarks | None = None,
     ) -> Tensor:
-        """Word vectors `(T, d)`, segment ids `(T,)` or None, places in the document `(T,)`; returns `(T, d)`."""
+        """Word vectors `(T, d)`, segment ids `(T,)` or None, places in the document `(T,)`; returns `(T, d)`.
+
+        With `landmarks` it returns `(T', d)`: their word is put between those of the documents.
+        """
+        segment = torch.zeros_like(token_index) if token_type_ids is None else token_type_ids
+        places, adds_positions = token_index, self.config.position_embedding_type in ("absolute", "sinusoidal")
+        if adds_positions:
+            places = position_ids(self.config, documents, token_index)
+        if landmarks is not None:
+            of_tokens, landmark = words[landmarks.source], self.landmark_embedding.weight
+            words = torch.where(landmarks.is_landmark[:, None], landmark.to(words.dtype), of_tokens)
+            segment, places = segment[landmarks.source], places[landmarks.source]
         hidden_states = words
         if self.token_type_embeddings is not None:
-            segment = torch.zeros_like(token_index) if token_type_ids is None else token_type_ids
             hidden_states = hidden_states + self.token_type_embeddings(segment)
         if self.position_embeddings is not None:
-            hidden_states = hidden_states + self.position_embeddings(position_ids(self.config, documents, token_index))
-        elif self.config.position_embedding_type == "sinusoidal":
-            places = position_ids(self.config, documents, token_index)
+            hidden_states = hidden_states + self.position_embeddings(places)
+        elif adds_positions:
             hidden_states = hidden_states + sinusoidal_embeddings(places, self.config.hidden_size).to(
                 hidden_states.dtype
             )
@@ -117,7 +134,9 @@ class LongEmbedSublayer(GradientCheckpointingLayer):
         return self.norm(hidden_states) if self.norm_placement == "post" else hidden_states, weights
 
 
-class LongEmbedPreTrainedModel(HubMixin, FromEncoderMixin, ExtendContextMixin, PruneMixin, PreTrainedModel):
+class LongEmbedPreTrainedModel(
+    HubMixin, FromEncoderMixin, ExtendContextMixin, PruneMixin, AdaptiveSpanMixin, PreTrainedModel
+):
     """What the models share: loading, saving, conversion, initialisation."""
 
     config_class = LongEmbedConfig
@@ -141,6 +160,14 @@ class LongEmbedPreTrainedModel(HubMixin, FromEncoderMixin, ExtendContextMixin, P
         if self.config.scaled_initialization and isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=std / len(self.config.sublayer_pattern) ** 0.5)
 
+    @torch.no_grad()
+    def initialize_weights(self):
+        """As transformers does, then what the patterns' own weights start at, which depends on those beside them."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, LongEmbedAttention):
+                module.pattern.initialize(module)
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Ours is the packed path where the caller asks for none: transformers would take padded SDPA."""
         name = requested_attention or DEFAULT_KERNEL
@@ -153,7 +180,7 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.embeddings = LongEmbedEmbeddings(config)
+        self.embeddings, self.landmark_size = LongEmbedEmbeddings(config), landmark_size(config)
         self.relative_attention_bias = None
         if config.relative_attention_num_buckets:
             self.relative_attention_bias = nn.Embedding(
@@ -241,8 +268,12 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
         )
         segments = None if token_type_ids is None else documents.pack(token_type_ids)
 
-        hidden_states = self.embeddings(words, segments, documents, token_index)  # (T, d)
+        landmarks = None if self.landmark_size is None else Landmarks.insert(documents, self.landmark_size)
+        # (T, d); T' rows from here to the end of the sublayers if there are landmarks
+        hidden_states = self.embeddings(words, segments, documents, token_index, landmarks)
         context = self._context(documents, token_index, hidden_states)
+        if landmarks is not None:
+            context = landmarks.lengthen(context)
         all_hidden_states, all_weights = [hidden_states], []
         taken = [True] * len(self.layers)
         if self.training and self.config.layerdrop:
@@ -256,10 +287,14 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions and weights is not None:
+                weights = weights if landmarks is None else landmarks.without(weights)
                 all_weights.append(self._pad_weights(weights, documents))
         if self.final_norm is not None:
             hidden_states = self.final_norm(hidden_states)
             all_hidden_states[-1] = hidden_states
+        if landmarks is not None:
+            hidden_states = hidden_states[landmarks.tokens]
+            all_hidden_states = [states[landmarks.tokens] for states in all_hidden_states]
 
         output = BaseModelOutputWithPooling(
             last_hidden_state=documents.unpack(hidden_states),

@@ -6,13 +6,19 @@ To add a pattern, write a class on `AttentionPattern` in a file of its own, regi
 from dataclasses import fields
 
 # Named one by one: the loader of remote code follows `from .file import name` only.
+from .adaptive_span_longembed import AdaptiveAttention
 from .attention_pattern_longembed import PATTERNS, AttentionPattern
+from .landmark_longembed import LandmarkAttention
 from .local_patterns_longembed import BlockAttention, FullAttention, ShiftedAttention, SlidingAttention
+from .lsh_longembed import LshAttention
 
 __all__ = [
     "PATTERNS",
+    "AdaptiveAttention",
     "BlockAttention",
     "FullAttention",
+    "LandmarkAttention",
+    "LshAttention",
     "ShiftedAttention",
     "SlidingAttention",
     "build_pattern",
