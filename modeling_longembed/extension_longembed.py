@@ -68,8 +68,8 @@ class ExtendContextMixin:
             table = nn.Embedding(*rows.shape, device=rows.device, dtype=rows.dtype)
             table.weight.copy_(rows).requires_grad_(old_table.weight.requires_grad)
             self.base_model.embeddings.position_embeddings = table
-        if (tokenizer := getattr(self, "tokenizer", None)) is not None:
-            tokenizer.model_max_length = max_position_embeddings
+        if self.has_tokenizer():
+            self.tokenizer.model_max_length = max_position_embeddings
         return self
 
     def _next_extension(self, method: str | None, parameters: dict) -> dict | None:
