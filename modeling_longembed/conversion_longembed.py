@@ -1,13 +1,11 @@
 """Conversion of a pretrained encoder: its weights under our names, its features as fields, its outputs unchanged.
 
-`FAMILIES` says for each architecture which config fields it fixes and what its modules are called. Everything else
+`FAMILIES` says for each architecture which config fields it fixes and what its modules are called. What is here
 (copying, stretching the position table, comparing the outputs) is the same for all.
 """
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,201 +13,18 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from .extension_longembed import default_method
+from .families_longembed import FAMILIES, ROBERTA, Family, refuse
 from .hub_longembed import ST_POOLINGS, find_file
 from .patterns_longembed import build_pattern
-from .positions_longembed import extend_position_table, position_table_rows
+from .positions_longembed import extended_position_table
 
 # Any one of these is a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # Largest difference between original and converted outputs that rounding explains, in fp32, for states of size 1.
 TOLERANCE = 1e-5
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one architecture is read.
-
-    Args:
-        fields: config fields from the original config; raises ValueError for a feature that we cannot express.
-        embeddings, attention, feed_forward, head: our module name -> theirs; `{n}` is the layer. A triple
-            `(name, part, parts)` is one part of a fused projection.
-        reserved_rows: rows at the front of the position table that no token reads (RoBERTa), given the original config.
-    """
-
-    fields: Callable
-    embeddings: dict
-    attention: dict
-    feed_forward: dict
-    head: dict
-    reserved_rows: Callable = lambda config: 0
-
-
-def refuse(condition: bool, feature: str):
-    """Raises if the checkpoint has a feature that a LongEmbed config cannot say."""
-    if condition:
-        raise ValueError(f"this checkpoint cannot be converted: LongEmbed cannot express {feature}")
-
-
-def bert_fields(original) -> dict:
-    """BERT, RoBERTa, XLM-R, MPNet: post-norm, learned positions."""
-    scheme = getattr(original, "position_embedding_type", "absolute")
-    refuse(scheme != "absolute", f"position_embedding_type={scheme!r}")
-    for flag in ("is_decoder", "add_cross_attention"):
-        refuse(bool(getattr(original, flag, False)), f"{flag}=true")
-    return {
-        "type_vocab_size": getattr(original, "type_vocab_size", 0),
-        "intermediate_size": original.intermediate_size,
-        "hidden_act": original.hidden_act,
-        "norm_eps": original.layer_norm_eps,
-        "hidden_dropout_prob": original.hidden_dropout_prob,
-        "attention_dropout": original.attention_probs_dropout_prob,
-    }
-
-
-def mpnet_fields(original) -> dict:
-    """MPNet: BERT with a bias by distance that all layers share, and no segments."""
-    buckets = {
-        "relative_attention_num_buckets": original.relative_attention_num_buckets,
-        "relative_attention_max_distance": 128,
-    }
-    return bert_fields(original) | buckets | {"type_vocab_size": 0}
-
-
-def distilbert_fields(original) -> dict:
-    """DistilBERT: BERT without segments; its sinusoidal variant stores the table, so it is read as a learned one."""
-    return {
-        "type_vocab_size": 0,
-        "intermediate_size": original.hidden_dim,
-        "hidden_act": original.activation,
-        "norm_eps": 1e-12,
-        "hidden_dropout_prob": original.dropout,
-        "attention_dropout": original.attention_dropout,
-    }
-
-
-def modernbert_fields(original) -> dict:
-    """ModernBERT: pre-norm, GeGLU, rope with one base a layer type, windows alternating with full attention."""
-    # transformers' window of W tokens is W // 2 on each side, both ends included.
-    window = {"type": "sliding", "window": original.local_attention // 2}
-    known = {"full_attention": "full", "sliding_attention": window}
-    refuse(
-        bool(set(original.layer_types) - set(known)), f"layer_types={sorted(set(original.layer_types) - set(known))}"
-    )
-    return {
-        "type_vocab_size": 0,
-        "intermediate_size": original.intermediate_size,
-        "hidden_act": original.hidden_activation,
-        "norm_eps": original.norm_eps,
-        "norm_bias": original.norm_bias,
-        "norm_placement": "pre",
-        "final_norm": True,
-        "first_attention_norm": False,
-        "feed_forward_gated": True,
-        "feed_forward_bias": original.mlp_bias,
-        "attention_bias": original.attention_bias,
-        "mlm_head_bias": original.classifier_bias,
-        "hidden_dropout_prob": original.mlp_dropout,
-        "attention_dropout": original.attention_dropout,
-        "attention_patterns": [known[layer_type] for layer_type in original.layer_types],
-        "position_embedding_type": "rope",
-        "rope_parameters": {kind: dict(original.rope_parameters[kind]) for kind in set(original.layer_types)},
-    }
-
-
-BERT = Family(
-    fields=bert_fields,
-    embeddings={
-        "word_embeddings": "embeddings.word_embeddings",
-        "position_embeddings": "embeddings.position_embeddings",
-        "token_type_embeddings": "embeddings.token_type_embeddings",
-        "norm": "embeddings.LayerNorm",
-    },
-    attention={
-        "attention.q_proj": "encoder.layer.{n}.attention.self.query",
-        "attention.k_proj": "encoder.layer.{n}.attention.self.key",
-        "attention.v_proj": "encoder.layer.{n}.attention.self.value",
-        "attention.o_proj": "encoder.layer.{n}.attention.output.dense",
-        "norm": "encoder.layer.{n}.attention.output.LayerNorm",
-    },
-    feed_forward={
-        "feed_forward.up_proj": "encoder.layer.{n}.intermediate.dense",
-        "feed_forward.down_proj": "encoder.layer.{n}.output.dense",
-        "norm": "encoder.layer.{n}.output.LayerNorm",
-    },
-    head={
-        "dense": "cls.predictions.transform.dense",
-        "norm": "cls.predictions.transform.LayerNorm",
-        "decoder": "cls.predictions.decoder",
-    },
-)
-ROBERTA_HEAD = {"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "decoder": "lm_head.decoder"}
-# Rows up to the padding index are reserved: the first token reads the row after it.
-ROBERTA = Family(
-    BERT.fields,
-    BERT.embeddings,
-    BERT.attention,
-    BERT.feed_forward,
-    ROBERTA_HEAD,
-    lambda config: config.pad_token_id + 1,
-)
-MPNET = Family(
-    fields=mpnet_fields,
-    embeddings=BERT.embeddings,
-    attention={
-        "attention.q_proj": "encoder.layer.{n}.attention.attn.q",
-        "attention.k_proj": "encoder.layer.{n}.attention.attn.k",
-        "attention.v_proj": "encoder.layer.{n}.attention.attn.v",
-        "attention.o_proj": "encoder.layer.{n}.attention.attn.o",
-        "norm": "encoder.layer.{n}.attention.LayerNorm",
-    },
-    feed_forward=BERT.feed_forward,
-    head=ROBERTA_HEAD,
-    reserved_rows=ROBERTA.reserved_rows,
-)
-DISTILBERT = Family(
-    fields=distilbert_fields,
-    embeddings=BERT.embeddings,
-    attention={
-        "attention.q_proj": "transformer.layer.{n}.attention.q_lin",
-        "attention.k_proj": "transformer.layer.{n}.attention.k_lin",
-        "attention.v_proj": "transformer.layer.{n}.attention.v_lin",
-        "attention.o_proj": "transformer.layer.{n}.attention.out_lin",
-        "norm": "transformer.layer.{n}.sa_layer_norm",
-    },
-    feed_forward={
-        "feed_forward.up_proj": "transformer.layer.{n}.ffn.lin1",
-        "feed_forward.down_proj": "transformer.layer.{n}.ffn.lin2",
-        "norm": "transformer.layer.{n}.output_layer_norm",
-    },
-    head={"dense": "vocab_transform", "norm": "vocab_layer_norm", "decoder": "vocab_projector"},
-)
-MODERNBERT = Family(
-    fields=modernbert_fields,
-    embeddings={"word_embeddings": "embeddings.tok_embeddings", "norm": "embeddings.norm"},
-    attention={
-        "attention.q_proj": ("layers.{n}.attn.Wqkv", 0, 3),
-        "attention.k_proj": ("layers.{n}.attn.Wqkv", 1, 3),
-        "attention.v_proj": ("layers.{n}.attn.Wqkv", 2, 3),
-        "attention.o_proj": "layers.{n}.attn.Wo",
-        "norm": "layers.{n}.attn_norm",
-    },
-    feed_forward={
-        "feed_forward.up_proj": ("layers.{n}.mlp.Wi", 0, 2),
-        "feed_forward.gate_proj": ("layers.{n}.mlp.Wi", 1, 2),
-        "feed_forward.down_proj": "layers.{n}.mlp.Wo",
-        "norm": "layers.{n}.mlp_norm",
-    },
-    head={"dense": "head.dense", "norm": "head.norm", "decoder": "decoder"},
-)
-FAMILIES = {
-    "bert": BERT,
-    "roberta": ROBERTA,
-    "xlm-roberta": ROBERTA,
-    "distilbert": DISTILBERT,
-    "mpnet": MPNET,
-    "modernbert": MODERNBERT,
-}
-
+# Longest document in tokens that two models are compared on.
+COMPARED_LENGTH = 1024
 # What a caller may choose; everything else is what the checkpoint is.
 CHOICES = (
     "max_position_embeddings",
@@ -225,60 +40,39 @@ CHOICES = (
 
 def converted_fields(original, family: Family, choices: dict) -> dict:
     """Config fields of the converted model: what the checkpoint fixes, what the caller chose, defaults for the rest."""
-    context = original.max_position_embeddings
-    fields = {
-        "vocab_size": original.vocab_size,
-        "hidden_size": original.hidden_size,
-        "num_attention_heads": original.num_attention_heads,
-        "num_hidden_layers": original.num_hidden_layers,
-        "initializer_range": original.initializer_range,
-        "pad_token_id": original.pad_token_id,
-        "max_position_embeddings": context - family.reserved_rows(original),
-    } | family.fields(original)
+    fields = family.fields(original)
     context = fields["max_position_embeddings"]
     fields |= choices
-    rope = fields.get("position_embedding_type") == "rope"
-    patterns = fields.get("attention_patterns", "full")
-    blocks = {build_pattern(entry) for entry in (patterns if isinstance(patterns, list) else [patterns])}
-    all_blocks = {pattern.type for pattern in blocks} == {"block"} and len(blocks) == 1
     extension = fields.get("position_extension")
     if isinstance(extension, str):
         extension = {"method": extension}
     wanted = fields["max_position_embeddings"]
     if extension is None and isinstance(wanted, int) and wanted > context:
-        # The strongest untrained start: blocks read as documents of their own; for full attention a training-free way.
-        extension = {"method": "dynamic" if rope else "restart" if all_blocks else "repeat"}
+        patterns = fields.get("attention_patterns", "full")
+        patterns = patterns if isinstance(patterns, list) else [patterns]
+        extension = {"method": default_method(fields.get("position_embedding_type", "absolute"), patterns)}
     if extension is not None:
         fields["position_extension"] = {"original_max_position_embeddings": context} | extension
     return fields
 
 
-def take(weights: dict[str, Tensor], theirs, suffix: str, layer: int) -> Tensor | None:
+def take(weights: dict[str, Tensor], theirs, suffix: str) -> Tensor | None:
     """One tensor of the checkpoint, or its part of a fused projection; None if the checkpoint has none."""
     name, part, parts = theirs if isinstance(theirs, tuple) else (theirs, 0, 1)
-    tensor = weights.get(f"{name.format(n=layer)}.{suffix}")
+    tensor = weights.get(f"{name}.{suffix}")
     return None if tensor is None else tensor.chunk(parts)[part]
 
 
 def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Family, config) -> dict[str, Tensor]:
     """State dict of our encoder from the original base model's."""
     ours = {}
-    modules = {f"embeddings.{mine}": (theirs, 0) for mine, theirs in family.embeddings.items()}
-    for layer in range(config.num_hidden_layers):  # a layer of the original is two sublayers, attention first
-        modules |= {f"layers.{2 * layer}.{mine}": (theirs, layer) for mine, theirs in family.attention.items()}
-        modules |= {f"layers.{2 * layer + 1}.{mine}": (theirs, layer) for mine, theirs in family.feed_forward.items()}
-    modules |= {"final_norm": ("final_norm", 0), "relative_attention_bias": ("encoder.relative_attention_bias", 0)}
-    for mine, (theirs, layer) in modules.items():
+    for mine, theirs in family.modules(config.num_hidden_layers).items():
         for suffix in ("weight", "bias"):
-            if (tensor := take(weights, theirs, suffix, layer)) is not None:
+            if (tensor := take(weights, theirs, suffix)) is not None:
                 ours[f"{mine}.{suffix}"] = tensor
     table = "embeddings.position_embeddings.weight"
     if table in ours:
-        ours[table], rows = ours[table][reserved_rows:], position_table_rows(config)
-        method = (config.position_extension or {"method": None})["method"]
-        if method in ("repeat", "interpolate"):
-            ours[table] = extend_position_table(ours[table], rows, method)
-        ours[table] = ours[table][:rows]
+        ours[table] = extended_position_table(ours[table][reserved_rows:], config)
     return ours
 
 
@@ -380,8 +174,8 @@ class FromEncoderMixin:
         conversion compares them and prints the largest difference.
 
         Args:
-            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet or ModernBERT checkpoint, also
-                one of sentence-transformers, whose pooling and prompts are taken over.
+            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, ModernBERT or NomicBERT
+                checkpoint, also one of sentence-transformers, whose pooling and prompts are taken over.
             max_position_embeddings: new context in tokens; default: the original one.
             position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer
                 context: `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions
@@ -461,7 +255,7 @@ class FromEncoderMixin:
     @staticmethod
     def _head_weights(original_model, family: Family, missing: set[str]) -> dict[str, Tensor]:
         config, layers = original_model.config, family.fields(original_model.config)["hidden_act"]
-        activation = "gelu" if family.head is ROBERTA_HEAD else getattr(config, "classifier_activation", layers)
+        activation = "gelu" if family.head is ROBERTA.head else getattr(config, "classifier_activation", layers)
         refuse(
             activation != layers,
             f"a masked-language-model head with the activation {activation!r} over layers with {layers!r}",
@@ -476,7 +270,7 @@ class FromEncoderMixin:
         return {
             f"head.{mine}.{suffix}": x
             for mine, theirs, suffix in named
-            if (x := take(weights, theirs, suffix, 0)) is not None
+            if (x := take(weights, theirs, suffix)) is not None
         }
 
     def _report_difference(self, original_model, length: int):
@@ -488,7 +282,7 @@ class FromEncoderMixin:
                 "so nothing was compared"
             )
             return
-        length = min(length, 1024)
+        length = min(length, COMPARED_LENGTH)
         difference = largest_difference(original_model, self, length)
         print(
             f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: "

@@ -140,13 +140,17 @@ class HubMixin:
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _write_companions(self, folder: Path, title: str | None = None):
+        self._write_tokenizer(folder)
+        (folder / "README.md").write_text(self._card(folder, title or folder.name), encoding="utf-8")
+
+    def _write_tokenizer(self, folder: Path):
+        """The tokenizer, and the files that make the folder a model of sentence-transformers."""
         if self.has_tokenizer():
             self.tokenizer.model_max_length = self.config.max_position_embeddings
             self.tokenizer.save_pretrained(folder)
         for name, content in self._sentence_transformers_files().items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(self._card(folder, title or folder.name), encoding="utf-8")
 
     def _sentence_transformers_files(self) -> dict[str, object]:
         kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]

@@ -21,6 +21,7 @@ from .extension_longembed import ExtendContextMixin
 from .hub_longembed import HubMixin
 from .landmark_longembed import Landmarks, landmark_size
 from .layerdrop_longembed import PruneMixin, draw_layers, no_contribution
+from .native_longembed import ToNativeMixin
 from .packing_longembed import PackedDocuments
 from .pooling_longembed import pool
 from .positions_longembed import (
@@ -135,7 +136,7 @@ class LongEmbedSublayer(GradientCheckpointingLayer):
 
 
 class LongEmbedPreTrainedModel(
-    HubMixin, FromEncoderMixin, ExtendContextMixin, PruneMixin, AdaptiveSpanMixin, PreTrainedModel
+    HubMixin, FromEncoderMixin, ToNativeMixin, ExtendContextMixin, PruneMixin, AdaptiveSpanMixin, PreTrainedModel
 ):
     """What the models share: loading, saving, conversion, initialisation."""
 

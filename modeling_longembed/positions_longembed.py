@@ -140,6 +140,14 @@ def extended_position_table(table: Tensor, config) -> Tensor:
     return table[:rows] if rows <= len(table) else extend_position_table(table, rows, "repeat")
 
 
+def unscaled_rope_theta(rope_parameters: dict, head_dim: int) -> float:
+    """The base under which `ntk` and `theta` are a rotation of `rope_type` `default`."""
+    theta = float(rope_parameters["rope_theta"])
+    if rope_parameters["rope_type"] == "ntk":
+        theta *= rope_parameters["factor"] ** (head_dim / (head_dim - 2))
+    return theta
+
+
 def rope_frequencies(
     rope_parameters: dict, head_dim: int, original_length: int, extended_length: int | None = None
 ) -> tuple[Tensor, float]:
@@ -155,10 +163,9 @@ def rope_frequencies(
     Returns:
         `(D / 2,)` fp32 inverse frequencies, and the number that cos and sin are multiplied by (1 except for yarn).
     """
-    rope_type, theta = rope_parameters["rope_type"], float(rope_parameters["rope_theta"])
-    if rope_type == "ntk":
-        theta *= rope_parameters["factor"] ** (head_dim / (head_dim - 2))
+    rope_type = rope_parameters["rope_type"]
     if rope_type in ("default", "ntk", "theta"):
+        theta = unscaled_rope_theta(rope_parameters, head_dim)
         return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim), 1.0
     # transformers reads the trained length from `max_position_embeddings`, which in our config is the extended one.
     view = SimpleNamespace(

@@ -9,6 +9,7 @@ from transformers import (
     DistilBertConfig,
     ModernBertConfig,
     MPNetConfig,
+    NomicBertConfig,
     PreTrainedTokenizerFast,
     RobertaConfig,
     XLMRobertaConfig,
@@ -44,6 +45,7 @@ CONFIGS = {
         global_attn_every_n_layers=3,
         **(SPECIAL | {"cls_token_id": 1, "sep_token_id": 2}),
     ),
+    "nomic_bert": NomicBertConfig(**SIZES, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, pad_token_id=0),
 }
 
 

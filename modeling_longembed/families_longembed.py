@@ -1,0 +1,363 @@
+"""The architectures of transformers that a LongEmbed model can be made from and written as: one table, read both ways.
+
+`FAMILIES` says for each what its config fields and modules are called here, and which of our fields it fixes.
+`from_encoder` reads checkpoints with it, `to_native` writes them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+# Fields that every architecture has under our own name.
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "initializer_range",
+    "pad_token_id",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture.
+
+    Args:
+        names: our config field -> theirs, where both mean the same (beside `SIZES`).
+        constants: our config fields that the architecture fixes.
+        outside, attention, feed_forward, head: our module name -> theirs, outside the layers, in layer `{n}`, and in
+            the masked-language-model head. A triple `(name, part, parts)` is one part of a fused projection.
+        reserved_rows: rows at the front of the position table that no token reads (RoBERTa), given their config.
+        read: our config fields that are no copies, from their config; raises ValueError for what we cannot express.
+        write: their config fields that are no copies, from ours: the inverse of `read`.
+        older_names: what serving software still reads in the names of older releases, from our config; nothing where
+            the older names cannot say the same, so that it refuses the model instead of computing another one.
+    """
+
+    names: dict[str, str]
+    constants: dict
+    outside: dict
+    attention: dict
+    feed_forward: dict
+    head: dict
+    reserved_rows: Callable = lambda original: 0
+    read: Callable = lambda original: {}
+    write: Callable = lambda config: {}
+    older_names: Callable = lambda config: {}
+
+    def fields(self, original) -> dict:
+        """Our config fields, from a config of this architecture."""
+        same = {name: name for name in SIZES} | self.names
+        fields = {ours: getattr(original, theirs) for ours, theirs in same.items()}
+        fields["max_position_embeddings"] -= self.reserved_rows(original)
+        return fields | self.constants | self.read(original)
+
+    def native_fields(self, config) -> dict:
+        """Their config fields, from our config; what the architecture cannot say is lost."""
+        same = {name: name for name in SIZES} | self.names
+        return {theirs: getattr(config, ours) for ours, theirs in same.items()} | self.write(config)
+
+    def modules(self, num_layers: int) -> dict[str, str | tuple[str, int, int]]:
+        """Our name of each module of the encoder -> theirs, or their `(name, part, parts)`."""
+        modules = dict(self.outside)
+        for layer in range(num_layers):  # a layer of theirs is two sublayers of ours, attention first
+            for sublayer, names in ((2 * layer, self.attention), (2 * layer + 1, self.feed_forward)):
+                for ours, theirs in names.items():
+                    name, *part = theirs if isinstance(theirs, tuple) else (theirs,)
+                    name = name.format(n=layer)
+                    modules[f"layers.{sublayer}.{ours}"] = (name, *part) if part else name
+        return modules
+
+
+def refuse(condition: bool, feature: str):
+    """Raises if the checkpoint has a feature that a LongEmbed config cannot say."""
+    if condition:
+        raise ValueError(f"this checkpoint cannot be converted: LongEmbed cannot express {feature}")
+
+
+def rope_by_layer(config) -> list[dict]:
+    """The rotation of each attention sublayer of ours; empty for schemes that do not rotate."""
+    parameters = config.rope_parameters
+    return [parameters.get(kind, parameters) for kind in config.layer_types] if parameters else []
+
+
+# --- BERT and its relatives: post-norm, learned positions ------------------------------------------------------------
+
+
+def read_bert(original) -> dict:
+    scheme = getattr(original, "position_embedding_type", "absolute")
+    refuse(scheme != "absolute", f"position_embedding_type={scheme!r}")
+    for flag in ("is_decoder", "add_cross_attention"):
+        refuse(bool(getattr(original, flag, False)), f"{flag}=true")
+    return {}
+
+
+def write_segments(config) -> dict:
+    """There is always a segment table: a model without one gets a row of zeros."""
+    return {"type_vocab_size": max(1, config.type_vocab_size)}
+
+
+def read_mpnet(original) -> dict:
+    """A bias by distance that all layers share, and no segments."""
+    return read_bert(original) | {"relative_attention_num_buckets": original.relative_attention_num_buckets}
+
+
+BERT_NAMES = {
+    "intermediate_size": "intermediate_size",
+    "hidden_act": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+    "hidden_dropout_prob": "hidden_dropout_prob",
+    "attention_dropout": "attention_probs_dropout_prob",
+}
+BERT_EMBEDDINGS = {
+    "embeddings.word_embeddings": "embeddings.word_embeddings",
+    "embeddings.position_embeddings": "embeddings.position_embeddings",
+    "embeddings.token_type_embeddings": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+}
+BERT = Family(
+    names=BERT_NAMES | {"type_vocab_size": "type_vocab_size"},
+    constants={},
+    outside=BERT_EMBEDDINGS,
+    attention={
+        "attention.q_proj": "encoder.layer.{n}.attention.self.query",
+        "attention.k_proj": "encoder.layer.{n}.attention.self.key",
+        "attention.v_proj": "encoder.layer.{n}.attention.self.value",
+        "attention.o_proj": "encoder.layer.{n}.attention.output.dense",
+        "norm": "encoder.layer.{n}.attention.output.LayerNorm",
+    },
+    feed_forward={
+        "feed_forward.up_proj": "encoder.layer.{n}.intermediate.dense",
+        "feed_forward.down_proj": "encoder.layer.{n}.output.dense",
+        "norm": "encoder.layer.{n}.output.LayerNorm",
+    },
+    head={
+        "dense": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.LayerNorm",
+        "decoder": "cls.predictions.decoder",
+    },
+    read=read_bert,
+    write=write_segments,
+)
+ROBERTA = replace(
+    BERT,
+    head={"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "decoder": "lm_head.decoder"},
+    # Rows up to the padding index are reserved: the first token reads the row after it.
+    reserved_rows=lambda original: original.pad_token_id + 1,
+)
+MPNET = Family(
+    names=BERT_NAMES,
+    constants={"type_vocab_size": 0, "relative_attention_max_distance": 128},
+    outside=BERT_EMBEDDINGS | {"relative_attention_bias": "encoder.relative_attention_bias"},
+    attention={
+        "attention.q_proj": "encoder.layer.{n}.attention.attn.q",
+        "attention.k_proj": "encoder.layer.{n}.attention.attn.k",
+        "attention.v_proj": "encoder.layer.{n}.attention.attn.v",
+        "attention.o_proj": "encoder.layer.{n}.attention.attn.o",
+        "norm": "encoder.layer.{n}.attention.LayerNorm",
+    },
+    feed_forward=BERT.feed_forward,
+    head=ROBERTA.head,
+    reserved_rows=ROBERTA.reserved_rows,
+    read=read_mpnet,
+)
+# The sinusoidal variant stores its table, so it is read as a learned one.
+DISTILBERT = Family(
+    names={
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+        "hidden_dropout_prob": "dropout",
+        "attention_dropout": "attention_dropout",
+    },
+    constants={"type_vocab_size": 0, "norm_eps": 1e-12},
+    outside=BERT_EMBEDDINGS,
+    attention={
+        "attention.q_proj": "transformer.layer.{n}.attention.q_lin",
+        "attention.k_proj": "transformer.layer.{n}.attention.k_lin",
+        "attention.v_proj": "transformer.layer.{n}.attention.v_lin",
+        "attention.o_proj": "transformer.layer.{n}.attention.out_lin",
+        "norm": "transformer.layer.{n}.sa_layer_norm",
+    },
+    feed_forward={
+        "feed_forward.up_proj": "transformer.layer.{n}.ffn.lin1",
+        "feed_forward.down_proj": "transformer.layer.{n}.ffn.lin2",
+        "norm": "transformer.layer.{n}.output_layer_norm",
+    },
+    head={"dense": "vocab_transform", "norm": "vocab_layer_norm", "decoder": "vocab_projector"},
+)
+
+
+# --- NomicBERT: post-norm, rope, SwiGLU ------------------------------------------------------------------------------
+
+
+def read_nomic(original) -> dict:
+    return {"rope_parameters": dict(original.rope_parameters)}
+
+
+def write_nomic(config) -> dict:
+    fields = write_segments(config) | {"pad_token_id": config.pad_token_id or 0}
+    rope = rope_by_layer(config)
+    return fields | ({"rope_parameters": dict(rope[0])} if rope else {})
+
+
+def older_names_of_nomic(config) -> dict:
+    """The names of the first NomicBERT code, which text-embeddings-inference and vLLM read."""
+    rope = rope_by_layer(config)[0]
+    if rope["rope_type"] != "default" or config.hidden_act != "silu":
+        return {}
+    names = {
+        "n_embd": config.hidden_size,
+        "n_head": config.num_attention_heads,
+        "n_inner": config.intermediate_size,
+        "n_layer": config.num_hidden_layers,
+        "n_positions": config.max_position_embeddings,
+        "max_trained_positions": config.max_position_embeddings,
+        "layer_norm_epsilon": config.norm_eps,
+        "activation_function": "swiglu",
+        "prenorm": False,
+        "rotary_emb_base": rope["rope_theta"],
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None,
+        "rotary_scaling_factor": None,
+    }
+    return names | dict.fromkeys(("qkv_proj_bias", "mlp_fc1_bias", "mlp_fc2_bias"), False)
+
+
+NOMIC_BERT = Family(
+    names=BERT.names | {"head_dim": "head_dim"},
+    constants={
+        "position_embedding_type": "rope",
+        "feed_forward_gated": True,
+        "feed_forward_bias": False,
+        "attention_bias": False,
+    },
+    outside={ours: theirs for ours, theirs in BERT_EMBEDDINGS.items() if "position" not in ours},
+    attention={
+        "attention.q_proj": "layers.{n}.self_attn.q_proj",
+        "attention.k_proj": "layers.{n}.self_attn.k_proj",
+        "attention.v_proj": "layers.{n}.self_attn.v_proj",
+        "attention.o_proj": "layers.{n}.self_attn.o_proj",
+        "norm": "layers.{n}.post_attention_layernorm",
+    },
+    feed_forward={
+        # The activated projection is `up` here (`act(up) * gate`) and `gate` there (`act(gate) * up`).
+        "feed_forward.up_proj": "layers.{n}.mlp.gate_proj",
+        "feed_forward.gate_proj": "layers.{n}.mlp.up_proj",
+        "feed_forward.down_proj": "layers.{n}.mlp.down_proj",
+        "norm": "layers.{n}.post_mlp_layernorm",
+    },
+    head={
+        "dense": "cls.predictions.transform.dense",
+        "norm": "cls.predictions.transform.layer_norm",
+        "decoder": "cls.predictions.decoder",
+    },
+    read=read_nomic,
+    write=write_nomic,
+    older_names=older_names_of_nomic,
+)
+
+
+# --- ModernBERT: pre-norm, rope with one base a layer type, GeGLU, windows alternating with full attention -----------
+
+
+def read_modernbert(original) -> dict:
+    # transformers' window of W tokens is W // 2 on each side, both ends included.
+    window = {"type": "sliding", "window": original.local_attention // 2}
+    known = {"full_attention": "full", "sliding_attention": window}
+    unknown = sorted(set(original.layer_types) - set(known))
+    refuse(bool(unknown), f"layer_types={unknown}")
+    return {
+        "attention_patterns": [known[layer_type] for layer_type in original.layer_types],
+        "rope_parameters": {kind: dict(original.rope_parameters[kind]) for kind in set(original.layer_types)},
+    }
+
+
+def write_modernbert(config) -> dict:
+    windows = [pattern.window for pattern in config.get_patterns() if pattern.type == "sliding"]
+    layer_types = [
+        "sliding_attention" if pattern.type == "sliding" else "full_attention" for pattern in config.get_patterns()
+    ]
+    fields = {
+        "layer_types": layer_types,
+        "rope_parameters": {kind: dict(rope) for kind, rope in zip(layer_types, rope_by_layer(config), strict=False)},
+        "classifier_activation": config.hidden_act,
+        # Their defaults are numbers of one vocabulary.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
+    }
+    return fields | ({"local_attention": 2 * windows[0]} if windows else {})
+
+
+def older_names_of_modernbert(config) -> dict:
+    """The names before `layer_types` and `rope_parameters`, which text-embeddings-inference reads."""
+    fields = write_modernbert(config)
+    layer_types, rope = fields["layer_types"], fields["rope_parameters"]
+    full = [layer for layer, kind in enumerate(layer_types) if kind == "full_attention"]
+    period = full[1] if len(full) > 1 else len(layer_types)
+    if full != list(range(0, len(layer_types), period)):
+        return {}
+    # It knows neither biases of the norms nor a stretched rotation, and passes over them in silence.
+    if config.norm_bias or any(parameters["rope_type"] != "default" for parameters in rope.values()):
+        return {}
+    theta = {kind: parameters["rope_theta"] for kind, parameters in rope.items()}
+    return {
+        "global_attn_every_n_layers": period,
+        "global_rope_theta": theta["full_attention"],
+        "local_rope_theta": theta.get("sliding_attention", theta["full_attention"]),
+    }
+
+
+MODERNBERT = Family(
+    names={
+        "intermediate_size": "intermediate_size",
+        "hidden_act": "hidden_activation",
+        "norm_eps": "norm_eps",
+        "norm_bias": "norm_bias",
+        "attention_bias": "attention_bias",
+        "feed_forward_bias": "mlp_bias",
+        "mlm_head_bias": "classifier_bias",
+        "hidden_dropout_prob": "mlp_dropout",
+        "attention_dropout": "attention_dropout",
+    },
+    constants={
+        "type_vocab_size": 0,
+        "position_embedding_type": "rope",
+        "norm_placement": "pre",
+        "final_norm": True,
+        "first_attention_norm": False,
+        "feed_forward_gated": True,
+    },
+    outside={
+        "embeddings.word_embeddings": "embeddings.tok_embeddings",
+        "embeddings.norm": "embeddings.norm",
+        "final_norm": "final_norm",
+    },
+    attention={
+        "attention.q_proj": ("layers.{n}.attn.Wqkv", 0, 3),
+        "attention.k_proj": ("layers.{n}.attn.Wqkv", 1, 3),
+        "attention.v_proj": ("layers.{n}.attn.Wqkv", 2, 3),
+        "attention.o_proj": "layers.{n}.attn.Wo",
+        "norm": "layers.{n}.attn_norm",
+    },
+    feed_forward={
+        "feed_forward.up_proj": ("layers.{n}.mlp.Wi", 0, 2),
+        "feed_forward.gate_proj": ("layers.{n}.mlp.Wi", 1, 2),
+        "feed_forward.down_proj": "layers.{n}.mlp.Wo",
+        "norm": "layers.{n}.mlp_norm",
+    },
+    head={"dense": "head.dense", "norm": "head.norm", "decoder": "decoder"},
+    read=read_modernbert,
+    write=write_modernbert,
+    older_names=older_names_of_modernbert,
+)
+
+FAMILIES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "distilbert": DISTILBERT,
+    "mpnet": MPNET,
+    "modernbert": MODERNBERT,
+    "nomic_bert": NOMIC_BERT,
+}
