@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from .extension_longembed import default_method
 from .families_longembed import FAMILIES, ROBERTA, Family, refuse
 from .hub_longembed import ST_POOLINGS, find_file
+from .landmark_longembed import landmark_size
 from .patterns_longembed import build_pattern
 from .positions_longembed import extended_position_table
 
@@ -43,13 +44,18 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
     fields = family.fields(original)
     context = fields["max_position_embeddings"]
     fields |= choices
+    patterns = fields.get("attention_patterns", "full")
+    patterns = patterns if isinstance(patterns, list) else [patterns]
+    if shared := sorted(pattern.type for pattern in map(build_pattern, patterns) if pattern.shares_query_key):
+        raise ValueError(
+            f"attention_patterns: {shared[0]!r} has one projection for query and key, and the checkpoint has two; choose "
+            "another pattern, or train a model with this one from a LongEmbedConfig"
+        )
     extension = fields.get("position_extension")
     if isinstance(extension, str):
         extension = {"method": extension}
     wanted = fields["max_position_embeddings"]
     if extension is None and isinstance(wanted, int) and wanted > context:
-        patterns = fields.get("attention_patterns", "full")
-        patterns = patterns if isinstance(patterns, list) else [patterns]
         extension = {"method": default_method(fields.get("position_embedding_type", "absolute"), patterns)}
     if extension is not None:
         fields["position_extension"] = {"original_max_position_embeddings": context} | extension
@@ -70,6 +76,8 @@ def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Fa
         for suffix in ("weight", "bias"):
             if (tensor := take(weights, theirs, suffix)) is not None:
                 ours[f"{mine}.{suffix}"] = tensor
+    if landmark_size(config):  # a word that stands for any others
+        ours["embeddings.landmark_embedding.weight"] = ours["embeddings.word_embeddings.weight"].mean(0, keepdim=True)
     table = "embeddings.position_embeddings.weight"
     if table in ours:
         ours[table] = extended_position_table(ours[table][reserved_rows:], config)
@@ -85,6 +93,8 @@ def comparable_length(config, original_fields: dict) -> int:
             context = min(context, extension["period"])
         elif not extension["keep_short"] and extension["method"] != "repeat":
             return 0
+    if landmark_size(config) and any(pattern.type != "landmark" for pattern in config.get_patterns()):
+        return 0  # the others see the landmarks, which the original has not
     theirs = original_fields.get("attention_patterns", ["full"] * config.num_hidden_layers)
     pairs = {(ours, build_pattern(entry)) for ours, entry in zip(config.get_patterns(), theirs, strict=True)}
     while context and any(a != b and not (a.sees_all(context) and b.sees_all(context)) for a, b in pairs):
@@ -180,7 +190,8 @@ class FromEncoderMixin:
             position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer
                 context: `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions
                 and `dynamic` for rope.
-            attention_patterns: as in `LongEmbedConfig`; default: the original's.
+            attention_patterns: as in `LongEmbedConfig`; default: the original's. The word of `landmark`'s landmarks
+                starts as the mean of all words.
             attn_implementation: kernel, as in `from_pretrained`.
             **kwargs: `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`, `original_model` (a name for the
                 card); and what `from_pretrained` takes to find files: `revision`, `token`, `cache_dir`,
