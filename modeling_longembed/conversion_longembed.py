@@ -31,10 +31,13 @@ CHOICES = (
     "max_position_embeddings",
     "position_extension",
     "attention_patterns",
+    "training_attention_patterns",
     "pooling",
     "prompts",
     "hidden_dropout_prob",
     "attention_dropout",
+    "layerdrop",
+    "layerdrop_unit",
     "original_model",
 )
 
@@ -48,8 +51,8 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
     patterns = patterns if isinstance(patterns, list) else [patterns]
     if shared := sorted(pattern.type for pattern in map(build_pattern, patterns) if pattern.shares_query_key):
         raise ValueError(
-            f"attention_patterns: {shared[0]!r} has one projection for query and key, and the checkpoint has two; choose "
-            "another pattern, or train a model with this one from a LongEmbedConfig"
+            f"attention_patterns: {shared[0]!r} has one projection for query and key, and the checkpoint has two; "
+            "choose another pattern, or train a model with this one from a LongEmbedConfig"
         )
     extension = fields.get("position_extension")
     if isinstance(extension, str):
@@ -193,9 +196,9 @@ class FromEncoderMixin:
             attention_patterns: as in `LongEmbedConfig`; default: the original's. The word of `landmark`'s landmarks
                 starts as the mean of all words.
             attn_implementation: kernel, as in `from_pretrained`.
-            **kwargs: `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`, `original_model` (a name for the
-                card); and what `from_pretrained` takes to find files: `revision`, `token`, `cache_dir`,
-                `local_files_only`.
+            **kwargs: `training_attention_patterns`, `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`,
+                `layerdrop`, `layerdrop_unit`, `original_model` (a name for the card); and what `from_pretrained` takes
+                to find files: `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Returns:
             The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
