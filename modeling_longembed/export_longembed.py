@@ -5,6 +5,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ TOLERANCE = 1e-4
 class OnnxGraph(nn.Module):
     """The encoder as a function of tensors: what becomes the graph."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
         self.model = model
 
@@ -44,8 +45,8 @@ class ExportMixin:
             `path`.
 
         Raises:
-            ValueError: a model that a graph cannot express, the packages of the extra `onnx` are missing, or the outputs
-                differ by more than 1e-4 of the largest value. Nothing is written then.
+            ValueError: a model that a graph cannot express, the packages of the extra `onnx` are missing, or the
+                outputs differ by more than 1e-4 of the largest value. Nothing is written then.
         """
         self._check_expressible()
         for package in ("onnx", "onnxscript"):
@@ -85,8 +86,8 @@ class ExportMixin:
         for pattern in config.get_patterns():
             if not pattern.is_mask:
                 raise ValueError(
-                    f"to_onnx: attention_patterns has {pattern.type!r}, which is more than a mask and has no ONNX form; "
-                    "use 'full', 'sliding' or 'block'"
+                    f"to_onnx: attention_patterns has {pattern.type!r}, which is more than a mask and has no ONNX "
+                    "form; use 'full', 'sliding' or 'block'"
                 )
         if config.position_embedding_type == "relative":
             raise ValueError(
@@ -95,8 +96,8 @@ class ExportMixin:
         method = (config.position_extension or {}).get("method")
         if config.position_embedding_type == "rope" and method in ("dynamic", "group"):
             raise ValueError(
-                f"to_onnx: position_extension {method!r} on rope computes every document by itself and has no ONNX form; "
-                "use 'yarn', 'ntk' or 'linear'"
+                f"to_onnx: position_extension {method!r} on rope computes every document by itself and has no ONNX "
+                "form; use 'yarn', 'ntk' or 'linear'"
             )
         if self.dtype != torch.float32:
             raise ValueError(
@@ -134,6 +135,6 @@ class ExportMixin:
             difference = (ours.cpu() - torch.from_numpy(theirs)).abs().max() / ours.abs().max().cpu()
             if not difference <= TOLERANCE:
                 raise ValueError(
-                    f"to_onnx: {name} of the graph differs from the model's by {difference:.1e} of its largest value, more "
-                    f"than {TOLERANCE}; nothing was written"
+                    f"to_onnx: {name} of the graph differs from the model's by {difference:.1e} of its largest value, "
+                    f"more than {TOLERANCE}; nothing was written"
                 )

@@ -25,6 +25,7 @@ class PackedDocuments:
         is_global: `(T,)` bool, tokens that attend everywhere and are seen from everywhere in their document, or None.
         padded_index: `(T,)` int64, place of each token in the flattened `(B * S)` batch; None if the caller packed.
         batch_shape: `(B, S)` of the padded batch; None if the caller packed.
+        past: `(B,)` int64, tokens of each document that came before those here, or None: these are its beginning.
     """
 
     cu_seqlens: Tensor
@@ -32,6 +33,7 @@ class PackedDocuments:
     is_global: Tensor | None = None
     padded_index: Tensor | None = None
     batch_shape: tuple[int, int] | None = None
+    past: Tensor | None = None
     # What kernels derive from these lengths (e.g. a block mask), see `once`.
     cache: dict = field(default_factory=dict)
 
@@ -42,7 +44,11 @@ class PackedDocuments:
         lengths = attention_mask.sum(dim=1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         padded_index = attention_mask.flatten().nonzero(as_tuple=True)[0]
-        max_seqlen = int(lengths.max()) if len(lengths) else 0
+        if torch.compiler.is_exporting():  # a graph for all inputs knows no lengths, only what bounds them
+            torch._check(padded_index.shape[0] > 0)
+            max_seqlen = attention_mask.shape[1]
+        else:
+            max_seqlen = int(lengths.max()) if len(lengths) else 0
         return cls(
             cu_seqlens,
             max_seqlen,
@@ -63,14 +69,15 @@ class PackedDocuments:
     @cached_property
     def document_ids(self) -> Tensor:
         """`(T,)` int64, number of the document of each packed token."""
-        lengths = self.cu_seqlens.diff().long()
-        return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        tokens = int(self.cu_seqlens[-1]) if self.padded_index is None else self.padded_index.shape[0]
+        return segment_numbers(self.cu_seqlens, tokens)
 
     @cached_property
     def token_index(self) -> Tensor:
-        """`(T,)` int64, place of each packed token in its own document, from 0."""
-        starts = self.cu_seqlens[:-1].long()[self.document_ids]
-        return torch.arange(len(starts), device=starts.device) - starts
+        """`(T,)` int64, place of each packed token in its own document, from 0, or from where the past ends."""
+        starts = self.cu_seqlens[:-1].long()
+        starts = (starts if self.past is None else starts - self.past)[self.document_ids]
+        return torch.arange(starts.shape[0], device=starts.device) - starts
 
     @cached_property
     def document_lengths(self) -> Tensor:
@@ -95,6 +102,14 @@ class PackedDocuments:
         batch, length = self.batch_shape
         padded = packed.new_zeros(batch * length, *packed.shape[1:])
         return padded.index_copy(0, self.padded_index, packed).view(batch, length, *packed.shape[1:])
+
+
+def segment_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """`(tokens,)` int64, number of the segment of each packed row, given cumulative lengths `(N + 1,)`."""
+    # `repeat_interleave` would ask the device how long its result is. The last place is for segments without rows.
+    inner = cu_seqlens[1:-1].long()
+    steps = torch.zeros(tokens + 1, dtype=torch.long, device=cu_seqlens.device)
+    return steps.index_add(0, inner, torch.ones_like(inner)).cumsum(0)[:tokens]
 
 
 def split_documents(cu_seqlens: Tensor, size: int, first: int | None = None) -> Tensor:

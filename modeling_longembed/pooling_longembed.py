@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .packing_longembed import segment_numbers
+
 
 def weighted_sum(hidden_states: Tensor, weights: Tensor, segment_ids: Tensor, segments: int) -> Tensor:
     """Weighted mean by segment, `(T, d)`, `(T,)`, `(T,)` to `(N, d)`; fp32, for half precision loses 8,000 terms."""
@@ -17,13 +19,13 @@ def weighted_sum(hidden_states: Tensor, weights: Tensor, segment_ids: Tensor, se
 
 def mean_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean over all tokens, special ones too (SBERT, Reimers & Gurevych 2019)."""
-    return weighted_sum(hidden_states, torch.ones_like(segment_ids), segment_ids, len(cu_seqlens) - 1)
+    return weighted_sum(hidden_states, torch.ones_like(segment_ids), segment_ids, cu_seqlens.shape[0] - 1)
 
 
 def weighted_mean_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Mean weighted by place, 1 to L (SGPT, Muennighoff 2022)."""
-    place = torch.arange(len(segment_ids), device=segment_ids.device) - cu_seqlens[:-1].long()[segment_ids] + 1
-    return weighted_sum(hidden_states, place, segment_ids, len(cu_seqlens) - 1)
+    place = torch.arange(segment_ids.shape[0], device=segment_ids.device) - cu_seqlens[:-1].long()[segment_ids] + 1
+    return weighted_sum(hidden_states, place, segment_ids, cu_seqlens.shape[0] - 1)
 
 
 def cls_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -37,9 +39,9 @@ def last_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor)
 
 
 def _row_or_zero(hidden_states: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    if not len(hidden_states):
-        return hidden_states.new_zeros(len(rows), hidden_states.shape[1])
-    picked = hidden_states[rows.clamp(0, len(hidden_states) - 1)]
+    if hidden_states.shape[0] == 0:
+        return hidden_states.new_zeros(rows.shape[0], hidden_states.shape[1])
+    picked = hidden_states[rows.clamp(0, hidden_states.shape[0] - 1)]
     return torch.where((cu_seqlens.diff() > 0)[:, None], picked, 0.0)
 
 
@@ -57,6 +59,32 @@ def pool(hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:
     Returns:
         `(N, d)`, not normalised; zeros for an empty segment.
     """
-    lengths = cu_seqlens.diff().long()
-    segment_ids = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-    return POOLINGS[method](hidden_states, segment_ids, cu_seqlens)
+    return POOLINGS[method](hidden_states, segment_numbers(cu_seqlens, hidden_states.shape[0]), cu_seqlens)
+
+
+def pool_on(pooled: Tensor, seen: Tensor, hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:
+    """`pool` of documents that come in pieces.
+
+    Args:
+        pooled: `(B, d)`, the vectors of what came before.
+        seen: `(B,)` int64, tokens that came before.
+        hidden_states, cu_seqlens, method: of the pieces here, as in `pool`; a piece may be empty.
+
+    Returns:
+        `(B, d)`, the vectors of what came before and the pieces together.
+    """
+    piece, length = pool(hidden_states, cu_seqlens, method), cu_seqlens.diff().long()
+    pooled, total = pooled.to(piece.dtype), seen + length
+
+    def share(part: Tensor, whole: Tensor) -> Tensor:
+        return (part.to(piece.dtype) / whole.clamp(min=1).to(piece.dtype))[:, None]
+
+    if method == "cls":
+        return torch.where((seen > 0)[:, None], pooled, piece)
+    if method == "last":
+        return torch.where((length > 0)[:, None], piece, pooled)
+    if method == "weighted_mean":  # a token's weight is its place: that in the piece, and `seen`
+        within, before = length * (length + 1), 2 * seen * length
+        piece = torch.lerp(piece, pool(hidden_states, cu_seqlens, "mean"), share(before, within + before))
+        length, total = within + before, total * (total + 1)
+    return torch.lerp(pooled, piece, share(length, total))
