@@ -15,6 +15,7 @@ from transformers.configuration_utils import strict  # without it nothing is val
 from .layouts_longembed import expand_layout
 from .patterns_longembed import build_pattern
 from .positions_longembed import EXTENSIONS
+from .tensor_parallel_longembed import tensor_parallel_plan
 
 # Parameters of each extension method besides those that all share, with their defaults (None: derived or required).
 EXTENSION_PARAMETERS: dict[str, dict[str, Any]] = {
@@ -359,16 +360,12 @@ class LongEmbedConfig(PretrainedConfig):
                 raise ValueError(
                     "position_extension 'group' on rope and relative_attention_num_buckets cannot be merged; use 'yarn'"
                 )
-        if (
-            self.position_embedding_type == "absolute"
-            and extension is not None
-            and extension["method"] == "interpolate"
-        ):
-            if extension["factor"] is not None and type(extension["factor"]) is not int:
-                raise ValueError(
-                    f"position_extension: factor={extension['factor']} but the rows of a table stand at whole places; "
-                    "give a whole number, or leave it out"
-                )
+        spread = extension is not None and self.position_embedding_type == "absolute" and extension.get("factor")
+        if spread and extension["method"] == "interpolate" and type(extension["factor"]) is not int:
+            raise ValueError(
+                f"position_extension: factor={extension['factor']} but the rows of a table stand at whole places; "
+                "give a whole number, or leave it out"
+            )
 
     def validate_attention(self):
         """Every pattern can be combined with the rest, and reaches no further than the context."""
@@ -390,6 +387,11 @@ class LongEmbedConfig(PretrainedConfig):
                     f"training_attention_patterns: {trained.type!r} cannot stand in for {pattern.type!r}, because one "
                     "of the two has weights of its own; leave training_attention_patterns out"
                 )
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits the weights; the name is transformers' own."""
+        return tensor_parallel_plan(self)
 
     @property
     def extends_by_groups(self) -> bool:

@@ -9,7 +9,6 @@ from transformers import initialization as init
 from .attention_pattern_longembed import (
     AttentionInputs,
     AttentionPattern,
-    Places,
     parameter,
     register_pattern,
     switch,
@@ -251,6 +250,9 @@ class SlidingAttention(AttentionPattern):
 
     def build(self, config):
         return GlobalProjections(config) if self.global_projections else None
+
+    def tensor_parallel_plan(self):
+        return dict.fromkeys(("q_proj", "k_proj", "v_proj"), "colwise") if self.global_projections else {}
 
     def initialize(self, attention):
         if self.global_projections:
