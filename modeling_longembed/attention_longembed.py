@@ -16,6 +16,7 @@ from .attention_pattern_longembed import AttentionInputs, AttentionPattern, Plac
 from .kernels_longembed import attend, masked_softmax, segment_attention
 from .packing_longembed import PackedDocuments
 from .positions_longembed import RopePlan, ScoreBias
+from .recurrence_longembed import Stream
 from .relative_longembed import DistanceAttention, DistanceEmbeddings
 
 try:
@@ -31,6 +32,7 @@ class LayerContext(NamedTuple):
     rope: dict[str, RopePlan]  # by layer type; empty for schemes that do not rotate
     bias: ScoreBias | None  # of a scheme that adds the same bias in all layers
     distances: DistanceEmbeddings | None  # of Transformer-XL's scheme, whose bias each layer makes from its query
+    stream: Stream | None = None  # of documents that come in pieces
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, list[Tensor]]:

@@ -4,6 +4,8 @@ Shapes: B documents, S longest document of a padded batch, T packed tokens, d wi
 Padding is taken out once, before the embeddings, and put back once, after the last sublayer.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -35,6 +37,7 @@ from .positions_longembed import (
     rope_plan,
     sinusoidal_embeddings,
 )
+from .recurrence_longembed import Memory, Stream
 from .relative_longembed import DistanceAttention, DistanceEmbeddings
 
 
@@ -176,6 +179,13 @@ class LongEmbedPreTrainedModel(
         return super().get_correct_attn_implementation(name, is_init_check)
 
 
+@dataclass
+class LongEmbedModelOutput(BaseModelOutputWithPooling):
+    """transformers' output, and what a model remembers of documents that come in pieces."""
+
+    memory: Memory | None = None
+
+
 class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
     """A long-document encoder whose `pooler_output` is the embedding of each document."""
 
@@ -215,11 +225,12 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
         global_attention_mask: Tensor | None = None,
         cu_seq_lens_q: Tensor | None = None,
         max_length_q: int | None = None,
+        memory: Memory | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPooling | tuple:
+    ) -> LongEmbedModelOutput | tuple:
         """Encodes a padded batch, or packed documents.
 
         Args:
@@ -232,6 +243,8 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
                 patterns).
             cu_seq_lens_q: `(B + 1,)` int32 cumulative lengths: the input is packed. The name is transformers' own.
             max_length_q: longest document in tokens; counted if left out.
+            memory: the input is the next piece of every document, and this is what the last one returned; that of a
+                first piece is `new_memory()`.
             output_attentions: weights of each attention sublayer, `(B, H, S, S)`; needs `attn_implementation="eager"`.
             output_hidden_states: the embeddings and the states after each SUBLAYER, `(B, S, d)`: in the layout
                 `sfsf...` every second entry is a layer of the original. Under pre-norm the last one is after the final
@@ -240,7 +253,8 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
 
         Returns:
             `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), and `pooler_output` `(B, d)`, one
-            vector a document by `config.pooling`, not normalised.
+            vector a document by `config.pooling`, not normalised. With `memory`, `pooler_output` is of all that was
+            read of the documents so far, and `memory` goes with the next piece.
 
         Raises:
             ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
@@ -259,6 +273,16 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
 
         inputs = input_ids if input_ids is not None else inputs_embeds
         documents = self._documents(inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q)
+        stream = None
+        if memory is not None:
+            if position_ids is not None or output_attentions:
+                raise ValueError(
+                    "memory: places go on by themselves, and weights reach back beyond the piece; leave position_ids "
+                    "and output_attentions out"
+                )
+            attentions = [layer.attention for layer in self.layers if layer.attention is not None]
+            stream = Stream(self.config, attentions, memory, documents, self.training)
+            documents = stream.documents
         token_index = (
             documents.token_index if position_ids is None else documents.pack(position_ids.expand(inputs.shape[:2]))
         )
@@ -272,7 +296,7 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
         landmarks = None if self.landmark_size is None else Landmarks.insert(documents, self.landmark_size)
         # (T, d); T' rows from here to the end of the sublayers if there are landmarks
         hidden_states = self.embeddings(words, segments, documents, token_index, landmarks)
-        context = self._context(documents, token_index, hidden_states)
+        context = self._context(documents, token_index, hidden_states)._replace(stream=stream)
         if landmarks is not None:
             context = landmarks.lengthen(context)
         all_hidden_states, all_weights = [hidden_states], []
@@ -297,15 +321,34 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             hidden_states = hidden_states[landmarks.tokens]
             all_hidden_states = [states[landmarks.tokens] for states in all_hidden_states]
 
-        output = BaseModelOutputWithPooling(
+        if stream is None:
+            pooled = pool(hidden_states, documents.cu_seqlens, self.config.pooling)
+        else:
+            pooled, memory = stream.finish(hidden_states)
+        output = LongEmbedModelOutput(
             last_hidden_state=documents.unpack(hidden_states),
-            pooler_output=pool(hidden_states, documents.cu_seqlens, self.config.pooling),
+            pooler_output=pooled,
+            memory=memory,
             hidden_states=tuple(documents.unpack(states) for states in all_hidden_states)
             if output_hidden_states
             else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
         return output if return_dict else output.to_tuple()
+
+    def new_memory(self, batch_size: int = 1) -> Memory:
+        """What `forward` takes as `memory` with the first piece of `batch_size` documents.
+
+            memory = model.new_memory()
+            for piece in input_ids.split(8192, dim=1):
+                output = model(piece, memory=memory)
+                memory = output.memory
+            embedding = output.pooler_output
+
+        equals `model(input_ids).pooler_output` in the memory of one piece. All attention sublayers are `memory` or
+        `block`, and all pieces but a document's last a multiple of their sizes.
+        """
+        return Memory.empty(self.config, batch_size, self.training, self.dtype, self.device)
 
     def _documents(self, inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q) -> PackedDocuments:
         if cu_seq_lens_q is not None:

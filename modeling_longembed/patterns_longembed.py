@@ -8,17 +8,21 @@ from dataclasses import fields
 # Named one by one: the loader of remote code follows `from .file import name` only.
 from .adaptive_span_longembed import AdaptiveAttention
 from .attention_pattern_longembed import PATTERNS, AttentionPattern
+from .focused_longembed import FocusedAttention
 from .landmark_longembed import LandmarkAttention
 from .local_patterns_longembed import BlockAttention, FullAttention, ShiftedAttention, SlidingAttention
 from .lsh_longembed import LshAttention
+from .recurrence_longembed import MemoryAttention
 
 __all__ = [
     "PATTERNS",
     "AdaptiveAttention",
     "BlockAttention",
+    "FocusedAttention",
     "FullAttention",
     "LandmarkAttention",
     "LshAttention",
+    "MemoryAttention",
     "ShiftedAttention",
     "SlidingAttention",
     "build_pattern",

@@ -218,6 +218,14 @@ def rotary_at(positions: Tensor, inv_freq: Tensor, attention_factor: Tensor | fl
     return Rotary(angles.cos() * attention_factor, angles.sin() * attention_factor)
 
 
+def moved_rotary(rotary: Rotary, rows: Tensor, dtype: torch.dtype) -> Rotary:
+    """What takes states that `rotary` has rotated to the places of its rows `rows` `(T,)` instead."""
+    cos, sin = rotary.cos.to(dtype), rotary.sin.to(dtype)
+    # cos and sin carry an attention factor, and the states as well: it must come out once.
+    square = cos.square() + sin.square()
+    return Rotary((cos[rows] * cos + sin[rows] * sin) / square, (sin[rows] * cos - cos[rows] * sin) / square)
+
+
 @dataclass
 class GroupedRotary:
     """Self-Extend (Jin et al. 2024): far keys are seen at grouped positions, near ones at their own.
@@ -246,12 +254,22 @@ class GroupedRotary:
 
     def merge(self, near: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         """Unscaled scores `(H, Q, K)` of one document: `near` where the key is a neighbour, grouped ones elsewhere."""
-        key = self.key[key_index].permute(1, 2, 0)  # (H, D, K)
-        left = self.query_left[query_index].transpose(0, 1) @ key
-        right = self.query_right[query_index].transpose(0, 1) @ key
+        left, right = (x[query_index].transpose(0, 1) for x in (self.query_left, self.query_right))
         distance = query_index[:, None] - key_index[None, :]
-        is_near = distance.abs() < self.neighbours[query_index][:, None]
-        return torch.where(is_near, near, torch.where(distance > 0, left, right))
+        return merge_far(
+            near, left, right, self.key[key_index].transpose(0, 1), distance, self.neighbours[query_index][:, None]
+        )
+
+
+def merge_far(
+    near: Tensor, query_left: Tensor, query_right: Tensor, far_key: Tensor, distance: Tensor, neighbours: Tensor
+) -> Tensor:
+    """Self-Extend's unscaled scores `(..., H, Q, K)`: `near` among neighbours, those of the grouped positions beyond.
+
+    Queries `(..., H, Q, D)` for keys on their left and on their right, keys `(..., H, K, D)`, `distance` query - key.
+    """
+    left, right = (query @ far_key.transpose(-1, -2) for query in (query_left, query_right))
+    return torch.where(distance.abs() < neighbours, near, torch.where(distance > 0, left, right))
 
 
 def grouped_positions(token_index: Tensor, group: int, neighbours: int) -> tuple[Tensor, Tensor, Tensor]:
