@@ -27,7 +27,7 @@ class AdaptiveSpan(nn.Module):
         The gradient takes no notice of the clamp (straight-through), or a span below 0 could never grow again. It is
         linear and no parameter is written, so that several forward passes may come before one backward pass.
         """
-        fraction = self.fraction.to(torch.promote_types(self.fraction.dtype, torch.float32))
+        fraction = self.wide_fraction()
         clamped = fraction + (fraction.clamp(0.0, 1.0) - fraction).detach()
         return self.max_span * clamped
 
@@ -36,7 +36,11 @@ class AdaptiveSpan(nn.Module):
 
         A span below 0, which counts as 0, has no gradient. One above `max_span` has: nothing else brings it back.
         """
-        return self.max_span * self.fraction.float().clamp(min=0.0).mean()
+        return self.max_span * self.wide_fraction().clamp(min=0.0).mean()
+
+    def wide_fraction(self) -> Tensor:
+        """In fp32 at least: in bf16 a token more or less of many would be lost."""
+        return self.fraction.to(torch.promote_types(self.fraction.dtype, torch.float32))
 
 
 class AdaptiveSpanMixin:

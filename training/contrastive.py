@@ -25,6 +25,7 @@ from training.distributed import gather_rows, own_rows
 from training.gradient_cache import cached_backward
 from training.loop import AccumulateGradient, Loop, LoopArguments
 from training.losses.contrastive import info_nce
+from training.spans import Penalty, SpanArguments, span_groups, span_penalty
 from training.tuning import TuningArguments, save_adapter, select_parameters
 from training.validation import PairRetrieval
 
@@ -82,14 +83,21 @@ class HubArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, arguments, tuning, loop_arguments, hub = parse(
-        ModelArguments, ContrastiveArguments, TuningArguments, LoopArguments, HubArguments, argv=argv
+    model_arguments, arguments, tuning, spans, loop_arguments, hub = parse(
+        ModelArguments, ContrastiveArguments, TuningArguments, SpanArguments, LoopArguments, HubArguments, argv=argv
     )
     loop = Loop(loop_arguments)
     model, tokenize = load(model_arguments)
     batches = pair_batches(arguments, tokenize, loop)
     evaluate = pair_retrieval(arguments, batches, loop)
-    trained = loop.run(select_parameters(model, tuning), batches, pair_gradient(arguments), evaluate)
+    selected = select_parameters(model, tuning)
+    trained = loop.run(
+        selected,
+        batches,
+        pair_gradient(arguments, span_penalty(model, spans)),
+        evaluate,
+        span_groups(model, spans, loop_arguments.weight_decay),
+    )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
         final = save(trained, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
@@ -165,8 +173,8 @@ def pair_retrieval(
     return evaluate if retrievals else None
 
 
-def pair_gradient(arguments: ContrastiveArguments) -> AccumulateGradient:
-    """The objective: InfoNCE over the pairs of a batch, on all processes."""
+def pair_gradient(arguments: ContrastiveArguments, penalty: Penalty | None = None) -> AccumulateGradient:
+    """The objective: InfoNCE over the pairs of a batch, on all processes, and maybe a penalty on parameters."""
 
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
         def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -185,7 +193,11 @@ def pair_gradient(arguments: ContrastiveArguments) -> AccumulateGradient:
                 negative_id=negative_id,
                 rows=own_rows(batch.pairs),
             )
-            return value * scale, metrics | {"loss": value.detach()}
+            metrics |= {"loss": value.detach()}
+            if penalty is not None:
+                term, measures = penalty()
+                value, metrics = value + term, metrics | measures
+            return value * scale, metrics
 
         metrics = cached_backward(model, batch.chunks, lambda chunk: embed(model, chunk), loss, synchronize=synchronize)
         return metrics | batch.measures()

@@ -402,7 +402,7 @@ def test_lora_merges_and_leaves_the_spans_alone(model_of):
     expected = adapted(ids).pooler_output
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids).pooler_output, expected, atol=1e-10, rtol=0)
-    assert not (merged.span_penalty() - 14).abs()
+    torch.testing.assert_close(merged.span_penalty().item(), 14.0)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
