@@ -5,13 +5,14 @@ The tests run over the registries: a pattern, a kernel or a position scheme that
 
 import inspect
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise, product
+from itertools import pairwise
 from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pattern_settings import entries
 from torch import Tensor
 from transformers import BertConfig, BertModel, LongformerConfig, LongformerModel, ModernBertConfig, ModernBertModel
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
@@ -164,17 +165,6 @@ def allowed(pattern, scheme, kernel, causal):
     if getattr(pattern, "wrap", False) and (causal or scheme == "rope+group"):
         return False  # the roll joins the end of a document with its beginning
     return needs.get(scheme, True)
-
-
-def entries(name, reach=5):
-    """Settings of a registered pattern: its smallest and about `reach`, its switches off and on."""
-    switches = [f.name for f in fields(PATTERNS[name]) if f.metadata["least"] is None]
-    numbers = {f.name: f.metadata["least"] for f in fields(PATTERNS[name]) if f.name not in switches}
-    settings = []
-    for extra, values in product((0, reach), product((False, True), repeat=len(switches))):
-        entry = {"type": name} | {key: least + extra for key, least in numbers.items()}
-        settings.append(entry | dict(zip(switches, values, strict=True)))
-    return [entry for n, entry in enumerate(settings) if entry not in settings[:n]]
 
 
 # Patterns that are more than a mask have tests, and an oracle, of their own.
