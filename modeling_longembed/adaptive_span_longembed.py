@@ -11,6 +11,7 @@ from .attention_pattern_longembed import AttentionInputs, AttentionPattern, para
 from .kernels_longembed import window_attention
 from .local_patterns_longembed import SlidingAttention
 from .positions_longembed import ScoreBias
+from .tensor_parallel_longembed import read_by_heads
 
 
 class AdaptiveSpan(nn.Module):
@@ -163,7 +164,7 @@ class AdaptiveAttention(AttentionPattern):
 
     def prepare(self, attention, states, context) -> Any:
         """The spans in tokens, `(H,)`."""
-        return attention.own()
+        return read_by_heads(attention.own(), attention.q_proj)
 
     def bias(self, inputs: AttentionInputs) -> SpanBias:
         """The mask of the heads here."""

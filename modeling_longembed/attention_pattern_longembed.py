@@ -200,6 +200,10 @@ class AttentionPattern:
         Written with `transformers.initialization`, which leaves alone what a checkpoint has given.
         """
 
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits what `build` returns: names in it to transformers' styles."""
+        return {}
+
     def prepare(self, attention: nn.Module, states: Tensor, context: Any) -> Any:
         """What `dense` and `attend` find in `inputs.own`.
 

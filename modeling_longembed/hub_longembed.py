@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
@@ -131,7 +132,7 @@ class HubMixin:
         # All three classes, whichever is saved: the folder loads as encoder and as masked-language model.
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
+        if is_main_process and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
             self._write_companions(Path(save_directory), title)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):

@@ -1,0 +1,76 @@
+"""Tensor parallelism (Shoeybi et al. 2019, section 3): every process computes some of the heads and of the inner units.
+
+transformers splits the weights by the plan below when it loads (`from_pretrained(..., distributed_config=...)`). The
+number of heads that a process has is then what its projections give; what is numbered by head (slopes, tables, shifts)
+asks `heads_here` for its own.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def tensor_parallel_plan(config) -> dict[str, str]:
+    """How each weight is split: names in a `LongEmbedModel` of this config to transformers' styles.
+
+    Projections that make heads or inner units are split by columns, those that end a residual branch by rows, with one
+    sum over the processes each; norms, tables and pooling are the same everywhere.
+    """
+    patterns = {*config.get_patterns(), *config.get_training_patterns()}
+    attention = {"q_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+    if not all(pattern.shares_query_key for pattern in patterns):
+        attention["k_proj"] = "colwise"
+    for pattern in patterns:
+        attention |= {f"own.{name}": style for name, style in pattern.tensor_parallel_plan().items()}
+    if config.position_embedding_type == "relative":
+        attention |= {"distance": "local_params", "distance.r_proj": "colwise"}
+        attention |= {"distance.content_bias": "colwise", "distance.distance_bias": "colwise"}  # (H, D), by heads
+    feed_forward = {"up_proj": "colwise", "down_proj": "rowwise"} if "f" in config.sublayer_pattern else {}
+    if feed_forward and config.feed_forward_gated:
+        feed_forward["gate_proj"] = "colwise"
+    plan = {f"layers.*.attention.{name}": style for name, style in attention.items()}
+    plan |= {f"layers.*.feed_forward.{name}": style for name, style in feed_forward.items()}
+    if config.relative_attention_num_buckets:
+        plan["relative_attention_bias"] = "embedding_colwise"
+    return plan
+
+
+def check_parallelism(config):
+    """Raises ValueError if the heads of the model cannot be shared out evenly among the processes it is loaded for."""
+    distributed = getattr(config, "distributed_config", None)
+    processes = 1 if distributed is None else distributed.tp_size
+    if config.num_attention_heads % processes:
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads} cannot be shared evenly by tp_size={processes} "
+            "processes; choose a tp_size that divides it"
+        )
+
+
+def heads_here(projection: nn.Module, count: int) -> slice:
+    """Which `count` heads of the model `projection` computes: under tensor parallelism each process has its own."""
+    mesh = getattr(projection.weight, "device_mesh", None)  # of a DTensor
+    first = 0 if mesh is None else mesh.get_local_rank() * count
+    return slice(first, first + count)
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity forward, sum over the processes backward (Megatron's operator f)."""
+
+    @staticmethod
+    def forward(ctx, tensor, group):
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+def read_by_heads(tensor: Tensor, projection: nn.Module) -> Tensor:
+    """A tensor that all processes hold whole and of which each reads the rows of its own heads.
+
+    Without this a parameter behind it would get the gradient of these heads alone.
+    """
+    mesh = getattr(projection.weight, "device_mesh", None)
+    return tensor if mesh is None else _SumGradients.apply(tensor, mesh.get_group())
