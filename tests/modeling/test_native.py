@@ -318,18 +318,32 @@ def test_a_model_without_a_tokenizer_or_padding_is_written(built, tmp_path):
 # --- older names, which servers read --------------------------------------------------------------------------------
 
 
-def test_the_older_names_of_modernbert_describe_the_same_model(exported):
-    _, model, folder = exported("modernbert")
-    written = json.loads((folder / "config.json").read_text())
+@pytest.mark.parametrize("period", [1, 2, 3, 4])
+def test_the_older_names_of_modernbert_describe_the_same_model(period, built, tmp_path):
+    window = {"type": "sliding", "window": 4}
+    patterns = [window if layer % period else "full" for layer in range(4)]
+    bases = {"full_attention": 90.0, "sliding_attention": 11.0}
+    rope = {kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()}
+    model = built(**LIKE_MODERN | {"rope_parameters": rope}, num_hidden_layers=4, attention_patterns=patterns)
+    model.to_native(tmp_path / "native")
+    written = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert written["global_attn_every_n_layers"] == period
     # transformers reads configs of before these two fields by the names that they replaced
     older = {name: value for name, value in written.items() if name not in ("layer_types", "rope_parameters")}
     native_model = AutoModel.from_config(ModernBertConfig(**older), attn_implementation="eager").eval()
-    native_model.load_state_dict(load(folder).state_dict())
-    batch = random_batch(LENGTHS, 0)
+    native_model.load_state_dict(load(tmp_path / "native").state_dict())
+    batch = batch_of(model, LENGTHS)
     with torch.no_grad():
         assert_close(model(**batch).last_hidden_state, native_model(**batch).last_hidden_state, batch)
-    special = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
-    assert [written[name] for name in special] == [1, 2, 1, 2]
+
+
+def test_special_tokens_of_the_config_are_those_of_the_tokenizer(exported, built, tmp_path):
+    names = ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    written = load(exported("modernbert")[2]).config
+    assert [getattr(written, name) for name in names] == [1, 2, 1, 2]
+    built(**LIKE_MODERN).to_native(tmp_path / "native")  # has none: no defaults of another vocabulary
+    written = load(tmp_path / "native").config
+    assert [getattr(written, name) for name in names] == [None] * 4
 
 
 def test_the_older_names_of_nomic_bert_are_those_of_its_first_code(exported):
