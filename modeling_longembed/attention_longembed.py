@@ -18,6 +18,7 @@ from .packing_longembed import PackedDocuments
 from .positions_longembed import RopePlan, ScoreBias
 from .recurrence_longembed import Stream
 from .relative_longembed import DistanceAttention, DistanceEmbeddings
+from .tensor_parallel_longembed import heads_here
 
 try:
     from flash_attn import flash_attn_varlen_func
@@ -73,16 +74,21 @@ def padded_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
     """One masked product for all documents, padded to the longest: B x H x S x S scores, no loop, what ONNX can say."""
     documents = inputs.documents
     lengths, longest = documents.cu_seqlens.diff(), documents.max_seqlen
-    batch, cell = lengths.shape[0], documents.document_ids * longest + documents.token_index
+    batch, index = lengths.shape[0], torch.arange(longest, device=lengths.device)
+    move = torch.arange(batch, device=lengths.device) * longest - documents.cu_seqlens[:-1]
+    row = torch.arange(inputs.query.shape[0], device=lengths.device)
+    cell = documents.once("cells", lambda: row + move[documents.document_ids])  # (T,), places in the padded batch
 
     def padded(x: Tensor) -> Tensor:  # (T, ...) to (B, S, ...)
         return x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, cell, x).unflatten(0, (batch, longest))
 
+    def padded_mask() -> Tensor:  # (B, 1 or H, S, S)
+        marked = torch.zeros_like(cell, dtype=torch.bool) if documents.is_global is None else documents.is_global
+        places = Places(index.expand(batch, -1), lengths[:, None].expand(-1, longest), padded(marked))
+        return inputs.mask(places, places) & (index < lengths[:, None])[:, None, None]
+
     query, key, value = (padded(x).transpose(1, 2) for x in inputs[:3])  # (B, H, S, D)
-    index = torch.arange(longest, device=cell.device)
-    marked = torch.zeros_like(cell, dtype=torch.bool) if documents.is_global is None else documents.is_global
-    places = Places(index.expand(batch, -1), lengths[:, None].expand(-1, longest), padded(marked))
-    mask = inputs.mask(places, places) & (index < lengths[:, None])[:, None, None]  # (B, 1 or H, S, S)
+    mask = documents.once(("padded", inputs.pattern), padded_mask)
     scores = query @ key.transpose(2, 3) * inputs.scaling
     if inputs.bias is not None:
         scores = scores + inputs.bias.dense(query, index, index)
@@ -202,13 +208,6 @@ def select_kernel(name: str, inputs: AttentionInputs) -> Kernel:
     if refused:
         raise ValueError(f"attn_implementation={name!r} {refused}; use {DEFAULT_KERNEL!r}")
     return kernel
-
-
-def heads_here(projection: nn.Module, count: int) -> slice:
-    """Which `count` heads of the model `projection` computes: under tensor parallelism each process has its own."""
-    mesh = getattr(projection.weight, "device_mesh", None)  # of a DTensor
-    first = 0 if mesh is None else mesh.get_local_rank() * count
-    return slice(first, first + count)
 
 
 class ResidualLinear(nn.Linear):

@@ -19,6 +19,7 @@ from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttentio
 from .configuration_longembed import LongEmbedConfig
 from .conversion_longembed import FromEncoderMixin
 from .encoding_longembed import EncodeMixin
+from .export_longembed import ExportMixin
 from .extension_longembed import ExtendContextMixin
 from .hub_longembed import HubMixin
 from .landmark_longembed import Landmarks, landmark_size
@@ -39,6 +40,7 @@ from .positions_longembed import (
 )
 from .recurrence_longembed import Memory, Stream
 from .relative_longembed import DistanceAttention, DistanceEmbeddings
+from .tensor_parallel_longembed import check_parallelism
 
 
 class LongEmbedEmbeddings(nn.Module):
@@ -154,7 +156,7 @@ class LongEmbedPreTrainedModel(
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """As transformers does, and the parameters of our own; a parameter that a checkpoint has given is left alone."""
+        """As transformers does, and our own parameters; one that a checkpoint has given is left alone."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, DistanceAttention):
@@ -168,6 +170,11 @@ class LongEmbedPreTrainedModel(
     def initialize_weights(self):
         """As transformers does, then what the patterns' own weights start at, which depends on those beside them."""
         super().initialize_weights()
+        self.initialize_own_weights()
+
+    @torch.no_grad()
+    def initialize_own_weights(self):
+        """What the patterns' own weights start at, given the others."""
         for module in self.modules():
             if isinstance(module, LongEmbedAttention):
                 module.pattern.initialize(module)
@@ -186,11 +193,12 @@ class LongEmbedModelOutput(BaseModelOutputWithPooling):
     memory: Memory | None = None
 
 
-class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
+class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
     """A long-document encoder whose `pooler_output` is the embedding of each document."""
 
     def __init__(self, config):
         super().__init__(config)
+        check_parallelism(config)
         self.embeddings, self.landmark_size = LongEmbedEmbeddings(config), landmark_size(config)
         self.relative_attention_bias = None
         if config.relative_attention_num_buckets:
@@ -388,7 +396,9 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             reach = max(pattern.reach(documents) for pattern in patterns)
             distances = DistanceEmbeddings.up_to(reach, config.hidden_size, hidden_states)
         if self.relative_attention_bias is not None:
-            bias = BucketBias(self.relative_attention_bias.weight, config.relative_attention_max_distance)
+            # Looked up, not read off its weight, which tensor parallelism splits.
+            buckets = torch.arange(config.relative_attention_num_buckets, device=hidden_states.device)
+            bias = BucketBias(self.relative_attention_bias(buckets), config.relative_attention_max_distance)
         return LayerContext(documents, rope, bias, distances)
 
     def _pad_weights(self, weights: list[Tensor], documents: PackedDocuments) -> Tensor:
@@ -409,6 +419,13 @@ class LongEmbedModel(EncodeMixin, LongEmbedPreTrainedModel):
             at = places[start:end]
             padded[rows[number]][:, at[:, None], at[None, :]] = part
         return padded
+
+
+@dataclass
+class LongEmbedMaskedLMOutput(MaskedLMOutput):
+    """transformers' output, and what a model remembers of documents that come in pieces."""
+
+    memory: Memory | None = None
 
 
 class LongEmbedMaskedLMHead(nn.Module):
@@ -448,7 +465,7 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs,
-    ) -> MaskedLMOutput | tuple:
+    ) -> LongEmbedMaskedLMOutput | tuple:
         """Vocabulary scores of every token.
 
         Args:
@@ -458,7 +475,7 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
                 not fit.
 
         Returns:
-            `loss` (mean cross-entropy, with labels) and `logits` `(B, S, V)` (without labels).
+            `loss` (mean cross-entropy, with labels), `logits` `(B, S, V)` (without labels), and `memory` as the encoder.
         """
         return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs, return_dict=True)
@@ -469,8 +486,12 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
             loss = nn.functional.cross_entropy(logits.float(), labels[chosen])
         else:
             logits = self.head(hidden_states)
-        output = MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        output = LongEmbedMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            memory=outputs.memory,
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

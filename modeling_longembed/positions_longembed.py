@@ -1,9 +1,9 @@
 """Position schemes: what a token knows about where it stands, and how that is stretched beyond the trained length.
 
 A scheme acts in one of three places: it adds a vector to the embedding (absolute, sinusoidal), rotates query and key
-(rope), or adds a bias to the scores (alibi, the relative buckets of T5 and MPNet; Transformer-XL's has its own file). Nothing here holds tensor state: a
-non-persistent buffer comes back from `from_pretrained` as garbage, so tables are computed from Python numbers in every
-forward pass.
+(rope), or adds a bias to the scores (alibi, the relative buckets of T5 and MPNet; Transformer-XL's has a file of its
+own). Nothing here holds tensor state: a non-persistent buffer comes back from `from_pretrained` as garbage, so tables
+are computed from Python numbers in every forward pass.
 
 An extension applies to documents that are longer than the original context only (unless `keep_short` is false), each by
 its own length: a document that fits is read as the original model read it, whatever stands beside it in the batch.
@@ -301,7 +301,8 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
     original = extension["original_max_position_embeddings"] if extension else config.max_position_embeddings
     base, base_factor = rope_frequencies(rope_parameters, config.head_dim, original)
     base = base.to(device)
-    if extension is None or not bool(is_extended(extension, torch.tensor(documents.max_seqlen))):
+    exporting = torch.compiler.is_exporting()  # a graph for all inputs holds both readings of a document
+    if extension is None or not (exporting or is_extended(extension, torch.tensor(documents.max_seqlen))):
         return RopePlan(rotary_at(token_index, base, base_factor))
     method = extension["method"]
     if method == "group":
@@ -320,7 +321,7 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
         stretched, factor = torch.stack(rows).to(device), torch.tensor(factors, device=device)
     else:
         row, row_factor = rope_frequencies(parameters, config.head_dim, original)
-        stretched, factor = row.to(device).expand(len(lengths), -1), torch.tensor(row_factor, device=device)
+        stretched, factor = row.to(device).expand(lengths.shape[0], -1), torch.tensor(row_factor, device=device)
     extended = is_extended(extension, lengths)
     inv_freq = torch.where(extended[:, None], stretched, base)[documents.document_ids]
     attention_factor = torch.where(extended, factor, base_factor)[documents.document_ids]
