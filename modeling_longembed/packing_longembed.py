@@ -7,12 +7,24 @@ H heads, D head size, d = H * D model width. A packed tensor is `(T, ...)`; docu
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import wraps
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def computed_once(method: Callable) -> property:
+    """A property that is computed once: `functools.cached_property` without the lock of Python < 3.12, which breaks
+    the graph of a compiled model.
+    """
+
+    @wraps(method)
+    def get(self):
+        return self.once(method.__name__, lambda: method(self))
+
+    return property(get)
 
 
 @dataclass
@@ -56,30 +68,30 @@ class PackedDocuments:
             batch_shape=(attention_mask.shape[0], attention_mask.shape[1]),
         )
 
-    @cached_property
+    @computed_once
     def lengths(self) -> list[int]:
         """Tokens in each document, as Python integers (a device synchronisation: CPU paths only)."""
         return self.cu_seqlens.diff().tolist()
 
-    @cached_property
+    @computed_once
     def bounds(self) -> list[tuple[int, int]]:
         """First and one-past-last packed row of each document that has tokens."""
         return [(start, end) for start, end in pairwise(self.cu_seqlens.tolist()) if end > start]
 
-    @cached_property
+    @computed_once
     def document_ids(self) -> Tensor:
         """`(T,)` int64, number of the document of each packed token."""
         tokens = int(self.cu_seqlens[-1]) if self.padded_index is None else self.padded_index.shape[0]
         return segment_numbers(self.cu_seqlens, tokens)
 
-    @cached_property
+    @computed_once
     def token_index(self) -> Tensor:
         """`(T,)` int64, place of each packed token in its own document, from 0, or from where the past ends."""
         starts = self.cu_seqlens[:-1].long()
         starts = (starts if self.past is None else starts - self.past)[self.document_ids]
         return torch.arange(starts.shape[0], device=starts.device) - starts
 
-    @cached_property
+    @computed_once
     def document_lengths(self) -> Tensor:
         """`(T,)` int64, length of the document of each packed token."""
         return self.cu_seqlens.diff().long()[self.document_ids]
