@@ -241,7 +241,8 @@ class LongEmbedAttention(nn.Module):
         """`(T, d)` to `(T, d)`, and the weights of each document `(H, L, L)` if the kernel has them."""
         pattern = self.training_pattern if self.training else self.pattern
         query, key, value = self.project(hidden_states)
-        num_heads, here = self.config.num_attention_heads, heads_here(self.q_proj, query.shape[1])
+        num_heads = self.config.num_attention_heads
+        here = heads_here(self.q_proj, query.shape[1], num_heads)
         bias, grouped = context.bias, None
         if bias is not None and query.shape[1] < num_heads:
             bias = bias.heads(here)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .positions_longembed import ScoreBias, sinusoidal_embeddings
+from .tensor_parallel_longembed import heads_here, read_by_heads
 
 
 class DistanceEmbeddings(NamedTuple):
@@ -39,8 +40,9 @@ class DistanceAttention(nn.Module):
         """The query with u added `(T, H, D)`, and the bias for distances up to `reach` that goes with it."""
         near = slice(distances.reach - reach, distances.reach + reach + 1)
         keys = self.r_proj(distances.table[near]).unflatten(-1, (-1, self.head_dim))  # (2 * reach + 1, H, D)
-        shift = self.distance_bias - self.content_bias
-        return query + self.content_bias, DistanceBias(keys.transpose(0, 1), shift, self.scaling)
+        here = heads_here(self.r_proj, keys.shape[1], len(self.content_bias))
+        u, v = (read_by_heads(x, self.r_proj)[here] for x in (self.content_bias, self.distance_bias))
+        return query + u, DistanceBias(keys.transpose(0, 1), v - u, self.scaling)
 
 
 class DistanceBias(ScoreBias):

@@ -2,7 +2,7 @@
 
 transformers splits the weights by the plan below when it loads (`from_pretrained(..., distributed_config=...)`). The
 number of heads that a process has is then what its projections give; what is numbered by head (slopes, tables, shifts)
-asks `heads_here` for its own.
+asks `heads_here` for its own. Small parameters by head are whole everywhere and go through `read_by_heads`.
 """
 
 import torch
@@ -22,8 +22,7 @@ def tensor_parallel_plan(config) -> dict[str, str]:
     for pattern in patterns:
         attention |= {f"own.{name}": style for name, style in pattern.tensor_parallel_plan().items()}
     if config.position_embedding_type == "relative":
-        attention |= {"distance": "local_params", "distance.r_proj": "colwise"}
-        attention |= {"distance.content_bias": "colwise", "distance.distance_bias": "colwise"}  # (H, D), by heads
+        attention["distance.r_proj"] = "colwise"
     feed_forward = {"up_proj": "colwise", "down_proj": "rowwise"} if "f" in config.sublayer_pattern else {}
     if feed_forward and config.feed_forward_gated:
         feed_forward["gate_proj"] = "colwise"
@@ -45,10 +44,21 @@ def check_parallelism(config):
         )
 
 
-def heads_here(projection: nn.Module, count: int) -> slice:
-    """Which `count` heads of the model `projection` computes: under tensor parallelism each process has its own."""
+def heads_here(projection: nn.Module, count: int, num_heads: int) -> slice:
+    """Which `count` of the model's heads `projection` computes: under tensor parallelism each process has its own.
+
+    Raises:
+        ValueError: a transformers that splits weights into plain tensors, which do not say whose share they are.
+    """
+    if count == num_heads:
+        return slice(0, num_heads)
     mesh = getattr(projection.weight, "device_mesh", None)  # of a DTensor
-    first = 0 if mesh is None else mesh.get_local_rank() * count
+    if mesh is None:
+        raise ValueError(
+            f"{count} of num_attention_heads={num_heads} heads are here, and which ones is unknown; tensor parallelism "
+            "needs transformers 5.20 or later"
+        )
+    first = mesh.get_local_rank() * count
     return slice(first, first + count)
 
 
