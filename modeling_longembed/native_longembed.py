@@ -146,10 +146,14 @@ def native_config_of(config, with_head: bool):
     plain, nearest = without_extension(config), None
     for model_type in NATIVE:
         family = FAMILIES[model_type]
-        if "position_embedding_type" in family.constants and plain.position_embedding_type != "rope":
-            continue  # it could not even be built where head_dim is odd
-        native_config = AutoConfig.for_model(model_type, **family.native_fields(plain))
-        fields = unsayable(plain, native_config, family, with_head)
+        try:
+            native_config = AutoConfig.for_model(model_type, **family.native_fields(plain))
+            fields = unsayable(plain, native_config, family, with_head)
+        except Exception as error:
+            # There is no rotation of an odd head_dim, and in older releases no ModernBERT with one kind of layers.
+            if not isinstance(error, ValueError) and not isinstance(error.__cause__, (TypeError, ValueError)):
+                raise
+            continue
         if not fields:
             for name, value in family.older_names(plain).items():
                 setattr(native_config, name, value)
