@@ -87,8 +87,11 @@ def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Fa
     return ours
 
 
-def comparable_length(config, original_fields: dict) -> int:
-    """Longest document in tokens that the converted model must read as the original does; 0 if it need not at all."""
+def comparable_length(config, original_fields: dict, has_new_weights: bool = False) -> int:
+    """Longest document in tokens that the converted model must read as the original does; 0 if it need not at all.
+
+    With `has_new_weights` what its patterns have of their own is not the checkpoint's, but as they start.
+    """
     extension, context = config.position_extension, original_fields["max_position_embeddings"]
     context = min(context, config.max_position_embeddings)
     if extension is not None:
@@ -99,14 +102,15 @@ def comparable_length(config, original_fields: dict) -> int:
     if landmark_size(config) and any(pattern.type != "landmark" for pattern in config.get_patterns()):
         return 0  # the others see the landmarks, which the original has not
     theirs = original_fields.get("attention_patterns", ["full"] * config.num_hidden_layers)
-    pairs = {(ours, build_pattern(entry)) for ours, entry in zip(config.get_patterns(), theirs, strict=True)}
+    patterns = [pattern.at_start if has_new_weights else pattern for pattern in config.get_patterns()]
+    pairs = {(ours, build_pattern(entry)) for ours, entry in zip(patterns, theirs, strict=True)}
     while context and any(a != b and not (a.sees_all(context) and b.sees_all(context)) for a, b in pairs):
         context -= 1
     return context
 
 
 @torch.no_grad()
-def largest_difference(original_model, model, length: int) -> float:
+def largest_difference(original_model, model, length: int, global_tokens: bool = False) -> float:
     """Largest absolute difference of two models' outputs on a padded batch of documents of up to `length` tokens.
 
     Where outputs exceed 1 it is relative to the largest: unnormalised states of hundreds are rounded accordingly.
@@ -120,6 +124,9 @@ def largest_difference(original_model, model, length: int) -> float:
     attention_mask = torch.tensor([[1] * n + [0] * (length - n) for n in lengths])
     input_ids = torch.where(attention_mask == 1, input_ids, pad)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if global_tokens:
+        inputs["global_attention_mask"] = torch.zeros_like(input_ids)
+        inputs["global_attention_mask"][:, [0, length // 2]] = 1
     if segments := model.config.type_vocab_size:
         inputs["token_type_ids"] = torch.randint(0, segments, input_ids.shape, generator=generator)
     theirs, ours = original_model(**inputs)[0], model(**inputs)[0]
@@ -187,14 +194,15 @@ class FromEncoderMixin:
         conversion compares them and prints the largest difference.
 
         Args:
-            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, ModernBERT or NomicBERT
-                checkpoint, also one of sentence-transformers, whose pooling and prompts are taken over.
+            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, Longformer, ModernBERT or
+                NomicBERT checkpoint, also one of sentence-transformers, whose pooling and prompts are taken over.
             max_position_embeddings: new context in tokens; default: the original one.
             position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer
                 context: `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions
                 and `dynamic` for rope.
             attention_patterns: as in `LongEmbedConfig`; default: the original's. The word of `landmark`'s landmarks
-                starts as the mean of all words.
+                starts as the mean of all words; a pattern's own weights that the checkpoint has not start as the
+                pattern says (`global_projections` as copies, `adaptive` at its `initial_span`).
             attn_implementation: kernel, as in `from_pretrained`.
             **kwargs: `training_attention_patterns`, `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`,
                 `layerdrop`, `layerdrop_unit`, `original_model` (a name for the card); and what `from_pretrained` takes
@@ -253,13 +261,27 @@ class FromEncoderMixin:
             weights |= cls._head_weights(original_model, family, missing)
         absent, unexpected = model.load_state_dict(weights, strict=False)
         absent = [name for name in absent if name not in model.all_tied_weights_keys]
-        if absent or unexpected:
+        # Weights of the patterns' own come and go with the choice of patterns.
+        new, unused = ([name for name in names if ".own." in name] for names in (absent, unexpected))
+        if unmatched := [name for name in [*absent, *unexpected] if name not in (*new, *unused)]:
             raise ValueError(
                 "this checkpoint cannot be converted: it has no weights, or we have no place, for "
-                f"{', '.join([*absent, *unexpected][:3])}"
+                f"{', '.join(unmatched[:3])}"
             )
+        if new:
+            model.initialize_own_weights()
+            model.load_state_dict(weights, strict=False)  # what the checkpoint has of them stays
         model.tie_weights()
-        model._report_difference(original_model, comparable_length(config, converted_fields(original, family, {})))
+        for names, said in ((new, "are not in the checkpoint and start new"), (unused, "are left out")):
+            if names:
+                print(f"longembed: {len(names)} weights that belong to attention patterns {said}, such as {names[0]}")
+        original_fields = converted_fields(original, family, {})
+        model._report_difference(
+            original_model,
+            comparable_length(config, original_fields, bool(new)),
+            # Only those have global projections that come with some: the original marks tokens too.
+            not new and all(getattr(pattern, "global_projections", False) for pattern in config.get_patterns()),
+        )
         # Asked for a tokenizer that is not there, transformers makes one that knows no words.
         if any(find_file(name_or_path, file, **hub) for file in TOKENIZER_FILES):
             model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
@@ -287,8 +309,11 @@ class FromEncoderMixin:
             if (x := take(weights, theirs, suffix)) is not None
         }
 
-    def _report_difference(self, original_model, length: int):
-        """Compares with the original on documents of up to `length` tokens, prints the result, refuses a difference."""
+    def _report_difference(self, original_model, length: int, global_tokens: bool):
+        """Compares with the original on documents of up to `length` tokens, prints the result, refuses a difference.
+
+        With `global_tokens` some tokens are marked as global in both.
+        """
         name = self.config.original_model
         if length == 0:
             print(
@@ -297,7 +322,7 @@ class FromEncoderMixin:
             )
             return
         length = min(length, COMPARED_LENGTH)
-        difference = largest_difference(original_model, self, length)
+        difference = largest_difference(original_model, self, length, global_tokens)
         print(
             f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: "
             f"{difference:.1e}"

@@ -162,6 +162,26 @@ MPNET = Family(
     reserved_rows=ROBERTA.reserved_rows,
     read=read_mpnet,
 )
+
+
+def read_longformer(original) -> dict:
+    """The total window of W tokens is W // 2 on each side. Which tokens are global is said at every call."""
+    windows = original.attention_window
+    windows = windows if isinstance(windows, list) else [windows] * original.num_hidden_layers
+    pattern = {"type": "sliding", "global_projections": True}
+    return read_bert(original) | {"attention_patterns": [pattern | {"window": window // 2} for window in windows]}
+
+
+LONGFORMER = replace(
+    ROBERTA,
+    attention=BERT.attention
+    | {
+        "attention.own.q_proj": "encoder.layer.{n}.attention.self.query_global",
+        "attention.own.k_proj": "encoder.layer.{n}.attention.self.key_global",
+        "attention.own.v_proj": "encoder.layer.{n}.attention.self.value_global",
+    },
+    read=read_longformer,
+)
 # The sinusoidal variant stores its table, so it is read as a learned one.
 DISTILBERT = Family(
     names={
@@ -358,6 +378,7 @@ FAMILIES = {
     "xlm-roberta": ROBERTA,
     "distilbert": DISTILBERT,
     "mpnet": MPNET,
+    "longformer": LONGFORMER,
     "modernbert": MODERNBERT,
     "nomic_bert": NOMIC_BERT,
 }

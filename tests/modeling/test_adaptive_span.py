@@ -1,5 +1,6 @@
 """Adaptive spans against the paper's formula, written out here: softmax, multiplied by the mask, renormalised."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from unittest.mock import patch
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from tiny_checkpoints import CONTEXT, random_batch, save_checkpoint
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -403,6 +405,44 @@ def test_lora_merges_and_leaves_the_spans_alone(model_of):
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(ids).pooler_output, expected, atol=1e-10, rtol=0)
     torch.testing.assert_close(merged.span_penalty().item(), 14.0)
+
+
+@pytest.mark.parametrize("family", ["bert", "longformer"])
+def test_a_converted_model_starts_as_a_window_and_says_so(tmp_path, capsys, family):
+    original = save_checkpoint(tmp_path, family)
+    model = LongEmbedModel.from_encoder(tmp_path, attention_patterns=adaptive(CONTEXT, 8))
+    assert model.span_penalty() == 2 * CONTEXT
+    said = capsys.readouterr().out
+    assert "2 weights that belong to attention patterns are not in the checkpoint and start new, such as " in said
+    assert "layers.0.attention.own.fraction" in said
+    if family == "bert":  # the check stays: all is seen
+        assert f"documents of up to {CONTEXT} tokens" in said
+        batch = random_batch([CONTEXT, 17], 0)
+        with torch.no_grad():
+            ours, theirs = model(**batch).last_hidden_state, original(**batch).last_hidden_state
+        seen = batch["attention_mask"] == 1
+        torch.testing.assert_close(ours[seen], theirs[seen], atol=1e-5, rtol=0)
+    else:
+        assert "12 weights that belong to attention patterns are left out" in said
+
+
+def test_a_converted_model_may_start_without_spans(tmp_path, capsys):
+    save_checkpoint(tmp_path, "bert")
+    model = LongEmbedModel.from_encoder(tmp_path, attention_patterns=adaptive(CONTEXT, 8, initial_span=0))
+    assert model.span_penalty() == 0
+    assert "documents of up to 1 tokens" in capsys.readouterr().out  # beyond, a key counts less than it did
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["here", "remote code"])
+def test_a_folder_whose_config_was_edited_starts_at_the_initial_span(model_of, tmp_path, remote):
+    model_of({"type": "sliding", "window": 20}).save_pretrained(tmp_path / "edited")
+    config = json.loads((tmp_path / "edited" / "config.json").read_text())
+    config["attention_patterns"] = [adaptive(20, 4, initial_span=5)] * 2
+    (tmp_path / "edited" / "config.json").write_text(json.dumps(config))
+    load = AutoModel if remote else LongEmbedModel
+    again, loading = load.from_pretrained(tmp_path / "edited", trust_remote_code=remote, output_loading_info=True)
+    assert loading["missing_keys"] == {f"layers.{layer}.attention.own.fraction" for layer in (0, 2)}
+    assert again.span_penalty() == 10
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pattern_settings import entries
 from torch import Tensor
-from transformers import BertConfig, BertModel, LongformerConfig, LongformerModel, ModernBertConfig, ModernBertModel
+from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from modeling_longembed import (
@@ -26,7 +26,6 @@ from modeling_longembed import (
 )
 from modeling_longembed.attention_longembed import KERNELS, flash_attention, select_kernel
 from modeling_longembed.attention_pattern_longembed import AttentionInputs, AttentionPattern, Places
-from modeling_longembed.conversion_longembed import FAMILIES, converted_weights
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.patterns_longembed import PATTERNS, build_pattern
 from modeling_longembed.positions_longembed import AlibiBias, BucketBias, alibi_slopes, rope_plan
@@ -412,40 +411,6 @@ def test_the_window_is_that_of_modernbert(tmp_path, kernel):
     with torch.no_grad():
         expected = original(input_ids, attention_mask=attention_mask).last_hidden_state
         output = model(input_ids, attention_mask=attention_mask).last_hidden_state
-    torch.testing.assert_close(output[attention_mask == 1], expected[attention_mask == 1], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.promise("A1")
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
-@pytest.mark.parametrize("marked", [[], [0], [0, 5, 33]], ids=str)
-def test_the_window_and_global_tokens_are_those_of_longformer(tiny_model, marked, kernel):
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = LongformerConfig(
-        vocab_size=64, **sizes, attention_window=16, max_position_embeddings=130, pad_token_id=1, initializer_range=0.3
-    )
-    original = LongformerModel(config, add_pooling_layer=False).eval()
-    for layer in original.encoder.layer:  # Longformer starts with equal projections and then trains them apart
-        attention = layer.attention.self
-        for name in ("query", "key", "value"):
-            getattr(attention, f"{name}_global").load_state_dict(getattr(attention, name).state_dict())
-    model = tiny_model(
-        attention_patterns={"type": "sliding", "window": 8},  # each side
-        max_position_embeddings=128,
-        pad_token_id=1,
-        attn_implementation=kernel,
-    )
-    model.load_state_dict(
-        converted_weights(original.state_dict(), config.pad_token_id + 1, FAMILIES["roberta"], model.config)
-    )
-    input_ids = torch.randint(2, 64, (2, 100))
-    attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, 50:] = 0
-    input_ids[attention_mask == 0] = 1
-    global_attention_mask = torch.zeros_like(input_ids)
-    global_attention_mask[:, marked] = 1
-    masks = {"attention_mask": attention_mask, "global_attention_mask": global_attention_mask}
-    with torch.no_grad():
-        expected, output = (m(input_ids, **masks).last_hidden_state for m in (original, model))
     torch.testing.assert_close(output[attention_mask == 1], expected[attention_mask == 1], atol=1e-4, rtol=1e-4)
 
 

@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     DistilBertConfig,
+    LongformerConfig,
     ModernBertConfig,
     MPNetConfig,
     NomicBertConfig,
@@ -37,6 +38,14 @@ CONFIGS = {
         pad_token_id=0,
     ),
     "mpnet": MPNetConfig(**SIZES, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT + 2, pad_token_id=1),
+    "longformer": LongformerConfig(
+        **SIZES,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=CONTEXT + 2,
+        pad_token_id=1,
+        type_vocab_size=1,
+        attention_window=[4, 8],
+    ),
     "modernbert": ModernBertConfig(
         **(SIZES | {"num_hidden_layers": 4}),
         vocab_size=VOCAB_SIZE,
