@@ -182,6 +182,8 @@ class LongEmbedConfig(PretrainedConfig):
         if self.position_extension is not None:
             self.position_extension = self._complete_extension(dict(self.position_extension))
         super().__post_init__(**kwargs)
+        # Under transformers' name for it, and after transformers, some releases of which add names we do not have.
+        self.base_model_tp_plan = tensor_parallel_plan(self)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -387,11 +389,6 @@ class LongEmbedConfig(PretrainedConfig):
                     f"training_attention_patterns: {trained.type!r} cannot stand in for {pattern.type!r}, because one "
                     "of the two has weights of its own; leave training_attention_patterns out"
                 )
-
-    @property
-    def base_model_tp_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits the weights; the name is transformers' own."""
-        return tensor_parallel_plan(self)
 
     @property
     def extends_by_groups(self) -> bool:

@@ -56,7 +56,7 @@ def heads_here(projection: nn.Module, count: int, num_heads: int) -> slice:
     if mesh is None:
         raise ValueError(
             f"{count} of num_attention_heads={num_heads} heads are here, and which ones is unknown; tensor parallelism "
-            "needs transformers 5.20 or later"
+            "needs transformers 5.21 or later"
         )
     first = mesh.get_local_rank() * count
     return slice(first, first + count)
