@@ -74,7 +74,8 @@ class Supernet(LongEmbedModel):
         """Takes over the weights of `model`: its sublayers are the candidates of their kind at their position.
 
         The other candidate of a position is fresh. An attention sublayer where there was none has the attention pattern
-        of the one before it (of the first one, if there is none before).
+        of the one before it (of the first one, if there is none before). LayerDrop is off: a mixture drops sublayers by
+        itself.
 
         Args:
             model: the encoder to start from; its modules become those of the supernet.
@@ -82,7 +83,8 @@ class Supernet(LongEmbedModel):
         """
         kinds = model.config.sublayer_pattern
         nearest = [max(0, kinds[: index + 1].count("s") - 1) for index in range(len(kinds))]
-        super().__init__(_with_layout(model.config, "sf" * len(kinds), nearest))
+        super().__init__(_with_layout(model.config, "sf" * len(kinds), nearest, layerdrop=0.0))
+        self.layerdrop = model.config.layerdrop  # of a model that is derived
         self.set_attn_implementation(model.config._attn_implementation)
         fresh = self.layers
         for name, module in model.named_children():
@@ -130,16 +132,15 @@ class Supernet(LongEmbedModel):
             kinds.replace("-", ""),
             [index for index, sublayer in chosen if sublayer.attention is not None],
             first_attention_norm=not isinstance(chosen[0][1].norm, nn.Identity),
+            layerdrop=self.layerdrop,
         )
         model = LongEmbedModel._from_config(config, attn_implementation=self.config._attn_implementation)
-        weights = {name: tensor for name, tensor in self.state_dict().items() if name.split(".")[0] not in OWN}
+        weights = self.state_dict()
         for place, (_, sublayer) in enumerate(chosen):
             weights |= {f"layers.{place}.{name}": tensor for name, tensor in sublayer.state_dict().items()}
-        model.to(device=self.device, dtype=self.dtype).load_state_dict(weights)
+        model.to(device=self.device, dtype=self.dtype)
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
         return model.train(self.training)
-
-
-OWN = ("layers", "step", "choice")  # what of a supernet's state a model of one layout has not, or has otherwise
 
 
 def _with_layout(config: PreTrainedConfig, pattern: str, attention: list[int], **changes: Any) -> LongEmbedConfig:

@@ -161,6 +161,19 @@ def test_fresh_candidates_stand_beside_the_models_own():
     assert supernet.probabilities().tolist() == [[pytest.approx(1 / 3)] * 3] * 3
 
 
+def test_layerdrop_and_landmarks_are_those_of_the_layout():
+    """LayerDrop waits for the model that is found; landmarks leave it with the last sublayer that has any."""
+    _, supernet = tiny_supernet("sfsf", layerdrop=0.9, attention_patterns=[{"type": "landmark", "size": 4}, "full"])
+    pin(supernet, "ffs-")
+    supernet.train().draw()
+    input_ids = torch.randint(5, 20, (2, 7))
+    once, again = (supernet(input_ids).last_hidden_state for _ in range(2))
+    assert once.equal(again)
+    found = supernet.derive().config
+    assert found.layerdrop == 0.9
+    assert found.attention_patterns == [{"type": "full"}]
+
+
 def test_attention_that_is_nowhere_the_likeliest_stands_where_it_is_likelier_than_elsewhere():
     _, supernet = tiny_supernet("sfsf")
     for logits, row in zip(supernet.logits(), ([0, 3, 1], [1, 0, 2], [0, 0, 1], [0, 9, 0]), strict=True):
