@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from .extension_longembed import default_method
 from .families_longembed import FAMILIES, ROBERTA, Family, refuse
@@ -45,7 +46,7 @@ CHOICES = (
 def converted_fields(original, family: Family, choices: dict) -> dict:
     """Config fields of the converted model: what the checkpoint fixes, what the caller chose, defaults for the rest."""
     fields = family.fields(original)
-    context = fields["max_position_embeddings"]
+    context, theirs = fields["max_position_embeddings"], fields.get("attention_patterns")
     fields |= choices
     patterns = fields.get("attention_patterns", "full")
     patterns = patterns if isinstance(patterns, list) else [patterns]
@@ -54,6 +55,8 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
             f"attention_patterns: {shared[0]!r} has one projection for query and key, and the checkpoint has two; "
             "choose another pattern, or train a model with this one from a LongEmbedConfig"
         )
+    if "attention_patterns" in choices and set(fields.get("rope_parameters") or {}) & {*ALLOWED_LAYER_TYPES}:
+        fields["rope_parameters"] = rope_of_patterns(fields["rope_parameters"], theirs, patterns)
     extension = fields.get("position_extension")
     if isinstance(extension, str):
         extension = {"method": extension}
@@ -63,6 +66,24 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
     if extension is not None:
         fields["position_extension"] = {"original_max_position_embeddings": context} | extension
     return fields
+
+
+def rope_of_patterns(rope_parameters: dict, theirs: list, ours: list) -> dict:
+    """Rotations by layer type of a checkpoint whose attention sublayers take other patterns, each as it was trained.
+
+    Raises:
+        ValueError: sublayers that were trained with different rotations would share a layer type.
+    """
+    rotations: dict[str, dict] = {}
+    for before, after in zip(theirs, ours * len(theirs) if len(ours) == 1 else ours, strict=False):
+        trained, layer_type = rope_parameters[build_pattern(before).layer_type], build_pattern(after).layer_type
+        if rotations.setdefault(layer_type, trained) != trained:
+            raise ValueError(
+                f"attention_patterns: {build_pattern(after).type!r} would put sublayers under one rotation that this "
+                "checkpoint has trained with different rope_parameters (its full and its sliding ones); change only "
+                "one of the two kinds, or give them patterns of different kinds"
+            )
+    return rotations
 
 
 def take(weights: dict[str, Tensor], theirs, suffix: str) -> Tensor | None:

@@ -510,6 +510,20 @@ def test_choices_that_cannot_work_are_refused_by_name(arguments, named, checkpoi
     one_sentence(error)
 
 
+def test_sublayers_with_other_patterns_keep_the_rotation_that_they_were_trained_with(checkpoint):
+    folder, original = checkpoint("modernbert")  # full, sliding, sliding, full
+    rope = original.config.rope_parameters
+    assert rope["full_attention"]["rope_theta"] != rope["sliding_attention"]["rope_theta"]
+    block = {"type": "block", "size": 32}
+    model = LongEmbedModel.from_encoder(folder, attention_patterns=["full", block, block, "full"])
+    assert model.config.rope_parameters["full_attention"] == rope["full_attention"]
+    assert model.config.rope_parameters["chunked_attention"] == rope["sliding_attention"]
+    for patterns in ("full", block, ["full", "full", {"type": "sliding", "window": 4}, "full"]):
+        with pytest.raises(ValueError, match=r"^attention_patterns: .* different rope_parameters") as error:
+            LongEmbedModel.from_encoder(folder, attention_patterns=patterns)
+        one_sentence(error)
+
+
 def test_a_path_that_is_not_there(tmp_path):
     with pytest.raises((OSError, ValueError)) as error:
         LongEmbedModel.from_encoder(tmp_path / "nothing")
