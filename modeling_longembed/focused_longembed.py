@@ -211,7 +211,7 @@ def nearest_keys(query: Tensor, key: Tensor, among: Tensor, top_k: int) -> Tenso
     best = query.new_zeros(heads, queries, 0)
     rows = torch.zeros(heads, queries, 0, dtype=torch.long, device=query.device)
     for chunk in among.split(max(top_k, MAX_SCORES // (heads * queries))):
-        scores = torch.cat([best, query @ key[:, chunk].transpose(1, 2)], dim=-1)
-        best, place = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
-        rows = torch.cat([rows, chunk.expand(heads, queries, -1)], dim=-1).gather(-1, place)
+        scores, place = (query @ key[:, chunk].transpose(1, 2)).topk(min(top_k, len(chunk)), dim=-1)
+        best, kept = torch.cat([best, scores], dim=-1).topk(min(top_k, best.shape[-1] + scores.shape[-1]), dim=-1)
+        rows = torch.cat([rows, chunk[place]], dim=-1).gather(-1, kept)
     return rows
