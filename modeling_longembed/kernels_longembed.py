@@ -24,6 +24,9 @@ except ImportError:  # an older torch: the loop below does the same work
 
 # Largest number of score or mask elements that one step of a chunked path may hold (64 MB in fp32).
 MAX_SCORES = 2**24
+# The same where the softmax is written out: its temporaries are many, and those that malloc would take from the system
+# anew each time (32 MB and more) cost more than the arithmetic on them.
+MAX_UNFUSED_SCORES = 2**22
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:

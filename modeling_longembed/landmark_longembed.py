@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .attention_pattern_longembed import AttentionInputs, AttentionPattern, parameter, register_pattern
-from .kernels_longembed import MAX_SCORES, masked_softmax, recompute_in_backward
+from .kernels_longembed import MAX_UNFUSED_SCORES, masked_softmax, recompute_in_backward
 from .packing_longembed import PackedDocuments
 from .positions_longembed import RopePlan, Rotary
 
@@ -66,7 +66,7 @@ class Landmarks(NamedTuple):
 class Blocks(NamedTuple):
     """One document in B blocks of S tokens; the last one is filled up."""
 
-    index: Tensor  # (B, S) int64, place in the document
+    place: Tensor  # (B, S) int64, in the document
     is_word: Tensor  # (B, S) bool: neither landmark nor filling
     query: Tensor  # (H, B, S, D)
     key: Tensor  # (H, B, S, D)
@@ -189,19 +189,19 @@ class LandmarkAttention(AttentionPattern):
         """A document, `(L, H, D)` each, cut."""
         length = len(query)
         count, size = -(-length // self.size), min(self.size, length)
-        index = torch.arange(count * size, device=query.device).view(count, size)
-        closing = index[:, -1].clamp(max=length - 1)
+        place = torch.arange(count * size, device=query.device).view(count, size)
+        closing = place[:, -1].clamp(max=length - 1)
         landmark = key[closing].transpose(0, 1)
         query, key, value = (
-            pad(x.transpose(0, 1), (0, 0, 0, count * size - length)).unflatten(1, index.shape)
+            pad(x.transpose(0, 1), (0, 0, 0, count * size - length)).contiguous().unflatten(1, place.shape)
             for x in (query, key, value)
         )
-        return Blocks(index, index < closing[:, None], query, key, value, landmark)
+        return Blocks(place, place < closing[:, None], query, key, value, landmark)
 
     @torch.no_grad()
     def choice(self, inputs: AttentionInputs, blocks: Blocks) -> Choice | None:
         """The blocks that are read; None: all, in training or where no more than `top_k` others exist."""
-        count, device = len(blocks.index), inputs.query.device
+        count, device = len(blocks.place), inputs.query.device
         if inputs.training or count - 1 <= self.top_k:
             return None
         if inputs.causal:  # the first query alone: a mean would tell the block's first tokens of its later ones
@@ -210,7 +210,7 @@ class LandmarkAttention(AttentionPattern):
             real = blocks.is_word.sum(dim=1) + 1  # words and landmark
             query = blocks.query.sum(dim=2) / real[:, None].to(blocks.query.dtype)  # (H, B, D)
         number, parts = torch.arange(count, device=device), []
-        for own in number.split(max(1, MAX_SCORES // (len(query) * count))):
+        for own in number.split(max(1, MAX_UNFUSED_SCORES // (len(query) * count))):
             scores = query[:, own] @ blocks.landmark.transpose(1, 2)  # (H, n, B)
             other = number < own[:, None] if inputs.causal else number != own[:, None]
             best = scores.masked_fill(~other, float("-inf")).topk(self.top_k, dim=-1)
@@ -221,27 +221,27 @@ class LandmarkAttention(AttentionPattern):
 
     def read_all(self, inputs: AttentionInputs, blocks: Blocks) -> Tensor:
         """Every query against every block, a chunk of queries at a time: `(H, B, S, D)`."""
-        index, is_word, query, *states = blocks
-        number = torch.arange(len(index), device=index.device)
+        place, is_word, query, *states = blocks
+        number = torch.arange(len(place), device=place.device)
 
-        def some_queries(query: Tensor, key: Tensor, value: Tensor, landmark: Tensor, place: Tensor) -> Tensor:
-            visible = is_word & (index <= place[:, None, None]) if inputs.causal else is_word
-            is_own = place[:, None] // self.size == number
+        def some_queries(query: Tensor, key: Tensor, value: Tensor, landmark: Tensor, own: Tensor) -> Tensor:
+            visible = is_word & (place <= own[:, None, None]) if inputs.causal else is_word
+            is_own = own[:, None] // self.size == number
             return read_blocks(query, key, value, landmark, visible, is_own, inputs.scaling, inputs.dropout)
 
-        step = max(1, MAX_SCORES // (query.shape[0] * index.numel()))
+        step = max(1, MAX_UNFUSED_SCORES // (query.shape[0] * place.numel()))
         parts = [
-            recompute_in_backward(some_queries, part, *states, place)
-            for part, place in zip(query.flatten(1, 2).split(step, dim=1), index.flatten().split(step), strict=True)
+            recompute_in_backward(some_queries, part, *states, own)
+            for part, own in zip(query.flatten(1, 2).split(step, dim=1), place.flatten().split(step), strict=True)
         ]
         return torch.cat(parts, dim=1).view_as(query)
 
     def read_chosen(self, inputs: AttentionInputs, blocks: Blocks, choice: Choice) -> Tensor:
         """Every block of queries against the blocks of its choice: `(H, B, S, D)`."""
-        index, is_word, query, *states = blocks
+        place, is_word, query, *states = blocks
         heads, count, read = choice.block.shape
-        head = torch.arange(heads, device=index.device)[:, None, None]
-        is_own = torch.arange(read, device=index.device) == 0
+        head = torch.arange(heads, device=place.device)[:, None, None]
+        is_own = torch.arange(read, device=place.device) == 0
 
         def some_blocks(query: Tensor, key: Tensor, value: Tensor, landmark: Tensor, own, block, exists) -> Tensor:
             rows = (block + head * count).flatten()
@@ -250,11 +250,11 @@ class LandmarkAttention(AttentionPattern):
             )  # (H, n, C, S, D) and (H, n, C, D)
             visible = (is_word[block] & exists[..., None])[:, :, None]  # (H, n, 1, C, S)
             if inputs.causal:
-                visible = visible & (index[block][:, :, None] <= own[..., None, None])
+                visible = visible & (place[block][:, :, None] <= own[..., None, None])
             return read_blocks(query, key, value, landmark, visible, is_own, inputs.scaling, inputs.dropout)
 
-        step = max(1, MAX_SCORES // (heads * read * self.size**2))
-        cut = (query.split(step, dim=1), index.split(step), choice.block.split(step, 1), choice.exists.split(step, 1))
+        step = max(1, MAX_UNFUSED_SCORES // (heads * read * self.size**2))
+        cut = (query.split(step, dim=1), place.split(step), choice.block.split(step, 1), choice.exists.split(step, 1))
         parts = [
             recompute_in_backward(some_blocks, part, *states, *choice_of_part)
             for part, *choice_of_part in zip(*cut, strict=True)
@@ -263,11 +263,11 @@ class LandmarkAttention(AttentionPattern):
 
     def dense(self, inputs, rows):
         length, blocks = rows.stop - rows.start, self.blocks(*(x[rows] for x in inputs[:3]))
-        place, choice = blocks.index.flatten()[:length], self.choice(inputs, blocks)
-        number = torch.arange(len(blocks.index), device=place.device)
-        visible = blocks.is_word.expand(length, *blocks.index.shape)
+        place, choice = blocks.place.flatten()[:length], self.choice(inputs, blocks)
+        number = torch.arange(len(blocks.place), device=place.device)
+        visible = blocks.is_word.expand(length, *blocks.place.shape)
         if inputs.causal:
-            visible = visible & (blocks.index <= place[:, None, None])
+            visible = visible & (blocks.place <= place[:, None, None])
         if choice is not None:
             read = torch.zeros(*choice.block.shape[:2], len(number), dtype=torch.long, device=place.device)
             read = read.scatter_add(-1, choice.block, choice.exists.long()) > 0  # (H, B, B)

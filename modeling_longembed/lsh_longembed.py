@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .attention_pattern_longembed import AttentionInputs, AttentionPattern, parameter, register_pattern, switch
-from .kernels_longembed import MAX_SCORES, recompute_in_backward
+from .kernels_longembed import MAX_UNFUSED_SCORES, recompute_in_backward
 
 # Score of a token with itself: low enough for any other to win, high enough to be seen where there is no other.
 SELF_SCORE = -1e5
@@ -24,9 +24,15 @@ class Rounds(NamedTuple):
         """`(H, R, C * M)`: where each place of the document went."""
         return self.place.flatten(2).argsort(dim=-1)
 
-    def before(self) -> "Rounds":
-        """The chunk before each: before a round's first chunk the last one of the round before, round the circle."""
-        return Rounds(*(x.flatten(1, 2).roll(1, dims=1).view_as(x) for x in self))
+    def seen(self) -> "Rounds":
+        """What the tokens of each chunk may see: it and the chunk before, `(H, R, C, 2M)`; of a single chunk, it alone.
+
+        Before the first chunk of a round is the last one of the round before, round the circle.
+        """
+        if self.place.shape[1] * self.place.shape[2] == 1:
+            return self
+        before = (x.flatten(1, 2).roll(1, dims=1).view_as(x) for x in self)
+        return Rounds(*(torch.cat(chunks, dim=-1) for chunks in zip(self, before, strict=True)))
 
 
 def unit(states: Tensor) -> Tensor:
@@ -54,9 +60,9 @@ class LshAttention(AttentionPattern):
     `across_buckets` also shows a token the other buckets in its two chunks, as transformers' Reformer does. The
     rotations come from `seed` alone: a document is hashed alike every time, in training too. A document of no more than
     `chunk` tokens is not hashed. An approximation of attention with shared queries and keys, so that it starts from
-    random weights, not from those of another encoder. Cost L x chunk x hashes in memory and in time, and for the hashing
-    L^1.5 with a small factor: two hashes share the buckets where there are many. For long documents in which tokens look
-    for others like them, wherever they are.
+    random weights, not from those of another encoder. Cost L x chunk x hashes in memory and in time, and for the
+    hashing L^1.5 with a small factor: two hashes share the buckets where there are many. For long documents in which
+    tokens look for others like them, wherever they are.
     """
 
     type = "lsh"
@@ -76,8 +82,8 @@ class LshAttention(AttentionPattern):
             )
         if config.position_embedding_type == "relative":
             raise ValueError(
-                "attention_patterns: 'lsh' hashes one vector that is query and key, and "
-                "position_embedding_type='relative' adds another one to queries alone; use 'rope', 'alibi' or 'absolute'"
+                "attention_patterns: 'lsh' hashes one vector that is query and key, and position_embedding_type="
+                "'relative' adds another one to queries alone; use 'rope', 'alibi' or 'absolute'"
             )
         if config.extends_by_groups:
             raise ValueError(
@@ -125,7 +131,7 @@ class LshAttention(AttentionPattern):
         wide = torch.promote_types(torch.float32, query.dtype)
         rotation = inputs.documents.once((self, "rotations", width, *sizes), rotations).to(query.device, wide)
         parts = []
-        for part in query.to(wide).split(max(1, MAX_SCORES // (heads * self.hashes * max(sizes))), dim=1):
+        for part in query.to(wide).split(max(1, MAX_UNFUSED_SCORES // (heads * self.hashes * max(sizes))), dim=1):
             bucket, scale = torch.zeros((), dtype=torch.long, device=query.device), 1
             for of_hash in rotation.split([size // 2 for size in sizes], dim=-1):
                 rotated = torch.einsum("hld,drb->hrlb", part, of_hash)
@@ -149,20 +155,16 @@ class LshAttention(AttentionPattern):
     def attend(self, inputs):
         lengths = [end - start for start, end in inputs.documents.bounds]
         documents = zip(*(x.split(lengths) for x in inputs[:3]), strict=True)
-        contexts = [self.one_document(inputs, *(x.transpose(0, 1) for x in states)) for states in documents]
+        contexts = [
+            self.one_document(inputs, *(x.transpose(0, 1).contiguous() for x in states)) for states in documents
+        ]
         return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query)
 
     def one_document(self, inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """From `(H, L, D)` to `(L, H, D)`."""
         heads, length, _ = query.shape
         rounds, key = self.rounds(inputs, query), unit(key)
-        place, bucket = rounds
-        size, alone = place.shape[-1], place.shape[1] * place.shape[2] == 1
-        seen = (
-            rounds
-            if alone
-            else Rounds(*(torch.cat(pair, dim=-1) for pair in zip(rounds, rounds.before(), strict=True)))
-        )
+        seen, size = rounds.seen(), rounds.place.shape[-1]
         head = torch.arange(heads, device=query.device).view(-1, 1, 1, 1)
 
         def some_chunks(query, key, value, query_place, key_place, query_bucket, key_bucket):
@@ -182,10 +184,10 @@ class LshAttention(AttentionPattern):
             weights = (scores - total[..., None]).exp().to(value.dtype)
             return torch.dropout(weights, inputs.dropout, train=inputs.dropout > 0) @ value, total
 
-        step = max(1, MAX_SCORES // (heads * size * 2 * size))
+        step = max(1, MAX_UNFUSED_SCORES // (heads * size * 2 * size))
         contexts, totals = [], []
         for number, rank in enumerate(rounds.rank.unbind(1)):
-            indices = [x[:, number] for x in (place, seen.place, bucket, seen.bucket)]
+            indices = [x[:, number] for x in (rounds.place, seen.place, rounds.bucket, seen.bucket)]
             query_place, key_place = (x.clamp(max=length - 1) for x in indices[:2])
             sorted_states = take(query, query_place), take(key, key_place), take(value, key_place)
             parts = [
@@ -195,8 +197,11 @@ class LshAttention(AttentionPattern):
             context, total = (torch.cat(part, dim=1).flatten(1, 2) for part in zip(*parts, strict=True))
             contexts.append(take(context, rank[:, :length]))
             totals.append(total.gather(1, rank[:, :length]))
-        shares = torch.stack(totals).softmax(dim=0)[..., None].to(value.dtype)  # (R, H, L, 1)
-        return (torch.stack(contexts) * shares).sum(dim=0).transpose(0, 1)
+        shares = torch.stack(totals).softmax(dim=0)[..., None].to(value.dtype).unbind(0)  # (H, L, 1) each
+        mixed = contexts[0] * shares[0]
+        for context, share in zip(contexts[1:], shares[1:], strict=True):
+            mixed = torch.addcmul(mixed, context, share)
+        return mixed.transpose(0, 1)
 
     def dense(self, inputs, rows):
         inputs = inputs._replace(key=unit(inputs.key))
@@ -222,7 +227,7 @@ class LshAttention(AttentionPattern):
                 times = times + (wrapped & same_bucket(number, number - 1))
             if inputs.causal:
                 times = times * (index <= index[:, None])
-            of_round = (scores + times.log()).masked_fill(index == index[:, None], SELF_SCORE)
+            of_round = (scores + times.to(scores.dtype).log()).masked_fill(index == index[:, None], SELF_SCORE)
             weights.append(of_round.softmax(dim=-1))
             totals.append(of_round.logsumexp(dim=-1))
         shares = torch.stack(totals).softmax(dim=0)[..., None]  # (R, H, L, 1)

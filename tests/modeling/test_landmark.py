@@ -109,5 +109,5 @@ def test_equals_the_grouped_softmax(path, causal, training, data):
     words = [0, 1, 2, size - 2, size - 1, size, size + 1, 2 * size - 2, 11, 13, 23]
     lengths = data.draw(st.lists(st.sampled_from(words), min_size=1, max_size=3).filter(any))
     inputs = make_inputs([lengthened(n, size) for n in lengths], size, top_k, causal=causal, training=training)
-    with patch.object(landmark_longembed, "MAX_SCORES", data.draw(st.sampled_from([1, 500, 2**24]))):
+    with patch.object(landmark_longembed, "MAX_UNFUSED_SCORES", data.draw(st.sampled_from([1, 500, 2**24]))):
         assert_equal_with_gradients(run(inputs, path), grouped_softmax(inputs)[0], inputs)
