@@ -475,7 +475,8 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
                 not fit.
 
         Returns:
-            `loss` (mean cross-entropy, with labels), `logits` `(B, S, V)` (without labels), and `memory` as the encoder.
+            `loss` (mean cross-entropy, with labels), `logits` `(B, S, V)` (without labels), and `memory` as the
+                encoder.
         """
         return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs, return_dict=True)

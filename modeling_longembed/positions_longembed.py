@@ -249,8 +249,7 @@ class GroupedRotary:
 
     def heads(self, heads: slice) -> "GroupedRotary":
         """The same for some of the heads."""
-        rotated = (x[:, heads] for x in (self.query_left, self.query_right, self.key))
-        return GroupedRotary(*rotated, self.neighbours)
+        return GroupedRotary(self.query_left[:, heads], self.query_right[:, heads], self.key[:, heads], self.neighbours)
 
     def merge(self, near: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
         """Unscaled scores `(H, Q, K)` of one document: `near` where the key is a neighbour, grouped ones elsewhere."""

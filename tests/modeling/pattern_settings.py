@@ -3,6 +3,7 @@
 from dataclasses import fields
 from itertools import product
 
+from modeling_longembed import LongEmbedConfig
 from modeling_longembed.patterns_longembed import PATTERNS
 
 
@@ -15,3 +16,12 @@ def entries(name: str, reach: int = 5) -> list[dict]:
         entry = {"type": name} | {key: least + extra for key, least in numbers.items()}
         settings.append(entry | dict(zip(switches, values, strict=True)))
     return [entry for n, entry in enumerate(settings) if entry not in settings[:n]]
+
+
+def refused(entry: dict, fields: dict) -> str | None:
+    """The sentence with which the config refuses a pattern beside other fields."""
+    try:
+        LongEmbedConfig(attention_patterns=entry, **fields)
+    except ValueError as error:
+        return str(error)
+    return None

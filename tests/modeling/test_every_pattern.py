@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from clean_environment import CleanEnvironment
-from pattern_settings import entries
+from pattern_settings import entries, refused
 from peft import LoraConfig, get_peft_model
 from tiny_checkpoints import save_checkpoint
 
@@ -32,15 +32,6 @@ SCHEMES = {
 }
 ALL_ENTRIES = [entry for name in PATTERNS for entry in entries(name, reach=6)]
 LONGEST = 61
-
-
-def refused(entry, fields) -> str | None:
-    """The sentence with which the config refuses a pattern beside other fields."""
-    try:
-        LongEmbedConfig(attention_patterns=entry, **fields)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 CASES = [

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_longembed import landmark_longembed
 from modeling_longembed.attention_longembed import KERNELS

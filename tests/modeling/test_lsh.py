@@ -7,13 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from tiny_checkpoints import save_checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, ReformerConfig
-from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from modeling_longembed import LongEmbedModel, lsh_longembed
+from modeling_longembed import lsh_longembed
 from modeling_longembed.attention_longembed import KERNELS
 from modeling_longembed.attention_pattern_longembed import AttentionInputs
 from modeling_longembed.lsh_longembed import LshAttention
