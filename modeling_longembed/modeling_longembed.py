@@ -364,8 +364,15 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
                 raise ValueError(
                     "packed input (cu_seq_lens_q) is one row of tokens, shape (1, T), without attention_mask"
                 )
+            # Looked at where it costs nothing: another device would have to be waited for, and a graph would break.
+            at_no_cost = cu_seq_lens_q.device.type == "cpu" and not torch.compiler.is_compiling()
+            if at_no_cost and cu_seq_lens_q[-1] != inputs.shape[1]:
+                raise ValueError(
+                    f"cu_seq_lens_q ends at {int(cu_seq_lens_q[-1])} and the input has {inputs.shape[1]} tokens; "
+                    "they must agree"
+                )
             longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
-            documents = PackedDocuments(cu_seq_lens_q.to(torch.int32), longest)
+            documents = PackedDocuments(cu_seq_lens_q.to(torch.int32), longest, num_tokens=inputs.shape[1])
         else:
             mask = torch.ones(inputs.shape[:2], device=inputs.device) if attention_mask is None else attention_mask
             if mask.shape != inputs.shape[:2]:

@@ -38,6 +38,7 @@ class PackedDocuments:
         padded_index: `(T,)` int64, place of each token in the flattened `(B * S)` batch; None if the caller packed.
         batch_shape: `(B, S)` of the padded batch; None if the caller packed.
         past: `(B,)` int64, tokens of each document that came before those here, or None: these are its beginning.
+        num_tokens: T; if None and the caller packed, the device is asked for it, which breaks a compiled graph.
     """
 
     cu_seqlens: Tensor
@@ -46,6 +47,7 @@ class PackedDocuments:
     padded_index: Tensor | None = None
     batch_shape: tuple[int, int] | None = None
     past: Tensor | None = None
+    num_tokens: int | None = None
     # What kernels derive from these lengths (e.g. a block mask), see `once`.
     cache: dict = field(default_factory=dict)
 
@@ -66,6 +68,7 @@ class PackedDocuments:
             max_seqlen,
             padded_index=padded_index,
             batch_shape=(attention_mask.shape[0], attention_mask.shape[1]),
+            num_tokens=padded_index.shape[0],
         )
 
     @computed_once
@@ -81,7 +84,7 @@ class PackedDocuments:
     @computed_once
     def document_ids(self) -> Tensor:
         """`(T,)` int64, number of the document of each packed token."""
-        tokens = int(self.cu_seqlens[-1]) if self.padded_index is None else self.padded_index.shape[0]
+        tokens = int(self.cu_seqlens[-1]) if self.num_tokens is None else self.num_tokens
         return segment_numbers(self.cu_seqlens, tokens)
 
     @computed_once

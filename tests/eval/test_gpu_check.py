@@ -83,6 +83,15 @@ def test_the_packed_forward_of_the_gpu_is_one_graph(as_on_cuda):
         assert check.passed, check
 
 
+@pytest.mark.parametrize("pattern", ["full", "sliding"])
+def test_without_being_told_to_the_compiler_makes_one_graph_too(as_on_cuda, pattern):
+    # `fullgraph=True` captures what a plain `torch.compile` breaks the graph for: a number asked of the device.
+    model, batch = tiny_model(pattern, "cpu", torch.float32), batch_of((7, 12), "cpu")
+    with torch.no_grad():
+        report = torch._dynamo.explain(model)(**batch)
+    assert report.graph_count == 1, report.break_reasons
+
+
 def test_a_break_of_the_graph_is_found_and_its_place_told():
     model = tiny_model("full", "cpu", torch.float32)
     forward = model.layers[0].forward

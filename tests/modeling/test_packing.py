@@ -208,6 +208,8 @@ def test_inputs_that_contradict_each_other_are_refused(tiny_model):
     for wrong in ({"input_ids": ids}, {"input_ids": ids[:1], "attention_mask": torch.ones(1, 5)}):
         with pytest.raises(ValueError, match=r"packed input \(cu_seq_lens_q\) is one row of tokens"):
             model(**wrong, cu_seq_lens_q=cu_seqlens)
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q ends at 5 and the input has 6 tokens; they must agree"):
+        model(torch.ones(1, 6, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2, 5], dtype=torch.int32))
 
 
 # The bookkeeping ------------------------------------------------------------------------------------------------------
