@@ -7,9 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_checkpoints import save_checkpoint
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import ReformerConfig
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from modeling_longembed import lsh_longembed
-from modeling_longembed.attention_longembed import KERNELS
+from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel, lsh_longembed
+from modeling_longembed.attention_longembed import KERNELS, LayerContext, LongEmbedAttention
 from modeling_longembed.attention_pattern_longembed import AttentionInputs
 from modeling_longembed.lsh_longembed import LshAttention
 from modeling_longembed.packing_longembed import PackedDocuments
@@ -133,3 +140,192 @@ def test_equals_the_definition(path, causal, data):
     inputs = make_inputs(lengths, pattern, causal=causal, bias=bias)
     with patch.object(lsh_longembed, "MAX_UNFUSED_SCORES", data.draw(st.sampled_from([1, 500, 2**24]))):
         assert_equal_with_gradients(run(inputs, path), reformer(inputs), [*inputs[:3], *leaves])
+
+
+# The Reformer of transformers -----------------------------------------------------------------------------------------
+
+
+def transformers_lsh(pattern, length, causal):
+    """transformers' layer. It counts buckets its own way, so it is told how many."""
+    config = ReformerConfig(
+        attn_layers=["lsh"],
+        attention_head_size=DIM,
+        num_attention_heads=HEADS,
+        hidden_size=HEADS * DIM,
+        lsh_attn_chunk_length=pattern.chunk,
+        num_hashes=pattern.hashes,
+        num_buckets=pattern.hash_sizes(length) or 2,  # 2: asked for and not used, a single chunk is not hashed
+        is_decoder=causal,
+    )
+    return LSHSelfAttention(config).double()
+
+
+def run_transformers(layer, pattern, states):
+    """Context `(L, H * D)` of one document `(L, H * D)`, padded to whole chunks, with our rotations in every head."""
+
+    def rotations(shape, dtype, device):
+        generator = torch.Generator().manual_seed(pattern.seed)
+        return draw(shape[1:], generator=generator).to(dtype).expand(shape)
+
+    length, draw = len(states), torch.randn
+    filling = -length % pattern.chunk if length > pattern.chunk else 0
+    padded = torch.nn.functional.pad(states, (0, 0, 0, filling))[None]
+    mask = torch.tensor([[1] * length + [0] * filling])
+    with patch.object(torch, "randn", rotations):
+        return layer(padded, attention_mask=mask).hidden_states[0, :length]
+
+
+@pytest.mark.promise("A11")
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("hashes", [1, 2, 5])
+@pytest.mark.parametrize("buckets", [0, 2, 6, 22], ids=lambda n: f"buckets{n}")
+def test_equals_the_reformer_of_transformers(buckets, hashes, path, causal):
+    """The same weights and rotations; transformers does not hide a token from the other buckets of its chunks."""
+    lengths = [64, 1, 7, 8, 9, 16, 61]
+    entry = {"type": "lsh", "chunk": 8, "hashes": hashes, "buckets": buckets, "seed": 3, "across_buckets": True}
+    width = {"hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_hidden_layers": 1}
+    config = LongEmbedConfig(attention_patterns=entry, attention_bias=False, is_causal=causal, **width)
+    config._attn_implementation = path
+    ours = LongEmbedAttention(config, config.get_patterns()[0]).double()
+    torch.nn.init.normal_(ours.q_proj.weight, std=0.5)
+    torch.nn.init.eye_(ours.o_proj.weight)
+    states = torch.randn(sum(lengths), HEADS * DIM, dtype=torch.float64, requires_grad=True)
+    documents = PackedDocuments(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths))
+    output = ours(states, LayerContext(documents, {}, None, None))[0]
+
+    expected = []
+    for document in states.split(lengths):
+        layer = transformers_lsh(ours.pattern, len(document), causal)
+        layer.query_key.weight, layer.value.weight = ours.q_proj.weight, ours.v_proj.weight
+        expected.append(run_transformers(layer, ours.pattern, document))
+    assert_equal_with_gradients(output, torch.cat(expected), [states, ours.q_proj.weight, ours.v_proj.weight])
+
+
+# Dense attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("A11")
+@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("pattern", [LshAttention(chunk=40), LshAttention(chunk=17, hashes=1, buckets=1)], ids=str)
+def test_one_chunk_is_dense_attention_with_shared_queries_and_keys(pattern, path, causal):
+    lengths = [17, 1, 2, 9]
+    inputs = make_inputs(lengths, pattern, causal=causal)
+    expected = []
+    for query, key, value in zip(*(x.split(lengths) for x in inputs[:3]), strict=True):
+        mask = ~torch.eye(len(query), dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+        mask = mask | (torch.eye(len(query), dtype=torch.bool) & ~mask.any(dim=1))  # itself, if there is no other
+        states = (x.transpose(0, 1) for x in (query, rms_norm(key, (DIM,), eps=1e-6), value))
+        expected.append(scaled_dot_product_attention(*states, attn_mask=mask, scale=SCALING).transpose(0, 1))
+    assert_equal_with_gradients(run(inputs, path), torch.cat(expected), inputs[:3])
+
+
+def inputs_with_neighbours(length, pattern, seed):
+    """Every vector has three others that point almost the same way, anywhere. The context is the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(length // 4, 2, 16, generator=generator).repeat(4, 1, 1)
+    noise = torch.randn(length, 2, 16, generator=generator)
+    query = 4 * (centres[torch.randperm(length, generator=generator)] + 0.3 * noise)
+    value = torch.eye(length)[:, None].expand(-1, 2, -1)
+    documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
+    return AttentionInputs(query, query, value, pattern, documents, 16**-0.5, 0.0)
+
+
+def test_more_hashes_reach_more_of_the_largest_weights():
+    reached = []
+    for hashes in (1, 2, 4, 8):
+        shares = []
+        for seed in range(3):
+            inputs = inputs_with_neighbours(512, LshAttention(chunk=16, hashes=hashes, seed=seed), seed)
+            weights = run(inputs, "longembed_varlen").transpose(0, 1)
+            query = inputs.query.transpose(0, 1)
+            scores = query @ rms_norm(query, (16,)).transpose(1, 2) * inputs.scaling
+            true = scores.masked_fill(torch.eye(512, dtype=torch.bool), -1e5).softmax(-1).topk(3)
+            found = weights.gather(-1, true.indices) > 0
+            shares.append(((true.values * found).sum() / true.values.sum()).item())
+        reached.append(sum(shares) / len(shares))
+    # What R rounds miss that are independent of each other is missed^R.
+    for before, after in pairwise(reached):
+        assert 1 - after < 0.8 * (1 - before)
+    assert reached[0] > 0.25  # 32 keys of 512 at random: 0.06
+    assert reached[-1] > 0.9
+
+
+# The seed -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_document_is_hashed_alike_at_any_time_and_in_any_batch(path):
+    lengths = [9, 61, 40]
+    inputs = make_inputs(lengths, LshAttention(chunk=4, hashes=2))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    output = run(inputs, path)
+    assert torch.equal(torch.get_rng_state(), state)  # nor does it move the draws of others
+    torch.manual_seed(2)
+    for training in (True, True, False):
+        again = inputs._replace(documents=PackedDocuments(inputs.documents.cu_seqlens, 61), training=training)
+        assert torch.equal(run(again, path), output)
+
+    alone = PackedDocuments(torch.tensor([0, 61], dtype=torch.int32), 61)
+    query, key, value = (x[9:70] for x in inputs[:3])
+    single = inputs._replace(query=query, key=key, value=value, documents=alone)
+    torch.testing.assert_close(run(single, path), output[9:70], atol=1e-12, rtol=0)
+
+    other = inputs._replace(pattern=LshAttention(chunk=4, hashes=2, seed=1))
+    assert (run(other, path) - output).abs().max() > 0.01
+
+
+# The model ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [LongEmbedModel, LongEmbedForMaskedLM])
+def test_another_encoder_cannot_be_converted_to_it(cls, tmp_path):
+    save_checkpoint(tmp_path, "bert", with_head=True)
+    for patterns in ("lsh", ["full", {"type": "lsh", "chunk": 8}]):
+        with pytest.raises(ValueError, match=r"^attention_patterns: 'lsh' has one projection .*; choose") as refusal:
+            cls.from_encoder(tmp_path, attention_patterns=patterns)
+        assert "\n" not in str(refusal.value)
+
+
+# What it costs --------------------------------------------------------------------------------------------------------
+
+
+class Elements(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("buckets", [0, 1])
+def test_memory_grows_with_the_length_and_not_its_square(buckets):
+    """Forward and backward at 16,384 tokens: what is allocated on the way, and what is kept for the backward pass."""
+    largest, kept = [], []
+    for length in (8192, 16384):
+        inputs = make_inputs([length], LshAttention(chunk=32, hashes=2, buckets=buckets), torch.float32, training=True)
+        storages = {}  # views of one tensor are kept once
+
+        def keep(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+            return tensor
+
+        with (
+            patch.object(lsh_longembed, "MAX_UNFUSED_SCORES", 2**18),
+            Elements() as elements,
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            run(inputs, "longembed_varlen").sum().backward()
+        largest.append(elements.largest)
+        kept.append(sum(storages.values()))
+    assert largest[1] <= 2.1 * largest[0]
+    assert kept[1] <= 2.1 * kept[0]
+    assert largest[1] < 16384**2 / 100
+    assert kept[1] < 8 * 3 * 16384 * HEADS * DIM  # a few times query, key and value
