@@ -12,11 +12,12 @@ class UserError(Exception):
     """
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], None], after_interrupt: str = "the same command goes on where it stopped") -> NoReturn:
     """Run a script's `main` and leave with the exit code that its end deserves.
 
     Args:
         main: the script's entry point, without arguments.
+        after_interrupt: what Ctrl-C is answered with: how to go on.
 
     Raises:
         SystemExit: always; 0 after success, 2 after a `UserError` (printed as `error: <sentence>` on stderr), 130 after
@@ -28,6 +29,6 @@ def run(main: Callable[[], None]) -> NoReturn:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        print(f"interrupted: {after_interrupt}", file=sys.stderr)
         raise SystemExit(130) from None
     raise SystemExit(0)

@@ -27,6 +27,10 @@ from training.metrics import MetricsLog, peak_memory_gib
 from training.tuning import parameter_groups
 
 
+# What the scripts answer Ctrl-C with.
+HOW_TO_RESUME = "with --resume_from_checkpoint last the same command goes on from the newest checkpoint"
+
+
 @dataclass
 class LoopArguments:
     """How long, how fast, how often."""

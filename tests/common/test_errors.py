@@ -20,6 +20,12 @@ def test_exit_code_and_one_line(body, code, stdout, stderr):
     assert (process.returncode, process.stdout, process.stderr) == (code, stdout, stderr)
 
 
+def test_a_script_says_how_to_go_on():
+    script = "from common.errors import run\ndef main():\n    raise KeyboardInterrupt\nrun(main, after_interrupt='add --again')"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (process.returncode, process.stderr) == (130, "interrupted: add --again\n")
+
+
 def test_our_own_mistakes_keep_their_traceback():
     script = "from common.errors import run\ndef main():\n    {}['absent']\nrun(main)"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
