@@ -26,7 +26,6 @@ from training.distributed import mean_over_processes
 from training.metrics import MetricsLog, peak_memory_gib
 from training.tuning import parameter_groups
 
-
 # What the scripts answer Ctrl-C with.
 HOW_TO_RESUME = "with --resume_from_checkpoint last the same command goes on from the newest checkpoint"
 

@@ -21,7 +21,7 @@ def test_exit_code_and_one_line(body, code, stdout, stderr):
 
 
 def test_a_script_says_how_to_go_on():
-    script = "from common.errors import run\ndef main():\n    raise KeyboardInterrupt\nrun(main, after_interrupt='add --again')"
+    script = "from common.errors import run\ndef main():\n    raise KeyboardInterrupt\nrun(main, 'add --again')"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (130, "interrupted: add --again\n")
 
