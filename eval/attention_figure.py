@@ -19,7 +19,7 @@ from torch import Tensor
 from common.arguments import parse
 from common.errors import run
 from common.files import atomic_write
-from eval.throughput import parse_pattern
+from common.patterns import parse_pattern
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from modeling_longembed.adaptive_span_longembed import AdaptiveSpan
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.patterns import parse_pattern
 from eval import throughput
 from eval.flops import PEAKS, peak_flops
 from eval.growth import as_markdown
@@ -103,7 +104,7 @@ def error_ratios(pattern: AttentionPattern, kernel: str, device: str, alibi: boo
 def check_precision(kernels: Sequence[str], device: str) -> Iterator[Check]:
     """Every mask on every kernel that computes it, without a bias and with ALiBi's."""
     for text in MASKS:
-        pattern = build_pattern(throughput.parse_pattern(text))
+        pattern = build_pattern(parse_pattern(text))
         for kernel in kernels:
             segments = pattern.segments(attention_inputs(pattern, device, False).documents)
             if kernel == "flash_attention_2" and segments is None:
@@ -170,7 +171,7 @@ def check_compilation(device: str, backend: str = "inductor") -> Iterator[Check]
     """The patterns that torch's variable-length kernel computes, in bfloat16."""
     batches = [batch_of(lengths, device) for lengths in (LENGTHS, (90, 33, 1200, 5))]
     for text in ("full", "sliding:window=64", "block:size=100", "shifted:size=100"):
-        model = tiny_model(throughput.parse_pattern(text), device, torch.bfloat16, position_embedding_type="rope")
+        model = tiny_model(parse_pattern(text), device, torch.bfloat16, position_embedding_type="rope")
         found, reason = compile_whole(model, batches, backend)
         name = f"compilation: {text}"
         if reason:
@@ -199,7 +200,7 @@ def check_memory(device: str) -> Iterator[Check]:
     """A training step of one layer at 16,384 and 32,768 tokens."""
     workload = Workload(num_hidden_layers=1, mode="training", dtype="bfloat16", device=device)
     for text in ("full", "sliding", "block", "shifted"):
-        ratio = memory_ratio(throughput.parse_pattern(text), "longembed_varlen", workload, 16384)
+        ratio = memory_ratio(parse_pattern(text), "longembed_varlen", workload, 16384)
         yield Check(f"memory: {text}", ratio < MEMORY_RATIO, f"{ratio:.2f} times as much for twice the length")
 
 

@@ -33,6 +33,7 @@ from rich.markdown import Markdown
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.patterns import parse_pattern
 from eval.flops import model_flops, peak_flops
 from eval.growth import GB, Curve, as_markdown, draw
 from eval.measurement import Case, Measurement, Workload, resolve_device
@@ -67,24 +68,6 @@ class Arguments:
         },
     )
     flops: bool = field(default=False, metadata={"help": "on CUDA: model FLOP utilisation, of devices that we know"})
-
-
-def parse_pattern(text: str) -> dict:
-    """An entry of `config.attention_patterns` from `name` or `name:parameter=value,...`.
-
-    Raises:
-        UserError: the text is not of this form. Which patterns and parameters there are is for the config to say.
-    """
-    match = re.fullmatch(r"(\w+)(?::(\w+=\w+(?:,\w+=\w+)*))?", text)
-    if match is None:
-        raise UserError(
-            f"--attention_patterns: {text!r} is no pattern; write a name, or name:parameter=value,parameter=value"
-        )
-    entry: dict = {"type": match[1]}
-    for pair in (match[2] or "").split(",") if match[2] else ():
-        name, _, value = pair.partition("=")
-        entry[name] = int(value) if value.isdigit() else {"true": True, "false": False}.get(value, value)
-    return entry
 
 
 def parse_lengths(words: Iterable[str]) -> list[int]:

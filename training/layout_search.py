@@ -37,8 +37,9 @@ from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
 from modeling_longembed import LongEmbedModel
 from training.batches import PairBatch
-from training.contrastive import ContrastiveArguments, ModelArguments, load, pair_batches, pair_gradient, pair_retrieval
-from training.loop import AccumulateGradient, Loop, LoopArguments
+from training.loop import HOW_TO_RESUME, AccumulateGradient, Loop, LoopArguments
+from training.models import ModelArguments, load_encoder
+from training.pairs import ContrastiveArguments, pair_batches, pair_gradient, pair_retrieval, pair_tokenizer
 from training.supernet import KINDS, Supernet
 from training.tuning import parameter_groups
 
@@ -101,10 +102,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ModelArguments, ContrastiveArguments, SearchArguments, LoopArguments, argv=argv
     )
     loop = Loop(loop_arguments)
-    model, tokenize = load(model_arguments)
+    model, tokenizer = load_encoder(model_arguments)
     if not isinstance(model, LongEmbedModel):
         raise UserError("--trust_remote_code: the sublayers that are tried are of our own code; leave it out")
-    batches = pair_batches(arguments, tokenize, loop)
+    batches = pair_batches(arguments, pair_tokenizer(arguments, model, tokenizer), loop)
     steps = loop.total_steps(batches)
     if steps < search.weight_steps + search.cycle_steps:
         raise UserError(
@@ -187,4 +188,4 @@ def describe(supernet: Supernet, config: PreTrainedConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, after_interrupt=HOW_TO_RESUME)

@@ -17,7 +17,7 @@ from eval import throughput
 from eval.flops import PEAKS, model_flops, peak_flops
 from eval.growth import as_markdown, draw, growth_exponent
 from eval.measurement import Case, Workload
-from eval.throughput import Arguments, compare, parse_lengths, parse_pattern, run_process
+from eval.throughput import Arguments, compare, parse_lengths, run_process
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
 TINY = Workload(
@@ -56,15 +56,6 @@ def test_the_exponent_is_the_slope_of_least_squares():
 
 
 # The command line -----------------------------------------------------------------------------------------------------
-
-
-def test_patterns_of_the_command_line_are_entries_of_the_config():
-    assert parse_pattern("full") == {"type": "full"}
-    assert parse_pattern("sliding:window=128,global_tokens=1") == {"type": "sliding", "window": 128, "global_tokens": 1}
-    assert parse_pattern("shifted:size=8,wrap=true") == {"type": "shifted", "size": 8, "wrap": True}
-    for text in ("", "block:", "block=256", "block:size", "block:size=256,", "block size=3"):
-        with pytest.raises(UserError, match=r"^--attention_patterns: '.*' is no pattern; write a name, or name:"):
-            parse_pattern(text)
 
 
 def test_lengths_of_the_command_line():

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_longembed import LongEmbedModel
 from training.batches import pack
-from training.contrastive import embed
 from training.distributed import gather_rows, own_rows
 from training.gradient_cache import cached_backward
 from training.losses.contrastive import info_nce
+from training.pairs import embed
 
 PROCESSES, PAIRS, NEGATIVES = 2, 6, 2
 

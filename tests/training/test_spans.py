@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training.batches import PairBatch, pack
-from training.contrastive import ContrastiveArguments, main, pair_gradient
+from training.contrastive import main
+from training.pairs import ContrastiveArguments, pair_gradient
 from training.spans import SpanArguments, span_groups, span_penalty
 from training.tuning import TuningArguments, select_parameters
 

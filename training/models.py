@@ -1,0 +1,82 @@
+"""The model of a script: how it is named, loaded, written and published."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.errors import UserError
+from common.files import atomic_folder
+from modeling_longembed import LongEmbedModel  # registers the Auto classes, so that our own folders need no remote code
+from training.tuning import TuningArguments, save_adapter
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    model_name_or_path: str = field(metadata={"help": "folder or Hub id of a LongEmbed model"})
+    model_revision: str = field(default="main", metadata={"help": "revision of a model on the Hub"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code in the model's folder, not ours"})
+    dropout: float | None = field(default=None, metadata={"help": "of hidden states; the model's own if not given"})
+
+
+@dataclass
+class HubArguments:
+    """Where the final model is published."""
+
+    push_to_hub: bool = field(default=False, metadata={"help": "upload the final model"})
+    hub_model_id: str | None = field(default=None, metadata={"help": "where to: org/name"})
+    hub_private_repo: bool = field(default=True, metadata={"help": "whether a repository that is made is private"})
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_model_id:
+            raise UserError("--push_to_hub needs --hub_model_id org/name")
+
+
+def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The encoder, of our code or of its folder's, and a tokenizer of its own beside that of the model.
+
+    Raises:
+        UserError: there is no such model, or it is none of ours.
+    """
+    name = arguments.model_name_or_path
+    options: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
+    overrides = {} if arguments.dropout is None else {"hidden_dropout_prob": arguments.dropout}
+    try:
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, **options, **overrides)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
+    if model.config.model_type != LongEmbedModel.config_class.model_type:
+        raise UserError(
+            f"--model_name_or_path {name}: is a {model.config.model_type} model; convert it with "
+            "LongEmbedModel.from_encoder(...) and save_pretrained first"
+        )
+    return model, tokenizer
+
+
+def save(model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: Path, title: str) -> Path:
+    """Write the model to `output_dir/final`; a LoRA one merged, and its adapter to `output_dir/adapter`."""
+    if isinstance(model, PeftModel):
+        with atomic_folder(output_dir / "adapter") as folder:
+            save_adapter(model, tuning.tuning, folder)
+        model = model.merge_and_unload()
+    with atomic_folder(output_dir / "final") as folder:
+        model.eval().save_pretrained(str(folder), title=title)  # with its tokenizer
+    return output_dir / "final"
+
+
+def push(final: Path, repository: str, private: bool) -> None:
+    """Upload the final folder as it stands."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=final)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{repository}: upload failed, the model is in {final}: {error}") from None
