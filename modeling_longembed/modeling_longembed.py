@@ -40,6 +40,7 @@ from .positions_longembed import (
 )
 from .recurrence_longembed import Memory, Stream
 from .relative_longembed import DistanceAttention, DistanceEmbeddings
+from .switching_longembed import SwitchPositionsMixin
 from .tensor_parallel_longembed import check_parallelism
 
 
@@ -141,7 +142,14 @@ class LongEmbedSublayer(GradientCheckpointingLayer):
 
 
 class LongEmbedPreTrainedModel(
-    HubMixin, FromEncoderMixin, ToNativeMixin, ExtendContextMixin, PruneMixin, AdaptiveSpanMixin, PreTrainedModel
+    HubMixin,
+    FromEncoderMixin,
+    ToNativeMixin,
+    ExtendContextMixin,
+    SwitchPositionsMixin,
+    PruneMixin,
+    AdaptiveSpanMixin,
+    PreTrainedModel,
 ):
     """What the models share: loading, saving, conversion, initialisation."""
 
