@@ -125,12 +125,12 @@ class Encoder:
             reason = re.sub(r"\s+", " ", str(error))[:200]
             raise UserError(f"the model in {folder.path} does not load: {reason}") from None
         self.folder, self.precision, self.batch_tokens = folder, precision, batch_tokens
-        self.context = _context_length(self.model)
+        core: Any = getattr(self.model[0], "auto_model", None)
+        self.context = context_length(core)
         if max_length is not None and max_length > self.context:
             raise UserError(
                 f"{max_length} tokens are more than the context of {folder.name}; give at most {self.context}"
             )
-        core: Any = getattr(self.model[0], "auto_model", None)
         # A model that packs its batches itself does it better than a padded batch; nothing here asks which model it is.
         self.own: Any = core if callable(getattr(core, "encode", None)) else None
         self.max_length = max_length or (self.context if self.own else self.model.max_seq_length or self.context)
@@ -146,6 +146,13 @@ class Encoder:
     def dimension(self) -> int:
         """Width of a vector."""
         return int(self.model.get_embedding_dimension() or 0)
+
+    def prompt_ids(self, prompt_type: Any) -> list[int]:
+        """Tokens of the prompt that the model wants before texts of this kind."""
+        prompts = self.model.prompts
+        names = ("query",) if prompt_type == PromptType.query else ("document", "passage", "corpus")
+        prompt = next((prompts[name] for name in names if prompts.get(name)), "")
+        return self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
 
     @torch.inference_mode()
     def __call__(self, texts: list[str], prompt_type: Any) -> list[np.ndarray]:
@@ -200,7 +207,7 @@ class ChunkEncoder(Encoder):
     def __call__(self, texts: list[str], prompt_type: Any) -> list[np.ndarray]:
         """A matrix (chunks, d) for each text."""
         tokenizer = self.model.tokenizer
-        prompt = self._prompt_ids(prompt_type)
+        prompt = self.prompt_ids(prompt_type)
         encoded = tokenizer(
             texts,
             truncation=True,
@@ -227,12 +234,6 @@ class ChunkEncoder(Encoder):
             rows[batch] = (features["sentence_embedding"].float().cpu() * tokens).numpy()
         owners = np.asarray(encoded["overflow_to_sample_mapping"])
         return [rows[owners == i] for i in range(len(texts))]
-
-    def _prompt_ids(self, prompt_type: Any) -> list[int]:
-        prompts = self.model.prompts
-        names = ("query",) if prompt_type == PromptType.query else ("document", "passage", "corpus")
-        prompt = next((prompts[name] for name in names if prompts.get(name)), "")
-        return self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
 
 
 def stream(
@@ -305,9 +306,8 @@ def _windows(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield window
 
 
-def _context_length(model: SentenceTransformer) -> int:
-    """How many tokens the model can read, as its position table says; 2**31 for one without any limit (T5)."""
-    core = getattr(model[0], "auto_model", None)
+def context_length(core: Any) -> int:
+    """How many tokens a model can read, as its position table says; 2**31 for one without any limit (T5)."""
     limit = getattr(getattr(core, "config", None), "max_position_embeddings", None)
     if core is None or limit is None:
         return 1 << 31

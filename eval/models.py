@@ -107,6 +107,16 @@ class ModelSpec:
             experiment_kwargs=settings or None,
         )
 
+    def load_encoder(self, batch_tokens: int, trust_remote_code: bool) -> Encoder:
+        """What makes vectors of texts; `bm25` has no such thing.
+
+        Raises:
+            UserError: it does not load, or `tokens` is more than its context.
+        """
+        assert self.folder is not None
+        kind = ChunkEncoder if self.kind.startswith("chunk") else Encoder
+        return kind(self.folder, self.tokens, self.precision, batch_tokens, trust_remote_code)
+
     def load(self, cache: VectorCache, batch_tokens: int, trust_remote_code: bool) -> Any:
         """The model for `mteb.evaluate`.
 
@@ -115,8 +125,7 @@ class ModelSpec:
         """
         if self.folder is None:
             return BM25(self.meta)
-        settings = (self.folder, self.tokens, self.precision, batch_tokens, trust_remote_code)
-        encoder = ChunkEncoder(*settings) if self.kind.startswith("chunk") else Encoder(*settings)
+        encoder = self.load_encoder(batch_tokens, trust_remote_code)
         meta = self.meta.model_copy(
             update={
                 "embed_dim": encoder.dimension,

@@ -12,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # a script draws into a file; it needs no display
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from common.arguments import parse
 from common.errors import UserError, run
@@ -59,6 +60,11 @@ def draw(scores: Sequence[Score], path: str | Path, labels: Mapping[str, str] | 
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(models))]
     names = [(labels or {}).get(model, model) for model in models]
     figure.legend(handles, names, loc="outside lower center", ncols=panels, frameon=False)
+    save(figure, path)
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Close a figure into a PNG file, written whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     plt.close(figure)

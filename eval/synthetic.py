@@ -30,7 +30,7 @@ from common.errors import UserError, run
 from common.files import atomic_folder
 from eval.tasks import read_rows
 
-_FILLER = (
+FILLER = (
     "The tide comes in and the tide goes out. The bread is in the oven. Rain falls on the roof all afternoon. "
     "A cart rolls slowly down the lane. The clock in the hall strikes again. "
 )
@@ -117,7 +117,7 @@ class Haystack:
         # Where a sentence begins: the only places where a passage starts and a needle may lie.
         self.starts = [0, *(match.end() for match in re.finditer(r"[.!?]['\")\]]*\s+", self.text))]
 
-    def document(self, needle: Needle, tokens: int, depth: float, start: int) -> str:
+    def document(self, needle: Needle, tokens: int, depth: float, start: int, before: str = "", after: str = "") -> str:
         """A document of at most `tokens` tokens, special ones included, and as near to it as whole tokens allow.
 
         Args:
@@ -125,17 +125,18 @@ class Haystack:
             tokens: the document's length.
             depth: where the needle lies, 0 (at the start) to 1 (at the end).
             start: index of the sentence that the document starts with, taken modulo the number of sentences.
+            before, after: what stands around all of it, and counts as part of its length but not of its depth.
 
         Raises:
             UserError: there is no room for the needle.
         """
         begin = self.starts[start % len(self.starts)]
-        room = tokens - self._count(needle.text)
+        room = tokens - self._count(before + needle.text + after)
         while room >= 0:
             passage = self._passage(begin, room)
             places = [0, *(match.end() for match in re.finditer(r"[.!?]['\")\]]*\s+", passage))]
             place = min(places, key=lambda place: abs(place - depth * len(passage)))
-            document = passage[:place] + needle.text + passage[place:]
+            document = before + passage[:place] + needle.text + passage[place:] + after
             excess = self._count(document) - tokens
             if excess <= 0:
                 return document.strip()
@@ -189,7 +190,7 @@ def write_task(
         )
     if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
         raise UserError(f"--lengths {' '.join(map(str, lengths))}: give different positive numbers of tokens")
-    source = Haystack(haystack or _FILLER * 50, tokenizer)
+    source = Haystack(haystack or FILLER * 50, tokenizer)
     with (
         atomic_folder(folder) as temporary,
         tqdm(total=len(lengths) * documents, desc=f"{kind} documents", unit="doc") as progress,
@@ -214,14 +215,27 @@ def write_task(
 
 def read_haystack(path: str) -> str:
     """The text of a .txt file, or the `text` fields of a .jsonl or .jsonl.gz file, or all such files of a folder."""
+    return "\n\n".join(read_texts(path, "--haystack"))
+
+
+def read_texts(path: str, argument: str) -> list[str]:
+    """The texts of a .txt file (one), of a .jsonl or .jsonl.gz file (its `text` fields), or of all such in a folder.
+
+    Args:
+        path: the file or folder.
+        argument: what the user gave it as, for the complaint.
+
+    Raises:
+        UserError: a file that cannot be read, or no text at all.
+    """
     root = Path(path)
     files = sorted(root.iterdir()) if root.is_dir() else [root]
     texts = [text for file in files for text in _texts(file)]
     if not texts:
         raise UserError(
-            f"--haystack {path} holds no text; give a .txt or .jsonl file with text fields, or a folder of such"
+            f"{argument} {path} holds no text; give a .txt or .jsonl file with text fields, or a folder of such"
         )
-    return "\n\n".join(texts)
+    return texts
 
 
 def _texts(file: Path) -> Iterator[str]:

@@ -1,0 +1,121 @@
+"""Language models to judge, masked and causal, of ours and of transformers, behind one method: logits where asked."""
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from sentence_transformers.util import get_device_name
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from common.errors import UserError
+from common.files import sha256_file
+
+# The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
+from eval.encoders import ModelFolder, context_length
+
+_OURS = "LongEmbedForMaskedLM"
+
+
+class LanguageModel:
+    """A model with a head over the vocabulary, and its tokenizer.
+
+    Args:
+        name_or_path: folder or Hub id of a `LongEmbedForMaskedLM`, or of a masked or causal language model of
+            transformers; or a .gguf file. A `LongEmbedForMaskedLM` whose config says `is_causal` is read as a
+            next-token model: its logits at a place are of the token after it.
+        precision: `float32`, or `bfloat16` (autocast).
+        trust_remote_code: run code that the folder brings (our own models need none).
+
+    Attributes:
+        folder: the model's files.
+        is_causal: whether logits at a place are of the next token; else they are of the token at that place.
+        context: how many tokens the model can read.
+        lead, closing: ids of the special tokens that its tokenizer puts before and after a text.
+
+    Raises:
+        UserError: there is no such model, it does not load, or it has no trained head over the vocabulary.
+    """
+
+    def __init__(self, name_or_path: str, precision: str = "float32", trust_remote_code: bool = False):
+        path = Path(name_or_path)
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if path.suffix == ".gguf" and path.is_file():
+            self.folder = ModelFolder(path.parent, f"local/{path.stem}", sha256_file(path)[:40])
+            options["gguf_file"] = path.name
+        else:
+            self.folder = ModelFolder.find(name_or_path)
+        try:
+            config = AutoConfig.from_pretrained(self.folder.path, **options)
+            self.is_causal, auto = _head(name_or_path, config, "gguf_file" in options)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.folder.path, **options)
+            model, loading = auto.from_pretrained(
+                self.folder.path, dtype=torch.float32, output_loading_info=True, **options
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            reason = re.sub(r"\s+", " ", str(error))[:200]
+            raise UserError(f"the model {name_or_path} does not load: {reason}") from None
+        if missing := sorted(loading["missing_keys"]):  # transformers would fill them in at random
+            raise UserError(f"the model {name_or_path} has no weights for {missing[0]}; train its head first")
+        self.model = model.eval().to(get_device_name())
+        if getattr(model.config, "use_cache", False):
+            model.config.use_cache = False  # of keys and values of tokens before: each call here is a whole text
+        self.precision, self.context = precision, context_length(model)
+        marked = self.tokenizer("a", return_special_tokens_mask=True)
+        words = [at for at, special in enumerate(marked["special_tokens_mask"]) if not special]
+        self.lead, self.closing = marked["input_ids"][: words[0]], marked["input_ids"][words[-1] + 1 :]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor, chosen: Tensor) -> Tensor:
+        """Scores over the vocabulary.
+
+        Args:
+            input_ids: `(B, L)`, documents of one length.
+            chosen: `(B, L)` bool, the P places that are asked for.
+
+        Returns:
+            `(P, V)`, on the model's device, at least in float32.
+        """
+        input_ids, chosen = input_ids.to(self.model.device), chosen.to(self.model.device)
+        with self._autocast():
+            if self.model.config.model_type == "longembed":
+                # Where there are labels no other place reaches the projection to the vocabulary.
+                logits = self.model(input_ids, labels=input_ids.where(chosen, -100)).logits
+            else:
+                logits = self.model(input_ids).logits[chosen]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.model.device.type, torch.bfloat16)
+
+
+def _head(name: str, config: Any, is_gguf: bool) -> tuple[bool, Any]:
+    """Whether a model predicts the next token, and the class that loads it."""
+    architecture = (config.architectures or [""])[0]
+    if config.model_type == "longembed" and architecture == _OURS:
+        return config.is_causal, AutoModelForMaskedLM
+    if is_gguf or architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return True, AutoModelForCausalLM
+    if architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return False, AutoModelForMaskedLM
+    # A model whose code is in its folder says itself what it is.
+    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
+        if auto.__name__ in getattr(config, "auto_map", {}) and config.model_type != "longembed":
+            return auto is AutoModelForCausalLM, auto
+    raise UserError(
+        f"the model {name} is a {architecture or config.model_type}, which predicts no tokens; give a {_OURS}, or a "
+        "masked or causal language model of transformers"
+    )
