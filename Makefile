@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
+PARALLEL = --numprocesses logical --maxprocesses 4
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
 .PHONY: help demo test lint test-lower clean
@@ -15,7 +16,7 @@ demo: $(VENV)/.stamp-demo ## convert, train, judge and publish a real model; goe
 	$(BIN)/python eval/demo.py
 
 test: lint ## lint, then all tests, then what each promise came to
-	$(BIN)/python -m pytest -q --promises
+	$(BIN)/python -m pytest -q --promises $(PARALLEL)
 
 lint: $(VENV)/.stamp-dev ## style, format and types
 	$(BIN)/ruff check
@@ -24,7 +25,7 @@ lint: $(VENV)/.stamp-dev ## style, format and types
 
 test-lower: ## the tests with the lowest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory VENV=.venv-lower CONSTRAINTS=constraints-lower.txt .venv-lower/.stamp-dev
-	.venv-lower/bin/python -m pytest -q --promises
+	.venv-lower/bin/python -m pytest -q --promises $(PARALLEL)
 
 clean: ## remove the environments and what tools cached; runs/ stays
 	rm -rf .venv .venv-lower build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
