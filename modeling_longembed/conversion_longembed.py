@@ -43,6 +43,10 @@ CHOICES = (
 )
 
 
+class MissingHeadError(ValueError):
+    """A checkpoint of an encoder alone was to become a masked-language model."""
+
+
 def converted_fields(original, family: Family, choices: dict) -> dict:
     """Config fields of the converted model: what the checkpoint fixes, what the caller chose, defaults for the rest."""
     fields = family.fields(original)
@@ -318,10 +322,11 @@ class FromEncoderMixin:
             f"a masked-language-model head with the activation {activation!r} over layers with {layers!r}",
         )
         absent = sorted(name for name in missing if name.startswith(tuple(family.head.values())))
-        refuse(
-            bool(absent),
-            f"a masked-language model without its head ({absent[:1]} is missing); convert with LongEmbedModel",
-        )
+        if absent:
+            raise MissingHeadError(
+                f"this checkpoint cannot be converted: it has no masked-language-model head ({absent[0]} is missing); "
+                "convert with LongEmbedModel"
+            )
         weights = original_model.state_dict()
         named = ((mine, theirs, suffix) for mine, theirs in family.head.items() for suffix in ("weight", "bias"))
         return {

@@ -39,9 +39,9 @@ class PackedTexts:
         )
 
 
-def pack(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[PackedTexts]:
+def pack(token_ids: Sequence[Sequence[int] | np.ndarray], batch_tokens: int) -> list[PackedTexts]:
     """Documents in their order, in chunks of at most `batch_tokens` tokens; a longer document is a chunk of its own."""
-    chunks: list[list[Sequence[int]]] = []
+    chunks: list[list[Sequence[int] | np.ndarray]] = []
     room = 0
     for document in token_ids:
         if len(document) > room or not chunks:
@@ -57,6 +57,22 @@ def pack(token_ids: Sequence[Sequence[int]], batch_tokens: int) -> list[PackedTe
             PackedTexts(torch.from_numpy(np.concatenate(chunk).astype(np.int64))[None], cu_seq_lens, int(lengths.max()))
         )
     return packed
+
+
+def cut_to_fill(columns: list[list[list[int]]], batch_tokens: int) -> list[list[list[int]]]:
+    """Documents that do not fit into what is left of a chunk of `batch_tokens` tokens are cut off there.
+
+    One that is longer than a chunk stays whole: `pack` makes it a chunk of its own.
+    """
+    room = 0
+    filled: list[list[list[int]]] = []
+    for documents in columns:
+        filled.append([])
+        for document in documents:
+            document = document[:room] if 0 < room < len(document) <= batch_tokens else document
+            filled[-1].append(document)
+            room = max(0, (room if len(document) <= room else batch_tokens) - len(document))
+    return filled
 
 
 @dataclass
@@ -110,6 +126,10 @@ class PairBatch:
             chunks=[chunk.to(device) for chunk in self.chunks],
             text_ids=self.text_ids.to(device, non_blocking=True),
         )
+
+    def largest_chunk(self) -> PackedTexts:
+        """The texts that take the most memory at once."""
+        return max(self.chunks, key=lambda chunk: chunk.input_ids.numel())
 
     def measures(self) -> dict[str, Tensor]:
         """What a run reports of its data, as scalars.
@@ -195,10 +215,26 @@ class PairBatches(Dataset):
         own = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         return collate_pairs(self.sources[number].texts(own), self.tokenize, self.batch_tokens)
 
+    def heaviest(self) -> PairBatch:
+        """A batch that takes at least as much memory as any of the run: the longest texts, in chunks that are full.
 
-def collate_pairs(columns: list[list[str]], tokenize: PairTokenizer, batch_tokens: int) -> PairBatch:
-    """Texts of a batch, one list a column with the queries first, to its packed form."""
+        A text that does not fit into what is left of a chunk is cut off there instead of starting the next one: shorter
+        texts of another batch could fill that chunk to the last token.
+        """
+        batches = [
+            collate_pairs(source.longest_texts(self.batch_size), self.tokenize, self.batch_tokens, cut=True)
+            for source in self.sources
+        ]
+        return max(
+            batches, key=lambda batch: (batch.largest_chunk().input_ids.numel(), max(batch.longest), batch.tokens)
+        )
+
+
+def collate_pairs(columns: list[list[str]], tokenize: PairTokenizer, batch_tokens: int, cut: bool = False) -> PairBatch:
+    """Texts of a batch, one list a column with the queries first, packed; with `cut` all chunks are full."""
     token_ids = [tokenize(texts, "document" if number else "query") for number, texts in enumerate(columns)]
+    if cut:
+        token_ids = cut_to_fill(token_ids, batch_tokens)
     lengths = [[len(ids) for ids in column] for column in token_ids]
     limits = [tokenize.query_max_length] + [tokenize.max_length] * (len(columns) - 1)
     return PairBatch(

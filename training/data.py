@@ -1,4 +1,4 @@
-"""Pairs from JSONL, Parquet or the Hub, checked before the first step: a mistake is named by file, row and column."""
+"""Pairs or texts from JSONL, Parquet or the Hub, checked before the first step: file, row and column are named."""
 
 import gzip
 import json
@@ -21,13 +21,35 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Which columns are read.
+
+    Args:
+        required: these, in this order.
+        prefix: and any number that begin with it; none if None.
+        rows: what a row is, in words.
+    """
+
+    required: tuple[str, ...]
+    prefix: str | None
+    rows: str
+
+    def __str__(self) -> str:
+        return " and ".join(self.required)
+
+
+PAIRS = Columns(("anchor", "positive"), "negative", "pairs")
+TEXTS = Columns(("text",), None, "texts")
+
+
+@dataclass(frozen=True)
 class Source:
     """Rows that share their columns.
 
     Args:
         name: as the user gave it, without the weight.
         rows: the texts, memory-mapped.
-        columns: `anchor`, `positive`, and any number that begin with `negative`, in that order.
+        columns: of pairs `anchor`, `positive`, and any number that begin with `negative`, in that order.
         weight: how many times an epoch goes through the rows.
     """
 
@@ -41,22 +63,32 @@ class Source:
         selected = self.rows[rows]
         return [selected[column] for column in self.columns]
 
+    def longest_texts(self, count: int) -> list[list[str]]:
+        """For each column its `count` texts of the most characters, the longest first."""
+        columns = []
+        for column in self.columns:
+            lengths = pyarrow.compute.utf8_length(self.rows.data.column(column))
+            rows = pyarrow.compute.array_sort_indices(lengths, order="descending")[:count].to_pylist()
+            columns.append([self.rows[row][column] for row in rows])
+        return columns
 
-def read_sources(specifications: list[str], *, split: str = "train") -> list[Source]:
+
+def read_sources(specifications: list[str], columns: Columns = PAIRS, *, split: str = "train") -> list[Source]:
     """Open training or evaluation data.
 
     Args:
         specifications: each `path_or_id[:weight]`: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, or
             `org/name[@config]` on the Hub.
+        columns: what to read of them.
         split: which split of a Hub dataset.
 
     Returns:
         One source each.
 
     Raises:
-        UserError: what cannot be read or is not pairs of texts, by file, row and column.
+        UserError: what cannot be read or does not have these columns, by file, row and column.
     """
-    return [_read_source(*_split_weight(specification), split) for specification in specifications]
+    return [_read_source(*_split_weight(specification), columns, split) for specification in specifications]
 
 
 def _split_weight(specification: str) -> tuple[str, float]:
@@ -68,18 +100,18 @@ def _split_weight(specification: str) -> tuple[str, float]:
     return specification, 1.0
 
 
-def _read_source(name: str, weight: float, split: str) -> Source:
+def _read_source(name: str, weight: float, wanted: Columns, split: str) -> Source:
     path = Path(name)
     if path.exists():
-        rows = _read_files(name, _files(path))
+        rows = _read_files(name, _files(path), wanted)
     elif HUB_ID.fullmatch(name) and not name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX)):
         rows = _read_hub(name, split)
     else:
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
-    columns = _pair_columns(name, rows.column_names)
+    columns = _present_columns(name, rows.column_names, wanted)
     rows = rows.select_columns(list(columns))
     if not len(rows):
-        raise UserError(f"{name}: holds no pairs; give at least one row with anchor and positive")
+        raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
     _check_columns(name, rows)
     return Source(name, rows, columns, weight)
 
@@ -94,7 +126,7 @@ def _files(path: Path) -> list[Path]:
     return readable
 
 
-def _read_files(name: str, files: list[Path]) -> datasets.Dataset:
+def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Dataset:
     for file in files:
         try:
             with open(file, "rb") as opened:
@@ -102,7 +134,7 @@ def _read_files(name: str, files: list[Path]) -> datasets.Dataset:
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         if empty:
-            raise UserError(f"{file}: is empty; give JSON lines with anchor and positive")
+            raise UserError(f"{file}: is empty; give JSON lines with {wanted}")
     paths = [str(file.absolute()) for file in files]
     if paths[0].endswith(PARQUET_SUFFIX):
         try:
@@ -110,18 +142,19 @@ def _read_files(name: str, files: list[Path]) -> datasets.Dataset:
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{name}: is not readable Parquet: {_one_line(error)}") from None
         if not count:  # datasets cannot make a table of nothing
-            raise UserError(f"{name}: holds no pairs; give at least one row with anchor and positive")
+            raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
         return datasets.load_dataset("parquet", data_files=paths, split="train")
 
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
     # reading line by line costs one pass, whose result is cached until a file changes.
-    columns = _pair_columns(str(files[0]), next(_json_rows(files[0]))[1])
+    columns = _present_columns(str(files[0]), next(_json_rows(files[0], wanted))[1], wanted)
     try:
         return datasets.Dataset.from_generator(
-            _json_pairs,
+            _json_texts,
             features=datasets.Features({column: datasets.Value("large_string") for column in columns}),
             gen_kwargs={
                 "paths": paths,
+                "wanted": wanted,
                 "columns": columns,
                 "versions": tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files),
             },
@@ -132,10 +165,12 @@ def _read_files(name: str, files: list[Path]) -> datasets.Dataset:
         raise
 
 
-def _json_pairs(paths: list[str], columns: tuple[str, ...], versions: object) -> Iterator[dict[str, str]]:
+def _json_texts(
+    paths: list[str], wanted: Columns, columns: tuple[str, ...], versions: object
+) -> Iterator[dict[str, str]]:
     """Rows of JSON-lines files; `versions` is there for the cache's key alone."""
     for path in paths:
-        for number, row in _json_rows(Path(path)):
+        for number, row in _json_rows(Path(path), wanted):
             for column in columns:
                 if column not in row:
                     raise UserError(f"{path}, row {number}: the column {column} is missing")
@@ -143,7 +178,7 @@ def _json_pairs(paths: list[str], columns: tuple[str, ...], versions: object) ->
             yield {column: row[column] for column in columns}
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
     """Line numbers, from 1, and objects of one file; blank lines are passed over."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
@@ -162,7 +197,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict]]:
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
     if empty:
-        raise UserError(f"{path}: holds no rows; give JSON lines with anchor and positive")
+        raise UserError(f"{path}: holds no rows; give JSON lines with {wanted}")
 
 
 def _read_hub(name: str, split: str) -> datasets.Dataset:
@@ -173,11 +208,12 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
         raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {_one_line(error)}") from None
 
 
-def _pair_columns(name: str, present: Collection[str]) -> tuple[str, ...]:
-    for column in ("anchor", "positive"):
+def _present_columns(name: str, present: Collection[str], wanted: Columns) -> tuple[str, ...]:
+    for column in wanted.required:
         if column not in present:
             raise UserError(f"{name}: the column {column} is missing; it has {', '.join(present) or 'none'}")
-    return ("anchor", "positive", *(column for column in present if column.startswith("negative")))
+    more = () if wanted.prefix is None else (column for column in present if column.startswith(wanted.prefix))
+    return (*wanted.required, *more)
 
 
 def _check_columns(name: str, rows: datasets.Dataset) -> None:

@@ -1,10 +1,12 @@
-"""Negatives from every process: an all-gather that gradients flow back through."""
+"""What processes give each other: rows, through an all-gather that gradients flow back through, and means."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -68,3 +70,10 @@ def own_share(count: int) -> range:
     """This process's contiguous share of `count` things; the shares of all processes, in order, are all of them."""
     processes, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
     return range(count * rank // processes, count * (rank + 1) // processes)
+
+
+def synchronizing(model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
+    """Whether a forward and backward pass inside ends in DDP's all-reduce."""
+    if synchronize or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()

@@ -1,12 +1,13 @@
 """Gradient caching: the exact gradient of a large contrastive batch in the memory of a small one."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from training.distributed import synchronizing
 
 Chunk = TypeVar("Chunk")
 Metrics = dict[str, Tensor]
@@ -57,7 +58,7 @@ def cached_backward(
         The metrics.
     """
     if len(chunks) == 1:
-        with _synchronizing(model, synchronize):
+        with synchronizing(model, synchronize):
             value, metrics = loss(_in_full_precision(embed(chunks[0])))
             value.backward()
         return metrics
@@ -77,7 +78,7 @@ def cached_backward(
 
     for index, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
         last = index == len(chunks) - 1
-        with state.replay(), _synchronizing(model, synchronize and last):
+        with state.replay(), synchronizing(model, synchronize and last):
             rows = embed(chunk)
             rows.backward(gradient.to(rows.dtype))
     return metrics
@@ -86,10 +87,3 @@ def cached_backward(
 def _in_full_precision(embeddings: Tensor) -> Tensor:
     """At least float32: the exponentials of similarities at a low temperature need it."""
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-
-
-def _synchronizing(model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
-    """Whether a forward and backward pass inside ends in DDP's all-reduce."""
-    if synchronize or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()

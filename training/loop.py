@@ -5,7 +5,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +136,7 @@ class Loop:
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         groups: list[dict[str, Any]] | None = None,
         ends_after: Callable[[int], bool] | None = None,
+        rehearse: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
     ) -> Model:
         """Train `model` to the last step, going on from the checkpoint that the arguments name.
 
@@ -147,6 +148,7 @@ class Loop:
             groups: parameter groups of the optimiser, the first at `--learning_rate`; `parameter_groups` if None.
             ends_after: called with the number of each step after it, on all processes; True ends the run there. What
                 it needs to know of earlier steps belongs in buffers of the model, which come back on resume.
+            rehearse: called in training mode before anything is written; it leaves model and optimiser as they are.
 
         Returns:
             The trained model, without the wrappers of distributed training.
@@ -173,6 +175,9 @@ class Loop:
         progress = self._resume(model, optimizer, scheduler, batches)
         if progress.ended:
             total = progress.step
+        if rehearse is not None:
+            wrapped.train()
+            rehearse(wrapped, optimizer)
         log = MetricsLog(accelerator, self.output_dir, progress.step)
         bar = tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=not self.is_main)
 
@@ -231,8 +236,8 @@ class Loop:
         accelerator.end_training()
         return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
 
-    def total_steps(self, batches: Batches) -> int:
-        """Optimiser steps of the whole run."""
+    def total_steps(self, batches: Sized) -> int:
+        """Optimiser steps of the whole run; `len` of `batches` is what an epoch has."""
         arguments = self.arguments
         if arguments.max_steps > 0:
             return arguments.max_steps
@@ -312,19 +317,20 @@ class Loop:
 
 
 class _Speed:
-    """Tokens and pairs a second since the last reading."""
+    """Tokens, pairs and whatever else a step counts, a second, since the last reading."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._restart()
 
     def _restart(self) -> None:
-        self.start, self.sums = time.perf_counter(), {"token_count": 0.0, "pair_count": 0.0}
+        self.start, self.sums = time.perf_counter(), dict[str, float]()
 
     def add(self, step: dict[str, float]) -> None:
-        """Count a step's tokens and pairs."""
-        for name in self.sums:
-            self.sums[name] += step.get(name, 0)
+        """Add what a step has counted: its metrics `*_count`."""
+        for name, value in step.items():
+            if name.endswith("_count"):
+                self.sums[name] = self.sums.get(name, 0.0) + value
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -336,13 +342,9 @@ class _Speed:
     def read(self) -> dict[str, float]:
         """The speed and peak memory; counting starts anew."""
         seconds = time.perf_counter() - self.start
-        tokens, pairs = self.sums["token_count"] / seconds, self.sums["pair_count"] / seconds
+        speeds = {f"{name.removesuffix('_count')}s_per_second": value / seconds for name, value in self.sums.items()}
         self._restart()
-        return {
-            "tokens_per_second": tokens,
-            "pairs_per_second": pairs,
-            "peak_memory_gib": peak_memory_gib(self.device),
-        }
+        return speeds | {"peak_memory_gib": peak_memory_gib(self.device)}
 
 
 def _training_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -374,6 +376,16 @@ def _enable_gradient_checkpointing(model: nn.Module) -> None:
 def _start_worker(worker: int) -> None:
     # The processes are the parallelism; tokenizers' threads do not survive the fork that made this one.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@contextmanager
+def restored_random_state() -> Iterator[None]:
+    """Random numbers go on after the block as if nothing had been drawn inside."""
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)
 
 
 def _random_state() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from common.errors import UserError
 from modeling_longembed.positions_longembed import extension_factor
 
 TUNING = "tuning.json"
-EMBED_NORM_WEIGHTS = "train_embed_norm.safetensors"
+WHOLE_WEIGHTS = "train_embed_norm.safetensors"
 
 
 @dataclass
@@ -74,34 +74,36 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def save_adapter(model: PeftModel, tuning: str, folder: Path) -> None:
-    """Write a LoRA adapter to `folder` and, for `longlora`, the embeddings and norms, which peft does not save."""
+    """Write a LoRA adapter to `folder`, and beside it what trained whole, which peft does not save: the embeddings and
+    norms of `longlora`, and a head that was new.
+    """
     model.save_pretrained(str(folder))
-    if tuning == "longlora":
-        weights = {
-            name: parameter.detach().contiguous() for name, parameter in _embeddings_and_norms(model.get_base_model())
-        }
-        save_file(weights, folder / EMBED_NORM_WEIGHTS)
-    (folder / TUNING).write_text(json.dumps({"tuning": tuning}))
+    whole = {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.get_base_model().named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    if whole:
+        save_file(whole, folder / WHOLE_WEIGHTS)
+    (folder / TUNING).write_text(json.dumps({"tuning": tuning, "whole_parameters": sorted(whole)}))
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Put an adapter that `save_adapter` wrote on the model that it was trained on.
 
     Raises:
-        UserError: the file with the embeddings and norms of a `longlora` adapter is missing: without them the adapter
-            is another model.
+        UserError: the file with the parameters that trained whole is missing: without them the adapter is another
+            model.
     """
-    tuning = json.loads((folder / TUNING).read_text())["tuning"]
+    whole = json.loads((folder / TUNING).read_text())["whole_parameters"]
     adapted = PeftModel.from_pretrained(model, str(folder))
-    if tuning == "longlora":
-        if not (folder / EMBED_NORM_WEIGHTS).is_file():
-            raise UserError(
-                f"{folder}: {EMBED_NORM_WEIGHTS} is missing; copy it beside the adapter, it was trained too"
-            )
-        weights = load_file(folder / EMBED_NORM_WEIGHTS)
+    if whole:
+        if not (folder / WHOLE_WEIGHTS).is_file():
+            raise UserError(f"{folder}: {WHOLE_WEIGHTS} is missing; copy it beside the adapter, it was trained too")
+        weights = load_file(folder / WHOLE_WEIGHTS)
         with torch.no_grad():
-            for name, parameter in _embeddings_and_norms(adapted.get_base_model()):
-                parameter.copy_(weights[name])
+            for name in whole:
+                adapted.get_base_model().get_parameter(name).copy_(weights[name])
     return adapted
 
 
@@ -134,7 +136,7 @@ def _embeddings_and_norms(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def _train_positions(model: PreTrainedModel) -> None:
-    table = getattr(model.embeddings, "position_embeddings", None)
+    table = getattr(model.base_model.embeddings, "position_embeddings", None)
     if table is None:
         raise UserError(
             f"--tuning positions: this model has no position table "
@@ -154,7 +156,7 @@ def original_rows(model: PreTrainedModel) -> Tensor:
 
     `repeat` puts the P old rows first, `interpolate` at the multiples of its factor.
     """
-    rows = len(model.get_parameter("embeddings.position_embeddings.weight"))
+    rows = len(model.base_model.get_parameter("embeddings.position_embeddings.weight"))
     extension = model.config.position_extension or {}
     old = extension.get("original_max_position_embeddings", rows)
     place = torch.arange(rows)

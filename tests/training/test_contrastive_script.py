@@ -17,7 +17,7 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training import contrastive
 from training.contrastive import main
-from training.tuning import EMBED_NORM_WEIGHTS, load_adapter
+from training.tuning import WHOLE_WEIGHTS, load_adapter
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_the_final_model_is_the_adapter_merged(train, model_folder, tuning):
     moved = {name for name, tensor in final.state_dict().items() if not tensor.equal(before[name])}
     assert ("embeddings.word_embeddings.weight" in moved) == (tuning == "longlora")
     assert "layers.0.attention.q_proj.weight" in moved
-    assert (output / "adapter" / EMBED_NORM_WEIGHTS).exists() == (tuning == "longlora")
+    assert (output / "adapter" / WHOLE_WEIGHTS).exists() == (tuning == "longlora")
 
 
 @pytest.mark.parametrize("options", ["--gradient_checkpointing", "--batch_tokens 1", "--batch_tokens 300"])

@@ -10,7 +10,7 @@ from modeling_longembed import LongEmbedModel
 from training.batches import pack
 from training.pairs import embed
 from training.tuning import (
-    EMBED_NORM_WEIGHTS,
+    WHOLE_WEIGHTS,
     TuningArguments,
     load_adapter,
     original_rows,
@@ -105,8 +105,8 @@ def test_longlora_comes_back_bitwise_from_the_adapter_and_its_extra_file(tmp_pat
     assert embed(loaded, TEXTS).equal(embed(adapted, TEXTS))
     # The adapter alone is another model, as peft loads it: the extra file is needed, and asked for.
     assert not embed(PeftModel.from_pretrained(fresh(), str(tmp_path)), TEXTS).equal(embed(adapted, TEXTS))
-    (tmp_path / EMBED_NORM_WEIGHTS).unlink()
-    with pytest.raises(UserError, match=f"{EMBED_NORM_WEIGHTS} is missing"):
+    (tmp_path / WHOLE_WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"{WHOLE_WEIGHTS} is missing"):
         load_adapter(fresh(), tmp_path)
 
 

@@ -1,0 +1,147 @@
+"""Masked-language modelling of packed documents: the model under training, its objective and its evaluation."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from training.distributed import mean_over_processes, own_share, synchronizing, world_size
+from training.documents import MaskedBatch, MaskedChunk, PieceReader, Pieces, TokenizedDocuments, mask_batch
+from training.loop import AccumulateGradient
+from training.next_sentence import NextSentenceHead
+from training.spans import Penalty
+
+# What the model returns of a chunk, and what each is a mean over: predicted tokens, or pairs.
+SUMS = {"masked_lm_loss": 0, "accuracy": 0, "next_sentence_loss": 1, "next_sentence_accuracy": 1}
+
+
+class MaskedLanguageModel(nn.Module):
+    """A masked-language model, maybe wrapped for LoRA, and beside it maybe a next-sentence head.
+
+    Args:
+        model: gives `loss` and `logits` of packed tokens with labels, as `LongEmbedForMaskedLM`.
+        next_sentence: the head, on the state of the first token of each text; None: there are no pairs.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, next_sentence: NextSentenceHead | None = None) -> None:
+        super().__init__()
+        self.model, self.next_sentence = model, next_sentence
+
+    def __getattr__(self, name: str) -> Any:
+        """What it has not its model has, such as the switch for gradient checkpointing."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, chunk: MaskedChunk) -> dict[str, Tensor]:
+        """Sums over a chunk: cross entropies and right answers, of the predicted tokens and of the pairs."""
+        inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "labels": chunk.labels}
+        inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
+        if self.next_sentence is not None:
+            inputs |= {"token_type_ids": chunk.token_type_ids, "output_hidden_states": True}
+        output = self.model(**inputs)
+        labels = chunk.labels[chunk.labels >= 0]
+        # The mean of nothing is no number, and every parameter must have its part in the graph.
+        loss = output.loss * len(labels) if len(labels) else output.logits.sum() * 0.0
+        sums = {"masked_lm_loss": loss, "accuracy": (output.logits.argmax(dim=-1) == labels).sum()}
+        if self.next_sentence is not None:
+            first = output.hidden_states[-1][0, chunk.texts.cu_seq_lens_q[:-1].long()]
+            scores = self.next_sentence(first).float()
+            sums["next_sentence_loss"] = F.cross_entropy(scores, chunk.next_labels, reduction="sum")
+            sums["next_sentence_accuracy"] = (scores.argmax(dim=-1) == chunk.next_labels).sum()
+        return sums
+
+
+def masked_gradient(penalty: Penalty | None = None) -> AccumulateGradient:
+    """The objective: the mean cross entropy of all tokens that the step predicts on all processes, plus that of its
+    pairs if there are any, and maybe a penalty on parameters.
+    """
+
+    def accumulate_gradient(model: nn.Module, batch: MaskedBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
+        # Local sums over the processes' mean count: their mean over the processes, DDP's, is the mean over all tokens.
+        counts = _denominators(mean_over_processes(_counts(batch)))
+        metrics: dict[str, Tensor] = {}
+        for number, chunk in enumerate(batch.chunks):
+            last = number == len(batch.chunks) - 1
+            with synchronizing(model, synchronize and last):
+                parts = {name: value / counts[SUMS[name]] for name, value in model(chunk).items()}
+                loss = _loss(parts)
+                metrics = _added(metrics, parts | {"loss": loss})
+                if last and penalty is not None:
+                    term, measures = penalty()
+                    loss, metrics = loss + term, metrics | measures
+                (loss * scale).backward()
+        return metrics | batch.measures()
+
+    return accumulate_gradient
+
+
+class MaskedEvaluation:
+    """Held-out documents of one source, cut, paired and masked once and for all."""
+
+    def __init__(
+        self, documents: TokenizedDocuments, read: PieceReader, *, length: int, mask_rate: float, batch_tokens: int
+    ) -> None:
+        """Args:
+        length: of a text, in tokens.
+        mask_rate: share of the tokens that is predicted.
+        batch_tokens: tokens of one packed chunk.
+        """
+        self.pieces, self.mask_rate, self.batch_tokens = Pieces(documents, length, read), mask_rate, batch_tokens
+        self.read, self.length = read, length
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
+        """`eval_loss`, `eval_perplexity`, `eval_accuracy`, and those of the pairs; all processes share the texts."""
+        own, counts = own_share(len(self.pieces)), torch.zeros(2, dtype=torch.float64)
+        names = list(SUMS)[: 4 if self.read.next_sentence else 2]
+        sums = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
+        for start in tqdm(range(own.start, own.stop, 64), desc="evaluating", disable=own.start > 0, leave=False):
+            batch = self.batch(range(start, min(start + 64, own.stop)))
+            counts += _counts(batch)
+            for chunk in batch.chunks:
+                sums = _added(sums, {name: value.double().cpu() for name, value in model(chunk.to(device)).items()})
+        whole = mean_over_processes(torch.stack([*sums.values(), *counts]).to(device)).cpu()
+        counts = _denominators(whole[len(names) :])
+        means = {name: whole[number] / counts[SUMS[name]] for number, name in enumerate(names)}
+        values = {f"eval_{name}": value.item() for name, value in means.items()}
+        loss = _loss(means)
+        return {"eval_loss": loss.item(), "eval_perplexity": means["masked_lm_loss"].exp().item()} | values
+
+    def batch(self, numbers: range) -> MaskedBatch:
+        """Some of the pieces: the same, masked in the same way, whenever and whoever asks."""
+        texts = [
+            self.read(self.pieces.documents, self.pieces.segment(n), self.mask_rate, np.random.default_rng((0, n)))
+            for n in numbers
+        ]
+        return mask_batch(texts, self.batch_tokens, self.length, self.mask_rate)
+
+
+# What the loop calls to evaluate a model.
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+def _counts(batch: MaskedBatch) -> Tensor:
+    """`(2,)`: predicted tokens and texts, in the order of `SUMS`."""
+    texts = sum(len(chunk.next_labels) for chunk in batch.chunks)
+    return torch.tensor([batch.predictions, texts], dtype=torch.float32, device=batch.chunks[0].labels.device)
+
+
+def _denominators(mean_counts: Tensor) -> Tensor:
+    """Of counts that were averaged over processes: at least one on one of them, so that a mean over nothing is 0."""
+    return mean_counts.clamp(min=1 / world_size())
+
+
+def _loss(parts: dict[str, Tensor]) -> Tensor:
+    return sum((value for name, value in parts.items() if name.endswith("_loss")), torch.tensor(0.0))
+
+
+def _added(metrics: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: metrics.get(name, 0) + value.detach() for name, value in more.items()}

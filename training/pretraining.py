@@ -1,0 +1,197 @@
+"""Continued masked-language-model training of an encoder on long documents: what new positions and patterns mean.
+
+accelerate launch training/pretraining.py --config training/recipes/pretraining.yaml \\
+    --model_name_or_path MODEL --train_data documents.jsonl --output_dir runs/adapted
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from common.arguments import parse
+from common.errors import UserError, run
+from training.adaptation import AdaptationArguments, load_masked_lm, train_new_head
+from training.data import Columns, read_sources
+from training.documents import (
+    MaskedBatches,
+    PieceReader,
+    SpecialTokens,
+    TokenizedDocuments,
+    epoch_batches,
+    tokenize_documents,
+)
+from training.loop import Loop, LoopArguments
+from training.masked_language import Evaluate, MaskedEvaluation, MaskedLanguageModel, masked_gradient
+from training.masking import Masking, MaskingArguments
+from training.models import HubArguments, ModelArguments, push, save
+from training.next_sentence import NextSentenceHead
+from training.schedules import Course, LengthSchedule, RateSchedule
+from training.spans import SpanArguments, span_groups, span_penalty
+from training.tuning import TuningArguments, select_parameters
+
+
+@dataclass
+class PretrainingArguments:
+    """The data and the objective."""
+
+    train_data: list[str] = field(
+        metadata={
+            "help": "path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name[@config] on "
+            "the Hub, with one document a row; the weight says how often an epoch goes through it"
+        }
+    )
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out documents, in the same form"})
+    text_column: str = field(default="text", metadata={"help": "the column that holds the documents"})
+    sequence_length: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "tokens of the pieces that documents are cut into: 4096; phases with their shares of the steps, "
+            "128:0.9 512:0.1; or ramp:512-8192:5, in 5 stages; the model's context if not given"
+        },
+    )
+    eval_sequence_length: int | None = field(
+        default=None, metadata={"help": "the same for held-out documents; the last training one if not given"}
+    )
+    per_device_train_tokens: int = field(
+        default=65536, metadata={"help": "tokens of one process in a batch, whatever the sequence length"}
+    )
+    batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
+    next_sentence: bool = field(
+        default=False, metadata={"help": "pieces become pairs of segments, and a head tells which belong together"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_tokens", "batch_tokens"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train; `argv` is the process's own if None."""
+    model_arguments, adaptation, arguments, masking, tuning, spans, loop_arguments, hub = parse(
+        ModelArguments,
+        AdaptationArguments,
+        PretrainingArguments,
+        MaskingArguments,
+        TuningArguments,
+        SpanArguments,
+        LoopArguments,
+        HubArguments,
+        argv=argv,
+    )
+    if loop_arguments.gradient_accumulation_steps > 1:
+        raise UserError(
+            "--gradient_accumulation_steps: give more --per_device_train_tokens instead; --batch_tokens of them are "
+            "held at once"
+        )
+    loop = Loop(loop_arguments)
+    model, head_is_new = load_masked_lm(model_arguments, adaptation)
+    read = piece_reader(arguments, masking, model.tokenizer)
+    lengths = sequence_lengths(arguments, model.config.max_position_embeddings)
+    train = documents(arguments.train_data, arguments, model.tokenizer, loop)
+    processes = loop.accelerator.num_processes
+    steps = loop.total_steps(range(epoch_batches(train, arguments.per_device_train_tokens * processes)))
+    course = Course(lengths, RateSchedule.parse(masking.mask_rate), steps)
+    batches = MaskedBatches(
+        train,
+        read,
+        course,
+        batch_size=arguments.per_device_train_tokens,
+        batch_tokens=arguments.batch_tokens,
+        seed=loop_arguments.seed,
+        rank=loop.accelerator.process_index,
+        world_size=processes,
+    )
+    evaluate = evaluation(arguments, read, course, model.tokenizer, loop)
+    selected = select_parameters(model, tuning)
+    if head_is_new:
+        train_new_head(model)
+        if loop.is_main:
+            print(f"{model_arguments.model_name_or_path} has no masked-language-model head: a new one is trained")
+    head = None
+    if arguments.next_sentence:
+        head = NextSentenceHead(model.config.hidden_size, model.config.initializer_range)
+    with_heads = MaskedLanguageModel(selected, head)
+    groups = span_groups(with_heads, spans, loop_arguments.weight_decay)
+    loop.run(with_heads, batches, masked_gradient(span_penalty(model, spans)), evaluate, groups)
+    if loop.is_main:
+        output_dir = Path(loop_arguments.output_dir).absolute()
+        final = save(selected, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
+        if hub.push_to_hub:
+            push(final, hub.hub_model_id, hub.hub_private_repo)
+
+
+def piece_reader(
+    arguments: PretrainingArguments, masking: MaskingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PieceReader:
+    """How pieces of documents become masked texts.
+
+    Raises:
+        UserError: the tokenizer has no mask token, or none to mark a pair of segments with.
+    """
+    special = SpecialTokens.of(tokenizer)
+    if arguments.next_sentence and not (special.before and special.after):
+        raise UserError(
+            "--next_sentence: the tokenizer has no special tokens before and after a text, a pair needs them"
+        )
+    return PieceReader(special, Masking.of(tokenizer, masking), arguments.next_sentence)
+
+
+def sequence_lengths(arguments: PretrainingArguments, context: int) -> LengthSchedule:
+    """The lengths of the pieces over the run.
+
+    Raises:
+        UserError: lengths in no known form, or beyond the context of the model in tokens.
+    """
+    lengths = LengthSchedule.parse(arguments.sequence_length or [str(context)])
+    for option, length in (
+        ("sequence_length", max(lengths.lengths)),
+        ("eval_sequence_length", arguments.eval_sequence_length or 1),
+    ):
+        if length > context:
+            raise UserError(
+                f"--{option} {length}: is more than the model's context of {context} tokens; give a longer "
+                "--max_position_embeddings"
+            )
+    return lengths
+
+
+def documents(
+    specifications: list[str], arguments: PretrainingArguments, tokenizer: PreTrainedTokenizerBase, loop: Loop
+) -> list[TokenizedDocuments]:
+    """The sources as token ids, which the main process writes below the output folder and the others read."""
+    columns = Columns((arguments.text_column,), None, "texts")
+    sources = read_sources(specifications, columns)
+    with loop.accelerator.main_process_first():
+        return [tokenize_documents(source, tokenizer, loop.output_dir / "tokens") for source in sources]
+
+
+def evaluation(
+    arguments: PretrainingArguments, read: PieceReader, course: Course, tokenizer: PreTrainedTokenizerBase, loop: Loop
+) -> Evaluate | None:
+    """The evaluation of a model on each source of `--eval_data`; None if there is none."""
+    evaluations = {
+        source.name: MaskedEvaluation(
+            source,
+            read,
+            length=arguments.eval_sequence_length or course.lengths.lengths[-1],
+            mask_rate=course.mask_rates.last,
+            batch_tokens=arguments.batch_tokens,
+        )
+        for source in documents(arguments.eval_data, arguments, tokenizer, loop)
+    }
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        results = {name: of_source(model, loop.accelerator.device) for name, of_source in evaluations.items()}
+        if len(results) == 1:
+            return next(iter(results.values()))
+        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
+
+    return evaluate if evaluations else None
+
+
+if __name__ == "__main__":
+    run(main)
