@@ -3,9 +3,9 @@
     python eval/perplexity.py --model runs/before runs/after --data books.jsonl --lengths 512,2048,8192 \\
         --output_dir runs/perplexity
 
-The tokens that are scored are the same at every length, so that nothing but their context differs: a document gives a
-stretch of the longest length, and at a shorter length each token is scored in that part of the stretch that it falls
-in. Documents without so many tokens are left out. Perplexity is exp(mean loss), over all tokens scored.
+But for `window` the tokens that are scored are the same at every length, so that nothing but their context differs: a
+document gives a stretch of the longest length, and at a shorter length each token is scored in that part of the stretch
+that it falls in. Documents without so many tokens are left out. Perplexity is exp(mean loss), over all tokens scored.
 
 Masked models, whose pieces begin and end with their special tokens:
 
