@@ -9,11 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_use import Allocated, KeptForBackward
 from peft import LoraConfig, get_peft_model
 from tiny_checkpoints import CONTEXT, random_batch, save_checkpoint
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel, adaptive_span_longembed, kernels_longembed
@@ -272,23 +270,11 @@ def test_half_precision_loses_no_more_than_the_formula_would():
 # What it costs --------------------------------------------------------------------------------------------------------
 
 
-class Elements(TorchDispatchMode):
-    """Elements of all tensors that operations return, and of the largest one."""
-
-    total = largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
-        self.total, self.largest = self.total + sum(sizes), max([self.largest, *sizes])
-        return result
-
-
 def elements_of(spans, length, max_span=400):
     inputs, _ = make_inputs(spans, max_span, 8, [length], dtype=torch.float32)
-    with torch.no_grad(), Elements() as elements:
+    with torch.no_grad(), Allocated() as allocated:
         inputs.pattern.attend(inputs)
-    return elements
+    return allocated
 
 
 @pytest.mark.promise("A7")
@@ -307,17 +293,11 @@ def test_memory_grows_with_the_length_and_not_its_square():
 
 def test_no_scores_are_kept_for_the_backward_pass():
     length, budget = 2048, 2**18
-    kept = {}  # by storage: views of one tensor are kept once
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
     inputs, leaves = make_inputs([9, 9, 9, 64], 64, 8, [length], dtype=torch.float32)
-    with patch.object(kernels_longembed, "MAX_SCORES", budget), saved_tensors_hooks(keep, lambda tensor: tensor):
+    with patch.object(kernels_longembed, "MAX_SCORES", budget), KeptForBackward() as kept:
         output = inputs.pattern.attend(inputs)
     assert length * length == 16 * budget
-    assert sum(kept.values()) <= 4 * budget  # the scores of all chunks would be 32
+    assert kept.total <= 4 * budget  # the scores of all chunks would be 32
     assert all(gradient.isfinite().all() for gradient in gradients(output, leaves))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from memory_use import Allocated, KeptForBackward
 
 from modeling_longembed.attention_pattern_longembed import AttentionInputs, AttentionPattern
 from modeling_longembed.kernels_longembed import online_attention
@@ -89,35 +89,19 @@ def test_dropout_leaves_out_weights_and_keeps_their_mean():
     assert samples.mean().item() == pytest.approx(1, abs=0.01)
 
 
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        for tensor in output if isinstance(output, (tuple, list)) else [output]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return output
-
-
 @pytest.mark.promise("A2")
 def test_neither_forward_nor_backward_holds_length_times_length_elements():
     length, chunk = 1500, 50
     inputs = problem(length, torch.float32)
-    saved = []
     with (
-        torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x),
-        Largest() as largest,
+        KeptForBackward() as kept,
+        Allocated() as allocated,
     ):
         online_attention(*inputs, 0.4, 0.0, query_chunk=chunk, key_chunk=chunk).sum().backward()
-    assert max(saved) <= HEADS * DIM * length
+    assert kept.largest <= HEADS * DIM * length
     # the summaries of one chunk of queries over all chunks of keys, or the inputs themselves
-    assert largest.elements <= max(HEADS * DIM * length, HEADS * chunk * length * DIM // chunk)
-    assert largest.elements < HEADS * length * length / 10
+    assert allocated.largest <= max(HEADS * DIM * length, HEADS * chunk * length * DIM // chunk)
+    assert allocated.largest < HEADS * length * length / 10
 
 
 class EveryThird(AttentionPattern):

@@ -7,9 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from memory_use import Allocated, KeptForBackward
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
@@ -327,18 +325,6 @@ def test_the_nearest_keys_are_those_of_a_flat_index(data):
 # What it costs --------------------------------------------------------------------------------------------------------
 
 
-class Elements(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
-        self.largest = max([self.largest, *sizes])
-        return result
-
-
 def make_inputs(length, training, dtype=torch.float32, size=64, top_k=8, negatives=2):
     leaves = [torch.randn(length, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
@@ -360,25 +346,19 @@ def test_memory_grows_with_the_length_and_not_its_square(training, small_steps):
     largest = []
     for length in (1024, 2048):
         inputs, _ = make_inputs(length, training)
-        with torch.no_grad(), Elements() as elements:
+        with torch.no_grad(), Allocated() as allocated:
             inputs.pattern.attend(inputs)
-        largest.append(elements.largest)
+        largest.append(allocated.largest)
     assert largest[1] <= 2.1 * largest[0]
     assert largest[1] < 2048**2 / 20
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_no_scores_are_kept_for_the_backward_pass(training, small_steps):
-    kept = {}  # by storage: views of one tensor are kept once
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
     inputs, leaves = make_inputs(1024, training)
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with KeptForBackward() as kept:
         output = inputs.pattern.attend(inputs)
-    assert sum(kept.values()) < 10 * 1024 * 32  # a few times query, key and value; the scores are 4 * 1024 * 192
+    assert kept.total < 10 * 1024 * 32  # a few times query, key and value; the scores are 4 * 1024 * 192
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), leaves))
 
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_use import Allocated, KeptForBackward
 from pattern_settings import refused
 from tiny_checkpoints import CONTEXT, save_checkpoint
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from modeling_longembed import LongEmbedModel, landmark_longembed
 from modeling_longembed.attention_longembed import KERNELS
@@ -351,38 +349,20 @@ def test_what_cannot_be_combined_is_refused(patterns, fields, names):
 # What it costs --------------------------------------------------------------------------------------------------------
 
 
-class Elements(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
-        self.largest = max([self.largest, *sizes])
-        return result
-
-
 @pytest.mark.parametrize(("length", "training"), [(16384, False), (1024, True)], ids=["evaluation", "training"])
 def test_memory_grows_with_the_length_and_not_its_square(length, training):
     """Forward and backward: what is allocated on the way, and what is kept for the backward pass."""
     largest, kept = [], []
     for tokens in (length // 2, length):
         inputs = make_inputs([tokens], size=32, dtype=torch.float32, training=training)
-        storages = {}  # views of one tensor are kept once
-
-        def keep(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-            return tensor
-
         with (
             patch.object(landmark_longembed, "MAX_UNFUSED_SCORES", 2**16),
-            Elements() as elements,
-            saved_tensors_hooks(keep, lambda tensor: tensor),
+            Allocated() as allocated,
+            KeptForBackward() as held,
         ):
             run(inputs, "longembed_varlen").sum().backward()
-        largest.append(elements.largest)
-        kept.append(sum(storages.values()))
+        largest.append(allocated.largest)
+        kept.append(held.total)
     assert largest[1] <= 2.1 * largest[0]
     assert kept[1] <= 2.1 * kept[0]
     assert largest[1] < length**2 / 10

@@ -7,11 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_use import Allocated, KeptForBackward
 from tiny_checkpoints import save_checkpoint
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
@@ -293,38 +291,20 @@ def test_another_encoder_cannot_be_converted_to_it(cls, tmp_path):
 # What it costs --------------------------------------------------------------------------------------------------------
 
 
-class Elements(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
-        self.largest = max([self.largest, *sizes])
-        return result
-
-
 @pytest.mark.parametrize("buckets", [0, 1])
 def test_memory_grows_with_the_length_and_not_its_square(buckets):
     """Forward and backward at 16,384 tokens: what is allocated on the way, and what is kept for the backward pass."""
     largest, kept = [], []
     for length in (8192, 16384):
         inputs = make_inputs([length], LshAttention(chunk=32, hashes=2, buckets=buckets), torch.float32, training=True)
-        storages = {}  # views of one tensor are kept once
-
-        def keep(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-            return tensor
-
         with (
             patch.object(lsh_longembed, "MAX_UNFUSED_SCORES", 2**18),
-            Elements() as elements,
-            saved_tensors_hooks(keep, lambda tensor: tensor),
+            Allocated() as allocated,
+            KeptForBackward() as held,
         ):
             run(inputs, "longembed_varlen").sum().backward()
-        largest.append(elements.largest)
-        kept.append(sum(storages.values()))
+        largest.append(allocated.largest)
+        kept.append(held.total)
     assert largest[1] <= 2.1 * largest[0]
     assert kept[1] <= 2.1 * kept[0]
     assert largest[1] < 16384**2 / 100

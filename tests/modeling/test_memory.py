@@ -6,9 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from memory_use import Allocated, KeptForBackward
 from transformers import XLNetConfig, XLNetModel
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
@@ -471,28 +469,16 @@ def test_under_autocast_and_with_gradient_checkpointing(model_of):
 # What it costs --------------------------------------------------------------------------------------------------------
 
 
-class Elements(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
-        self.largest = max([self.largest, *sizes])
-        return result
-
-
 @pytest.mark.promise("A9")
 @pytest.mark.parametrize("scheme", ["rope", "rope+group", "alibi", "relative"])
 def test_a_stream_is_encoded_at_constant_memory(model_of, scheme):
     model = model_of([remember(16, 40), {"type": "block", "size": 8}], **SCHEMES[scheme])
     memory, held, largest = model.new_memory(), [], []
     for piece in torch.randint(1, 64, (1, 64 * 12)).split(64, dim=1):
-        with torch.no_grad(), Elements() as elements:
+        with torch.no_grad(), Allocated() as allocated:
             memory = model(piece, memory=memory).memory
         held.append(sum(states.untyped_storage().nbytes() for states in (*memory.states, memory.seen, memory.pooled)))
-        largest.append(elements.largest)
+        largest.append(allocated.largest)
     assert held[0] == held[-1] == 8 * (40 * 32 + 1 + 32)
     assert largest[1] == largest[2] == largest[-1]
 
@@ -506,25 +492,19 @@ def make_inputs(length, size=32, memory=64, dtype=torch.float32):
 def test_memory_grows_with_the_length_and_not_its_square():
     largest = []
     for length in (2048, 4096):
-        with torch.no_grad(), Elements() as elements, patch.object(past_attention_longembed, "MAX_SCORES", 2**15):
+        with torch.no_grad(), Allocated() as allocated, patch.object(past_attention_longembed, "MAX_SCORES", 2**15):
             inputs, _ = make_inputs(length)
             inputs.pattern.attend(inputs)
-        largest.append(elements.largest)
+        largest.append(allocated.largest)
     assert largest[1] <= 2.1 * largest[0]
     assert largest[1] < 4096**2 / 50
 
 
 def test_no_scores_are_kept_for_the_backward_pass():
-    kept = {}  # by storage: views of one tensor are kept once
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
     inputs, leaves = make_inputs(2048)
-    with patch.object(past_attention_longembed, "MAX_SCORES", 2**15), saved_tensors_hooks(keep, lambda tensor: tensor):
+    with patch.object(past_attention_longembed, "MAX_SCORES", 2**15), KeptForBackward() as kept:
         output = inputs.pattern.attend(inputs)
-    assert sum(kept.values()) < 10 * 2048 * 32  # a few times query, key and value; the scores would be 24 times
+    assert kept.total < 10 * 2048 * 32  # a few times query, key and value; the scores would be 24 times
     assert all(grad.isfinite().all() for grad in torch.autograd.grad(output.sum(), leaves))
 
 

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
+from memory_use import Allocated, KeptForBackward
 from sentence_transformers.models import Pooling
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertModel
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel, kernels_longembed
@@ -178,18 +176,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, positions, 
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(result) if torch.is_tensor(x)]
-        self.elements = max([self.elements, *sizes])
-        return result
-
-
 @pytest.mark.parametrize(
     ("pattern", "positions"),
     [
@@ -217,18 +203,12 @@ def test_no_tensor_of_length_times_length(tiny_model, monkeypatch, pattern, posi
         num_attention_heads=2,
         **POSITIONS[positions],
     ).train()
-    kept = []
-
-    def keep(tensor):
-        kept.append(tensor.numel())
-        return tensor
-
-    with LargestTensor() as largest, saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Allocated() as allocated, KeptForBackward() as kept:
         model(torch.randint(1, 64, (1, length))).pooler_output.sum().backward()
     assert length * length == 16 * budget
-    assert max(kept) <= budget
-    assert sum(kept) <= 4 * budget  # chunks of scores that are each small would add up to 32
-    assert largest.elements <= 1.1 * budget
+    assert kept.largest <= budget
+    assert kept.total <= 4 * budget  # chunks of scores that are each small would add up to 32
+    assert allocated.largest <= 1.1 * budget
 
 
 # The head -------------------------------------------------------------------------------------------------------------
