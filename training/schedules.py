@@ -86,7 +86,8 @@ class RateSchedule:
 
     def at(self, step: int, total: int) -> float:
         """The share at step number `step` of `total`, counted from 0; the last one from there on."""
-        return self.first + (self.last - self.first) * min(1.0, step / max(1, total - 1))
+        place = min(1.0, step / max(1, total - 1))
+        return (1 - place) * self.first + place * self.last
 
 
 @dataclass(frozen=True)

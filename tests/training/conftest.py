@@ -6,14 +6,14 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny_training import SPECIALS, WORDS, random_pairs, tiny_config, write_jsonl
+from tiny_training import SCRIPTS, SPECIALS, WORDS, random_documents, random_pairs, tiny_config, write_jsonl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from modeling_longembed import LongEmbedModel
+from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 
 
 @pytest.fixture
@@ -39,6 +39,41 @@ def model_folder(tmp_path_factory, tokenizer) -> Path:
     LongEmbedModel(tiny_config(hidden_dropout_prob=0.1)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def masked_lm_folder(tmp_path_factory, tokenizer) -> Path:
+    """A saved tiny masked-language model, with dropout."""
+    folder = tmp_path_factory.mktemp("masked-lm")
+    torch.manual_seed(0)
+    LongEmbedForMaskedLM(tiny_config(hidden_dropout_prob=0.1)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def documents_file(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "documents.jsonl", random_documents(24))
+
+
+@pytest.fixture(scope="session")
+def inputs(model_folder, masked_lm_folder, pairs_file, documents_file) -> dict[str, tuple[Path, Path]]:
+    """A model and data of each script."""
+    return {"contrastive": (model_folder, pairs_file), "pretraining": (masked_lm_folder, documents_file)}
+
+
+@pytest.fixture
+def train_script(inputs, tmp_path):
+    """Run a script in this process; options that are given again win. Returns the default output folder."""
+
+    def run(name: str, options: str = "") -> Path:
+        script, (model, data), output = SCRIPTS[name], inputs[name], tmp_path / "out"
+        given = f"--model_name_or_path {model} --train_data {data} --output_dir {output} --max_steps 4 "
+        given += f"{script.options} {script.size} {script.sizes[0]} --dataloader_num_workers 0 "
+        script.main((given + options).split())
+        return output
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from tiny_training import tiny_config
+from tiny_training import SCRIPTS, tiny_config
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_longembed import LongEmbedModel
@@ -174,23 +174,25 @@ def test_gather_recipes_agree_with_sentence_transformers(two_processes):
 
 
 @pytest.mark.promise("C9")
-def test_the_launched_script_gives_the_same_losses_and_gradients(model_folder, pairs_file, tmp_path):
-    """`accelerate launch` with one and two processes and the same pairs a batch; weights are the gradients' trace."""
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_launched_script_gives_the_same_losses_and_gradients(name, inputs, tmp_path):
+    """`accelerate launch` with one and two processes and the same batch; weights are the gradients' trace."""
+    (model, data), own = inputs[name], SCRIPTS[name]
+    accumulation = "--gradient_accumulation_steps 2" if name == "contrastive" else ""
     common = (
-        f"--model_name_or_path {model_folder} --train_data {pairs_file} --eval_data {pairs_file} --max_steps 6 "
-        "--dropout 0 --batch_tokens 120 --learning_rate 1e-3 --logging_steps 1 --max_length 64 "
-        "--gradient_accumulation_steps 2"
+        f"--model_name_or_path {model} --train_data {data} --eval_data {data} --max_steps 6 {own.options} "
+        f"--dropout 0 --learning_rate 1e-3 --logging_steps 1 {accumulation}"
     ).split()
-    script = Path(__file__).parents[2] / "training" / "contrastive.py"
+    script = Path(__file__).parents[2] / "training" / f"{name}.py"
     runs = {}
     for processes, options in ((1, ["--cpu"]), (2, ["--multi_gpu"])):
         output = tmp_path / str(processes)
         launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", str(processes)]
         launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         launch += ["--main_process_port", "0"]  # any that is free
-        own = ["--per_device_train_batch_size", str(8 // processes), "--output_dir", str(output)]
+        size = [own.size, str(own.sizes[0] // processes), "--output_dir", str(output)]
         done = subprocess.run(
-            [*launch, str(script), *common, *own],
+            [*launch, str(script), *common, *size],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -199,7 +201,8 @@ def test_the_launched_script_gives_the_same_losses_and_gradients(model_folder, p
         runs[processes] = output
     lines = {n: [json.loads(line) for line in (runs[n] / "metrics.jsonl").read_text().splitlines()] for n in runs}
     assert len(lines[1]) == len(lines[2]) == 7
-    compared = {"step", "loss", "grad_norm", "accuracy", "token_count", "pair_count", "eval_loss", "eval_ndcg_at_10"}
+    compared = {"step", "loss", "grad_norm", "accuracy", "token_count", "pair_count", "prediction_count", "eval_loss"}
+    compared |= {"eval_ndcg_at_10", "eval_accuracy", "next_sentence_loss", "eval_next_sentence_accuracy"}
     for one, two in zip(lines[1], lines[2], strict=True):
         assert one.keys() == two.keys()
         names = one.keys() & compared

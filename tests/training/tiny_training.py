@@ -5,14 +5,49 @@ import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 from modeling_longembed import LongEmbedConfig
-from training import contrastive
+from training import contrastive, pretraining
 
 WORDS = ("river stone cloud table green seven night paper music house train north glass bread winter garden").split()  # noqa: SIM905
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@dataclass(frozen=True)
+class Script:
+    """A script over the loop, and how it is given a small run.
+
+    Args:
+        main: its entry point.
+        options: of a run in chunks, with what the script has of its own.
+        size: of a batch of one process, an option that takes a number.
+        sizes: its value when one process has the whole batch, and one that is refused.
+    """
+
+    main: Callable
+    options: str
+    size: str
+    sizes: tuple[int, int]
+
+
+SCRIPTS = {
+    "contrastive": Script(
+        contrastive.main,
+        "--batch_tokens 150 --max_length 64 --symmetric",
+        "--per_device_train_batch_size",
+        (8, 49),
+    ),
+    "pretraining": Script(
+        pretraining.main,
+        "--batch_tokens 70 --sequence_length 16:0.5 60:0.5 --next_sentence --mask_unit span --mask_rate 0.4-0.2",
+        "--per_device_train_tokens",
+        (240, 59),
+    ),
+}
 
 
 def tiny_config(**changes) -> LongEmbedConfig:
@@ -44,15 +79,22 @@ def random_pairs(count: int, seed: int = 0, negatives: int = 0) -> list[dict[str
     return rows
 
 
+def random_documents(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of 3 to 150 words."""
+    draw = random.Random(seed)
+    return [{"text": " ".join(draw.choices(WORDS, k=draw.randint(3, 150)))} for _ in range(count)]
+
+
 def write_jsonl(path: Path, rows: list) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def train_until_killed(argv: list[str], calls: int | None = None) -> None:
-    """The training script in a process of its own, which kills itself, with SIGKILL, in the middle of a file operation.
+def train_until_killed(script: str, argv: list[str], calls: int | None = None) -> None:
+    """A training script in a process of its own, which kills itself, with SIGKILL, in the middle of a file operation.
 
     Args:
+        script: one of `SCRIPTS`.
         argv: of the script.
         calls: before which fsync or rename, counted from the start of the run, the kill comes; never if None.
     """
@@ -71,7 +113,7 @@ def train_until_killed(argv: list[str], calls: int | None = None) -> None:
 
     os.fsync, os.replace = killing(os.fsync), killing(os.replace)
     with open(os.devnull, "w") as sink, redirect_stdout(sink), redirect_stderr(sink):
-        contrastive.main(argv)
+        SCRIPTS[script].main(argv)
 
 
 def losses(output_dir: Path) -> list[tuple]:
