@@ -13,7 +13,7 @@ Masked models, whose pieces begin and end with their special tokens:
   others of its piece in sight. Exact for the `--tokens_scored` tokens of each document that are drawn; all of them
   would take as many forward passes as there are tokens.
 - `masked`: an estimate from fewer passes, with `--share` of all tokens masked at once and scored, `--draws` times. It
-  is above the pseudo-perplexity, as neighbours are masked too: a number of its own.
+  is as a rule above the pseudo-perplexity, as neighbours are masked too: a number of its own.
 
 Causal models, in windows that move on by `--stride` tokens, of which the first `--windows` of each document are scored:
 
