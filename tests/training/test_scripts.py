@@ -1,0 +1,119 @@
+"""What every script over the loop keeps to, whatever it trains."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny_training import SCRIPTS, losses, random_documents, random_pairs, write_jsonl
+
+from common.errors import UserError
+
+TRAINING = Path(__file__).parents[2] / "training"
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request) -> str:
+    return request.param
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", ["--gradient_checkpointing", "--batch_tokens 1", "--batch_tokens 1000"])
+def test_gradient_checkpointing_and_the_token_budget_change_nothing(train_script, script, tmp_path, options):
+    plain = losses(train_script(script, "--dropout 0 --logging_steps 1"))
+    train_script(script, f"--dropout 0 --logging_steps 1 --output_dir {tmp_path}/again {options}")
+    for one, two in zip(losses(tmp_path / "again"), plain, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_bf16_trains_float32_weights_to_nearly_the_same(train_script, script, tmp_path):
+    plain = metrics(train_script(script, "--logging_steps 1 --dropout 0"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_script(script, f"--bf16 --logging_steps 1 --dropout 0 --output_dir {tmp_path}/bf16")
+    weights = load_file(tmp_path / "bf16" / "final" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in weights.values()} == {"torch.float32"}
+    for one, two in zip(metrics(tmp_path / "bf16"), plain, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
+        assert one["loss"] != two["loss"]
+
+
+def test_a_finished_run_that_is_started_again_ends_at_once_with_the_same_model(train_script, script):
+    output = train_script(script)
+    before = (output / "final" / "model.safetensors").read_bytes(), metrics(output)
+    train_script(script, "--resume_from_checkpoint last")
+    assert ((output / "final" / "model.safetensors").read_bytes(), metrics(output)) == before
+
+
+def test_going_on_with_something_else_is_refused(train_script, script, inputs, tmp_path):
+    data = inputs[script][1]
+    train_script(script)
+    with pytest.raises(UserError, match="holds checkpoints of an earlier run"):
+        train_script(script)
+    rows = random_pairs(9, negatives=1) if script == "contrastive" else random_documents(9)
+    other = write_jsonl(tmp_path / "other.jsonl", rows)
+    for options, complaint in (
+        (f"--train_data {data} {other}", "was made with sources"),
+        ("--seed 7", "was made with seed = 42, now it is 7"),
+        (f"{SCRIPTS[script].size} {SCRIPTS[script].sizes[0] - 1}", "was made with (pairs|tokens) a batch"),
+        ("--tuning lora", "trains other parameters than now"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            train_script(script, f"--resume_from_checkpoint last {options}")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("{size} {too_much}", r"has 48 pairs, fewer than a batch of 49|--per_device_train_tokens 59: .* at least 60"),
+        ("{size} 0", r"{size} 0: must be more than 0"),
+        ("--tuning all", r"--tuning.*: invalid choice: 'all'"),
+        ("--learning_rat 1", r"unknown argument --learning_rat .*did you mean learning_rate"),
+        ("--learning_rate fast", r"--learning_rate.*: invalid float value: 'fast'"),
+        ("--train_data nowhere.jsonl", r"nowhere.jsonl: no such file"),
+        ("--eval_data nowhere.jsonl", r"nowhere.jsonl: no such file"),
+        ("--model_name_or_path /nowhere/at-all", r"--model_name_or_path /nowhere/at-all"),
+        ("--push_to_hub", r"--push_to_hub needs --hub_model_id"),
+        ("--resume_from_checkpoint /nowhere/step-3", r"/nowhere/step-3: is no complete checkpoint"),
+        ("--max_steps 0 --num_train_epochs 0", r"nothing to train"),
+        ("--config nowhere.yaml", r"cannot read the recipe nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_one_sentence(train_script, script, tmp_path, options, complaint):
+    values = {"size": SCRIPTS[script].size, "too_much": SCRIPTS[script].sizes[1]}
+    with pytest.raises(UserError, match=complaint.replace("{size}", values["size"])) as caught:
+        train_script(script, options.format(**values))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_exit_code_and_stderr_of_the_script_itself(script, inputs, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    options = (
+        f"--model_name_or_path {inputs[script][0]} --train_data {tmp_path}/empty.jsonl --output_dir {tmp_path}/out"
+    )
+    done = subprocess.run(
+        [sys.executable, str(TRAINING / f"{script}.py"), *options.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    columns = {"contrastive": "anchor and positive", "pretraining": "text"}[script]
+    sentence = f"error: {tmp_path}/empty.jsonl: is empty; give JSON lines with {columns}"
+    assert done.stderr.splitlines()[-1] == sentence
+    assert "Traceback" not in done.stderr
+
+
+def test_the_recipe_is_one(script, inputs, tmp_path):
+    model, data = inputs[script]
+    options = f"--config {TRAINING}/recipes/{script}.yaml --model_name_or_path {model} --train_data {data} "
+    options += f"--output_dir {tmp_path}/out --max_steps 2 --logging_steps 1 {SCRIPTS[script].options} "
+    SCRIPTS[script].main((options + f"{SCRIPTS[script].size} {SCRIPTS[script].sizes[0]}").split())
+    assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2]
