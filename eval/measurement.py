@@ -10,14 +10,10 @@ What is measured:
 - base: memory of the process when the model is loaded and has read a short document (in training: has made one
   optimiser step, so that both moments of AdamW are there), before the long one.
 - peak: most memory of the process from there on. On CUDA both are those of torch's allocator.
-
-On Linux the peak is VmHWM of this process. `getrusage(...).ru_maxrss` would not do: a process inherits it from the one
-that started it, however small it is itself.
 """
 
 import json
 import os
-import resource
 import statistics
 import sys
 import time
@@ -30,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.memory import is_out_of_memory, resident_memory
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
 AT_LEAST = 1.0  # seconds of calls; one call if it takes longer
@@ -231,21 +228,12 @@ def reset_peak(cuda: bool) -> int:
         return torch.cuda.memory_allocated()
     with suppress(OSError):  # not Linux: the peak may then be that of loading the model
         Path("/proc/self/clear_refs").write_text("5")
-    return _process_memory("VmRSS")
+    return resident_memory()
 
 
 def peak_memory(cuda: bool) -> int:
     """Most memory in bytes since `reset_peak`."""
-    return torch.cuda.max_memory_allocated() if cuda else _process_memory("VmHWM")
-
-
-def _process_memory(name: str) -> int:
-    """Resident bytes of this process: `VmRSS` at this moment, `VmHWM` at most."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:  # not Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return torch.cuda.max_memory_allocated() if cuda else resident_memory("VmHWM")
 
 
 def main() -> None:
@@ -253,7 +241,7 @@ def main() -> None:
     try:
         result = measure(Case.from_dict(json.loads(sys.argv[1])))
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         result = {"outcome": "out of memory"}
     print(json.dumps(result))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common.arguments import parse
 from common.errors import run
+from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.models import HubArguments, ModelArguments, load_encoder, push, save
 from training.pairs import ContrastiveArguments, pair_batches, pair_gradient, pair_retrieval, pair_tokenizer
@@ -18,21 +19,35 @@ from training.tuning import TuningArguments, select_parameters
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, arguments, tuning, spans, loop_arguments, hub = parse(
-        ModelArguments, ContrastiveArguments, TuningArguments, SpanArguments, LoopArguments, HubArguments, argv=argv
+    model_arguments, arguments, tuning, spans, loop_arguments, budget_arguments, hub = parse(
+        ModelArguments,
+        ContrastiveArguments,
+        TuningArguments,
+        SpanArguments,
+        LoopArguments,
+        BudgetArguments,
+        HubArguments,
+        argv=argv,
+    )
+    arguments.batch_tokens = chosen_batch_tokens(
+        budget_arguments, arguments.batch_tokens, __file__, argv, loop_arguments
     )
     loop = Loop(loop_arguments)
     model, tokenizer = load_encoder(model_arguments)
     batches = pair_batches(arguments, pair_tokenizer(arguments, model, tokenizer), loop)
     evaluate = pair_retrieval(arguments, batches, loop)
     selected = select_parameters(model, tuning)
-    trained = loop.run(
-        selected,
-        batches,
-        pair_gradient(arguments, span_penalty(model, spans)),
-        evaluate,
-        span_groups(model, spans, loop_arguments.weight_decay),
-    )
+    gradient = pair_gradient(arguments, span_penalty(model, spans))
+    budget = Budget(budget_arguments, loop, selected, batches, arguments.batch_tokens)
+    with budget.answering():
+        trained = loop.run(
+            selected,
+            batches,
+            gradient,
+            evaluate,
+            span_groups(model, spans, loop_arguments.weight_decay),
+            rehearse=budget.rehearsal(gradient),
+        )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
         final = save(trained, tuning, output_dir, title=hub.hub_model_id or output_dir.name)

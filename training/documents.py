@@ -129,6 +129,13 @@ class MaskedText:
     segment_ids: np.ndarray
     next_label: int = 0
 
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def cut(self, length: int) -> "MaskedText":
+        """Its first tokens, at most `length` of them."""
+        return MaskedText(self.input_ids[:length], self.labels[:length], self.segment_ids[:length], self.next_label)
+
 
 @dataclass(frozen=True)
 class PieceReader:
@@ -267,6 +274,10 @@ class MaskedBatch:
     def to(self, device: torch.device) -> "MaskedBatch":
         return replace(self, chunks=[chunk.to(device) for chunk in self.chunks])
 
+    def largest_chunk(self) -> PackedTexts:
+        """The texts that take the most memory at once."""
+        return max((chunk.texts for chunk in self.chunks), key=lambda texts: texts.input_ids.numel())
+
     def measures(self) -> dict[str, Tensor]:
         """What a run reports of its data, as scalars."""
         values = {
@@ -364,6 +375,20 @@ class MaskedBatches(Dataset):
             pieces = self.pieces[length][number]
             generator = np.random.default_rng((self.seed, number, length, epoch, piece))
             texts.append(self.read(pieces.documents, pieces.segment(piece), rate, generator))
+        return mask_batch(texts, self.batch_tokens, length, rate)
+
+    def heaviest(self) -> MaskedBatch:
+        """What takes at least as much memory as any batch of the run: up to two chunks, filled to the last token by the
+        longest piece of all, under the highest masking rate.
+        """
+        length, rate = max(self.course.lengths.lengths), max(self.course.mask_rates.first, self.course.mask_rates.last)
+        pieces = max(self.pieces[length], key=lambda pieces: pieces.tokens.max())
+        longest = pieces.segment(int(pieces.tokens.argmax()))
+        text = self.read(pieces.documents, longest, rate, np.random.default_rng(self.seed))
+        texts, most = [text], self.batch_size + length * len(self.sources)  # of each source a piece may reach beyond
+        for chunk in (1, 2):
+            while (room := min(most, chunk * self.batch_tokens) - sum(map(len, texts))) > 0:
+                texts.append(text.cut(room))
         return mask_batch(texts, self.batch_tokens, length, rate)
 
 

@@ -1,8 +1,6 @@
 """What a run reports: one JSON line a logged step, the same to the trackers, no step twice after a kill."""
 
 import json
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from common.files import atomic_write
+from common.memory import resident_memory
 
 
 class MetricsLog:
@@ -42,8 +41,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """The most memory that this process has held: of the GPU on a GPU, resident memory otherwise. GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
+    return resident_memory("VmHWM") / 2**30
 
 
 def _step(line: str) -> int:

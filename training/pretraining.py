@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import parse
 from common.errors import UserError, run
 from training.adaptation import AdaptationArguments, load_masked_lm, train_new_head
+from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.data import Columns, read_sources
 from training.documents import (
     MaskedBatches,
@@ -71,7 +72,7 @@ class PretrainingArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, adaptation, arguments, masking, tuning, spans, loop_arguments, hub = parse(
+    model_arguments, adaptation, arguments, masking, tuning, spans, loop_arguments, budget_arguments, hub = parse(
         ModelArguments,
         AdaptationArguments,
         PretrainingArguments,
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         TuningArguments,
         SpanArguments,
         LoopArguments,
+        BudgetArguments,
         HubArguments,
         argv=argv,
     )
@@ -87,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "--gradient_accumulation_steps: give more --per_device_train_tokens instead; --batch_tokens of them are "
             "held at once"
         )
+    arguments.batch_tokens = chosen_batch_tokens(
+        budget_arguments, arguments.batch_tokens, __file__, argv, loop_arguments
+    )
     loop = Loop(loop_arguments)
     model, head_is_new = load_masked_lm(model_arguments, adaptation)
     read = piece_reader(arguments, masking, model.tokenizer)
@@ -116,7 +121,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         head = NextSentenceHead(model.config.hidden_size, model.config.initializer_range)
     with_heads = MaskedLanguageModel(selected, head)
     groups = span_groups(with_heads, spans, loop_arguments.weight_decay)
-    loop.run(with_heads, batches, masked_gradient(span_penalty(model, spans)), evaluate, groups)
+    gradient = masked_gradient(span_penalty(model, spans))
+    rates = course.mask_rates
+    budget = Budget(
+        budget_arguments,
+        loop,
+        with_heads,
+        batches,
+        arguments.batch_tokens,
+        predicted_share=max(rates.first, rates.last),
+        length_option="sequence_length",
+    )
+    with budget.answering():
+        loop.run(with_heads, batches, gradient, evaluate, groups, rehearse=budget.rehearsal(gradient))
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
         final = save(selected, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
