@@ -378,18 +378,18 @@ class MaskedBatches(Dataset):
         return mask_batch(texts, self.batch_tokens, length, rate)
 
     def heaviest(self) -> MaskedBatch:
-        """What takes at least as much memory as any batch of the run: up to two chunks, filled to the last token by the
-        longest piece of all, under the highest masking rate.
+        """What takes at least as much memory as any batch of the run: the longest piece of all, again and again, under
+        the highest masking rate, in a full chunk, and in a second one beside the gradients of the first.
         """
         length, rate = max(self.course.lengths.lengths), max(self.course.mask_rates.first, self.course.mask_rates.last)
         pieces = max(self.pieces[length], key=lambda pieces: pieces.tokens.max())
         longest = pieces.segment(int(pieces.tokens.argmax()))
         text = self.read(pieces.documents, longest, rate, np.random.default_rng(self.seed))
         texts, most = [text], self.batch_size + length * len(self.sources)  # of each source a piece may reach beyond
-        for chunk in (1, 2):
-            while (room := min(most, chunk * self.batch_tokens) - sum(map(len, texts))) > 0:
-                texts.append(text.cut(room))
-        return mask_batch(texts, self.batch_tokens, length, rate)
+        while (room := min(most, self.batch_tokens) - sum(map(len, texts))) > 0:
+            texts.append(text.cut(room))
+        chunks = 2 if most > self.batch_tokens else 1
+        return mask_batch(texts * chunks, self.batch_tokens, length, rate)
 
 
 def mask_batch(texts: Sequence[MaskedText], batch_tokens: int, length: int, mask_rate: float) -> MaskedBatch:

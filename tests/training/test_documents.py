@@ -215,3 +215,16 @@ def test_what_makes_no_batches_is_refused(options, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         batches(options.pop("sources", [InMemory([100, 50])]), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [READ, PAIRS])
+@pytest.mark.parametrize(("schedule", "batch_tokens"), [("16:0.5 40:0.5", 100), ("40", 30), ("24", 10_000)])
+def test_no_batch_is_heavier_than_the_heaviest(read, schedule, batch_tokens):
+    of_run = batches([InMemory([50, 7, 90, 200, 33]), InMemory([10, 11, 12, 61])], schedule, 160, read)
+    of_run.batch_tokens = batch_tokens
+    heaviest, seen = of_run.heaviest(), [of_run[index] for index in range(40)]
+    largest = heaviest.largest_chunk()
+    assert largest.input_ids.numel() >= max(batch.largest_chunk().input_ids.numel() for batch in seen)
+    assert largest.max_length_q == max(chunk.texts.max_length_q for batch in seen for chunk in batch.chunks)
+    assert len(heaviest.chunks) >= min(2, max(len(batch.chunks) for batch in seen))
+    assert all(chunk.labels.shape == chunk.texts.input_ids.shape for chunk in heaviest.chunks)
