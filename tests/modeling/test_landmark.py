@@ -363,9 +363,9 @@ def test_memory_grows_with_the_length_and_not_its_square(length, training):
             run(inputs, "longembed_varlen").sum().backward()
         largest.append(allocated.largest)
         kept.append(held.total)
-    assert largest[1] <= 2.1 * largest[0]
-    assert kept[1] <= 2.1 * kept[0]
+    assert largest[1] <= max(2**16, length * HEADS * DIM)  # a step's scores, or a query, key or value
     assert largest[1] < length**2 / 10
+    assert kept[1] <= 2.1 * kept[0]
     assert kept[1] < 2 * 3 * length * HEADS * DIM  # twice query, key and value
 
 
