@@ -282,8 +282,9 @@ def as_markdown(points: Sequence[Point], lengths: Sequence[int], title_of: dict[
         of_name = [point for point in points if point.score == name]
         cells: dict[str, dict[int, str]] = defaultdict(dict)
         for point in of_name:
-            error = "" if point.error is None else f" ± {point.error:.2g}"
-            cells[point.model][point.length] = f"{point.perplexity:.4g}{error}"
+            digits = 2 if point.perplexity < 100 else 0
+            error = "" if point.error is None else f" ± {point.error:,.{digits}f}"
+            cells[point.model][point.length] = f"{point.perplexity:,.{digits}f}{error}"
         table = [["model", *(f"{n:,}" for n in lengths)], ["---", *["---:"] * len(lengths)]]
         table += [[model, *(row.get(n, "beyond context") for n in lengths)] for model, row in cells.items()]
         counts = {(len(point.losses), sum(tokens for _, tokens in point.losses)) for point in of_name}

@@ -190,24 +190,29 @@ def test_a_model_that_knows_nothing_has_the_size_of_the_vocabulary(folders, book
         assert point.perplexity == pytest.approx(30522, rel=1e-6)
 
 
-def test_every_length_scores_the_same_tokens_of_the_documents_that_are_long_enough(folders, books, tmp_path):
-    seen = []
+def test_every_length_scores_the_same_tokens_of_the_documents_that_are_long_enough(
+    folders, books, tmp_path, monkeypatch
+):
+    scored = {16: [], 48: []}  # masks of stretches, and ends of windows
 
-    class Watched(LanguageModel):
-        def logits(self, input_ids, chosen):
-            seen.append((input_ids.shape[1], input_ids, chosen))
-            return super().logits(input_ids, chosen)
+    def watched(losses):
+        def record(model, ids, places, length, batch_tokens):
+            places = list(places)
+            scored[length].append((ids[:46].tolist(), places))
+            return losses(model, ids, places, length, batch_tokens)
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(perplexity, "LanguageModel", Watched)
+        return record
+
+    monkeypatch.setattr(perplexity, "masked_losses", watched(masked_losses))
+    monkeypatch.setattr(perplexity, "window_losses", watched(window_losses))
     points = judge(arguments_of(folders, ["ours", "gpt2"], books, tmp_path))
-    patch.undo()
+    assert len(scored[16]) == 9
+    assert scored[16] == scored[48]
     counts = {(p.model[-4:], p.score, p.length): [n for _, n in p.losses] for p in points}
     for length in (16, 48):
         assert counts["ours", "pseudo", length] == [6, 6, 6]  # of 120, 90 and 100 words; not of 20
         assert counts["ours", "masked", length] == [2 * round(0.15 * 46)] * 3
         assert counts["gpt2", "last", length] == [24, 24, 24]
-    assert {length for length, _, _ in seen} == {16, 48}
 
 
 def test_perplexity_and_its_error_are_those_of_the_formula():
@@ -215,7 +220,12 @@ def test_perplexity_and_its_error_are_those_of_the_formula():
     assert point.perplexity == pytest.approx(math.exp(37 / 14))
     equal = Point("m", "pseudo", 8, [(10.0, 5), (20.0, 5), (15.0, 5)])  # documents of one size: the textbook's error
     assert equal.error == pytest.approx(math.exp(3) * np.std([2, 4, 3], ddof=1) / math.sqrt(3))
-    assert Point("m", "pseudo", 8, [(10.0, 4)]).error is None
+    single = Point("m", "pseudo", 8, [(40.0, 4)])
+    assert single.error is None
+    table = as_markdown([equal, single], [8], {"pseudo": "Pseudo-perplexity"})
+    assert table.startswith("Pseudo-perplexity (4 tokens of 1 documents, 15 tokens of 3 documents)\n\n| model | 8 |\n")
+    assert as_markdown([equal], [8], {"pseudo": "P"}).splitlines()[-1] == "| m | 20.09 ± 11.60 |"
+    assert as_markdown([single], [8], {"pseudo": "P"}).splitlines()[-1] == "| m | 22,026 |"
 
 
 def test_what_is_measured_is_not_measured_again(folders, books, tmp_path, monkeypatch):
