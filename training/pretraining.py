@@ -24,7 +24,7 @@ from training.documents import (
     epoch_batches,
     tokenize_documents,
 )
-from training.loop import Loop, LoopArguments
+from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.masked_language import Evaluate, MaskedEvaluation, MaskedLanguageModel, masked_gradient
 from training.masking import Masking, MaskingArguments
 from training.models import HubArguments, ModelArguments, push, save
@@ -211,4 +211,4 @@ def evaluation(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, after_interrupt=HOW_TO_RESUME)

@@ -9,7 +9,7 @@ import pytest
 from tiny_training import random_pairs, write_jsonl
 
 from common.errors import UserError
-from training.data import read_sources
+from training.data import TEXTS, Columns, read_sources
 
 PAIR = {"anchor": "a", "positive": "b"}
 
@@ -116,3 +116,30 @@ def test_a_folder_without_data_is_named(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     with pytest.raises(UserError, match=r"no \.jsonl, \.jsonl\.gz or \.parquet file"):
         read_sources([str(tmp_path)])
+
+
+def test_texts_are_read_by_their_column(tmp_path):
+    path = write_jsonl(tmp_path / "texts.jsonl", [{"text": "2020-01-01", "title": "t"}, {"text": "b", "title": "u"}])
+    (source,) = read_sources([f"{path}:2"], TEXTS)
+    assert (source.columns, source.weight, source.texts([0, 1])) == (("text",), 2.0, [["2020-01-01", "b"]])
+    (source,) = read_sources([str(path)], Columns(("title",), None, "texts"))
+    assert source.texts([1, 0]) == [["u", "t"]]
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ([{"text": "a"}, {"text": None}], r"row 2: text is null instead of text"),
+        ([{"text": "a"}, {"text": 3}], r"row 2: text is int instead of text"),
+        ([{"text": "a"}, {"text": " "}], r"row 2: text is empty"),
+        ([{"text": "a"}, {"body": "b"}], r"row 2: the column text is missing"),
+        ([PAIR], r"the column text is missing; it has anchor, positive"),
+        ([], r"is empty; give JSON lines with text"),
+    ],
+)
+def test_a_wrong_text_is_named(tmp_path, lines, complaint):
+    path = write_jsonl(tmp_path / "texts.jsonl", lines)
+    with pytest.raises(UserError, match=complaint) as caught:
+        read_sources([str(path)], TEXTS)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
