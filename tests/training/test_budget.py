@@ -61,6 +61,18 @@ def test_a_rehearsal_changes_no_bit(train, options):
     torch.testing.assert_close(*weights, atol=0, rtol=0)
 
 
+def test_a_rehearsal_of_pretraining_changes_no_bit_and_ends_in_an_answer(train_script, monkeypatch, tmp_path):
+    with_it = train_script("pretraining", "--batch_tokens 64 --logging_steps 1 --max_steps 2")
+    without = f"--batch_tokens 64 --logging_steps 1 --max_steps 2 --rehearse never --output_dir {tmp_path}/never"
+    train_script("pretraining", without)
+    assert losses(with_it) == losses(tmp_path / "never")
+    failing_above(63, monkeypatch)
+    with pytest.raises(UserError, match=r"with 64 tokens at once .*, logits \d.*; use --gradient_checkpointing"):
+        train_script("pretraining", f"--batch_tokens 64 --output_dir {tmp_path}/failed")
+    assert not (tmp_path / "failed" / "final").exists()
+    assert not (tmp_path / "failed" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("batch_tokens", [16, 100, 10_000])
 def test_no_batch_is_heavier_than_the_heaviest(pairs_file, tmp_path, tokenizer, batch_tokens):
     other = write_jsonl(tmp_path / "other.jsonl", random_pairs(30, seed=7, negatives=1))
