@@ -45,13 +45,16 @@ class ExportMixin:
             `path`.
 
         Raises:
-            ValueError: a model that a graph cannot express, the packages of the extra `onnx` are missing, or the
-                outputs differ by more than 1e-4 of the largest value. Nothing is written then.
+            ValueError: a model that a graph cannot express, the packages of the extra `onnx` are missing, torch
+                is older than 2.13, or the outputs differ by more than 1e-4 of the largest value. Nothing is written
+                then.
         """
         self._check_expressible()
         for package in ("onnx", "onnxscript"):
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"to_onnx needs the package {package}: pip install 'longembed[onnx]'")
+        if torch.__version__ < "2.13":  # the graph of 2.9 is bound to the size of the example
+            raise ValueError(f"to_onnx needs torch 2.13 or later, and this is {torch.__version__}; update torch")
         path, kernel, training = Path(path), self.config._attn_implementation, self.training
         path.parent.mkdir(parents=True, exist_ok=True)
         graph, inputs = OnnxGraph(self), self._example(batch=2, longest=8)

@@ -1,7 +1,11 @@
 """Two gloo processes that share a model's heads and inner units, against one process that has all of them."""
 
 import os
+import re
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +169,20 @@ def test_the_language_model_head_stays_whole(folder, two_processes):
     expected = LongEmbedForMaskedLM.from_pretrained(folder / "head")(torch.arange(1, 10)[None]).logits.detach()
     for results in two_processes:
         torch.testing.assert_close(results["head"]["logits"], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_snippet_of_the_page_runs_as_it_stands(folder, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    saved = "\ntorch.save(embeddings, f'{torch.distributed.get_rank()}.pt')\n"
+    (tmp_path / "parallel.py").write_text(snippet.replace('"my-model"', repr(str(folder / "rope, full"))) + saved)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
+    subprocess.run([*command, "parallel.py"], cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    with torch.no_grad():
+        model = LongEmbedModel.from_pretrained(folder / "rope, full").eval()
+        expected = model(torch.arange(1, 41).view(2, 20)).pooler_output
+    for rank in range(PROCESSES):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_heads_that_cannot_be_shared_evenly_are_refused(two_processes):
