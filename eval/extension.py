@@ -26,6 +26,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # a script draws into a file; it needs no display
 import matplotlib.pyplot as plt
+import numpy as np
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
@@ -280,15 +281,18 @@ def training_cost(metrics: Path) -> dict[str, Any]:
     Returns:
         `tokens`, `minutes` of training alone, `peak_memory_gib`, and `curve`: pairs of tokens and held-out loss.
     """
-    step, tokens, seconds, memory, curve = 0, 0.0, 0.0, 0.0, []
+    steps, tokens, seconds, memory, losses = [0], [0.0], 0.0, 0.0, []
     for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
         if "token_count" in line:  # a mean over the steps since the line before
-            part = line["token_count"] * (line["step"] - step)
-            step, tokens, seconds = line["step"], tokens + part, seconds + part / line["tokens_per_second"]
+            part = line["token_count"] * (line["step"] - steps[-1])
+            steps.append(line["step"])
+            tokens.append(tokens[-1] + part)
+            seconds += part / line["tokens_per_second"]
             memory = max(memory, line["peak_memory_gib"])
         elif "eval_loss" in line:
-            curve.append([round(tokens), line["eval_loss"]])
-    return {"tokens": round(tokens), "minutes": seconds / 60, "peak_memory_gib": memory, "curve": curve}
+            losses.append((line["step"], line["eval_loss"]))
+    curve = [[round(float(np.interp(step, steps, tokens))), loss] for step, loss in losses]
+    return {"tokens": round(tokens[-1]), "minutes": seconds / 60, "peak_memory_gib": memory, "curve": curve}
 
 
 # Report ---------------------------------------------------------------------------------------------------------------

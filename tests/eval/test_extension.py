@@ -138,8 +138,9 @@ def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(arguments, tmp_pa
 
 
 def test_what_a_run_cost_is_read_from_its_lines(tmp_path):
-    """Two steps of 100 tokens at 50 a second, one of 70 at 10; two evaluations; a step is logged with those before."""
+    """Two steps of 100 tokens at 50 a second, one of 70 at 10; evaluated after each step, and not each is logged."""
     lines = [
+        {"step": 1, "eval_loss": 4.0},
         {"step": 2, "token_count": 100, "tokens_per_second": 50, "peak_memory_gib": 1.5},
         {"step": 2, "eval_loss": 3.0},
         {"step": 3, "token_count": 70, "tokens_per_second": 10, "peak_memory_gib": 1.25},
@@ -151,7 +152,7 @@ def test_what_a_run_cost_is_read_from_its_lines(tmp_path):
         "tokens": 270,
         "minutes": pytest.approx((200 / 50 + 70 / 10) / 60),
         "peak_memory_gib": 1.5,
-        "curve": [[200, 3.0], [270, 2.5]],
+        "curve": [[100, 4.0], [200, 3.0], [270, 2.5]],
     }
 
 
