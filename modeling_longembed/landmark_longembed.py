@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .attention_pattern_longembed import AttentionInputs, AttentionPattern, parameter, register_pattern
-from .kernels_longembed import MAX_UNFUSED_SCORES, masked_softmax, recompute_in_backward
+from .kernels_longembed import MAX_SCORES, MAX_UNFUSED_SCORES, masked_softmax, recompute_in_backward
 from .packing_longembed import PackedDocuments
 from .positions_longembed import RopePlan, Rotary
 
@@ -229,7 +229,9 @@ class LandmarkAttention(AttentionPattern):
             is_own = own[:, None] // self.size == number
             return read_blocks(query, key, value, landmark, visible, is_own, inputs.scaling, inputs.dropout)
 
-        step = max(1, MAX_UNFUSED_SCORES // (query.shape[0] * place.numel()))
+        # Not MAX_UNFUSED_SCORES: glibc before 2.38 hardly uses the memory of a freed tensor again unless it was large
+        # enough to be taken from the system by itself, and a backward pass of many small steps would hold them all.
+        step = max(1, MAX_SCORES // (query.shape[0] * place.numel()))
         parts = [
             recompute_in_backward(some_queries, part, *states, own)
             for part, own in zip(query.flatten(1, 2).split(step, dim=1), place.flatten().split(step), strict=True)

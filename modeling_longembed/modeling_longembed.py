@@ -97,6 +97,11 @@ class LongEmbedEmbeddings(nn.Module):
         return self.dropout(hidden_states)
 
 
+# Inner states of a feed-forward sublayer that are computed at once on a CPU (16 MB in fp32): malloc takes more than
+# 32 MB from the system anew each time, and the page faults of a long document cost as much as the arithmetic.
+MAX_INNER_STATES = 2**22
+
+
 class LongEmbedFeedForward(nn.Module):
     """`down(act(up(x)))`, or gated: `down(act(up(x)) * gate(x))` (Shazeer 2020)."""
 
@@ -110,10 +115,21 @@ class LongEmbedFeedForward(nn.Module):
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        rows = max(1, MAX_INNER_STATES // self.up_proj.out_features)
+        if _may_be_cut(hidden_states) and len(hidden_states) > rows:
+            return torch.cat([self._transform(piece) for piece in hidden_states.split(rows)])
+        return self._transform(hidden_states)
+
+    def _transform(self, hidden_states: Tensor) -> Tensor:
         inner = self.act(self.up_proj(hidden_states))
         if self.gate_proj is not None:
             inner = inner * self.gate_proj(hidden_states)
         return self.down_proj(inner)
+
+
+def _may_be_cut(hidden_states: Tensor) -> bool:
+    """Whether rows are better computed in pieces: on a CPU, in inference, outside a graph."""
+    return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class LongEmbedSublayer(GradientCheckpointingLayer):

@@ -111,7 +111,8 @@ def test_equals_the_grouped_softmax(path, causal, training, data):
     words = [0, 1, 2, size - 2, size - 1, size, size + 1, 2 * size - 2, 11, 13, 23]
     lengths = data.draw(st.lists(st.sampled_from(words), min_size=1, max_size=3).filter(any))
     inputs = make_inputs([lengthened(n, size) for n in lengths], size, top_k, causal=causal, training=training)
-    with patch.object(landmark_longembed, "MAX_UNFUSED_SCORES", data.draw(st.sampled_from([1, 500, 2**24]))):
+    budget = data.draw(st.sampled_from([1, 500, 2**24]))
+    with patch.multiple(landmark_longembed, MAX_SCORES=budget, MAX_UNFUSED_SCORES=budget):
         assert_equal_with_gradients(run(inputs, path), grouped_softmax(inputs)[0], inputs)
 
 
@@ -356,7 +357,7 @@ def test_memory_grows_with_the_length_and_not_its_square(length, training):
     for tokens in (length // 2, length):
         inputs = make_inputs([tokens], size=32, dtype=torch.float32, training=training)
         with (
-            patch.object(landmark_longembed, "MAX_UNFUSED_SCORES", 2**16),
+            patch.multiple(landmark_longembed, MAX_SCORES=2**16, MAX_UNFUSED_SCORES=2**16),
             Allocated() as allocated,
             KeptForBackward() as held,
         ):

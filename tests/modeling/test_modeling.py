@@ -6,7 +6,7 @@ from memory_use import Allocated, KeptForBackward
 from sentence_transformers.models import Pooling
 from transformers import BertConfig, BertModel
 
-from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel, kernels_longembed
+from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel, kernels_longembed, modeling_longembed
 from modeling_longembed.attention_longembed import KERNELS
 from modeling_longembed.hub_longembed import ST_POOLINGS
 from modeling_longembed.patterns_longembed import PATTERNS
@@ -209,6 +209,19 @@ def test_no_tensor_of_length_times_length(tiny_model, monkeypatch, pattern, posi
     assert kept.largest <= budget
     assert kept.total <= 4 * budget  # chunks of scores that are each small would add up to 32
     assert allocated.largest <= 1.1 * budget
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_inner_states_are_computed_in_pieces_on_a_cpu(tiny_model, monkeypatch, gated):
+    model = tiny_model(feed_forward_gated=gated).eval()
+    sublayer = next(layer.feed_forward for layer in model.layers if layer.feed_forward is not None)
+    states, inner = torch.randn(103, model.config.hidden_size), model.config.intermediate_size
+    whole = sublayer(states)  # with gradients: at once
+    monkeypatch.setattr(modeling_longembed, "MAX_INNER_STATES", 10 * inner)
+    with torch.no_grad(), Allocated() as allocated:
+        pieces = sublayer(states)
+    torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
+    assert allocated.largest == max(10 * inner, states.numel())
 
 
 # The head -------------------------------------------------------------------------------------------------------------
