@@ -77,3 +77,14 @@ def synchronizing(model: nn.Module, synchronize: bool) -> AbstractContextManager
     if synchronize or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
+
+
+def settle(model: nn.Module) -> None:
+    """Let DDP do now, on all processes at once, what it does once in the first forward pass after a synchronised step.
+
+    It orders its buckets anew, which is a collective. Processes whose batches have more or fewer chunks come to their
+    next forward pass with gradients at another place, before or after the gather of the embeddings, and would wait for
+    each other for ever.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.reducer._rebuild_buckets()

@@ -22,7 +22,7 @@ from transformers import get_scheduler
 
 from common.errors import UserError
 from training.checkpoints import Checkpoint, Progress, find_checkpoint, has_checkpoints, save_checkpoint
-from training.distributed import mean_over_processes
+from training.distributed import mean_over_processes, settle
 from training.metrics import MetricsLog, peak_memory_gib
 from training.tuning import parameter_groups
 
@@ -201,6 +201,7 @@ class Loop:
             for number in range(accumulation):
                 batch = next(stream).to(accelerator.device)
                 metrics.append(accumulate_gradient(wrapped, batch, 1 / accumulation, number == accumulation - 1))
+            settle(wrapped)
             norm = nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf"))
             learning_rate = scheduler.get_last_lr()[0]
             optimizer.step()

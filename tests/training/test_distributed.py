@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_longembed import LongEmbedModel
 from training.batches import pack
-from training.distributed import gather_rows, own_rows
+from training.distributed import gather_rows, own_rows, settle
 from training.gradient_cache import cached_backward
 from training.losses.contrastive import info_nce
 from training.pairs import embed
@@ -109,6 +109,15 @@ def _worker(rank: int, folder: str) -> None:
         # Two batches were accumulated, the first without a reduction.
         results[name, "gradients"] = {key: p.grad / 2 for key, p in wrapped.module.named_parameters()}
 
+    # One chunk here, several there: their first forward passes with gradients are before and after the gather.
+    uneven = pack([text for column in documents() for text in per_process(column)], (10**6, 40)[rank])
+    wrapped = DistributedDataParallel(model(), broadcast_buffers=False)
+    for _ in range(2):
+        metrics = cached_backward(wrapped, uneven, lambda c: embed(wrapped, c), gathered_loss(gather_rows))
+        settle(wrapped)
+    results["uneven_chunks"] = len(uneven)
+    results["uneven_gradients"] = {key: p.grad / 2 for key, p in wrapped.module.named_parameters()}
+
     torch.manual_seed(0)
     whole = [F.normalize(torch.randn(PAIRS, 8, dtype=torch.float64), dim=-1) for _ in range(3)]
     own = [rows[own_rows(PAIRS // PROCESSES)].clone().requires_grad_() for rows in whole]
@@ -143,6 +152,14 @@ def test_two_processes_have_the_gradient_of_one(two_processes):
     for results in two_processes:
         torch.testing.assert_close(results["exact", "loss"], loss, atol=1e-10, rtol=0)
         torch.testing.assert_close(results["exact", "gradients"], gradients, atol=1e-10, rtol=0)
+
+
+@pytest.mark.promise("C8", "C9")
+def test_one_chunk_beside_several_step_after_step(two_processes):
+    _, gradients = one_process()
+    assert [results["uneven_chunks"] > 1 for results in two_processes] == [False, True]
+    for results in two_processes:
+        torch.testing.assert_close(results["uneven_gradients"], gradients, atol=1e-10, rtol=0)
 
 
 @pytest.mark.promise("C9")
