@@ -1,10 +1,29 @@
-"""Settings of every registered pattern, for tests that run over the registry."""
+"""Settings of every registered pattern and position scheme, for tests that run over the registries."""
 
 from dataclasses import fields
 from itertools import product
 
 from modeling_longembed import LongEmbedConfig
 from modeling_longembed.patterns_longembed import PATTERNS
+
+SCHEMES = {
+    "absolute": {"position_embedding_type": "absolute"},
+    "sinusoidal": {"position_embedding_type": "sinusoidal"},
+    "rope": {"position_embedding_type": "rope"},
+    "rope+group": {
+        "position_embedding_type": "rope",
+        "position_extension": {
+            "method": "group",
+            "original_max_position_embeddings": 16,
+            "factor": 3,
+            "neighbours": 40,
+        },
+    },
+    "alibi": {"position_embedding_type": "alibi"},
+    "relative": {"position_embedding_type": "relative"},
+    "buckets": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
+    "none": {"position_embedding_type": "none", "is_causal": True},
+}
 
 
 def entries(name: str, reach: int = 5) -> list[dict]:
@@ -18,7 +37,7 @@ def entries(name: str, reach: int = 5) -> list[dict]:
     return [entry for n, entry in enumerate(settings) if entry not in settings[:n]]
 
 
-def refused(entry: dict, fields: dict) -> str | None:
+def refused(entry: dict | str, fields: dict) -> str | None:
     """The sentence with which the config refuses a pattern beside other fields."""
     try:
         LongEmbedConfig(attention_patterns=entry, **fields)

@@ -5,31 +5,13 @@ import json
 import pytest
 import torch
 from clean_environment import CleanEnvironment
-from pattern_settings import entries, refused
+from pattern_settings import SCHEMES, entries, refused
 from peft import LoraConfig, get_peft_model
 from tiny_checkpoints import save_checkpoint
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from modeling_longembed.patterns_longembed import PATTERNS, build_pattern
 
-SCHEMES = {
-    "absolute": {"position_embedding_type": "absolute"},
-    "sinusoidal": {"position_embedding_type": "sinusoidal"},
-    "rope": {"position_embedding_type": "rope"},
-    "rope+group": {
-        "position_embedding_type": "rope",
-        "position_extension": {
-            "method": "group",
-            "original_max_position_embeddings": 16,
-            "factor": 3,
-            "neighbours": 40,
-        },
-    },
-    "alibi": {"position_embedding_type": "alibi"},
-    "relative": {"position_embedding_type": "relative"},
-    "buckets": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
-    "none": {"position_embedding_type": "none", "is_causal": True},
-}
 ALL_ENTRIES = [entry for name in PATTERNS for entry in entries(name, reach=6)]
 LONGEST = 61
 

@@ -14,7 +14,7 @@ from clean_environment import CleanEnvironment
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import EntryNotFoundError
 from safetensors.torch import load_file
-from tiny_checkpoints import CONTEXT, random_text, save_checkpoint
+from tiny_checkpoints import CONTEXT, SAVED_BESIDE_CODE, random_text, save_checkpoint
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
@@ -83,17 +83,7 @@ def test_the_folder_holds_all_it_needs(published):
     files = {str(path.relative_to(published)) for path in published.rglob("*") if path.is_file()}
     assert {name for name in files if name.endswith(".py")} == CODE
     assert not [name for name in files if name.endswith((".bin", ".pkl", ".pt"))]
-    assert files - CODE == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "modules.json",
-        "sentence_bert_config.json",
-        "config_sentence_transformers.json",
-        "1_Pooling/config.json",
-    }
+    assert files - CODE == SAVED_BESIDE_CODE
     config = json.loads((published / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForMaskedLM"}
     for reference in config["auto_map"].values():

@@ -2,6 +2,7 @@
 
 from unittest.mock import patch
 
+import pattern_settings
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,10 +17,7 @@ from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.patterns_longembed import build_pattern
 
 NEIGHBOURS, GROUP = 6, 3
-SCHEMES = {
-    "absolute": {},
-    "sinusoidal": {"position_embedding_type": "sinusoidal"},
-    "rope": {"position_embedding_type": "rope"},
+SCHEMES = pattern_settings.SCHEMES | {
     "rope+group": {
         "position_embedding_type": "rope",
         "position_extension": {
@@ -30,10 +28,6 @@ SCHEMES = {
             "keep_short": False,
         },
     },
-    "alibi": {"position_embedding_type": "alibi"},
-    "relative": {"position_embedding_type": "relative"},
-    "buckets": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
-    "none": {"position_embedding_type": "none", "is_causal": True},
 }
 PRE_NORM = {"norm_placement": "pre", "final_norm": True, "first_attention_norm": True}
 KERNELS_OF_MEMORY = ("longembed_varlen", "eager")

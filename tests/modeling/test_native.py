@@ -9,7 +9,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_checkpoints import CONFIGS, CONTEXT, random_batch, random_text, save_checkpoint, tiny_tokenizer
+from tiny_checkpoints import (
+    CONFIGS,
+    CONTEXT,
+    SAVED_BESIDE_CODE,
+    random_batch,
+    random_text,
+    save_checkpoint,
+    tiny_tokenizer,
+)
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, ModernBertConfig
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
@@ -169,17 +177,7 @@ def test_the_same_architecture_gets_its_own_weights_back(family, with_head, expo
 @pytest.mark.parametrize("family", WRITTEN_AS)
 def test_the_folder_holds_no_code(family, with_head, exported):
     _, _, folder = exported(family, with_head)
-    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "modules.json",
-        "sentence_bert_config.json",
-        "config_sentence_transformers.json",
-        "1_Pooling/config.json",
-    }
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == SAVED_BESIDE_CODE
     assert "auto_map" not in json.loads((folder / "config.json").read_text())
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 

@@ -19,6 +19,18 @@ from transformers import (
 CONTEXT = 40
 WORDS = [f"w{n}" for n in range(60)]
 VOCAB_SIZE = len(WORDS) + 5
+# What a folder that a model of ours is saved to holds beside its code.
+SAVED_BESIDE_CODE = {
+    "README.md",
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
