@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from common.errors import UserError
@@ -134,10 +135,18 @@ def _convert(
     return model, True
 
 
-def train_new_head(model: LongEmbedForMaskedLM) -> None:
+def train_new_head(model: LongEmbedForMaskedLM, word_counts: Tensor) -> None:
     """Let a head that starts new train under every tuning: frozen, it would be noise for ever.
 
-    The projection to the vocabulary is the table of word embeddings and stays with that.
+    It starts by guessing words as often as they occur: from a bias of zeros the first hundred thousand tokens would
+    teach it no more than that, with gradients that spoil the encoder meanwhile. The projection to the vocabulary is the
+    table of word embeddings and stays with that.
+
+    Args:
+        word_counts: `(vocab_size,)`, how often each token occurs in the training documents.
     """
+    with torch.no_grad():
+        counts = word_counts.double() + 1
+        model.head.decoder.bias.copy_((counts / counts.sum()).log())
     for parameter in (*model.head.dense.parameters(), *model.head.norm.parameters(), model.head.decoder.bias):
         parameter.requires_grad_(True)

@@ -47,6 +47,13 @@ class TokenizedDocuments:
         rows = slice(start + segment.start, start + segment.stop)
         return self.ids[rows].astype(np.int64), np.array(self.starts_word[rows])
 
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """How often each token occurs, `(vocab_size,)` int64; special tokens are not in the documents."""
+        counts = np.zeros(vocab_size, np.int64)
+        for start in range(0, len(self.ids), 1 << 24):  # in portions: the whole file need not fit into memory
+            counts += np.bincount(self.ids[start : start + (1 << 24)], minlength=vocab_size)
+        return torch.from_numpy(counts)
+
 
 def tokenize_documents(source: Source, tokenizer: PreTrainedTokenizerBase, folder: Path) -> TokenizedDocuments:
     """Tokenise a source once: what another run has written below `folder`, of the same texts and tokenizer, is read.

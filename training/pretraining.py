@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -113,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate = evaluation(arguments, read, course, model.tokenizer, loop)
     selected = select_parameters(model, tuning)
     if head_is_new:
-        train_new_head(model)
+        counts = [source.token_counts(model.config.vocab_size) for source in train]
+        train_new_head(model, torch.stack(counts).sum(0))
         if loop.is_main:
             print(f"{model_arguments.model_name_or_path} has no masked-language-model head: a new one is trained")
     head = None

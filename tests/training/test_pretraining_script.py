@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,16 @@ def test_an_encoder_of_transformers_is_converted_on_the_way(train, bert, capsys,
     original = kind.from_pretrained(folder).eval()(ids)[0]
     ours = final(ids).logits if kind is BertForMaskedLM else final.model(ids).last_hidden_state
     torch.testing.assert_close(ours, original, atol=1e-4, rtol=0)
+
+
+def test_a_new_head_guesses_words_as_often_as_they_occur(train, bert, documents_file, tokenizer):
+    """One step at a rate of nothing: the bias is the logarithm of the shares, counted here by the tokenizer alone."""
+    output = train(f"--model_name_or_path {bert(BertModel)} --learning_rate 1e-12 --max_steps 1 --dropout 0")
+    texts = [json.loads(line)["text"] for line in documents_file.read_text().splitlines()]
+    counts = Counter(token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids)
+    bias = LongEmbedForMaskedLM.from_pretrained(output / "final").head.decoder.bias.double()
+    expected = torch.tensor([counts[token] + 1.0 for token in range(len(bias))]).double()
+    torch.testing.assert_close(bias.exp(), expected / expected.sum(), atol=1e-6, rtol=1e-5)
 
 
 def test_a_table_gives_way_to_another_scheme(train, bert):
