@@ -1,1 +1,1 @@
-"""What all scripts of this repository share: errors for the user, arguments, files that are never half-written."""
+"""What all scripts of this repository share: errors for the user, arguments, whole files, texts as vectors."""

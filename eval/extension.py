@@ -32,10 +32,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
+from common.encoders import ModelFolder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
 from eval import mteb_long, perplexity
-from eval.encoders import ModelFolder, resolve_precision
 from eval.plot import save
 from eval.records import Records
 from eval.synthetic import read_texts

@@ -15,11 +15,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+# The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
+from common.encoders import ModelFolder, context_length
 from common.errors import UserError
 from common.files import sha256_file
-
-# The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
-from eval.encoders import ModelFolder, context_length
 
 _OURS = "LongEmbedForMaskedLM"
 

@@ -16,13 +16,13 @@ import mteb
 from rich.console import Console
 
 from common.arguments import parse
+from common.encoders import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from eval.encoders import resolve_precision
-from eval.models import ModelSpec
+from common.vector_cache import VectorCache
+from eval.models import JudgedModel
 from eval.results import AtomicResultCache, Score, as_markdown, as_table
 from eval.tasks import get_tasks, load
-from eval.vector_cache import VectorCache
 
 
 @dataclass
@@ -77,7 +77,7 @@ def judge(arguments: Arguments) -> list[Score]:
     datasets.disable_progress_bars()  # of tables that are written in a moment; encoding shows its own
     precision = resolve_precision(arguments.precision)
     tasks = get_tasks(arguments.tasks, arguments.data_dir)
-    specs = [ModelSpec.parse(text, arguments.max_length, precision) for text in arguments.model]
+    specs = [JudgedModel.parse(text, arguments.max_length, precision) for text in arguments.model]
     results = AtomicResultCache(arguments.output_dir)
     cache = VectorCache(Path(arguments.output_dir, "vectors.sqlite"))
     todo = {spec: [task for task in tasks if not results.is_complete(task, spec.meta)] for spec in specs}

@@ -36,11 +36,11 @@ from rich.markdown import Markdown
 from tqdm.auto import tqdm
 
 from common.arguments import parse
+from common.encoders import Encoder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from eval.encoders import Encoder, resolve_precision
 from eval.language_models import LanguageModel
-from eval.models import ModelSpec
+from eval.models import JudgedModel
 from eval.plot import save
 from eval.records import Records
 from eval.synthetic import FILLER, MOST_DOCUMENTS, Haystack, Needle, passkey_needles, read_haystack
@@ -137,7 +137,7 @@ class Retrieval:
         haystack: the text around the keys; None: sentences that say nothing.
     """
 
-    def __init__(self, spec: ModelSpec, encoder: Encoder, haystack: str | None):
+    def __init__(self, spec: JudgedModel, encoder: Encoder, haystack: str | None):
         self.kind, self.encoder, self.identity = spec.kind, encoder, f"{spec.kind}:{encoder.identity}"
         self.source = Haystack(haystack or FILLER * REPEATS, encoder.model.tokenizer)
         self.room = len(encoder.prompt_ids(PromptType.document))
@@ -256,7 +256,7 @@ def loader(name: str, arguments: Arguments, haystack: str | None) -> Callable[[]
     if name.startswith("generate:"):
         path = name.removeprefix("generate:")
         return lambda: Generation(LanguageModel(path, precision, arguments.trust_remote_code), haystack)
-    spec = ModelSpec.parse(name, precision=precision)
+    spec = JudgedModel.parse(name, precision=precision)
     if spec.folder is None:
         raise UserError(
             f"--model {name} has no vectors; it finds every key that it has words for, and is left out here"

@@ -46,9 +46,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common.arguments import parse
+from common.encoders import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from eval.encoders import resolve_precision
 from eval.language_models import LanguageModel
 from eval.plot import save
 from eval.records import Records

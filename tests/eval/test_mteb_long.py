@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from common.encoders import ChunkEncoder
 from common.errors import run
 from eval import mteb_long, plot, synthetic
 
@@ -47,7 +48,7 @@ def test_models_and_baselines_side_by_side(make_task, tiny_model, tiny_longembed
         assert {"Animals.json", "Hidden.json", "model_meta.json"} <= {file.name for file in folder.iterdir()}
 
     # A second run loads no model and computes nothing, and says the same.
-    monkeypatch.setattr(mteb_long.ModelSpec, "load", lambda *_: pytest.fail("loaded a model for finished results"))
+    monkeypatch.setattr(mteb_long.JudgedModel, "load", lambda *_: pytest.fail("loaded a model for finished results"))
     monkeypatch.setattr(mteb_long.mteb, "evaluate", lambda *_, **__: pytest.fail("ran a finished task"))
     assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0
     assert (tmp_path / "r" / "table.md").read_text().splitlines() == table
@@ -69,9 +70,9 @@ def test_data_that_changed_are_judged_again(make_task, tmp_path, monkeypatch, ca
 def test_chunk_vectors_are_computed_once_for_mean_and_max(make_task, tiny_model, tmp_path, monkeypatch, capsys):
     make_task("Animals", TEXTS, QUERIES)
     encoded = []
-    original = mteb_long.ModelSpec.load.__globals__["ChunkEncoder"].__call__
+    original = ChunkEncoder.__call__
     monkeypatch.setattr(
-        "eval.encoders.ChunkEncoder.__call__",
+        "common.encoders.ChunkEncoder.__call__",
         lambda self, texts, kind: encoded.extend(texts) or original(self, texts, kind),
     )
     models = [f"chunk-mean:{tiny_model}:32", f"chunk-max:{tiny_model}:32"]
@@ -161,9 +162,9 @@ def test_a_killed_run_goes_on_where_it_stopped(make_task, tiny_model, tmp_path, 
     (finished,) = (tmp_path / "r" / "results").glob("baseline__bm25s/*/Animals.json")
     before = finished.read_bytes()
     encoded = []
-    original = mteb_long.ModelSpec.load.__globals__["ChunkEncoder"].__call__
+    original = ChunkEncoder.__call__
     monkeypatch.setattr(
-        "eval.encoders.ChunkEncoder.__call__",
+        "common.encoders.ChunkEncoder.__call__",
         lambda self, texts, kind: encoded.extend(texts) or original(self, texts, kind),
     )
     assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from common.encoders import ModelFolder
 from common.errors import UserError
 from eval import mteb_long, passkey
-from eval.encoders import ModelFolder
 from eval.language_models import LanguageModel
 from eval.passkey import (
     GARBAGE,

@@ -10,7 +10,7 @@ import pytrec_eval
 from sklearn.metrics import ndcg_score
 
 from common.errors import UserError
-from eval.models import ModelSpec
+from eval.models import JudgedModel
 from eval.plot import draw
 from eval.results import AtomicResultCache, Score, as_markdown, as_table, pivot, read_scores
 from eval.tasks import load, local_task
@@ -21,7 +21,7 @@ class Known:
 
     def __init__(self, scores: np.ndarray, name: str = "test/known"):
         self.scores = scores
-        self.mteb_model_meta = ModelSpec("bm25").meta.model_copy(update={"name": name})
+        self.mteb_model_meta = JudgedModel("bm25").meta.model_copy(update={"name": name})
         self.searched = 0
 
     def index(self, corpus, **kwargs):

@@ -14,9 +14,9 @@ from mteb.types import PromptType
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, RobertaModel
 
+from common.encoders import ChunkEncoder, Encoder, ModelFolder, stream, token_batches
 from common.errors import UserError
-from eval.encoders import ChunkEncoder, Encoder, ModelFolder, stream, token_batches
-from eval.vector_cache import VectorCache
+from common.vector_cache import VectorCache
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
 texts_of_words = st.lists(st.lists(st.sampled_from(WORDS), max_size=150).map(" ".join), min_size=1, max_size=6)
@@ -194,7 +194,7 @@ def test_a_put_that_is_killed_leaves_nothing_or_all(tmp_path):
     path = tmp_path / "v.sqlite"
     script = (
         "import sys, numpy as np\n"
-        "from eval.vector_cache import VectorCache\n"
+        "from common.vector_cache import VectorCache\n"
         "cache = VectorCache(sys.argv[1])\n"
         "print('ready', flush=True)\n"
         "for n in range(10**9):\n"

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from common.errors import UserError
 from common.files import sha256_file
-from eval.vector_cache import VectorCache
+from common.vector_cache import VectorCache
 
 # The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
 from modeling_longembed.encoding_longembed import is_fast_in_bfloat16
@@ -266,6 +266,22 @@ def stream(
                 matrices |= new
             yield window, [matrices[keys[i]] for i in window]
             progress.update(sum(sizes[i] for i in window))
+
+
+def vectors_of(texts: Sequence[str], encoder: Encoder, prompt_type: Any, cache: VectorCache) -> np.ndarray:
+    """One vector for each text, float32 `(n, d)`: the sum of its rows, whose direction is what counts.
+
+    Args:
+        texts: n of them, as in `stream`.
+        encoder: texts -> matrices (k, d).
+        prompt_type: the kind of the texts.
+        cache: where finished matrices are and go.
+    """
+    vectors = np.empty((len(texts), encoder.dimension), np.float32)
+    label = "queries" if prompt_type == PromptType.query else "documents"
+    for window, matrices in stream(texts, encoder, prompt_type, cache, label):
+        vectors[window] = [matrix.sum(0) for matrix in matrices]
+    return vectors
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
