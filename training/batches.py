@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -37,6 +37,12 @@ class PackedTexts:
             input_ids=self.input_ids.to(device, non_blocking=True),
             cu_seq_lens_q=self.cu_seq_lens_q.to(device, non_blocking=True),
         )
+
+    def part(self, start: int, stop: int) -> "PackedTexts":
+        """Some of the documents, by their number."""
+        ends = self.cu_seq_lens_q[start : stop + 1]
+        longest = int(ends.diff().max())
+        return PackedTexts(self.input_ids[:, int(ends[0]) : int(ends[-1])], ends - ends[0], longest)
 
 
 def pack(token_ids: Sequence[Sequence[int] | np.ndarray], batch_tokens: int) -> list[PackedTexts]:
@@ -111,6 +117,8 @@ class PairBatch:
         tokens: in all chunks together.
         longest: for each column its longest text, in tokens: what a padded batch would be padded to.
         cut_off: texts that fill the limit of their kind.
+        classes: for each class column the class of each pair, `(n,)` int64, equal where the classes are equal.
+        texts: the columns of texts, if something beside the model reads them.
     """
 
     chunks: list[PackedTexts]
@@ -119,13 +127,27 @@ class PairBatch:
     tokens: int
     longest: tuple[int, ...]
     cut_off: int
+    classes: dict[str, Tensor] = field(default_factory=dict)
+    texts: list[list[str]] | None = None
 
     def to(self, device: torch.device) -> "PairBatch":
         return replace(
             self,
             chunks=[chunk.to(device) for chunk in self.chunks],
             text_ids=self.text_ids.to(device, non_blocking=True),
+            classes={name: ids.to(device, non_blocking=True) for name, ids in self.classes.items()},
         )
+
+    def column_chunks(self, column: int) -> list[PackedTexts]:
+        """The texts of one column alone, in chunks no larger than `chunks`."""
+        wanted, parts, first = range(column * self.pairs, (column + 1) * self.pairs), [], 0
+        for chunk in self.chunks:
+            count = len(chunk.cu_seq_lens_q) - 1
+            start, stop = max(0, wanted.start - first), min(count, wanted.stop - first)
+            if start < stop:
+                parts.append(chunk.part(start, stop))
+            first += count
+        return parts
 
     def largest_chunk(self) -> PackedTexts:
         """The texts that take the most memory at once."""
@@ -168,16 +190,19 @@ class PairBatches(Dataset):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        keep_texts: bool = False,
     ) -> None:
         """Args:
         batch_size: pairs of one process; all processes together take `batch_size * world_size` pairs a batch.
         batch_tokens: tokens of one packed chunk.
+        keep_texts: a batch holds its texts as well, for another model than the one that trains.
 
         Raises:
             UserError: a source has fewer pairs than a batch.
         """
         self.sources, self.tokenize, self.batch_tokens, self.seed = sources, tokenize, batch_tokens, seed
         self.batch_size, self.rank, self.global_batch_size = batch_size, rank, batch_size * world_size
+        self.keep_texts = keep_texts
         for source in sources:
             if len(source.rows) < self.global_batch_size:
                 raise UserError(
@@ -213,7 +238,20 @@ class PairBatches(Dataset):
     def __getitem__(self, index: int) -> PairBatch:
         number, rows = self.global_rows(index)
         own = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return collate_pairs(self.sources[number].texts(own), self.tokenize, self.batch_tokens)
+        return self._collate(self.sources[number], own, self.sources[number].texts(own))
+
+    def locate(self, index: int) -> str:
+        """Where the pairs of all processes of batch `index` come from: the source and its rows, from 1."""
+        number, rows = self.global_rows(index)
+        return f"{self.sources[number].name}, rows {', '.join(str(row + 1) for row in sorted(rows))}"
+
+    def _collate(self, source: Source, rows: list[int], texts: list[list[str]], cut: bool = False) -> PairBatch:
+        classes = source.classes_of(rows)
+        return replace(
+            collate_pairs(texts, self.tokenize, self.batch_tokens, cut),
+            classes={name: torch.tensor([_text_id(value) for value in classes[name]]) for name in classes},
+            texts=texts if self.keep_texts else None,
+        )
 
     def heaviest(self) -> PairBatch:
         """A batch that takes at least as much memory as any of the run: the longest texts, in chunks that are full.
@@ -222,7 +260,7 @@ class PairBatches(Dataset):
         texts of another batch could fill that chunk to the last token.
         """
         batches = [
-            collate_pairs(source.longest_texts(self.batch_size), self.tokenize, self.batch_tokens, cut=True)
+            self._collate(source, list(range(self.batch_size)), source.longest_texts(self.batch_size), cut=True)
             for source in self.sources
         ]
         return max(

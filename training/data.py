@@ -28,14 +28,16 @@ class Columns:
         required: these, in this order.
         prefix: and any number that begin with it; none if None.
         rows: what a row is, in words.
+        classes: and these, which hold an integer or a text that names the row's class.
     """
 
     required: tuple[str, ...]
     prefix: str | None
     rows: str
+    classes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " and ".join(self.required)
+        return " and ".join(self.required + self.classes)
 
 
 PAIRS = Columns(("anchor", "positive"), "negative", "pairs")
@@ -51,17 +53,24 @@ class Source:
         rows: the texts, memory-mapped.
         columns: of pairs `anchor`, `positive`, and any number that begin with `negative`, in that order.
         weight: how many times an epoch goes through the rows.
+        classes: columns that name a row's class.
     """
 
     name: str
     rows: datasets.Dataset
     columns: tuple[str, ...]
     weight: float = 1.0
+    classes: tuple[str, ...] = ()
 
     def texts(self, rows: list[int]) -> list[list[str]]:
         """The texts of some rows, one list a column."""
         selected = self.rows[rows]
         return [selected[column] for column in self.columns]
+
+    def classes_of(self, rows: list[int]) -> dict[str, list[str]]:
+        """What the class columns of some rows hold, by column."""
+        selected = self.rows.select_columns(list(self.classes))[rows] if self.classes else {}
+        return {column: [str(name) for name in selected[column]] for column in self.classes}
 
     def longest_texts(self, count: int) -> list[list[str]]:
         """For each column its `count` texts of the most characters, the longest first."""
@@ -109,11 +118,12 @@ def _read_source(name: str, weight: float, wanted: Columns, split: str) -> Sourc
     else:
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
     columns = _present_columns(name, rows.column_names, wanted)
-    rows = rows.select_columns(list(columns))
+    rows = rows.select_columns(list(dict.fromkeys((*columns, *wanted.classes))))
     if not len(rows):
         raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
-    _check_columns(name, rows)
-    return Source(name, rows, columns, weight)
+    _check_columns(name, rows.select_columns(list(dict.fromkeys(columns))))
+    _check_classes(name, rows, wanted.classes)
+    return Source(name, rows, columns, weight, wanted.classes)
 
 
 def _files(path: Path) -> list[Path]:
@@ -151,7 +161,9 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
     try:
         return datasets.Dataset.from_generator(
             _json_texts,
-            features=datasets.Features({column: datasets.Value("large_string") for column in columns}),
+            features=datasets.Features(
+                {column: datasets.Value("large_string") for column in (*columns, *wanted.classes)}
+            ),
             gen_kwargs={
                 "paths": paths,
                 "wanted": wanted,
@@ -175,7 +187,9 @@ def _json_texts(
                 if column not in row:
                     raise UserError(f"{path}, row {number}: the column {column} is missing")
                 _check_text(path, number, column, row[column])
-            yield {column: row[column] for column in columns}
+            for column in wanted.classes:
+                _check_class(path, number, column, row.get(column))
+            yield {column: row[column] for column in columns} | {column: str(row[column]) for column in wanted.classes}
 
 
 def _json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
@@ -209,7 +223,7 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
 
 
 def _present_columns(name: str, present: Collection[str], wanted: Columns) -> tuple[str, ...]:
-    for column in wanted.required:
+    for column in (*wanted.required, *wanted.classes):
         if column not in present:
             raise UserError(f"{name}: the column {column} is missing; it has {', '.join(present) or 'none'}")
     more = () if wanted.prefix is None else (column for column in present if column.startswith(wanted.prefix))
@@ -231,6 +245,24 @@ def _check_columns(name: str, rows: datasets.Dataset) -> None:
             if place >= 0:
                 _check_text(name, start + place + 1, column, chunk[place].as_py())
             start += len(chunk)
+
+
+def _check_classes(name: str, rows: datasets.Dataset, columns: tuple[str, ...]) -> None:
+    for column in columns:
+        kind = rows.data.column(column).type
+        named = pyarrow.types.is_integer(kind) or pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+        missing = pyarrow.compute.index(pyarrow.compute.is_null(rows.data.column(column)), True).as_py()
+        if missing >= 0 or not named:
+            row = max(0, missing)
+            _check_class(name, row + 1, column, rows[row][column])
+
+
+def _check_class(name: str, number: int, column: str, value: object) -> None:
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        kind = "null" if value is None else type(value).__name__
+        raise UserError(
+            f"{name}, row {number}: {column} is {kind}; it names the class of a row, by an integer or a text"
+        )
 
 
 def _check_text(name: str, number: int, column: str, text: object) -> None:

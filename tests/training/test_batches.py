@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from training.batches import PairBatches, PairTokenizer, collate_pairs, pack
+from training.batches import PairBatch, PairBatches, PairTokenizer, collate_pairs, pack
 from training.data import Source
 
 sizes = st.lists(st.integers(8, 40), min_size=1, max_size=3)
@@ -115,3 +115,28 @@ def test_prompts_limits_and_measures(tokenizer):
     assert measures["cut_off_share"] == pytest.approx(2 / 6)
     assert batch.text_ids[4] == batch.text_ids[5]
     assert len(batch.text_ids.unique()) == 5
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=2, max_size=5).map(lambda lengths: lengths * 3),
+    budget=st.integers(1, 60),
+)
+def test_a_column_alone_is_its_texts_in_order(lengths, budget):
+    documents = [[number] * length for number, length in enumerate(lengths)]
+    pairs = len(documents) // 3
+    whole = PairBatch(pack(documents, budget), torch.zeros(3 * pairs), pairs, sum(lengths), (9,), 0)
+    for column in range(3):
+        parts = whole.column_chunks(column)
+        expected = list(chain.from_iterable(documents[column * pairs : (column + 1) * pairs]))
+        assert torch.cat([part.input_ids[0] for part in parts]).tolist() == expected
+        own = [part.cu_seq_lens_q.diff() for part in parts]
+        assert torch.cat(own).tolist() == lengths[column * pairs : (column + 1) * pairs]
+        assert [part.max_length_q for part in parts] == [int(part.max()) for part in own]
+        assert all(part.cu_seq_lens_q[0] == 0 for part in parts)
+
+
+def test_the_rows_of_a_batch_are_named_from_1(tokenizer):
+    made = batches([source(0, 8)], tokenize=PairTokenizer(tokenizer, 32, 32, {}), keep_texts=True)
+    number, rows = made.global_rows(5)
+    assert made.locate(5) == f"source-0, rows {', '.join(str(row + 1) for row in sorted(rows))}"
+    assert made[5].texts == made.sources[number].texts(rows)

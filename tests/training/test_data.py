@@ -35,6 +35,41 @@ def test_every_form_holds_the_same_rows(tmp_path):
         assert texts(tmp_path / name) == expected, name
 
 
+LABELLED = Columns(("anchor",), None, "texts", classes=("label",))
+
+
+@pytest.mark.parametrize("labels", [[3, 3, 5], ["law", "law", "music"]])
+def test_classes_are_integers_or_texts(tmp_path, labels):
+    rows = [{"anchor": word, "label": label} for word, label in zip("abc", labels, strict=True)]
+    lines = write_jsonl(tmp_path / "rows.jsonl", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for path in (lines, tmp_path / "rows.parquet"):
+        (source,) = read_sources([str(path)], LABELLED)
+        assert source.texts([0, 2]) == [["a", "c"]]
+        assert source.classes_of([0, 2]) == {"label": [str(labels[0]), str(labels[2])]}
+
+
+@pytest.mark.parametrize(
+    ("label", "complaint"),
+    [
+        (None, "row 2: label is null; it names the class"),
+        (1.5, "row 2: label is float; it names the class"),
+        (True, "row 2: label is bool; it names the class"),
+    ],
+)
+def test_what_names_no_class_is_refused(tmp_path, label, complaint):
+    rows = [{"anchor": "a", "label": 1}, {"anchor": "b", "label": label}]
+    with pytest.raises(UserError, match=complaint):
+        read_sources([str(write_jsonl(tmp_path / "rows.jsonl", rows))], LABELLED)
+    column = pyarrow.array([label, label])
+    table = pyarrow.table({"anchor": ["a", "b"], "label": column})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=complaint.replace("row 2", "row 1")):
+        read_sources([str(tmp_path / "rows.parquet")], LABELLED)
+    with pytest.raises(UserError, match="the column label is missing; it has anchor"):
+        read_sources([str(write_jsonl(tmp_path / "none.jsonl", [{"anchor": "a"}]))], LABELLED)
+
+
 def test_weights_and_a_colon_in_a_name(tmp_path):
     path = write_jsonl(tmp_path / "a:b.jsonl", [PAIR])
     assert [source.weight for source in read_sources([f"{path}:2.5", str(path), f"{path}:3"])] == [2.5, 1.0, 3.0]
