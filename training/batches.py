@@ -119,6 +119,8 @@ class PairBatch:
         cut_off: texts that fill the limit of their kind.
         classes: for each class column the class of each pair, `(n,)` int64, equal where the classes are equal.
         texts: the columns of texts, if something beside the model reads them.
+        source: where the pairs come from.
+        rows: of the source, from 1.
     """
 
     chunks: list[PackedTexts]
@@ -129,6 +131,8 @@ class PairBatch:
     cut_off: int
     classes: dict[str, Tensor] = field(default_factory=dict)
     texts: list[list[str]] | None = None
+    source: str = ""
+    rows: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "PairBatch":
         return replace(
@@ -137,6 +141,10 @@ class PairBatch:
             text_ids=self.text_ids.to(device, non_blocking=True),
             classes={name: ids.to(device, non_blocking=True) for name, ids in self.classes.items()},
         )
+
+    def locate(self) -> str:
+        """Where the pairs come from."""
+        return f"{self.source}, rows {', '.join(map(str, sorted(self.rows)))}"
 
     def column_chunks(self, column: int) -> list[PackedTexts]:
         """The texts of one column alone, in chunks no larger than `chunks`."""
@@ -240,17 +248,14 @@ class PairBatches(Dataset):
         own = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
         return self._collate(self.sources[number], own, self.sources[number].texts(own))
 
-    def locate(self, index: int) -> str:
-        """Where the pairs of all processes of batch `index` come from: the source and its rows, from 1."""
-        number, rows = self.global_rows(index)
-        return f"{self.sources[number].name}, rows {', '.join(str(row + 1) for row in sorted(rows))}"
-
     def _collate(self, source: Source, rows: list[int], texts: list[list[str]], cut: bool = False) -> PairBatch:
         classes = source.classes_of(rows)
         return replace(
             collate_pairs(texts, self.tokenize, self.batch_tokens, cut),
             classes={name: torch.tensor([_text_id(value) for value in classes[name]]) for name in classes},
             texts=texts if self.keep_texts else None,
+            source=source.name,
+            rows=tuple(row + 1 for row in rows),
         )
 
     def heaviest(self) -> PairBatch:

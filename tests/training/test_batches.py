@@ -138,5 +138,5 @@ def test_a_column_alone_is_its_texts_in_order(lengths, budget):
 def test_the_rows_of_a_batch_are_named_from_1(tokenizer):
     made = batches([source(0, 8)], tokenize=PairTokenizer(tokenizer, 32, 32, {}), keep_texts=True)
     number, rows = made.global_rows(5)
-    assert made.locate(5) == f"source-0, rows {', '.join(str(row + 1) for row in sorted(rows))}"
+    assert made[5].locate() == f"source-0, rows {', '.join(str(row + 1) for row in sorted(rows))}"
     assert made[5].texts == made.sources[number].texts(rows)
