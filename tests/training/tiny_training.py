@@ -10,6 +10,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 from modeling_longembed import LongEmbedConfig
 from training import contrastive, pretraining
 
@@ -83,6 +86,11 @@ def random_documents(count: int, seed: int = 0) -> list[dict[str, str]]:
     """Texts of 3 to 150 words."""
     draw = random.Random(seed)
     return [{"text": " ".join(draw.choices(WORDS, k=draw.randint(3, 150)))} for _ in range(count)]
+
+
+def unit(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random vectors of unit length, float64."""
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
