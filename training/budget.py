@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from common.errors import UserError
 from common.files import atomic_write
@@ -149,7 +150,8 @@ class Budget:
                     if parameter not in optimizer.state:  # ones: memory that is not written to is not taken on the CPU
                         moments += [torch.ones_like(parameter), torch.ones_like(parameter)]
                 for _ in range(min(2, self.loop.arguments.gradient_accumulation_steps)):
-                    accumulate_gradient(wrapped, batch.to(device), 1.0, False)
+                    # FSDP keeps what it has not reduced where `zero_grad` does not reach.
+                    accumulate_gradient(wrapped, batch.to(device), 1.0, isinstance(wrapped, FSDPModule))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -73,10 +74,25 @@ def own_share(count: int) -> range:
 
 
 def synchronizing(model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
-    """Whether a forward and backward pass inside ends in DDP's all-reduce."""
-    if synchronize or not isinstance(model, DistributedDataParallel):
-        return nullcontext()
-    return model.no_sync()
+    """Whether a forward and backward pass inside ends in the reduction of gradients, of DDP or of FSDP."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(synchronize)
+    elif isinstance(model, DistributedDataParallel) and not synchronize:
+        return model.no_sync()
+    return nullcontext()
+
+
+def passes_together(model: nn.Module, count: int) -> int:
+    """Forward passes that this process makes of a batch in `count` chunks.
+
+    Under FSDP, where a forward pass is a collective, as many as the process with the most chunks: the surplus repeats a
+    chunk, with a gradient of zero.
+    """
+    if not isinstance(model, FSDPModule):
+        return count
+    most = torch.tensor(count, device=next(model.parameters()).device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def settle(model: nn.Module) -> None:
@@ -88,3 +104,20 @@ def settle(model: nn.Module) -> None:
     """
     if isinstance(model, DistributedDataParallel):
         model.reducer._rebuild_buckets()
+
+
+def broadcast(module: nn.Module) -> None:
+    """Let every process begin with the parameters and buffers of the first, as DDP does with those of the model."""
+    if world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+
+
+def average_gradients(module: nn.Module) -> None:
+    """The mean over the processes of the gradients of what is in no DDP module, such as an objective's parameters.
+
+    Once a step, on all processes, whose gradients are there or not there alike.
+    """
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            parameter.grad = mean_over_processes(parameter.grad)

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from training.distributed import synchronizing
+from training.distributed import passes_together, synchronizing
 
 Chunk = TypeVar("Chunk")
 Metrics = dict[str, Tensor]
@@ -47,7 +47,8 @@ def cached_backward(
     in which texts do not see each other, and costs a second forward pass; a batch of one chunk is computed directly.
 
     Args:
-        model: the module that `embed` calls; if it is a DDP module its all-reduce happens once, in the last chunk.
+        model: the module that `embed` calls; if it is a DDP or FSDP module its gradients are reduced once, in the last
+            chunk.
         chunks: what `embed` takes; concatenated, their embeddings are the batch.
         embed: a chunk to its embeddings `(n_i, d)`.
         loss: all embeddings `(sum n_i, d)` to a scalar and detached metrics. It may gather over processes; parameters
@@ -57,27 +58,29 @@ def cached_backward(
     Returns:
         The metrics.
     """
-    if len(chunks) == 1:
+    passes = passes_together(model, len(chunks))
+    if passes == 1:
         with synchronizing(model, synchronize):
             value, metrics = loss(_in_full_precision(embed(chunks[0])))
             value.backward()
         return metrics
 
     device = next(model.parameters()).device
+    padded = [*chunks, *[chunks[-1]] * (passes - len(chunks))]
     states, embeddings = [], []
     with torch.no_grad():
-        for chunk in chunks:
+        for chunk in padded:
             states.append(RandomState(device))
             embeddings.append(embed(chunk))
 
     cached = _in_full_precision(torch.cat(embeddings)).requires_grad_()
-    value, metrics = loss(cached)
+    value, metrics = loss(cached[: sum(map(len, embeddings[: len(chunks)]))])
     value.backward()  # not autograd.grad: a loss with parameters of its own (a temperature) gets its gradient here
     assert cached.grad is not None
     gradients = cached.grad.split([len(rows) for rows in embeddings])
 
-    for index, (chunk, state, gradient) in enumerate(zip(chunks, states, gradients, strict=True)):
-        last = index == len(chunks) - 1
+    for index, (chunk, state, gradient) in enumerate(zip(padded, states, gradients, strict=True)):
+        last = index == passes - 1
         with state.replay(), synchronizing(model, synchronize and last):
             rows = embed(chunk)
             rows.backward(gradient.to(rows.dtype))

@@ -39,7 +39,15 @@ from modeling_longembed import LongEmbedModel
 from training.batches import PairBatch
 from training.loop import HOW_TO_RESUME, AccumulateGradient, Loop, LoopArguments
 from training.models import ModelArguments, load_encoder
-from training.pairs import ContrastiveArguments, pair_batches, pair_gradient, pair_retrieval, pair_tokenizer
+from training.objectives import ObjectiveArguments, build_objective, objective_groups
+from training.pairs import (
+    ContrastiveArguments,
+    load_guide,
+    pair_batches,
+    pair_gradient,
+    pair_retrieval,
+    pair_tokenizer,
+)
 from training.supernet import KINDS, Supernet
 from training.tuning import parameter_groups
 
@@ -98,14 +106,18 @@ class SearchArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Search; `argv` is the process's own if None."""
-    model_arguments, arguments, search, loop_arguments = parse(
-        ModelArguments, ContrastiveArguments, SearchArguments, LoopArguments, argv=argv
+    model_arguments, arguments, wanted, search, loop_arguments = parse(
+        ModelArguments, ContrastiveArguments, ObjectiveArguments, SearchArguments, LoopArguments, argv=argv
     )
     loop = Loop(loop_arguments)
+    if loop.sharding:
+        raise UserError(
+            "the layout search draws from weights that FSDP splits; launch with training/accelerate/ddp.yaml"
+        )
     model, tokenizer = load_encoder(model_arguments)
     if not isinstance(model, LongEmbedModel):
         raise UserError("--trust_remote_code: the sublayers that are tried are of our own code; leave it out")
-    batches = pair_batches(arguments, pair_tokenizer(arguments, model, tokenizer), loop)
+    batches = pair_batches(arguments, wanted, pair_tokenizer(arguments, model, tokenizer), loop)
     steps = loop.total_steps(batches)
     if steps < search.weight_steps + search.cycle_steps:
         raise UserError(
@@ -114,12 +126,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{search.weight_steps + search.cycle_steps}"
         )
     supernet = Supernet(model, search.gumbel_temperature)
+    objective = build_objective(wanted, supernet, batches.global_batch_size)
     supernet = loop.run(
         supernet,
         batches,
-        alternate(supernet, search, pair_gradient(arguments)),
-        pair_retrieval(arguments, batches, loop),
-        groups=search_groups(supernet, search, loop_arguments.weight_decay),
+        alternate(supernet, search, pair_gradient(objective, load_guide(arguments, wanted))),
+        pair_retrieval(arguments, objective, batches, loop),
+        groups=[
+            *search_groups(supernet, search, loop_arguments.weight_decay),
+            *objective_groups(objective, loop_arguments.weight_decay),
+        ],
+        objective=objective,
         ends_after=cycle_end(supernet, search, report=loop.is_main),
     )
     if loop.is_main:

@@ -1,12 +1,13 @@
 """The loop that every kind of training shares: devices, precision, accumulation, schedule, logging, exact resume."""
 
+import copy
 import math
 import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -22,8 +23,9 @@ from transformers import get_scheduler
 
 from common.errors import UserError
 from training.checkpoints import Checkpoint, Progress, find_checkpoint, has_checkpoints, save_checkpoint
-from training.distributed import mean_over_processes, settle
+from training.distributed import average_gradients, broadcast, mean_over_processes, settle
 from training.metrics import MetricsLog, peak_memory_gib
+from training.sharding import launched_sharding, load_optimizer_state, share, whole, whole_optimizer_state
 from training.tuning import parameter_groups
 
 # What the scripts answer Ctrl-C with.
@@ -104,6 +106,7 @@ class Loop:
         """
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
+        self.sharding = launched_sharding()  # before Accelerate reads the same settings
         self.accelerator = Accelerator(
             # Without it Accelerate takes the processes of a machine that has no accelerator for runs of their own.
             cpu=not torch.accelerator.is_available(),
@@ -116,7 +119,7 @@ class Loop:
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
         if self.accelerator.distributed_type not in supported:
             raise UserError(
-                f"{self.accelerator.distributed_type} is not supported here; launch with plain data parallelism"
+                f"{self.accelerator.distributed_type} is not supported here; launch with one of training/accelerate/"
             )
         if self.accelerator.mixed_precision not in ("no", "bf16"):
             raise UserError(f"mixed precision {self.accelerator.mixed_precision} is not supported; use --bf16 or none")
@@ -137,6 +140,7 @@ class Loop:
         groups: list[dict[str, Any]] | None = None,
         ends_after: Callable[[int], bool] | None = None,
         rehearse: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
+        objective: nn.Module | None = None,
     ) -> Model:
         """Train `model` to the last step, going on from the checkpoint that the arguments name.
 
@@ -149,17 +153,21 @@ class Loop:
             ends_after: called with the number of each step after it, on all processes; True ends the run there. What
                 it needs to know of earlier steps belongs in buffers of the model, which come back on resume.
             rehearse: called in training mode before anything is written; it leaves model and optimiser as they are.
+            objective: what trains, or is remembered, beside the model: in the groups and in the checkpoints, and not in
+                what is returned. It is in evaluation mode while `rehearse` is called.
 
         Returns:
-            The trained model, without the wrappers of distributed training.
+            The trained model, without the wrappers of distributed training; of a sharded run on the main process alone,
+            the others return their share.
         """
         arguments, accelerator = self.arguments, self.accelerator
         total = self.total_steps(batches)
         if arguments.gradient_checkpointing:
             _enable_gradient_checkpointing(model)
-        wrapped = accelerator.prepare(model)
+        groups = parameter_groups(model, arguments.weight_decay) if groups is None else groups
+        wrapped, groups, unsharded = self._distribute(model, groups)
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, arguments.weight_decay) if groups is None else groups,
+            groups,
             lr=arguments.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
@@ -171,12 +179,16 @@ class Loop:
             num_warmup_steps=arguments.warmup_steps or round(arguments.warmup_ratio * total),
             num_training_steps=total,
         )
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        progress = self._resume(model, optimizer, scheduler, batches)
+        beside = nn.Module() if objective is None else objective.to(accelerator.device)
+        broadcast(beside)
+        trained = [parameter for part in (model, beside) for parameter in part.parameters() if parameter.requires_grad]
+        tensors = _training_tensors(model) | {f"objective.{n}": t for n, t in _training_tensors(beside).items()}
+        progress = self._resume(tensors, optimizer, scheduler, batches)
         if progress.ended:
             total = progress.step
         if rehearse is not None:
             wrapped.train()
+            beside.eval()
             rehearse(wrapped, optimizer)
         log = MetricsLog(accelerator, self.output_dir, progress.step)
         bar = tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=not self.is_main)
@@ -196,24 +208,22 @@ class Loop:
         stream = iter(loader)
         speed = _Speed(accelerator.device)
         wrapped.train()
+        beside.train()
         for step in range(progress.step + 1, total + 1):
-            metrics = []
+            metrics, places = [], []
             for number in range(accumulation):
                 batch = next(stream).to(accelerator.device)
+                places.append(batch.locate() if hasattr(batch, "locate") else "")
                 metrics.append(accumulate_gradient(wrapped, batch, 1 / accumulation, number == accumulation - 1))
             settle(wrapped)
-            norm = nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf"))
+            average_gradients(beside)
+            norm = whole(nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf")))
             learning_rate = scheduler.get_last_lr()[0]
+            progress.window.append(self._reduce(metrics) | {"grad_norm": norm.item()})
+            self._check_finite(step, progress.window[-1], places)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-
-            progress.window.append(self._reduce(metrics) | {"grad_norm": norm.item()})
-            if not math.isfinite(progress.window[-1]["loss"]):
-                raise UserError(
-                    f"the loss is {progress.window[-1]['loss']} at step {step}; lower --learning_rate or raise "
-                    "--warmup_steps and go on from an earlier checkpoint, or start anew"
-                )
             speed.add(progress.window[-1])
             progress.step = step
             progress.epoch, progress.offset = divmod(step * accumulation, len(batches))
@@ -227,15 +237,38 @@ class Loop:
                 progress.window.clear()
             if evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
                 with speed.paused():
-                    log.write(step, _evaluate(wrapped, evaluate))
+                    log.write(step, self._evaluate(wrapped, evaluate))
             if step % arguments.save_steps == 0 or is_last:
                 with speed.paused():
-                    self._save(progress, model, optimizer, scheduler)
+                    self._save(progress, tensors, optimizer, scheduler)
             if is_last:
                 break
         bar.close()
+        if unsharded is None:
+            trained_model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        else:
+            trained_model = _copy_whole(model, unsharded)
         accelerator.end_training()
-        return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        return trained_model
+
+    def _distribute(
+        self, model: Model, groups: list[dict[str, Any]]
+    ) -> tuple[nn.Module, list[dict[str, Any]], Model | None]:
+        """The model as DDP or FSDP has it, the groups with its parameters, and of a sharded one a copy for the end."""
+        if self.sharding is None:
+            return self.accelerator.prepare(model), groups, None
+        unsharded = copy.deepcopy(model) if self.is_main else model
+        wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # device and precision alone
+        now = self.sharding.shard(wrapped, self.accelerator.device)
+        groups = [group | {"params": [now[parameter] for parameter in group["params"]]} for group in groups]
+        return wrapped, groups, unsharded
+
+    def _evaluate(self, model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+        model.eval()
+        with self.sharding.whole_weights(model) if self.sharding else nullcontext():
+            values = evaluate(model)
+        model.train()
+        return values
 
     def total_steps(self, batches: Sized) -> int:
         """Optimiser steps of the whole run; `len` of `batches` is what an epoch has."""
@@ -263,7 +296,7 @@ class Loop:
             print(where, file=sys.stderr)
         return checkpoint
 
-    def _resume(self, model: nn.Module, optimizer: Any, scheduler: Any, batches: Batches) -> Progress:
+    def _resume(self, own: dict[str, Tensor], optimizer: Any, scheduler: Any, batches: Batches) -> Progress:
         world_size, data = self.accelerator.num_processes, batches.describe()
         data["batches a step"] = self.arguments.gradient_accumulation_steps
         if self.checkpoint is None:
@@ -281,14 +314,15 @@ class Loop:
                 "before, or add --allow_reshard (the same batches, but other dropout masks)"
             )
         tensors, state = self.checkpoint.load()
-        own = _training_tensors(model)
         if own.keys() != tensors.keys():
             name = sorted(own.keys() ^ tensors.keys())[0]
-            raise UserError(f"{path}: trains other parameters than now ({name}); use the same model and --tuning")
+            raise UserError(
+                f"{path}: trains other parameters than now ({name}); use the same model, --tuning and --objective"
+            )
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(tensors[name])
-        optimizer.load_state_dict(state["optimizer"])
+                tensor.copy_(share(tensors[name], tensor))
+        load_optimizer_state(optimizer, state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         if progress.world_size == world_size:
             _set_random_state(state["random"][self.accelerator.process_index])
@@ -297,13 +331,29 @@ class Loop:
         progress.world_size = world_size
         return progress
 
-    def _save(self, progress: Progress, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-        random_states = gather_object([_random_state()])
+    def _save(self, progress: Progress, own: dict[str, Tensor], optimizer: Any, scheduler: Any) -> None:
+        # Whole tensors, so that a checkpoint does not know how the run was split.
+        tensors = {name: whole(tensor) for name, tensor in own.items()}
+        state = {
+            "optimizer": whole_optimizer_state(optimizer),
+            "scheduler": scheduler.state_dict(),
+            "random": gather_object([_random_state()]),
+        }
         if self.is_main:
-            state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": random_states}
             keep = self.arguments.save_total_limit
-            save_checkpoint(self.output_dir / "checkpoints", progress, _training_tensors(model), state, keep)
+            save_checkpoint(self.output_dir / "checkpoints", progress, tensors, state, keep)
         self.accelerator.wait_for_everyone()
+
+    def _check_finite(self, step: int, metrics: dict[str, float], places: list[str]) -> None:
+        """Stop all processes, before the optimiser has made a step of it, at a loss or gradient that is no number."""
+        for name, words in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+            if not math.isfinite(metrics[name]):
+                rows = "; ".join(filter(None, gather_object(places)))
+                where = f", whose batch is {rows}" if rows else ""
+                raise UserError(
+                    f"the {words} is {metrics[name]} at step {step}{where}; the model is as it was before that step: "
+                    "lower --learning_rate or raise --warmup_steps and go on from an earlier checkpoint, or start anew"
+                )
 
     def _reduce(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """Metrics of the step: means over its batches and processes, sums of the counts."""
@@ -358,11 +408,14 @@ def _mean(window: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(step[name] for step in window) / len(window) for name in window[0]}
 
 
-def _evaluate(model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
-    model.eval()
-    values = evaluate(model)
-    model.train()
-    return values
+def _copy_whole(sharded: nn.Module, model: Model) -> Model:
+    """Write the whole tensors of a sharded model into `model` if it is another one; a collective."""
+    own = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, tensor in [*sharded.named_parameters(), *sharded.named_buffers()]:
+        value = whole(tensor)
+        if model is not sharded:
+            own[name].data.copy_(value)
+    return model
 
 
 def _enable_gradient_checkpointing(model: nn.Module) -> None:

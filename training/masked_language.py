@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from training.distributed import mean_over_processes, own_share, synchronizing, world_size
+from training.distributed import mean_over_processes, own_share, passes_together, synchronizing, world_size
 from training.documents import MaskedBatch, MaskedChunk, PieceReader, Pieces, TokenizedDocuments, mask_batch
 from training.loop import AccumulateGradient
 from training.next_sentence import NextSentenceHead
@@ -68,10 +68,13 @@ def masked_gradient(penalty: Penalty | None = None) -> AccumulateGradient:
         # Local sums over the processes' mean count: their mean over the processes, DDP's, is the mean over all tokens.
         counts = _denominators(mean_over_processes(_counts(batch)))
         metrics: dict[str, Tensor] = {}
-        for number, chunk in enumerate(batch.chunks):
-            last = number == len(batch.chunks) - 1
+        passes = passes_together(model, len(batch.chunks))
+        for number, chunk in enumerate([*batch.chunks, *batch.chunks[-1:] * (passes - len(batch.chunks))]):
+            last = number == passes - 1
             with synchronizing(model, synchronize and last):
                 parts = {name: value / counts[SUMS[name]] for name, value in model(chunk).items()}
+                if number >= len(batch.chunks):
+                    parts = {name: value * 0.0 for name, value in parts.items()}
                 loss = _loss(parts)
                 metrics = _added(metrics, parts | {"loss": loss})
                 if last and penalty is not None:

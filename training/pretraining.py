@@ -135,10 +135,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         length_option="sequence_length",
     )
     with budget.answering():
-        loop.run(with_heads, batches, gradient, evaluate, groups, rehearse=budget.rehearsal(gradient))
+        trained = loop.run(with_heads, batches, gradient, evaluate, groups, rehearse=budget.rehearsal(gradient))
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
-        final = save(selected, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
+        final = save(trained.model, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
         if hub.push_to_hub:
             push(final, hub.hub_model_id, hub.hub_private_repo)
 

@@ -1,28 +1,23 @@
-"""Two gloo processes against one process that has the whole batch; and the script, launched with one and with two."""
+"""Two gloo processes, under DDP and under FSDP, against one process that has the whole batch."""
 
-import json
-import os
-import subprocess
-import sys
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from tiny_training import SCRIPTS, tiny_config
+from tiny_training import tiny_config
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_longembed import LongEmbedModel
 from training.batches import pack
 from training.distributed import gather_rows, own_rows, settle
+from training.encoding import embed
 from training.gradient_cache import cached_backward
 from training.losses.contrastive import info_nce
-from training.pairs import embed
+from training.sharding import Sharding, whole
 
 PROCESSES, PAIRS, NEGATIVES = 2, 6, 2
 
@@ -55,11 +50,11 @@ def gathered_loss(gather):
 
 def one_process() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of the whole batch, without cache and without gather."""
-    whole = model()
-    embeddings = torch.cat([embed(whole, chunk) for column in documents() for chunk in pack(column, 10**6)])
+    everything = model()
+    embeddings = torch.cat([embed(everything, chunk) for column in documents() for chunk in pack(column, 10**6)])
     loss, _ = info_nce(*embeddings.split([PAIRS, PAIRS, PAIRS * NEGATIVES]), symmetric=True)
     loss.backward()
-    return loss.detach(), {name: parameter.grad for name, parameter in whole.named_parameters()}
+    return loss.detach(), {name: parameter.grad for name, parameter in everything.named_parameters()}
 
 
 def _gather_without_gradient(rows):
@@ -118,9 +113,11 @@ def _worker(rank: int, folder: str) -> None:
     results["uneven_chunks"] = len(uneven)
     results["uneven_gradients"] = {key: p.grad / 2 for key, p in wrapped.module.named_parameters()}
 
+    results["sharded"] = _sharded(rank, chunks, uneven)
+
     torch.manual_seed(0)
-    whole = [F.normalize(torch.randn(PAIRS, 8, dtype=torch.float64), dim=-1) for _ in range(3)]
-    own = [rows[own_rows(PAIRS // PROCESSES)].clone().requires_grad_() for rows in whole]
+    everyone = [F.normalize(torch.randn(PAIRS, 8, dtype=torch.float64), dim=-1) for _ in range(3)]
+    own = [rows[own_rows(PAIRS // PROCESSES)].clone().requires_grad_() for rows in everyone]
     unit = [F.normalize(rows, dim=-1) for rows in own]  # the published loss normalises
     for name, value in (
         ("ours", info_nce(*map(gather_rows, unit), rows=own_rows(PAIRS // PROCESSES))[0]),
@@ -136,6 +133,31 @@ def _worker(rank: int, folder: str) -> None:
         results[name] = (value.detach(), torch.autograd.grad(value, own, retain_graph=True))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+def _sharded(rank: int, chunks: list, uneven: list) -> dict:
+    """What FSDP makes of the same batch: chunks in different numbers, and one here beside several there."""
+    results: dict = {}
+    for name, own in (("chunks", chunks), ("uneven", uneven)):
+        wrapped = model()
+        if rank == 1:  # what a process has drawn for itself must not count
+            torch.nn.init.normal_(wrapped.layers[0].attention.q_proj.weight)
+        numbers = sum(parameter.numel() for parameter in wrapped.parameters())
+        sharding = Sharding()
+        sharding.shard(wrapped, torch.device("cpu"))
+        for synchronize in (False, True):
+            cached_backward(
+                wrapped, own, lambda c, m=wrapped: embed(m, c), gathered_loss(gather_rows), synchronize=synchronize
+            )
+        results[name] = {key: whole(parameter.grad) / 2 for key, parameter in wrapped.named_parameters()}
+    results["share"] = sum(parameter.to_local().numel() for parameter in wrapped.parameters()) / numbers
+
+    # Processes may run a model with whole weights as often as they like; then it is split again.
+    with torch.no_grad(), sharding.whole_weights(wrapped.eval()):
+        found = torch.cat([embed(wrapped, chunk) for chunk in chunks])
+        torch.testing.assert_close(found, torch.cat([embed(model().eval(), chunk) for chunk in chunks]))
+    results["share_after"] = sum(parameter.to_local().numel() for parameter in wrapped.parameters()) / numbers
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +182,20 @@ def test_one_chunk_beside_several_step_after_step(two_processes):
     assert [results["uneven_chunks"] > 1 for results in two_processes] == [False, True]
     for results in two_processes:
         torch.testing.assert_close(results["uneven_gradients"], gradients, atol=1e-10, rtol=0)
+
+
+@pytest.mark.promise("C8", "C9")
+@pytest.mark.parametrize("chunks", ["chunks", "uneven"])
+def test_sharded_processes_have_the_gradient_of_one(chunks, two_processes):
+    _, gradients = one_process()
+    for results in two_processes:
+        torch.testing.assert_close(results["sharded"][chunks], gradients, atol=1e-10, rtol=0)
+
+
+def test_a_sharded_process_has_its_share_of_the_weights(two_processes):
+    for results in two_processes:
+        assert results["sharded"]["share"] == pytest.approx(1 / PROCESSES, abs=0.02)
+        assert results["sharded"]["share_after"] == results["sharded"]["share"]
 
 
 @pytest.mark.promise("C9")
@@ -188,41 +224,3 @@ def test_gather_recipes_agree_with_sentence_transformers(two_processes):
         torch.testing.assert_close(ours, published, atol=1e-10, rtol=0)
         # Means over own rows, averaged by DDP, against the loss of all rows: the same after the factor.
         torch.testing.assert_close(results["full_loss"][1], ours, atol=1e-10, rtol=0)
-
-
-@pytest.mark.promise("C9")
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_launched_script_gives_the_same_losses_and_gradients(name, inputs, tmp_path):
-    """`accelerate launch` with one and two processes and the same batch; weights are the gradients' trace."""
-    (model, data), own = inputs[name], SCRIPTS[name]
-    accumulation = "--gradient_accumulation_steps 2" if name == "contrastive" else ""
-    common = (
-        f"--model_name_or_path {model} --train_data {data} --eval_data {data} --max_steps 6 {own.options} "
-        f"--dropout 0 --learning_rate 1e-3 --logging_steps 1 {accumulation}"
-    ).split()
-    script = Path(__file__).parents[2] / "training" / f"{name}.py"
-    runs = {}
-    for processes, options in ((1, ["--cpu"]), (2, ["--multi_gpu"])):
-        output = tmp_path / str(processes)
-        launch = [sys.executable, "-m", "accelerate.commands.launch", *options, "--num_processes", str(processes)]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        launch += ["--main_process_port", "0"]  # any that is free
-        size = [own.size, str(own.sizes[0] // processes), "--output_dir", str(output)]
-        done = subprocess.run(
-            [*launch, str(script), *common, *size],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        runs[processes] = output
-    lines = {n: [json.loads(line) for line in (runs[n] / "metrics.jsonl").read_text().splitlines()] for n in runs}
-    assert len(lines[1]) == len(lines[2]) == 7
-    compared = {"step", "loss", "grad_norm", "accuracy", "token_count", "pair_count", "prediction_count", "eval_loss"}
-    compared |= {"eval_ndcg_at_10", "eval_accuracy", "next_sentence_loss", "eval_next_sentence_accuracy"}
-    for one, two in zip(lines[1], lines[2], strict=True):
-        assert one.keys() == two.keys()
-        names = one.keys() & compared
-        assert {name: two[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-5)
-    one, two = (load_file(runs[n] / "final" / "model.safetensors") for n in (1, 2))
-    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-4)
