@@ -12,16 +12,25 @@ from common.errors import run
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.models import HubArguments, ModelArguments, load_encoder, push, save
-from training.pairs import ContrastiveArguments, pair_batches, pair_gradient, pair_retrieval, pair_tokenizer
+from training.objectives import ObjectiveArguments, build_objective, objective_groups
+from training.pairs import (
+    ContrastiveArguments,
+    load_guide,
+    pair_batches,
+    pair_gradient,
+    pair_retrieval,
+    pair_tokenizer,
+)
 from training.spans import SpanArguments, span_groups, span_penalty
 from training.tuning import TuningArguments, select_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, arguments, tuning, spans, loop_arguments, budget_arguments, hub = parse(
+    model_arguments, arguments, wanted, tuning, spans, loop_arguments, budget_arguments, hub = parse(
         ModelArguments,
         ContrastiveArguments,
+        ObjectiveArguments,
         TuningArguments,
         SpanArguments,
         LoopArguments,
@@ -34,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     loop = Loop(loop_arguments)
     model, tokenizer = load_encoder(model_arguments)
-    batches = pair_batches(arguments, pair_tokenizer(arguments, model, tokenizer), loop)
-    evaluate = pair_retrieval(arguments, batches, loop)
+    batches = pair_batches(arguments, wanted, pair_tokenizer(arguments, model, tokenizer), loop)
     selected = select_parameters(model, tuning)
-    gradient = pair_gradient(arguments, span_penalty(model, spans))
+    objective = build_objective(wanted, selected, batches.global_batch_size)
+    evaluate = pair_retrieval(arguments, objective, batches, loop)
+    gradient = pair_gradient(objective, load_guide(arguments, wanted), span_penalty(model, spans))
+    decay = loop_arguments.weight_decay
     budget = Budget(budget_arguments, loop, selected, batches, arguments.batch_tokens)
     with budget.answering():
         trained = loop.run(
@@ -45,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             batches,
             gradient,
             evaluate,
-            span_groups(model, spans, loop_arguments.weight_decay),
+            [*span_groups(model, spans, decay), *objective_groups(objective, decay)],
             rehearse=budget.rehearsal(gradient),
+            objective=objective,
         )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()

@@ -1,26 +1,27 @@
-"""Contrastive training on pairs, as scripts take it: arguments, data, objective, evaluation."""
+"""Contrastive training on pairs, as scripts take it: arguments, data, gradient, evaluation."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
-from training.batches import PackedTexts, PairBatch, PairBatches, PairTokenizer
+from training.batches import PairBatch, PairBatches, PairTokenizer
 from training.data import read_sources
 from training.distributed import gather_rows, own_rows
+from training.encoding import embed, pool
 from training.gradient_cache import cached_backward
+from training.guide import Guide
 from training.loop import AccumulateGradient, Loop
-from training.losses.contrastive import info_nce
+from training.objectives import GatheredBatch, Objective, ObjectiveArguments
 from training.spans import Penalty
 from training.validation import PairRetrieval
 
 
 @dataclass
 class ContrastiveArguments:
-    """The data and the objective."""
+    """The data."""
 
     train_data: list[str] = field(
         metadata={
@@ -37,11 +38,9 @@ class ContrastiveArguments:
     )
     per_device_train_batch_size: int = field(default=64, metadata={"help": "pairs of one process in a batch"})
     batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
-    temperature: float = field(default=0.05, metadata={"help": "similarities are divided by it"})
-    symmetric: bool = field(default=False, metadata={"help": "also find the query of a document"})
 
     def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "batch_tokens", "temperature"):
+        for name in ("per_device_train_batch_size", "batch_tokens"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
 
@@ -66,23 +65,32 @@ def pair_tokenizer(
     return PairTokenizer(tokenizer, max_length, query_max_length, model.config.prompts)
 
 
-def pair_batches(arguments: ContrastiveArguments, tokenize: PairTokenizer, loop: Loop) -> PairBatches:
-    """The training data, as the loop takes it."""
+def pair_batches(
+    arguments: ContrastiveArguments, objective: ObjectiveArguments, tokenize: PairTokenizer, loop: Loop
+) -> PairBatches:
+    """The training data, as the loop takes it and the objective reads it."""
+    sources = read_sources(arguments.train_data, objective.columns)
+    if objective.objective == "simcse":
+        sources = [replace(source, columns=source.columns * 2) for source in sources]
     return PairBatches(
-        read_sources(arguments.train_data),
+        sources,
         tokenize,
         batch_size=arguments.per_device_train_batch_size,
         batch_tokens=arguments.batch_tokens,
         seed=loop.arguments.seed,
         rank=loop.accelerator.process_index,
         world_size=loop.accelerator.num_processes,
+        keep_texts=objective.guide_model is not None,
     )
 
 
 def pair_retrieval(
-    arguments: ContrastiveArguments, batches: PairBatches, loop: Loop
+    arguments: ContrastiveArguments, objective: Objective, batches: PairBatches, loop: Loop
 ) -> Callable[[nn.Module], dict[str, float]] | None:
-    """The evaluation of a model on each source of `--eval_data`; None if there is none."""
+    """The evaluation of a model on each source of `--eval_data`; None if there is none.
+
+    Its loss is InfoNCE at the temperature of the objective, whatever the objective.
+    """
     retrievals = {
         source.name: PairRetrieval(
             source, batches.tokenize, batch_size=batches.global_batch_size, batch_tokens=arguments.batch_tokens
@@ -93,7 +101,7 @@ def pair_retrieval(
     def evaluate(model: nn.Module) -> dict[str, float]:
         device = loop.accelerator.device
         results = {
-            name: retrieval(lambda chunk: embed(model, chunk.to(device)), arguments.temperature)
+            name: retrieval(lambda chunk: embed(model, chunk.to(device)), float(objective.temperature()))
             for name, retrieval in retrievals.items()
         }
         if len(results) == 1:
@@ -103,41 +111,45 @@ def pair_retrieval(
     return evaluate if retrievals else None
 
 
-def pair_gradient(arguments: ContrastiveArguments, penalty: Penalty | None = None) -> AccumulateGradient:
-    """The objective: InfoNCE over the pairs of a batch, on all processes, and maybe a penalty on parameters."""
+def load_guide(arguments: ContrastiveArguments, objective: ObjectiveArguments) -> Guide | None:
+    """The model that tells false negatives, if one is asked for."""
+    return None if objective.guide_model is None else Guide(objective.guide_model, arguments.batch_tokens)
+
+
+def pair_gradient(
+    objective: Objective, guide: Guide | None = None, penalty: Penalty | None = None
+) -> AccumulateGradient:
+    """The gradient of an objective over the batches of all processes, and maybe of a penalty on parameters."""
 
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
+        text_ids = gather_rows(_by_row(batch.text_ids, batch.pairs))
+        classes = {name: gather_rows(ids) for name, ids in batch.classes.items()}
+        guiding = None
+        if guide is not None:
+            assert batch.texts is not None
+            guiding = gather_rows(guide(batch.texts, text_ids.device))
+        key = objective.keys(model, batch)
+        if key is not None:
+            key = gather_rows(key)
+
         def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            sizes = [batch.pairs, batch.pairs, len(embeddings) - 2 * batch.pairs]
-            # Columns are gathered one by one: all positives come before all negatives, on every process.
-            query, positive, negative = (gather_rows(rows) for rows in embeddings.split(sizes))
-            query_id, positive_id, negative_id = (gather_rows(ids) for ids in batch.text_ids.split(sizes))
-            value, metrics = info_nce(
-                query,
-                positive,
-                negative,
-                temperature=arguments.temperature,
-                symmetric=arguments.symmetric,
-                query_id=query_id,
-                positive_id=positive_id,
-                negative_id=negative_id,
-                rows=own_rows(batch.pairs),
-            )
-            metrics |= {"loss": value.detach()}
+            gathered = gather_rows(_by_row(embeddings, batch.pairs))
+            value, metrics = objective(GatheredBatch(gathered, text_ids, own_rows(batch.pairs), classes, guiding, key))
             if penalty is not None:
                 term, measures = penalty()
                 value, metrics = value + term, metrics | measures
             return value * scale, metrics
 
-        metrics = cached_backward(model, batch.chunks, lambda chunk: embed(model, chunk), loss, synchronize=synchronize)
+        metrics = cached_backward(
+            model, objective.trained_chunks(batch), lambda chunk: pool(model, chunk), loss, synchronize=synchronize
+        )
+        if key is not None:
+            objective.remember(key, text_ids[:, 1])
         return metrics | batch.measures()
 
     return accumulate_gradient
 
 
-def embed(model: nn.Module, chunk: PackedTexts) -> Tensor:
-    """Unit vectors of packed texts, `(n, d)`."""
-    output = model(
-        input_ids=chunk.input_ids, cu_seq_lens_q=chunk.cu_seq_lens_q, max_length_q=chunk.max_length_q
-    ).pooler_output
-    return F.normalize(output, dim=-1)
+def _by_row(texts: Tensor, pairs: int) -> Tensor:
+    """What belongs to the texts of a batch, all of a column after another, as `(pairs, columns, ...)`."""
+    return texts.unflatten(0, (-1, pairs)).transpose(0, 1).contiguous()

@@ -14,9 +14,9 @@ from tiny_training import random_pairs, tiny_config
 from modeling_longembed import LongEmbedModel
 from training import gradient_cache
 from training.batches import pack
+from training.encoding import embed
 from training.gradient_cache import cached_backward
 from training.losses.contrastive import info_nce
-from training.pairs import embed
 
 PAIRS = 6
 

@@ -14,7 +14,8 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training.batches import PairBatch, pack
 from training.contrastive import main
-from training.pairs import ContrastiveArguments, pair_gradient
+from training.objectives import InfoNCE, ObjectiveArguments
+from training.pairs import pair_gradient
 from training.spans import SpanArguments, span_groups, span_penalty
 from training.tuning import TuningArguments, select_parameters
 
@@ -37,8 +38,8 @@ def batch(budget: int, seed: int) -> PairBatch:
 
 def gradients(model, weight: float, budget: int, wrapped=None, seeds=(0, 1)) -> dict[str, torch.Tensor]:
     """Of one step that accumulates over two batches."""
-    arguments = ContrastiveArguments(train_data=["-"])
-    accumulate = pair_gradient(arguments, span_penalty(model, SpanArguments(span_penalty_weight=weight)))
+    objective = InfoNCE(ObjectiveArguments(), model)
+    accumulate = pair_gradient(objective, penalty=span_penalty(model, SpanArguments(span_penalty_weight=weight)))
     for number, seed in enumerate(seeds):
         accumulate(wrapped or model, batch(budget, seed), 1 / len(seeds), number == len(seeds) - 1)
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}

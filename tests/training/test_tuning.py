@@ -8,7 +8,7 @@ from tiny_training import tiny_config
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training.batches import pack
-from training.pairs import embed
+from training.encoding import embed
 from training.tuning import (
     WHOLE_WEIGHTS,
     TuningArguments,
