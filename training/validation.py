@@ -7,6 +7,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from common.alignment import alignment, uniformity
 from training.batches import PackedTexts, PairTokenizer, pack
 from training.data import Source
 from training.distributed import own_share
@@ -29,6 +30,8 @@ class PairRetrieval:
         self.positive = torch.tensor([numbers[text] for text in columns[1]])
         query_numbers = {text: number for number, text in enumerate(dict.fromkeys(self.queries))}
         self.query_id = torch.tensor([query_numbers[text] for text in self.queries])
+        first = {text: row for row, text in reversed(list(enumerate(self.queries)))}
+        self.distinct = [first[text] for text in query_numbers]
 
     @torch.no_grad()
     def __call__(self, embed: Callable[[PackedTexts], Tensor], temperature: float) -> dict[str, float]:
@@ -39,7 +42,9 @@ class PairRetrieval:
             temperature: of the loss.
 
         Returns:
-            `eval_loss` and `eval_accuracy` inside batches of `batch_size`, and `eval_ndcg_at_10` over all documents.
+            `eval_loss` and `eval_accuracy` inside batches of `batch_size`, `eval_ndcg_at_10` over all documents, and
+            `eval_alignment` of the pairs and `eval_uniformity`, the mean of queries and documents (Wang and Isola 2020,
+            arXiv:2005.10242, section 4.1).
         """
         query = self._embed(self.queries, "query", embed)
         document = self._embed(self.documents, "document", embed)
@@ -56,7 +61,13 @@ class PairRetrieval:
             )
             losses.append(torch.stack([loss, metrics["accuracy"]]) * len(query[rows]))
         loss, accuracy = (torch.stack(losses).sum(0) / len(query)).tolist()
-        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_ndcg_at_10": self._ndcg(query, document)}
+        return {
+            "eval_loss": loss,
+            "eval_accuracy": accuracy,
+            "eval_ndcg_at_10": self._ndcg(query, document),
+            "eval_alignment": alignment(query, positive).item(),
+            "eval_uniformity": (uniformity(query[self.distinct]) + uniformity(document)).item() / 2,
+        }
 
     def _embed(self, texts: list[str], kind: str, embed: Callable[[PackedTexts], Tensor]) -> Tensor:
         own = own_share(len(texts))

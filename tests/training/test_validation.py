@@ -39,6 +39,24 @@ def test_ndcg_and_loss_are_those_of_the_libraries(tokenizer, seed):
     assert metrics["eval_accuracy"] == pytest.approx((scores.argmax(1) == torch.arange(11)).float().mean().item())
 
 
+@pytest.mark.promise("C12")
+def test_alignment_and_uniformity_by_their_definition(tokenizer):
+    """The second and third pair share their query, which is in the uniformity once; distances are numpy's."""
+    rows = [("river", "stone"), ("cloud", "table"), ("cloud", "green"), ("seven", "night")]
+    table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(1))
+    metrics = retrieval(rows, tokenizer)(by_number(table), 0.05)
+    vectors = F.normalize(table, dim=-1).double().numpy()
+    query, positive = (vectors[tokenizer.convert_tokens_to_ids(column)] for column in zip(*rows, strict=True))
+
+    def uniformity(points):
+        first, second = np.triu_indices(len(points), 1)
+        return np.log(np.exp(-2 * ((points[first] - points[second]) ** 2).sum(1)).mean())
+
+    assert metrics["eval_alignment"] == pytest.approx(((query - positive) ** 2).sum(1).mean(), rel=1e-5)
+    expected = (uniformity(query[[0, 1, 3]]) + uniformity(positive)) / 2
+    assert metrics["eval_uniformity"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_equal_vectors_earn_nothing(tokenizer):
     words = WORDS + [str(number) for number in range(6)]
     metrics = retrieval(list(zip(words[:11], words[11:], strict=True)), tokenizer)(
