@@ -1,13 +1,16 @@
 """Files and folders that are whole or absent: written beside, flushed to the disk, renamed."""
 
+import gzip
 import hashlib
+import json
 import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -17,11 +20,33 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         path: the file; missing parent folders are made.
         data: content; a string is written as UTF-8.
     """
+    with _atomic_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
+    """Write JSON lines so that the file is whole or as it was; the same rows give the same bytes.
+
+    Args:
+        path: the file, gzipped if its name ends in .gz; missing parent folders are made.
+        rows: what goes into one line each; they are never all in memory.
+    """
+    with _atomic_file(path) as temporary, open(temporary, "wb") as raw:
+        # No name and no time in the header of a gzipped file.
+        packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if Path(path).suffix == ".gz" else nullcontext(raw)
+        with packed as file:
+            for row in rows:
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def _atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file's path, which is renamed to `path` after the block, and removed if the block raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        yield temporary
         _fsync(temporary)
         os.replace(temporary, path)
     finally:

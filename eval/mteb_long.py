@@ -8,11 +8,13 @@ Results land in MTEB's own files under `<output_dir>/results/`; the table is pri
 docs/evaluation.md says what the numbers mean.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import mteb
+from mteb.abstasks import AbsTask
 from rich.console import Console
 
 from common.arguments import parse
@@ -26,8 +28,8 @@ from eval.tasks import get_tasks, load
 
 
 @dataclass
-class Arguments:
-    """What to judge, on what, and where the results go."""
+class ModelArguments:
+    """What to judge, and where the results go."""
 
     model: list[str] = field(
         metadata={
@@ -35,15 +37,6 @@ class Arguments:
         }
     )
     output_dir: str = field(metadata={"help": "folder of the results, and of the vectors that are computed once"})
-    tasks: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "names of MTEB tasks, or of sub-folders of data_dir; default: LongEmbed's six, or all sub-folders"
-        },
-    )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "folder with one folder a task; default: the Hub's data"}
-    )
     max_length: int | None = field(
         default=None, metadata={"help": "tokens of a text that a model reads; baselines say theirs themselves"}
     )
@@ -61,8 +54,27 @@ class Arguments:
     )
 
 
+@dataclass
+class Arguments(ModelArguments):
+    """And on what."""
+
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "names of MTEB tasks, or of sub-folders of data_dir; default: LongEmbed's six, or all sub-folders"
+        },
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "folder with one folder a task; default: the Hub's data"}
+    )
+    metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "what the table shows, by MTEB's names: hit_rate_at_1 mrr_at_10; default: nDCG"},
+    )
+
+
 def judge(arguments: Arguments) -> list[Score]:
-    """Run what is not finished yet, and return the main scores of all models on all tasks, in the order asked for.
+    """Run what is not finished yet, and return the scores of all models on all tasks, in the order asked for.
 
     Args:
         arguments: as on the command line.
@@ -70,13 +82,26 @@ def judge(arguments: Arguments) -> list[Score]:
     Raises:
         UserError: a model, a task or a file that is not as it must be; told before anything long begins where possible.
     """
+    return run_tasks(arguments, get_tasks(arguments.tasks, arguments.data_dir), arguments.metrics)
+
+
+def run_tasks(arguments: ModelArguments, tasks: Sequence[AbsTask], metrics: Sequence[str] = ()) -> list[Score]:
+    """Run what is not finished of any of MTEB's tasks, and return the scores of all models on all of them, in order.
+
+    Args:
+        arguments: as on the command line.
+        tasks: what to judge on.
+        metrics: MTEB's names of what to return; none: each task's main score.
+
+    Raises:
+        UserError: a model or an argument that is not as it must be, or a metric that a task does not have.
+    """
     if arguments.max_length is not None and arguments.max_length < 8:
         raise UserError(f"--max_length {arguments.max_length} is too short for any text; give at least 8 tokens")
     if arguments.batch_tokens < 1:
         raise UserError(f"--batch_tokens {arguments.batch_tokens} must be positive")
     datasets.disable_progress_bars()  # of tables that are written in a moment; encoding shows its own
     precision = resolve_precision(arguments.precision)
-    tasks = get_tasks(arguments.tasks, arguments.data_dir)
     specs = [JudgedModel.parse(text, arguments.max_length, precision) for text in arguments.model]
     results = AtomicResultCache(arguments.output_dir)
     cache = VectorCache(Path(arguments.output_dir, "vectors.sqlite"))
@@ -102,7 +127,7 @@ def judge(arguments: Arguments) -> list[Score]:
     scores = []
     for spec in specs:
         for task in tasks:
-            scores += results.scores(task, spec.meta)
+            scores += results.scores(task, spec.meta, metrics)
     return scores
 
 

@@ -1,5 +1,6 @@
 """Results in MTEB's own files: written whole or not at all, read back, and shown as a table."""
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,32 +56,48 @@ class AtomicResultCache(ResultCache):
         result = self.load_task_result(task.metadata.name, meta)
         return result is None or result.dataset_revision == task.metadata.revision
 
-    def scores(self, task: AbsTask, meta: ModelMeta) -> list["Score"]:
-        """The main scores of the task's splits that are there, in the task's order."""
+    def scores(self, task: AbsTask, meta: ModelMeta, metrics: Sequence[str] = ()) -> list["Score"]:
+        """The scores of the task's splits that are there, in the task's order.
+
+        Args:
+            task, meta: what was judged on what.
+            metrics: MTEB's names of what to return; none: the task's main score.
+
+        Raises:
+            UserError: a metric that the task does not have.
+        """
         result = self.load_task_result(task.metadata.name, meta)
         found = result.scores if result else {}
         name = str(meta.model_name_with_experiment)
-        return [
-            Score(name, task.metadata.name, split, 100 * found[split][0]["main_score"])
-            for split in task.eval_splits
-            if split in found
-        ]
+        scores = []
+        for split in task.eval_splits:
+            if split in found:
+                values = found[split][0]
+                for metric in metrics or ["main_score"]:
+                    if not isinstance(values.get(metric), float):
+                        near = difflib.get_close_matches(metric, values, n=3, cutoff=0)
+                        raise UserError(f"{task.metadata.name} has no metric {metric!r}; near it are {', '.join(near)}")
+                    title = metric if metrics else None
+                    scores.append(Score(name, task.metadata.name, split, 100 * values[metric], title))
+        return scores
 
 
 @dataclass(frozen=True)
 class Score:
-    """One number of the table: the main score of a model on a split, from 0 to 100.
+    """One number of the table: a score of a model on a split, from 0 to 100.
 
     Attributes:
         model: `org/model`, followed by settings that differ from the default, if any.
         task, split: MTEB's names.
-        value: the task's main score times 100.
+        value: the score times 100.
+        metric: MTEB's name of it; None: the task's main score.
     """
 
     model: str
     task: str
     split: str
     value: float
+    metric: str | None = None
 
     @property
     def length(self) -> int | None:
@@ -91,8 +108,8 @@ class Score:
     @property
     def column(self) -> str:
         """The heading of its column in a table."""
-        task = self.task.removesuffix("Retrieval")
-        return task if self.length is None else f"{task} {self.length}"
+        parts = (self.task.removesuffix("Retrieval"), self.length, self.metric)
+        return " ".join(str(part) for part in parts if part is not None)
 
 
 def read_scores(results_dir: str | Path) -> list[Score]:
@@ -131,7 +148,7 @@ def pivot(scores: Sequence[Score]) -> tuple[list[str], dict[str, list[float | No
     return columns, rows
 
 
-def as_table(scores: Sequence[Score], title: str = "main score x 100") -> Table:
+def as_table(scores: Sequence[Score], title: str = "score x 100") -> Table:
     """The table for a terminal; the best of each column is bold."""
     columns, rows = pivot(scores)
     best = [max(score.value for score in scores if score.column == column) for column in columns]

@@ -13,8 +13,6 @@ result is a task folder that eval/mteb_long.py reads: `<task>/test_<length>/{cor
 """
 
 import bisect
-import gzip
-import json
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -27,7 +25,7 @@ from transformers import AutoTokenizer
 
 from common.arguments import parse
 from common.errors import UserError, run
-from common.files import atomic_folder
+from common.files import atomic_folder, write_jsonl
 from eval.tasks import read_rows
 
 FILLER = (
@@ -208,9 +206,9 @@ def write_task(
             asked = generator.sample(range(documents), queries)
             split = temporary / f"test_{length}"
             split.mkdir()
-            _write(split / "corpus.jsonl.gz", corpus)
-            _write(split / "queries.jsonl.gz", ({"qid": f"q{i}", "text": needles[i].question} for i in asked))
-            _write(split / "qrels.jsonl.gz", ({"qid": f"q{i}", "doc_id": f"d{i}"} for i in asked))
+            write_jsonl(split / "corpus.jsonl.gz", corpus)
+            write_jsonl(split / "queries.jsonl.gz", ({"qid": f"q{i}", "text": needles[i].question} for i in asked))
+            write_jsonl(split / "qrels.jsonl.gz", ({"qid": f"q{i}", "doc_id": f"d{i}"} for i in asked))
 
 
 def read_haystack(path: str) -> str:
@@ -246,13 +244,6 @@ def _texts(file: Path) -> Iterator[str]:
             yield file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {error}") from None
-
-
-def _write(path: Path, rows: Any) -> None:
-    # mtime=0: the same rows give the same bytes.
-    with gzip.GzipFile(path, "wb", mtime=0) as file:
-        for row in rows:
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 import mteb
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError
-from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from common.errors import UserError
@@ -170,16 +170,43 @@ def read_rows(path: Path, *fields: str) -> Iterator[tuple[int, tuple[str, ...]]]
     Raises:
         UserError: naming the file, and the line and the field at fault.
     """
+    for number, row in read_objects(path, *fields):
+        yield number, tuple(string(row, field, f"{path}, line {number}") for field in fields)
+
+
+def read_objects(path: Path, *fields: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and JSON object of each line, as `read_rows`; that all `fields` are there is checked, but not their types.
+
+    Raises:
+        UserError: naming the file, and the line and the field at fault.
+    """
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield number, _parse_row(line, fields, f"{path}, line {number}")
+                    yield number, _parse_object(line, fields, f"{path}, line {number}")
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def _parse_row(line: bytes, fields: tuple[str, ...], where: str) -> tuple[str, ...]:
+def string(row: dict[str, Any], field: str, where: str) -> str:
+    """A text or an id of a row of JSON.
+
+    Raises:
+        UserError: it is neither.
+    """
+    value = row[field]
+    # An id may be a number in the file; MTEB compares ids as strings.
+    if not isinstance(value, str) and not (field != "text" and isinstance(value, int)):
+        raise UserError(f"{where}: {field!r} is {json.dumps(value)[:40]}, not a string")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {field!r} has half a surrogate pair at character {error.start}") from None
+    return str(value)
+
+
+def _parse_object(line: bytes, fields: tuple[str, ...], where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
@@ -189,15 +216,7 @@ def _parse_row(line: bytes, fields: tuple[str, ...], where: str) -> tuple[str, .
     for field in fields:
         if field not in row:
             raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
-        value = row[field]
-        # An id may be a number in the file; MTEB compares ids as strings.
-        if not isinstance(value, str) and not (field != "text" and isinstance(value, int)):
-            raise UserError(f"{where}: {field!r} is {json.dumps(value)[:40]}, not a string")
-        try:
-            str(value).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where}: {field!r} has half a surrogate pair at character {error.start}") from None
-    return tuple(str(row[field]) for field in fields)
+    return row
 
 
 def _generate(path: Path, key: str) -> Iterator[dict[str, str]]:
@@ -227,7 +246,7 @@ def _hub_task(name: str) -> AbsTaskRetrieval:
     return task
 
 
-def load(task: AbsTaskRetrieval) -> None:
+def load(task: AbsTask) -> None:
     """Bring a task's data, from disk or from the Hub.
 
     Raises:

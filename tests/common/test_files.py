@@ -1,5 +1,6 @@
 """`common.files`: under a final name there is the old content or the new, also after SIGKILL."""
 
+import gzip
 import hashlib
 import os
 import signal
@@ -8,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.files import atomic_folder, atomic_write, sha256_file
+from common.files import atomic_folder, atomic_write, sha256_file, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,3 +128,24 @@ def test_the_temporary_files_of_a_living_writer_are_left_alone(tmp_path):
         assert (mine / "weights").read_text() == "mine"
     assert (tmp_path / "model" / "weights").read_text() == "mine"
     assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_json_lines_are_whole_or_as_they_were(tmp_path, monkeypatch, name):
+    """Read back with pandas; the same rows give the same bytes, and rows that fail half-way leave the old file."""
+    rows = [{"text": "naïve ☃\nline"}, {"text": ""}]
+    write_jsonl(tmp_path / "new" / name, rows)
+    assert pandas.read_json(tmp_path / "new" / name, lines=True).to_dict("records") == rows
+    before = (tmp_path / "new" / name).read_bytes()
+
+    def fail():
+        yield {"text": "another"}
+        raise ValueError
+
+    with pytest.raises(ValueError, match=r"^$"):
+        write_jsonl(tmp_path / "new" / name, fail())
+    assert (tmp_path / "new" / name).read_bytes() == before
+    assert os.listdir(tmp_path / "new") == [name]
+    monkeypatch.setattr(gzip.time, "time", lambda: 0.0)  # another day
+    write_jsonl(tmp_path / "other" / name, rows)
+    assert (tmp_path / "other" / name).read_bytes() == before

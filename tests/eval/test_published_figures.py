@@ -32,7 +32,7 @@ def test_development_figures(minilm, tmp_path):
     if not (DEVELOPMENT / "MeetingRetrieval").is_dir():
         pytest.skip(f"{DEVELOPMENT} has no MeetingRetrieval; LONGEMBED_DEV_DATA names another folder")
     models = ["bm25", f"truncate:{minilm}:512"]
-    arguments = Arguments(models, str(tmp_path), ["MeetingRetrieval"], str(DEVELOPMENT))
+    arguments = Arguments(models, str(tmp_path), tasks=["MeetingRetrieval"], data_dir=str(DEVELOPMENT))
     values = [score.value for score in judge(arguments)]
     assert values[0] == pytest.approx(94.9, abs=0.05)
     assert values[1] == pytest.approx(45.1, abs=0.2)
