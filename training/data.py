@@ -112,7 +112,7 @@ def _split_weight(specification: str) -> tuple[str, float]:
 def _read_source(name: str, weight: float, wanted: Columns, split: str) -> Source:
     path = Path(name)
     if path.exists():
-        rows = _read_files(name, _files(path), wanted)
+        rows = _read_files(name, data_files(path), wanted)
     elif HUB_ID.fullmatch(name) and not name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX)):
         rows = _read_hub(name, split)
     else:
@@ -126,7 +126,8 @@ def _read_source(name: str, weight: float, wanted: Columns, split: str) -> Sourc
     return Source(name, rows, columns, weight, wanted.classes)
 
 
-def _files(path: Path) -> list[Path]:
+def data_files(path: Path) -> list[Path]:
+    """The file, or those of the folder, all Parquet or all JSON lines; a `UserError` if there are none."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     readable = [file for file in files if file.name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX))]
     if not readable:
@@ -157,7 +158,7 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
 
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
     # reading line by line costs one pass, whose result is cached until a file changes.
-    columns = _present_columns(str(files[0]), next(_json_rows(files[0], wanted))[1], wanted)
+    columns = _present_columns(str(files[0]), next(json_rows(files[0], wanted))[1], wanted)
     try:
         return datasets.Dataset.from_generator(
             _json_texts,
@@ -182,17 +183,17 @@ def _json_texts(
 ) -> Iterator[dict[str, str]]:
     """Rows of JSON-lines files; `versions` is there for the cache's key alone."""
     for path in paths:
-        for number, row in _json_rows(Path(path), wanted):
+        for number, row in json_rows(Path(path), wanted):
             for column in columns:
                 if column not in row:
                     raise UserError(f"{path}, row {number}: the column {column} is missing")
                 _check_text(path, number, column, row[column])
             for column in wanted.classes:
-                _check_class(path, number, column, row.get(column))
+                check_class(path, number, column, row.get(column))
             yield {column: row[column] for column in columns} | {column: str(row[column]) for column in wanted.classes}
 
 
-def _json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
+def json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
     """Line numbers, from 1, and objects of one file; blank lines are passed over."""
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
@@ -254,10 +255,11 @@ def _check_classes(name: str, rows: datasets.Dataset, columns: tuple[str, ...]) 
         missing = pyarrow.compute.index(pyarrow.compute.is_null(rows.data.column(column)), True).as_py()
         if missing >= 0 or not named:
             row = max(0, missing)
-            _check_class(name, row + 1, column, rows[row][column])
+            check_class(name, row + 1, column, rows[row][column])
 
 
-def _check_class(name: str, number: int, column: str, value: object) -> None:
+def check_class(name: str, number: int, column: str, value: object) -> None:
+    """A `UserError` unless a value can name a class."""
     if not isinstance(value, int | str) or isinstance(value, bool):
         kind = "null" if value is None else type(value).__name__
         raise UserError(
