@@ -1,6 +1,5 @@
 """Batches of pairs: their order is a pure function of (seed, index), so any position is reached at once."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -14,7 +13,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from training.data import Source
+from training.data import Source, text_id
+from training.positives import make_pairs
+from training.row_order import RowOrder
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,21 @@ class PairTokenizer:
     def __call__(self, texts: list[str], kind: str) -> list[list[int]]:
         """Token ids of texts of one kind, `query` or `document`."""
         prompt = self.prompts.get(kind, "")
-        limit = self.query_max_length if kind == "query" else self.max_length
         encoded = self.tokenizer(
-            [prompt + text for text in texts], truncation=True, max_length=limit, return_attention_mask=False
+            [prompt + text for text in texts], truncation=True, max_length=self.limit(kind), return_attention_mask=False
         )
         return encoded["input_ids"]
+
+    def limit(self, kind: str) -> int:
+        """Tokens at which texts of a kind are cut off."""
+        return self.query_max_length if kind == "query" else self.max_length
+
+    def room(self) -> int:
+        """Tokens that a text of either kind may have so that nothing is cut off."""
+        return min(
+            self.limit(kind) - len(self.tokenizer(self.prompts.get(kind, ""))["input_ids"])
+            for kind in ("query", "document")
+        )
 
 
 @dataclass(frozen=True)
@@ -183,9 +194,9 @@ class PairBatches(Dataset):
     """Batch number `index` of an endless run, for one process; `len` is the number of batches in an epoch.
 
     All pairs of a batch, on all processes, come from one source: between sources a negative is too easy. An epoch holds
-    `weight * rows` of each source, in whole batches; a source's rows form an endless stream of shuffled passes, so rows
-    that do not fill an epoch's last batch come first in the next epoch, and no batch is ever short (a short one would
-    hang the gather of negatives).
+    `weight * rows` of each source, in whole batches; a source's rows form an endless stream of shuffled passes (see
+    `RowOrder`), so rows that do not fill an epoch's last batch come first in the next epoch, and no batch is ever short
+    (a short one would hang the gather of negatives). Pairs of documents are made anew each time.
     """
 
     def __init__(
@@ -221,6 +232,10 @@ class PairBatches(Dataset):
             max(1, int(source.weight * len(source.rows) / self.global_batch_size)) for source in sources
         ]
         self.first_batch_of_source = np.concatenate([[0], np.cumsum(self.batches_of_source)])
+        self.orders = [
+            RowOrder(source.text_ids(source.columns), self.global_batch_size, seed, 1 + number)
+            for number, source in enumerate(sources)
+        ]
 
     def __len__(self) -> int:
         return int(self.first_batch_of_source[-1])
@@ -231,6 +246,7 @@ class PairBatches(Dataset):
             "seed": self.seed,
             "pairs a batch": self.global_batch_size,
             "sources": [[source.name, len(source.rows), source.weight] for source in self.sources],
+            "pairs": [str(source.make) for source in self.sources],
         }
 
     def global_rows(self, index: int) -> tuple[int, list[int]]:
@@ -239,23 +255,34 @@ class PairBatches(Dataset):
         batch = _permutation(len(self), self.seed, 0, epoch)[place]
         source = int(np.searchsorted(self.first_batch_of_source, batch, side="right")) - 1
         number = epoch * self.batches_of_source[source] + int(batch - self.first_batch_of_source[source])
-        count = len(self.sources[source].rows)
-        stream = range(number * self.global_batch_size, (number + 1) * self.global_batch_size)
-        return source, [int(_permutation(count, self.seed, 1 + source, i // count)[i % count]) for i in stream]
+        return source, self.orders[source].batch(number)
 
     def __getitem__(self, index: int) -> PairBatch:
         number, rows = self.global_rows(index)
-        own = rows[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        return self._collate(self.sources[number], own, self.sources[number].texts(own))
+        source, own = self.sources[number], slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        texts = source.texts(rows[own])
+        ids = [[text_id(text) for text in column] for column in texts]
+        if source.make is not None:
+            generators = [np.random.default_rng((self.seed, number, index, n)) for n in range(len(rows))[own]]
+            texts = make_pairs(source.make, source.documents(rows[own]), generators)
+            ids = ids * 2  # two pieces of one document are not each other's negatives
+        return self._collate(source, rows[own], texts, ids)
 
-    def _collate(self, source: Source, rows: list[int], texts: list[list[str]], cut: bool = False) -> PairBatch:
+    def _collate(
+        self,
+        source: Source,
+        rows: list[int],
+        texts: list[list[str]],
+        ids: list[list[int]] | None = None,
+        cut: bool = False,
+    ) -> PairBatch:
         classes = source.classes_of(rows)
         return replace(
-            collate_pairs(texts, self.tokenize, self.batch_tokens, cut),
-            classes={name: torch.tensor([_text_id(value) for value in classes[name]]) for name in classes},
+            collate_pairs(texts, self.tokenize, self.batch_tokens, ids=ids, anchor_kind=source.anchor_kind, cut=cut),
+            classes={name: torch.tensor([text_id(value) for value in classes[name]]) for name in classes},
             texts=texts if self.keep_texts else None,
             source=source.name,
-            rows=tuple(row + 1 for row in rows),
+            rows=source.numbers(rows),
         )
 
     def heaviest(self) -> PairBatch:
@@ -273,26 +300,40 @@ class PairBatches(Dataset):
         )
 
 
-def collate_pairs(columns: list[list[str]], tokenize: PairTokenizer, batch_tokens: int, cut: bool = False) -> PairBatch:
-    """Texts of a batch, one list a column with the queries first, packed; with `cut` all chunks are full."""
-    token_ids = [tokenize(texts, "document" if number else "query") for number, texts in enumerate(columns)]
+def collate_pairs(
+    columns: list[list[str]],
+    tokenize: PairTokenizer,
+    batch_tokens: int,
+    *,
+    ids: list[list[int]] | None = None,
+    anchor_kind: str = "query",
+    cut: bool = False,
+) -> PairBatch:
+    """Texts of a batch, one list a column with the anchors first, packed.
+
+    Args:
+        columns: the texts.
+        tokenize: the model's.
+        batch_tokens: tokens of one packed chunk.
+        ids: of the texts, if not their own.
+        anchor_kind: what the first column is read as.
+        cut: texts are cut off so that all chunks are full.
+    """
+    kinds = [anchor_kind] + ["document"] * (len(columns) - 1)
+    token_ids = [tokenize(texts, kind) for texts, kind in zip(columns, kinds, strict=True)]
     if cut:
         token_ids = cut_to_fill(token_ids, batch_tokens)
     lengths = [[len(ids) for ids in column] for column in token_ids]
-    limits = [tokenize.query_max_length] + [tokenize.max_length] * (len(columns) - 1)
+    limits = [tokenize.limit(kind) for kind in kinds]
+    ids = ids or [[text_id(text) for text in column] for column in columns]
     return PairBatch(
         chunks=pack(list(chain.from_iterable(token_ids)), batch_tokens),
-        text_ids=torch.tensor([_text_id(text) for column in columns for text in column]),
+        text_ids=torch.tensor(list(chain.from_iterable(ids))),
         pairs=len(columns[0]),
         tokens=sum(map(sum, lengths)),
         longest=tuple(map(max, lengths)),
         cut_off=sum(length >= limit for column, limit in zip(lengths, limits, strict=True) for length in column),
     )
-
-
-def _text_id(text: str) -> int:
-    """63 bits of a hash: the same for the same text in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @lru_cache(maxsize=16)

@@ -1,19 +1,22 @@
 """Pairs or texts from JSONL, Parquet or the Hub, checked before the first step: file, row and column are named."""
 
 import gzip
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
 from common.errors import UserError
+from training.positives import Document, Positives, longest_pairs
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
@@ -40,6 +43,9 @@ class Columns:
         return " and ".join(self.required + self.classes)
 
 
+# Of a document: the characters at which its tokens start and end, and the numbers of their words.
+TOKENS = ("token_starts", "token_stops", "token_words")
+
 PAIRS = Columns(("anchor", "positive"), "negative", "pairs")
 TEXTS = Columns(("text",), None, "texts")
 
@@ -54,6 +60,8 @@ class Source:
         columns: of pairs `anchor`, `positive`, and any number that begin with `negative`, in that order.
         weight: how many times an epoch goes through the rows.
         classes: columns that name a row's class.
+        make: if the rows are documents, how pairs are made of them; `rows` then has the columns of `TOKENS` as well.
+        anchor_kind: what the model reads anchors as, `query` or `document`.
     """
 
     name: str
@@ -61,25 +69,62 @@ class Source:
     columns: tuple[str, ...]
     weight: float = 1.0
     classes: tuple[str, ...] = ()
+    make: Positives | None = None
+    anchor_kind: str = "query"
+
+    def select(self, rows: np.ndarray) -> "Source":
+        """Some of the rows alone, by their number in this source, in their order."""
+        return self if len(rows) == len(self.rows) else replace(self, rows=self.rows.select(rows))
+
+    def numbers(self, rows: list[int]) -> tuple[int, ...]:
+        """The numbers of rows as a user counts them: from 1, with those that are left out."""
+        indices = self.rows._indices
+        places = rows if indices is None else indices.column(0).take(rows).to_pylist()
+        return tuple(place + 1 for place in places)
 
     def texts(self, rows: list[int]) -> list[list[str]]:
         """The texts of some rows, one list a column."""
-        selected = self.rows[rows]
+        selected = self.rows.select_columns(list(dict.fromkeys(self.columns)))[rows]
         return [selected[column] for column in self.columns]
+
+    def documents(self, rows: list[int]) -> list[Document]:
+        """Some rows of which pairs are made."""
+        selected = self.rows[rows]
+        return [
+            Document(text, np.array([starts, stops]).T, np.array(words))
+            for text, starts, stops, words in zip(*(selected[name] for name in (*self.columns, *TOKENS)), strict=True)
+        ]
 
     def classes_of(self, rows: list[int]) -> dict[str, list[str]]:
         """What the class columns of some rows hold, by column."""
         selected = self.rows.select_columns(list(self.classes))[rows] if self.classes else {}
         return {column: [str(name) for name in selected[column]] for column in self.classes}
 
+    def text_ids(self, columns: Collection[str]) -> np.ndarray:
+        """`(rows, columns)` int64, equal where the texts are equal."""
+        texts, portions = self.rows.select_columns(list(dict.fromkeys(columns))), []
+        for start in range(0, len(texts), 1000):
+            selected = texts[start : start + 1000]
+            portions.append(np.array([[text_id(str(text)) for text in selected[column]] for column in columns]).T)
+        return np.concatenate(portions)
+
     def longest_texts(self, count: int) -> list[list[str]]:
-        """For each column its `count` texts of the most characters, the longest first."""
+        """For each column its `count` texts of the most characters, the longest first; of documents their pieces."""
         columns = []
         for column in self.columns:
             lengths = pyarrow.compute.utf8_length(self.rows.data.column(column))
+            if self.rows._indices is not None:
+                lengths = lengths.take(self.rows._indices.column(0))
             rows = pyarrow.compute.array_sort_indices(lengths, order="descending")[:count].to_pylist()
-            columns.append([self.rows[row][column] for row in rows])
+            if self.make is not None:
+                return longest_pairs(self.make, self.documents(rows))
+            columns.append(self.rows[rows][column])
         return columns
+
+
+def text_id(text: str) -> int:
+    """63 bits of a hash: the same for the same text in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def read_sources(specifications: list[str], columns: Columns = PAIRS, *, split: str = "train") -> list[Source]:
@@ -272,6 +317,8 @@ def _check_text(name: str, number: int, column: str, text: object) -> None:
         _refuse(name, number, column, f"is {'null' if text is None else type(text).__name__} instead of text")
     if not text.strip():
         _refuse(name, number, column, "is empty")
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        _refuse(name, number, column, "holds half a character, such as \\ud83d without what follows it")
 
 
 def _refuse(name: str, number: int, column: str, complaint: str) -> NoReturn:

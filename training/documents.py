@@ -61,7 +61,7 @@ def tokenize_documents(source: Source, tokenizer: PreTrainedTokenizerBase, folde
     Raises:
         UserError: the texts hold no tokens.
     """
-    identity = json.dumps([source.rows._fingerprint, source.columns, _identity(tokenizer)])
+    identity = json.dumps([source.rows._fingerprint, source.columns, tokenizer_identity(tokenizer)])
     path = folder / hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
     if not path.exists():
         with atomic_folder(path) as temporary:
@@ -92,7 +92,8 @@ def word_starts(
     return np.array([place == 0 or word is None or word != words[place - 1] for place, word in enumerate(words)])
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that the ids of a text depend on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
 

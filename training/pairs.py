@@ -1,5 +1,6 @@
 """Contrastive training on pairs, as scripts take it: arguments, data, gradient, evaluation."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -8,28 +9,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from training.batches import PairBatch, PairBatches, PairTokenizer
-from training.data import read_sources
+from training.data import PAIRS, read_sources
 from training.distributed import gather_rows, own_rows
 from training.encoding import embed, pool
 from training.gradient_cache import cached_backward
 from training.guide import Guide
 from training.loop import AccumulateGradient, Loop
 from training.objectives import GatheredBatch, Objective, ObjectiveArguments
+from training.pair_sources import PairArguments, read_pairs
 from training.spans import Penalty
 from training.validation import PairRetrieval
 
 
-@dataclass
-class ContrastiveArguments:
+@dataclass(kw_only=True)
+class ContrastiveArguments(PairArguments):
     """The data."""
 
     train_data: list[str] = field(
         metadata={
             "help": "path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name[@config] on "
-            "the Hub, with columns anchor, positive[, negative...]; the weight says how often an epoch goes through it"
+            "the Hub, with the columns of --pairs; the weight says how often an epoch goes through it"
         }
     )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out pairs, in the same form"})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out labelled pairs, in the same forms"})
     max_length: int | None = field(
         default=None, metadata={"help": "tokens at which a document is cut off; the model's context if not given"}
     )
@@ -40,6 +42,7 @@ class ContrastiveArguments:
     batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("per_device_train_batch_size", "batch_tokens"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
@@ -69,9 +72,21 @@ def pair_batches(
     arguments: ContrastiveArguments, objective: ObjectiveArguments, tokenize: PairTokenizer, loop: Loop
 ) -> PairBatches:
     """The training data, as the loop takes it and the objective reads it."""
-    sources = read_sources(arguments.train_data, objective.columns)
+    given: PairArguments = arguments
     if objective.objective == "simcse":
-        sources = [replace(source, columns=source.columns * 2) for source in sources]
+        if arguments.pairs not in ("columns", "twins"):
+            raise UserError(
+                f"--pairs {arguments.pairs}: the pairs of --objective simcse are twins; use another objective"
+            )
+        if arguments.pairs == "columns":
+            given = replace(arguments, pairs="twins", text_column=arguments.anchor_column)
+
+    def say(line: str) -> None:
+        if loop.is_main:
+            print(line, file=sys.stderr)
+
+    with loop.accelerator.main_process_first():  # what it has tokenised the others find
+        sources = read_pairs(arguments.train_data, given, objective.columns, tokenize, say)
     return PairBatches(
         sources,
         tokenize,
@@ -95,7 +110,7 @@ def pair_retrieval(
         source.name: PairRetrieval(
             source, batches.tokenize, batch_size=batches.global_batch_size, batch_tokens=arguments.batch_tokens
         )
-        for source in read_sources(arguments.eval_data)
+        for source in read_sources(arguments.eval_data, arguments.renamed(PAIRS))
     }
 
     def evaluate(model: nn.Module) -> dict[str, float]:

@@ -36,7 +36,13 @@ class Document:
 
     @classmethod
     def read(cls, text: str, tokenizer: PreTrainedTokenizerBase) -> "Document":
-        """Tokenise a text."""
+        """Tokenise a text.
+
+        Raises:
+            UserError: the tokenizer does not know at which characters its tokens stand.
+        """
+        if not tokenizer.is_fast:
+            raise UserError("--pairs from documents needs a fast tokenizer; save the model with its tokenizer.json")
         encoding = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings[0]
         spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
         # Byte-level tokens of one character share its place: only the first of them counts.
@@ -118,13 +124,19 @@ class Crops:
 def delete_words(document: Document, start: int, stop: int, rate: float, generator: np.random.Generator) -> str:
     """The text of tokens `start` to `stop` without some of its words, each left out with the chance `rate`."""
     words = document.words[start:stop]
-    first = start + np.flatnonzero(np.append(True, words[1:] != words[:-1]))  # tokens at which a word starts
-    begins = document.spans[first, 0]
-    ends = np.append(begins[1:], document.spans[stop - 1, 1])  # the blank after a word goes with it
+    first = np.flatnonzero(np.append(True, words[1:] != words[:-1]))  # tokens at which a word starts
+    begins = document.spans[start + first, 0]
+    ends = document.spans[start + np.append(first[1:], len(words)) - 1, 1]
     kept = generator.random(len(first)) >= rate
     if not kept.any():
         kept[generator.integers(len(first))] = True
-    return "".join(document.text[begin:end] for begin, end in zip(begins[kept], ends[kept], strict=True)).strip()
+    text = ""
+    for begin, end, following, stays in zip(begins, ends, [*begins[1:], ends[-1]], kept, strict=True):
+        if stays:
+            text += document.text[begin:end]
+        if not text[-1:].isspace():  # of the blanks around a word that goes those before it stay
+            text += document.text[end:following]
+    return text.strip()
 
 
 @dataclass(frozen=True)
@@ -210,38 +222,16 @@ class Segments:
         return min(self.window, tokens)
 
 
-@dataclass(frozen=True)
-class PairMaker:
-    """Texts of documents to pairs.
+def make_pairs(
+    make: Positives, documents: Sequence[Document], generators: Sequence[np.random.Generator]
+) -> list[list[str]]:
+    """The anchors and the positives of documents that are long enough."""
+    pairs = [make(document, generator) for document, generator in zip(documents, generators, strict=True)]
+    assert None not in pairs, "documents that are too short are left out before training"
+    return [[pair[side] for pair in pairs if pair is not None] for side in (0, 1)]
 
-    Args:
-        make: the way.
-        tokenizer: the model's, a fast one: it knows at which characters its tokens stand.
-    """
 
-    make: Positives
-    tokenizer: PreTrainedTokenizerBase
-
-    def __post_init__(self) -> None:
-        if not self.tokenizer.is_fast:
-            raise UserError("--pairs from documents needs a fast tokenizer; save the model with its tokenizer.json")
-
-    def __call__(self, texts: Sequence[str], generators: Sequence[np.random.Generator]) -> list[list[str]]:
-        """The anchors and the positives of documents that are long enough."""
-        pairs = [self._pair(text, generator) for text, generator in zip(texts, generators, strict=True)]
-        return [[anchor for anchor, _ in pairs], [positive for _, positive in pairs]]
-
-    def _pair(self, text: str, generator: np.random.Generator) -> tuple[str, str]:
-        pair = self.make(Document.read(text, self.tokenizer), generator)
-        assert pair is not None, "documents that are too short are left out before training"
-        return pair
-
-    def can_pair(self, text: str) -> bool:
-        """Whether a document is long enough."""
-        return self.make(Document.read(text, self.tokenizer), np.random.default_rng(0)) is not None
-
-    def longest(self, texts: Sequence[str]) -> list[list[str]]:
-        """For each document pieces that are as long as any that could be made of it, as anchors and as positives."""
-        documents = [Document.read(text, self.tokenizer) for text in texts]
-        pieces = [document.piece(0, self.make.longest(len(document))) for document in documents]
-        return [pieces, pieces]
+def longest_pairs(make: Positives, documents: Sequence[Document]) -> list[list[str]]:
+    """For each document pieces that are as long as any that could be made of it, as anchors and as positives."""
+    pieces = [document.piece(0, make.longest(len(document))) for document in documents]
+    return [pieces, pieces]

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from training.positives import Crops, Document, InverseCloze, Neighbours, PairMaker, Segments
+from training.positives import Crops, Document, InverseCloze, Neighbours, Segments, make_pairs
 
 pytestmark = pytest.mark.promise("C4")
 seeds = st.integers(0, 2**32)
@@ -188,11 +188,10 @@ def test_pieces_of_real_documents(way, text, tokenizer):
     ],
 )
 def test_documents_without_a_second_piece(tokenizer, way, shortest):
-    pairs = PairMaker(way, tokenizer)
-    assert pairs.can_pair(shortest)
-    assert all(all(side) for side in pairs([shortest] * 50, [rng(seed) for seed in range(50)]))
+    documents = [Document.read(shortest, tokenizer)] * 50
+    assert all(all(side) for side in make_pairs(way, documents, [rng(seed) for seed in range(50)]))
     for text in ("", " \n", "one", shortest.rpartition(" ")[0]):
-        assert not pairs.can_pair(text), text
+        assert way(Document.read(text, tokenizer), rng()) is None, text
 
 
 def test_a_character_of_several_tokens_is_cut_once():
@@ -210,4 +209,4 @@ def test_a_character_of_several_tokens_is_cut_once():
 def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
     with pytest.raises(UserError, match="fast tokenizer"):
-        PairMaker(Neighbours(10), tokenizer)
+        Document.read("one two", tokenizer)
