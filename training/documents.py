@@ -93,9 +93,11 @@ def word_starts(
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that the ids of a text depend on."""
+    """All that the ids of a whole text depend on: not how the tokenizer cut or padded what it was last called with."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    if backend is None:
+        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
 
 
 @dataclass(frozen=True)
