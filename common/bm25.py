@@ -30,3 +30,8 @@ class BM25Index:
         words = bm25s.tokenize(list(queries), stopwords="en")
         indices, scores = self._retriever.retrieve(words, k=min(k, self._size))
         return scores.astype(np.float32), indices.astype(np.int64)
+
+    def scores(self, query: str) -> np.ndarray:
+        """The scores of all texts for one query, float32 `(texts,)`."""
+        (words,) = bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
+        return self._retriever.get_scores(words).astype(np.float32)

@@ -1,0 +1,244 @@
+"""Mined negatives: those of sentence-transformers on the same vectors, and of the definition; the script in use."""
+
+import gzip
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from mteb.types import PromptType
+from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
+from tiny_training import WORDS, write_jsonl
+
+from common.bm25 import BM25Index
+from common.encoders import Encoder, ModelFolder
+from common.errors import run
+from training import contrastive, mine_negatives
+from training.mine_negatives import Arguments, Thresholds, mine
+
+SETTINGS = [
+    {},
+    {"range_max": 6},
+    {"range_min": 3},
+    {"relative_margin": 0.1},
+    {"absolute_margin": 0.05, "range_min": 2},
+    {"max_score": 0.75},
+    {"min_score": 0.7, "relative_margin": 0.02, "num_negatives": 1},
+]
+
+
+def random_pairs(rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Queries with one positive or several, positives of one query or several."""
+    generator = np.random.default_rng(seed)
+    documents = [" ".join(generator.choice(WORDS, 12)) for _ in range(rows - 3)]
+    pairs = []
+    for i in range(rows):
+        words = documents[i % len(documents)].split()
+        pairs.append({"anchor": " ".join(words[:4]), "positive": documents[i % len(documents)]})
+    pairs[5]["anchor"] = pairs[4]["anchor"]
+    pairs[6]["anchor"] = pairs[4]["anchor"]
+    return pairs
+
+
+class Known:
+    """As much of a SentenceTransformer as its mining needs, with vectors that our encoder made."""
+
+    device = torch.device("cpu")
+    similarity, similarity_pairwise = staticmethod(cos_sim), staticmethod(pairwise_cos_sim)
+
+    def __init__(self, folder):
+        self.encoder = Encoder(ModelFolder.find(str(folder)))
+
+    def get_embedding_dimension(self):
+        return self.encoder.dimension
+
+    def _encode(self, texts, kind):
+        vectors = np.concatenate(self.encoder(list(texts), kind))
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def encode_query(self, texts, **kwargs):
+        return self._encode(texts, PromptType.query)
+
+    def encode_document(self, texts, **kwargs):
+        return self._encode(texts, PromptType.document)
+
+
+def read(path) -> list[dict[str, str]]:
+    data = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(data) if path.suffix == ".gz" else data).splitlines()]
+
+
+def key(row):
+    return tuple(row[name] for name in sorted(row))
+
+
+@pytest.mark.parametrize("corpus", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_negatives_are_those_of_sentence_transformers(tiny_longembed, tmp_path, settings, corpus):
+    pairs = random_pairs(40)
+    generator = np.random.default_rng(9)
+    more = [" ".join(generator.choice(WORDS, 9)) for _ in range(20)] + [pairs[0]["positive"]]
+    # A range beyond all documents, or queries that have as many positives each: theirs is longer by the largest number
+    # of positives of any query, so that thresholds may let documents in that are out of the range.
+    settings = {"num_negatives": 3, "range_max": 60} | settings
+    if settings["range_max"] < 60:
+        pairs = list({row["anchor"]: row for row in pairs}.values())
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    texts = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in more]) if corpus else None
+    output = tmp_path / "mined.jsonl"
+    arguments = Arguments(str(tiny_longembed), str(data), str(output), corpus=texts and str(texts), precision="float32")
+    mine(arguments, Thresholds(**settings))
+    expected = mine_hard_negatives(
+        Dataset.from_list(pairs), Known(tiny_longembed), corpus=more if corpus else None, output_format="n-tuple",
+        verbose=False, **settings,
+    )  # fmt: skip
+    found = read(output)
+    # Theirs are grouped by query, and a pair that is there twice comes once; ours are the rows as they came.
+    assert {key(row) for row in found} == {key(row) for row in expected}
+    mined = [{name: row[name] for name in ("anchor", "positive")} for row in found]
+    assert mined == [row for row in pairs if row in mined]
+    assert len({row["anchor"] for row in mined}) > 5
+
+
+@hypothesis.given(
+    scores=st.lists(st.integers(-20, 20), min_size=1, max_size=12),
+    positive=st.integers(-20, 20),
+    margins=st.tuples(*[st.none() | st.integers(-10, 10)] * 4),
+    range_min=st.integers(0, 3),
+    count=st.integers(1, 4),
+)
+def test_what_is_chosen_is_the_nearest_that_passes_every_threshold(scores, positive, margins, range_min, count):
+    """In eighths, which floats add exactly."""
+    scores, positive = np.array(scores) / 8, positive / 8
+    absolute, relative, most, least = (None if value is None else value / 8 for value in margins)
+    thresholds = Thresholds(count, 50, range_min, relative, absolute, most, least)
+    removed: Counter = Counter()
+    chosen = thresholds.choose(scores, positive, 0, removed)
+    passing = [
+        i
+        for i, score in enumerate(scores)
+        if (absolute is None or score + absolute <= positive)
+        and (relative is None or score + abs(positive) * relative <= positive)
+        and (most is None or score <= most)
+        and (least is None or score >= least)
+    ]
+    passing.sort(key=lambda i: (-scores[i], i))
+    assert chosen.tolist() == passing[range_min:][:count]
+    assert sum(removed.values()) == len(scores) - len(passing)
+    drawn = replace(thresholds, sampling="random", seed=3).choose(scores, positive, 7, Counter())
+    assert set(drawn.tolist()) <= set(passing[range_min:])
+    assert len(set(drawn.tolist())) == len(chosen)
+    assert drawn.tolist() == sorted(drawn.tolist(), key=lambda i: (-scores[i], i))
+
+
+def test_random_sampling_is_uniform_and_a_function_of_seed_and_query():
+    scores = np.linspace(1, 0, 10)
+    thresholds = Thresholds(3, 50, range_min=2, sampling="random")
+    draws = [tuple(thresholds.choose(scores, 2.0, query, Counter())) for query in range(2000)]
+    assert draws == [tuple(thresholds.choose(scores, 2.0, query, Counter())) for query in range(2000)]
+    counts = np.bincount(np.concatenate(draws), minlength=10)
+    assert counts[:2].sum() == 0
+    # 2000 * 3 / 8 = 750 expected of each; the standard deviation is 22.
+    assert np.abs(counts[2:] - 750).max() < 100
+    other = replace(thresholds, seed=1)
+    assert draws != [tuple(other.choose(scores, 2.0, query, Counter())) for query in range(2000)]
+
+
+def test_no_positive_of_the_query_and_not_the_query_itself_is_a_negative(model_folder, tmp_path):
+    pairs = random_pairs(30)
+    pairs += [{"anchor": row["positive"], "positive": row["anchor"]} for row in pairs]  # every text on both sides
+    data = write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    for model in (str(model_folder), f"chunk-max:{model_folder}:8", f"chunk-mean:{model_folder}:8", "bm25"):
+        mine(Arguments(model, str(data), str(tmp_path / "mined.jsonl.gz")), Thresholds(5))
+        found = read(tmp_path / "mined.jsonl.gz")
+        assert len(found) == len(pairs)
+        for row in found:
+            negatives = {text for name, text in row.items() if name.startswith("negative")}
+            assert len(negatives) == 5
+            forbidden = {pair["positive"] for pair in pairs if pair["anchor"] == row["anchor"]} | {row["anchor"]}
+            assert not negatives & forbidden
+
+
+def test_a_guide_orders_what_the_model_finds(tiny_longembed, tmp_path):
+    """As in sentence-transformers with a cross-encoder, here one whose scores are BM25's."""
+    pairs = list({row["anchor"]: row for row in random_pairs(40)}.values())
+    documents = list(dict.fromkeys(row["positive"] for row in pairs))
+    index = BM25Index(documents)
+
+    class CrossEncoder:
+        def predict(self, couples, **kwargs):
+            return torch.tensor([index.scores(query)[documents.index(text)] for query, text in couples])
+
+    thresholds = {"num_negatives": 2, "range_max": 50, "relative_margin": 0.2}
+    arguments = Arguments(
+        str(tiny_longembed),
+        str(write_jsonl(tmp_path / "pairs.jsonl", pairs)),
+        str(tmp_path / "mined.jsonl"),
+        guide="bm25",
+    )
+    mine(arguments, Thresholds(**thresholds))
+    expected = mine_hard_negatives(
+        Dataset.from_list(pairs), Known(tiny_longembed), cross_encoder=CrossEncoder(), output_format="n-tuple",
+        verbose=False, **thresholds,
+    )  # fmt: skip
+    found = {(row["anchor"], row["positive"]): row for row in read(tmp_path / "mined.jsonl")}
+    assert len(found) == len(expected) > 0
+    for row in expected:
+        ours = found[row["anchor"], row["positive"]]
+        scores = [
+            sorted(index.scores(row["anchor"])[documents.index(r[f"negative_{i}"])] for i in (1, 2))
+            for r in (ours, row)
+        ]
+        assert scores[0] == pytest.approx(scores[1])  # BM25 has ties, whose order is anybody's
+
+
+def test_the_script_trains_on_what_it_mined_and_encodes_nothing_twice(model_folder, tmp_path, monkeypatch, capsys):
+    data = write_jsonl(tmp_path / "pairs.jsonl", random_pairs(40))
+    output = tmp_path / "new" / "mined.jsonl"
+    argv = ["--model", str(model_folder), "--data", str(data), "--output", str(output), "--relative_margin", "0.02"]
+    mine_negatives.main(argv)
+    said = capsys.readouterr().out
+    rows = read(output)
+    assert f"{output}: {len(rows)} of 40 pairs with 3 negatives each, from 37 documents" in said
+    assert "by relative_margin" in said
+    monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("encoded a text that is in the cache"))
+    mine_negatives.main(argv)
+    assert read(output) == rows
+    monkeypatch.undo()
+    contrastive.main(
+        ["--model_name_or_path", str(model_folder), "--train_data", str(output), "--output_dir", str(tmp_path / "run"),
+         "--per_device_train_batch_size", "8", "--max_steps", "1"]
+    )  # fmt: skip
+    assert (tmp_path / "run" / "final" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--num_negatives", "0"], "--num_negatives 0: must be at least 1"),
+        (["--range_min", "5", "--range_max", "5"], "--range_min 5: must be from 0 to less than --range_max 5"),
+        (["--range_min", "4", "--range_max", "6"], "--num_negatives 3: must be at least 1 and at most the 2"),
+        (["--max_score", "-2"], "no pair has 3 negatives among its 100 nearest of 37 documents; loosen"),
+        (["--sampling", "best"], "invalid choice: 'best'"),
+        (["--model", "no/model"], "unknown model no/model"),
+        (["--guide", "chunk-max:x"], "write chunk-max:PATH:N"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_no_file(model_folder, tmp_path, monkeypatch, capsys, change, words):
+    data = write_jsonl(tmp_path / "pairs.jsonl", random_pairs(40))
+    argv = ["x", "--model", str(model_folder), "--data", str(data), "--output", str(tmp_path / "mined.jsonl"), *change]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as left:
+        run(mine_negatives.main)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert left.value.code == 2
+    assert len(told) == 1
+    assert words in told[0]
+    assert not (tmp_path / "mined.jsonl").exists()
