@@ -6,12 +6,16 @@ accelerate launch training/contrastive.py --config training/recipes/contrastive.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from common.arguments import parse
 from common.errors import run
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.models import HubArguments, ModelArguments, load_encoder, push, save
+from training.nonlinguistic import FeatureArguments, feature_task
 from training.objectives import ObjectiveArguments, build_objective, objective_groups
 from training.pairs import (
     ContrastiveArguments,
@@ -27,10 +31,11 @@ from training.tuning import TuningArguments, select_parameters
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, arguments, wanted, tuning, spans, loop_arguments, budget_arguments, hub = parse(
+    model_arguments, arguments, wanted, features, tuning, spans, loop_arguments, budget_arguments, hub = parse(
         ModelArguments,
         ContrastiveArguments,
         ObjectiveArguments,
+        FeatureArguments,
         TuningArguments,
         SpanArguments,
         LoopArguments,
@@ -49,16 +54,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     evaluate = pair_retrieval(arguments, objective, batches, loop)
     gradient = pair_gradient(objective, load_guide(arguments, wanted), span_penalty(model, spans))
     decay = loop_arguments.weight_decay
-    budget = Budget(budget_arguments, loop, selected, batches, arguments.batch_tokens)
+    groups = [*span_groups(model, spans, decay), *objective_groups(objective, decay)]
+    data: Any = batches
+    beside: nn.Module = objective
+    second_task = feature_task(features, selected)
+    if second_task is not None:
+        data, gradient = second_task.batches(batches, loop), second_task.before(gradient)
+        beside = nn.ModuleDict({"texts": objective, "features": second_task})
+        groups += second_task.groups(decay)
+    budget = Budget(budget_arguments, loop, selected, data, arguments.batch_tokens)
     with budget.answering():
         trained = loop.run(
-            selected,
-            batches,
-            gradient,
-            evaluate,
-            [*span_groups(model, spans, decay), *objective_groups(objective, decay)],
-            rehearse=budget.rehearsal(gradient),
-            objective=objective,
+            selected, data, gradient, evaluate, groups, rehearse=budget.rehearsal(gradient), objective=beside
         )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()

@@ -59,7 +59,6 @@ class MomentumQueue(nn.Module):
 
     keys: Tensor
     ids: Tensor
-    pointer: Tensor
     count: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
@@ -70,8 +69,7 @@ class MomentumQueue(nn.Module):
         super().__init__()
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("ids", torch.zeros(size, dtype=torch.long))
-        self.register_buffer("pointer", torch.tensor(0))  # where the next key goes
-        self.register_buffer("count", torch.tensor(0))  # keys that are in
+        self.register_buffer("count", torch.tensor(0))  # keys ever put in; modulo the size, where the next one goes
 
     @torch.no_grad()
     def enqueue(self, key: Tensor, key_id: Tensor | None = None) -> None:
@@ -82,20 +80,19 @@ class MomentumQueue(nn.Module):
             key_id: `(n,)` integers that are equal where the documents are equal.
         """
         size = len(self.keys)
-        place = (self.pointer + torch.arange(len(key), device=key.device)) % size
-        kept = slice(max(0, len(key) - size), None)  # of keys at the same place only the last
+        place = (self.count + torch.arange(len(key), device=key.device)) % size
+        kept = slice(max(0, len(key) - size), None)  # two at one place: which of them stays would be left to the kernel
         self.keys[place[kept]] = key[kept].to(self.keys.dtype)
         if key_id is not None:
             self.ids[place[kept]] = key_id[kept]
-        self.pointer.add_(len(key)).remainder_(size)
-        self.count.add_(len(key)).clamp_(max=size)
+        self.count += len(key)
 
     def filled(self) -> tuple[Tensor, Tensor]:
         """The keys that are in, `(k, d)`, and their ids, `(k,)`.
 
         Contriever starts with random vectors instead, which are the negatives of its first steps.
         """
-        count = int(self.count)  # until the queue is full, the places from 0 on are
+        count = min(int(self.count), len(self.keys))  # until it is full, the places from 0 on are
         return self.keys[:count], self.ids[:count]
 
 
