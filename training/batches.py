@@ -132,6 +132,7 @@ class PairBatch:
         texts: the columns of texts, if something beside the model reads them.
         source: where the pairs come from.
         rows: of the source, from 1.
+        bookmark: of a stream, where the next batch begins.
     """
 
     chunks: list[PackedTexts]
@@ -144,6 +145,7 @@ class PairBatch:
     texts: list[list[str]] | None = None
     source: str = ""
     rows: tuple[int, ...] = ()
+    bookmark: dict[str, Any] | None = None
 
     def to(self, device: torch.device) -> "PairBatch":
         return replace(
@@ -264,11 +266,11 @@ class PairBatches(Dataset):
         ids = [[text_id(text) for text in column] for column in texts]
         if source.make is not None:
             generators = [np.random.default_rng((self.seed, number, index, n)) for n in range(len(rows))[own]]
-            texts = make_pairs(source.make, source.documents(rows[own]), generators)
+            texts = make_pairs(source.make, source.documents(rows[own], self.tokenize.tokenizer), generators)
             ids = ids * 2  # two pieces of one document are not each other's negatives
-        return self._collate(source, rows[own], texts, ids)
+        return self.collate(source, rows[own], texts, ids)
 
-    def _collate(
+    def collate(
         self,
         source: Source,
         rows: list[int],
@@ -276,6 +278,7 @@ class PairBatches(Dataset):
         ids: list[list[int]] | None = None,
         cut: bool = False,
     ) -> PairBatch:
+        """Texts of some rows of a source, one list a column, as a batch; see `collate_pairs`."""
         classes = source.classes_of(rows)
         return replace(
             collate_pairs(texts, self.tokenize, self.batch_tokens, ids=ids, anchor_kind=source.anchor_kind, cut=cut),
@@ -292,7 +295,12 @@ class PairBatches(Dataset):
         texts of another batch could fill that chunk to the last token.
         """
         batches = [
-            self._collate(source, list(range(self.batch_size)), source.longest_texts(self.batch_size), cut=True)
+            self.collate(
+                source,
+                list(range(self.batch_size)),
+                source.longest_texts(self.batch_size, self.tokenize.tokenizer),
+                cut=True,
+            )
             for source in self.sources
         ]
         return max(

@@ -35,6 +35,7 @@ class Progress:
         data: what the order of the data depends on (`describe()` of the batches).
         window: metrics of the steps since the last logged one.
         ended: the script has ended the run here, before the last step that its arguments name.
+        bookmark: where the next batch is, of data that is read as it comes.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Progress:
     data: dict[str, Any]
     window: list[dict[str, float]] = field(default_factory=list)
     ended: bool = False
+    bookmark: dict[str, Any] | None = None
 
 
 @dataclass

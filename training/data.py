@@ -4,16 +4,18 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import datasets
 import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from training.positives import Document, Positives, longest_pairs
@@ -60,7 +62,7 @@ class Source:
         columns: of pairs `anchor`, `positive`, and any number that begin with `negative`, in that order.
         weight: how many times an epoch goes through the rows.
         classes: columns that name a row's class.
-        make: if the rows are documents, how pairs are made of them; `rows` then has the columns of `TOKENS` as well.
+        make: if the rows are documents, how pairs are made of them; `rows` may have the columns of `TOKENS` then.
         anchor_kind: what the model reads anchors as, `query` or `document`.
     """
 
@@ -87,9 +89,11 @@ class Source:
         selected = self.rows.select_columns(list(dict.fromkeys(self.columns)))[rows]
         return [selected[column] for column in self.columns]
 
-    def documents(self, rows: list[int]) -> list[Document]:
-        """Some rows of which pairs are made."""
+    def documents(self, rows: list[int], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
+        """Some rows of which pairs are made; they are tokenised here if they were not before."""
         selected = self.rows[rows]
+        if TOKENS[0] not in selected:
+            return [Document.read(text, tokenizer) for text in selected[self.columns[0]]]
         return [
             Document(text, np.array([starts, stops]).T, np.array(words))
             for text, starts, stops, words in zip(*(selected[name] for name in (*self.columns, *TOKENS)), strict=True)
@@ -108,7 +112,7 @@ class Source:
             portions.append(np.array([[text_id(str(text)) for text in selected[column]] for column in columns]).T)
         return np.concatenate(portions)
 
-    def longest_texts(self, count: int) -> list[list[str]]:
+    def longest_texts(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
         """For each column its `count` texts of the most characters, the longest first; of documents their pieces."""
         columns = []
         for column in self.columns:
@@ -117,7 +121,7 @@ class Source:
                 lengths = lengths.take(self.rows._indices.column(0))
             rows = pyarrow.compute.array_sort_indices(lengths, order="descending")[:count].to_pylist()
             if self.make is not None:
-                return longest_pairs(self.make, self.documents(rows))
+                return longest_pairs(self.make, self.documents(rows, tokenizer))
             columns.append(self.rows[rows][column])
         return columns
 
@@ -142,10 +146,16 @@ def read_sources(specifications: list[str], columns: Columns = PAIRS, *, split: 
     Raises:
         UserError: what cannot be read or does not have these columns, by file, row and column.
     """
-    return [_read_source(*_split_weight(specification), columns, split) for specification in specifications]
+    return [_read_source(*split_weight(specification), columns, split) for specification in specifications]
 
 
-def _split_weight(specification: str) -> tuple[str, float]:
+def is_hub_id(name: str) -> bool:
+    """Whether what is no path may be a dataset on the Hub."""
+    return HUB_ID.fullmatch(name) is not None and not name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX))
+
+
+def split_weight(specification: str) -> tuple[str, float]:
+    """The name and the weight of `path_or_id[:weight]`."""
     name, _, weight = specification.rpartition(":")
     if name and re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
         if float(weight) == 0:
@@ -158,11 +168,11 @@ def _read_source(name: str, weight: float, wanted: Columns, split: str) -> Sourc
     path = Path(name)
     if path.exists():
         rows = _read_files(name, data_files(path), wanted)
-    elif HUB_ID.fullmatch(name) and not name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX)):
+    elif is_hub_id(name):
         rows = _read_hub(name, split)
     else:
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
-    columns = _present_columns(name, rows.column_names, wanted)
+    columns = present_columns(name, rows.column_names, wanted)
     rows = rows.select_columns(list(dict.fromkeys((*columns, *wanted.classes))))
     if not len(rows):
         raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
@@ -196,14 +206,14 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
         try:
             count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{name}: is not readable Parquet: {_one_line(error)}") from None
+            raise UserError(f"{name}: is not readable Parquet: {one_line(error)}") from None
         if not count:  # datasets cannot make a table of nothing
             raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
         return datasets.load_dataset("parquet", data_files=paths, split="train")
 
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
     # reading line by line costs one pass, whose result is cached until a file changes.
-    columns = _present_columns(str(files[0]), next(json_rows(files[0], wanted))[1], wanted)
+    columns = present_columns(str(files[0]), next(json_rows(files[0], wanted))[1], wanted)
     try:
         return datasets.Dataset.from_generator(
             _json_texts,
@@ -229,13 +239,20 @@ def _json_texts(
     """Rows of JSON-lines files; `versions` is there for the cache's key alone."""
     for path in paths:
         for number, row in json_rows(Path(path), wanted):
-            for column in columns:
-                if column not in row:
-                    raise UserError(f"{path}, row {number}: the column {column} is missing")
-                _check_text(path, number, column, row[column])
-            for column in wanted.classes:
-                check_class(path, number, column, row.get(column))
-            yield {column: row[column] for column in columns} | {column: str(row[column]) for column in wanted.classes}
+            yield checked_row(path, number, row, columns, wanted)
+
+
+def checked_row(
+    path: str, number: int, row: dict[str, Any], columns: tuple[str, ...], wanted: Columns
+) -> dict[str, str]:
+    """What is read of a row; a `UserError` if it is not as it should be."""
+    for column in columns:
+        if column not in row:
+            raise UserError(f"{path}, row {number}: the column {column} is missing")
+        _check_text(path, number, column, row[column])
+    for column in wanted.classes:
+        check_class(path, number, column, row.get(column))
+    return {column: row[column] for column in columns} | {column: str(row[column]) for column in wanted.classes}
 
 
 def json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
@@ -247,17 +264,22 @@ def json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
                 if not line.strip():
                     continue
                 empty = False
-                try:
-                    row = json.loads(line)
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    raise UserError(f"{path}, row {number}: is not JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, row {number}: is no object of columns but a {type(row).__name__}")
-                yield number, row
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from None
+                yield number, json_row(path, number, line)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
     if empty:
         raise UserError(f"{path}: holds no rows; give JSON lines with {wanted}")
+
+
+def json_row(path: Path | str, number: int, line: bytes) -> dict[str, Any]:
+    """The object of one line."""
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}, row {number}: is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, row {number}: is no object of columns but a {type(row).__name__}")
+    return row
 
 
 def _read_hub(name: str, split: str) -> datasets.Dataset:
@@ -265,10 +287,11 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {_one_line(error)}") from None
+        raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {one_line(error)}") from None
 
 
-def _present_columns(name: str, present: Collection[str], wanted: Columns) -> tuple[str, ...]:
+def present_columns(name: str, present: Collection[str], wanted: Columns) -> tuple[str, ...]:
+    """The columns that are read; a `UserError` if one is missing."""
     for column in (*wanted.required, *wanted.classes):
         if column not in present:
             raise UserError(f"{name}: the column {column} is missing; it has {', '.join(present) or 'none'}")
@@ -325,5 +348,6 @@ def _refuse(name: str, number: int, column: str, complaint: str) -> NoReturn:
     raise UserError(f"{name}, row {number}: {column} {complaint}; every column holds one text a row")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
     return " ".join(str(error).split())

@@ -19,6 +19,7 @@ from training.features import FeatureBatch, FeatureBatches, FeatureSource, Packe
 from training.gradient_cache import cached_backward
 from training.loop import AccumulateGradient, Loop
 from training.losses.supcon import sup_con
+from training.streams import StreamedBatches
 from training.tuning import parameter_groups
 
 
@@ -119,8 +120,10 @@ class FeatureTask(nn.Module):
         nn.init.normal_(self.adapter.weight, std=config.initializer_range, generator=generator)
         nn.init.zeros_(self.adapter.bias)
 
-    def batches(self, texts: PairBatches, loop: Loop) -> TwoTaskBatches:
+    def batches(self, texts: PairBatches | StreamedBatches, loop: Loop) -> TwoTaskBatches:
         """Batches of both tasks."""
+        if isinstance(texts, StreamedBatches):
+            raise UserError("--feature_data: goes with texts that are read whole; leave out --streaming")
         features = FeatureBatches(
             self.source,
             batch_size=self.arguments.per_device_feature_batch_size,

@@ -15,6 +15,7 @@ from training.batches import PairTokenizer
 from training.data import TOKENS, Columns, Source, read_sources
 from training.documents import tokenizer_identity
 from training.positives import Crops, Document, InverseCloze, Neighbours, Positives, Segments
+from training.streams import Stream, open_streams
 
 REALM_WINDOW = 288  # tokens of a segment, as in REALM and ORQA
 LABELS = {"entailment": "entailment", "0": "entailment", "contradiction": "contradiction", "2": "contradiction"}
@@ -62,6 +63,15 @@ class PairArguments:
         },
     )
 
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "read the data as it comes, without a copy on disk and without a look at all of it first; weights "
+            "are then shares of the batches, and the run's length is --max_steps"
+        },
+    )
+    shuffle_buffer: int = field(default=2048, metadata={"help": "rows of a stream that are shuffled together"})
+
     def __post_init__(self) -> None:
         least, largest = (*self.crop_ratio, 0.0, 0.0)[:2]
         if len(self.crop_ratio) != 2 or not 0 < least <= largest <= 1:
@@ -76,6 +86,12 @@ class PairArguments:
             raise UserError(f"--segment_step {self.segment_step}: must be from 1 to --pair_window")
         if self.mixing_temperature <= 0:
             raise UserError(f"--mixing_temperature {self.mixing_temperature}: must be more than 0")
+        if self.shuffle_buffer < 1:
+            raise UserError(f"--shuffle_buffer {self.shuffle_buffer}: must be at least 1")
+        if self.streaming and self.pairs == "nli":
+            raise UserError("--streaming: --pairs nli has to see all rows of a premise; leave out one of them")
+        if self.streaming and self.mixing_temperature != 1:
+            raise UserError("--streaming: the sizes for --mixing_temperature are not known; give weights, as path:2")
 
     def columns(self, wanted: Columns) -> Columns:
         """The columns of the data to read, if the objective wants these of the pairs."""
@@ -130,8 +146,17 @@ def read_pairs(
         sources = [tokenised(source, tokenize.tokenizer) for source in sources]
     sources = [distinct(source, say) for source in sources]
     if make is not None:
-        sources = [long_enough(source, make, say) for source in sources]
+        sources = [long_enough(source, make, tokenize.tokenizer, say) for source in sources]
     return mixed(sources, arguments.mixing_temperature)
+
+
+def stream_pairs(
+    specifications: list[str], arguments: PairArguments, wanted: Columns, tokenize: PairTokenizer
+) -> list[Stream]:
+    """The same as streams; what is too short is passed over as it comes."""
+    make, anchor_kind = arguments.way(tokenize), "document" if arguments.pairs == "twins" else "query"
+    streams = open_streams(specifications, arguments.columns(wanted))
+    return [replace(stream, make=make, anchor_kind=anchor_kind) for stream in streams]
 
 
 def triplets(source: Source, say: Say) -> Source:
@@ -209,7 +234,7 @@ def tokenised(source: Source, tokenizer: PreTrainedTokenizerBase) -> Source:
     return replace(source, rows=datasets.concatenate_datasets([source.rows, tokens], axis=1))
 
 
-def long_enough(source: Source, make: Positives, say: Say) -> Source:
+def long_enough(source: Source, make: Positives, tokenizer: PreTrainedTokenizerBase, say: Say) -> Source:
     """The source, whose documents become pairs, without those that are too short for one.
 
     Raises:
@@ -217,7 +242,7 @@ def long_enough(source: Source, make: Positives, say: Say) -> Source:
     """
 
     def can_pair(rows: list[int]) -> list[bool]:
-        return [make(document, np.random.default_rng(0)) is not None for document in source.documents(rows)]
+        return [make(document, np.random.default_rng(0)) is not None for document in source.documents(rows, tokenizer)]
 
     rows = source.rows.filter(
         lambda _, rows: can_pair(rows),

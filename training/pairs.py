@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,8 +17,9 @@ from training.gradient_cache import cached_backward
 from training.guide import Guide
 from training.loop import AccumulateGradient, Loop
 from training.objectives import GatheredBatch, Objective, ObjectiveArguments
-from training.pair_sources import PairArguments, read_pairs
+from training.pair_sources import PairArguments, read_pairs, stream_pairs
 from training.spans import Penalty
+from training.streams import StreamedBatches
 from training.validation import PairRetrieval
 
 
@@ -70,7 +72,7 @@ def pair_tokenizer(
 
 def pair_batches(
     arguments: ContrastiveArguments, objective: ObjectiveArguments, tokenize: PairTokenizer, loop: Loop
-) -> PairBatches:
+) -> PairBatches | StreamedBatches:
     """The training data, as the loop takes it and the objective reads it."""
     given: PairArguments = arguments
     if objective.objective == "simcse":
@@ -85,22 +87,27 @@ def pair_batches(
         if loop.is_main:
             print(line, file=sys.stderr)
 
+    options: dict[str, Any] = {
+        "batch_size": arguments.per_device_train_batch_size,
+        "batch_tokens": arguments.batch_tokens,
+        "seed": loop.arguments.seed,
+        "rank": loop.accelerator.process_index,
+        "world_size": loop.accelerator.num_processes,
+        "keep_texts": objective.guide_model is not None,
+    }
+    if arguments.streaming:
+        if loop.arguments.max_steps <= 0:
+            raise UserError("--streaming: how long an epoch is is not known; give --max_steps")
+        streams = stream_pairs(arguments.train_data, given, objective.columns, tokenize)
+        length = loop.arguments.max_steps * loop.arguments.gradient_accumulation_steps
+        return StreamedBatches(streams, tokenize, length=length, buffer=arguments.shuffle_buffer, **options)
     with loop.accelerator.main_process_first():  # what it has tokenised the others find
         sources = read_pairs(arguments.train_data, given, objective.columns, tokenize, say)
-    return PairBatches(
-        sources,
-        tokenize,
-        batch_size=arguments.per_device_train_batch_size,
-        batch_tokens=arguments.batch_tokens,
-        seed=loop.arguments.seed,
-        rank=loop.accelerator.process_index,
-        world_size=loop.accelerator.num_processes,
-        keep_texts=objective.guide_model is not None,
-    )
+    return PairBatches(sources, tokenize, **options)
 
 
 def pair_retrieval(
-    arguments: ContrastiveArguments, objective: Objective, batches: PairBatches, loop: Loop
+    arguments: ContrastiveArguments, objective: Objective, batches: PairBatches | StreamedBatches, loop: Loop
 ) -> Callable[[nn.Module], dict[str, float]] | None:
     """The evaluation of a model on each source of `--eval_data`; None if there is none.
 
