@@ -25,7 +25,14 @@ from common.errors import UserError
 from training.checkpoints import Checkpoint, Progress, find_checkpoint, has_checkpoints, save_checkpoint
 from training.distributed import average_gradients, broadcast, mean_over_processes, settle
 from training.metrics import MetricsLog, peak_memory_gib
-from training.sharding import launched_sharding, load_optimizer_state, share, whole, whole_optimizer_state
+from training.sharding import (
+    clip_gradients,
+    launched_sharding,
+    load_optimizer_state,
+    share,
+    whole,
+    whole_optimizer_state,
+)
 from training.tuning import parameter_groups
 
 # What the scripts answer Ctrl-C with.
@@ -217,7 +224,7 @@ class Loop:
                 metrics.append(accumulate_gradient(wrapped, batch, 1 / accumulation, number == accumulation - 1))
             settle(wrapped)
             average_gradients(beside)
-            norm = whole(nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm or float("inf")))
+            norm = clip_gradients(trained, arguments.max_grad_norm or float("inf"))
             learning_rate = scheduler.get_last_lr()[0]
             progress.window.append(self._reduce(metrics) | {"grad_norm": norm.item()})
             self._check_finite(step, progress.window[-1], places)
@@ -260,7 +267,7 @@ class Loop:
         unsharded = copy.deepcopy(model) if self.is_main else model
         wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # device and precision alone
         now = self.sharding.shard(wrapped, self.accelerator.device)
-        groups = [group | {"params": [now[parameter] for parameter in group["params"]]} for group in groups]
+        groups = [group | {"params": [now.get(p, p) for p in group["params"]]} for group in groups]
         return wrapped, groups, unsharded
 
     def _evaluate(self, model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:

@@ -23,11 +23,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import UserError
+from training.distributed import broadcast
 
-# Settings of a launcher's `fsdp_config` that would change what is computed or where, and what stands in their place.
+# What a launcher's configuration may ask for and this loop does not do. Accelerate would do something else, without a
+# word where the processes run on CPUs.
 REFUSED = {
-    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params: weights stay on their device here; set it to false",
-    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing: set it to false and use --gradient_checkpointing",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not supported, its engine makes the backward pass that gradient caching "
+    "has to make; launch with training/accelerate/fsdp2.yaml",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not supported; launch with training/accelerate/fsdp2.yaml",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config is not supported, training has no tensor or context "
+    "parallelism; launch with training/accelerate/fsdp2.yaml",
+    "FSDP_OFFLOAD_PARAMS": "fsdp_offload_params is not supported, weights stay on their device; set it to false",
+    "FSDP_ACTIVATION_CHECKPOINTING": "fsdp_activation_checkpointing is not supported; set it to false and use "
+    "--gradient_checkpointing",
 }
 
 
@@ -52,9 +60,7 @@ class Sharding:
             UserError: something in the model cannot be sharded.
         """
         _check(model)
-        # Numbers that each process has drawn for itself, of a new head or of LoRA, are those of the first.
-        for tensor in [*model.parameters(), *model.buffers()]:
-            dist.broadcast(tensor.data, src=0)
+        broadcast(model)  # what each process has drawn for itself, of a new head or of LoRA
         before = dict(model.named_parameters())
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         for module in _sublayers(model):
@@ -82,19 +88,31 @@ def launched_sharding() -> Sharding | None:
     """What the launcher's configuration asks for, which is then taken out of the environment: see the top of the file.
 
     Raises:
-        UserError: FSDP of version 1, or a setting that is not for this loop.
+        UserError: FSDP of version 1, a setting that is not for this loop, or another kind of parallelism.
     """
     asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    for name, sentence in REFUSED.items():
+        if os.environ.get(name, "false").lower() == "true":
+            raise UserError(f"{sentence} (docs/parallelism.md)")
     if not asked or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise UserError(
             f"fsdp_version: {version} is not supported; set it to 2, as training/accelerate/fsdp2.yaml does"
         )
-    for name, sentence in REFUSED.items():
-        if os.environ.get(name, "false").lower() == "true":
-            raise UserError(sentence)
     return Sharding(os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true")
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """`nn.utils.clip_grad_norm_` of whole parameters and shares together; the norm before, a collective."""
+    shared = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    if len(shared) in (0, len(parameters)):
+        return whole(nn.utils.clip_grad_norm_(parameters, max_norm))
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.stack([whole(gradient.norm()).cpu() for gradient in gradients]).norm()
+    for gradient in gradients:
+        gradient.mul_(min(1.0, max_norm / (norm.item() + 1e-6)))  # torch's own 1e-6
+    return norm
 
 
 def whole(tensor: Tensor) -> Tensor:

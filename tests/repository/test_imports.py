@@ -41,5 +41,7 @@ def test_imports_point_one_way(folder):
 @pytest.mark.parametrize("folder", ["training", "eval"])
 def test_no_script_folder_hides_a_library(folder):
     # `python training/x.py` puts training/ first on sys.path: training/logging.py would then be everybody's `logging`.
-    ours = {path.stem for path in (ROOT / folder).glob("*")} - {"__init__"}
+    # A folder without __init__.py (training/accelerate/) hides nothing: Python takes the library that comes later.
+    modules = [*(ROOT / folder).glob("*.py"), *(path.parent for path in (ROOT / folder).glob("*/__init__.py"))]
+    ours = {path.stem for path in modules} - {"__init__"}
     assert not ours & {*sys.stdlib_module_names, *packages_distributions()}

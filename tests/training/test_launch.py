@@ -25,6 +25,7 @@ COMPARED |= {"eval_ndcg_at_10", "eval_accuracy", "next_sentence_loss", "eval_nex
 OPTIONS = {
     "contrastive": "--gradient_accumulation_steps 2",
     "pretraining": "",
+    "temperature": "--learnable_temperature",
     "lora": "--tuning longlora --gradient_checkpointing",
 }
 

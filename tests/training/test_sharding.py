@@ -1,4 +1,4 @@
-"""What FSDP refuses: settings of a launcher, and models that it would get wrong. (It computes in test_distributed.py.)"""
+"""What FSDP refuses: settings of a launcher, and models that it would get wrong."""
 
 import os
 
@@ -40,8 +40,10 @@ def test_the_launcher_decides_and_accelerate_does_not_hear_of_it(launcher):
     ("changes", "sentence"),
     [
         ({"FSDP_VERSION": "1"}, "^fsdp_version: 1 is not supported; set it to 2"),
-        ({"FSDP_OFFLOAD_PARAMS": "true"}, "^fsdp_offload_params: .* set it to false"),
-        ({"FSDP_ACTIVATION_CHECKPOINTING": "True"}, "^fsdp_activation_checkpointing: .* use --gradient_checkpointing"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "^fsdp_offload_params is not .* set it to false"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "True"}, "^fsdp_activation_checkpointing .* use --gradient_checkpointing"),
+        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}, "^DeepSpeed is not supported, its"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "^parallelism_config is not supported, .*fsdp2.yaml"),
     ],
 )
 def test_settings_that_this_loop_does_not_keep_are_refused(launcher, changes, sentence):
