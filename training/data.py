@@ -205,11 +205,16 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
     if paths[0].endswith(PARQUET_SUFFIX):
         try:
             count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{name}: is not readable Parquet: {one_line(error)}") from None
-        if not count:  # datasets cannot make a table of nothing
-            raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
-        return datasets.load_dataset("parquet", data_files=paths, split="train")
+            present = {path: pyarrow.parquet.read_schema(path).names for path in paths}
+            columns = present_columns(paths[0], present[paths[0]], wanted)
+            for path in paths[1:]:
+                present_columns(path, present[path], replace(wanted, required=columns, prefix=None))
+            if not count:  # datasets cannot make a table of nothing
+                raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
+            wanted_columns = list(dict.fromkeys((*columns, *wanted.classes)))
+            return datasets.load_dataset("parquet", data_files=paths, columns=wanted_columns, split="train")
+        except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
+            raise UserError(f"{name}: is not readable Parquet: {one_line(error.__cause__ or error)}") from None
 
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
     # reading line by line costs one pass, whose result is cached until a file changes.

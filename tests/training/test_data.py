@@ -1,12 +1,13 @@
 """Reading pairs: every form gives the same rows, and a mistake is one sentence with file, row and column."""
 
 import gzip
+import io
 import json
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_training import random_pairs, write_jsonl
+from tiny_training import WORDS, random_pairs, write_jsonl
 
 from common.errors import UserError
 from training.data import TEXTS, Columns, read_sources
@@ -17,6 +18,17 @@ PAIR = {"anchor": "a", "positive": "b"}
 def texts(path) -> list[list[str]]:
     (source,) = read_sources([str(path)])
     return source.texts(list(range(len(source.rows))))
+
+
+def parquet(columns: dict) -> bytes:
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(columns), sink, compression="zstd", use_dictionary=False)
+    return sink.getvalue()
+
+
+def damaged(content: bytes) -> bytes:
+    """Whole at both ends, zeros between the first column's pages: the footer is read without a complaint."""
+    return content[:30] + bytes(40) + content[70:]
 
 
 def test_every_form_holds_the_same_rows(tmp_path):
@@ -94,6 +106,10 @@ def test_a_changed_file_is_read_again(tmp_path):
         ([{"anchor": "a", "text": "b"}], r"the column positive is missing; it has anchor, text"),
         ([PAIR, {"anchor": " ", "positive": "b"}], r"row 2: anchor is empty"),
         ([PAIR, ["a", "b"]], r"row 2: is no object of columns but a list"),
+        ([PAIR, PAIR, {"anchor": "a", "other": "b"}, PAIR], r"row 3: the column positive is missing"),
+        ([PAIR, {"anchor": float("nan"), "positive": "b"}], r"row 2: anchor is float instead of text"),
+        ([PAIR, {"anchor": "", "positive": "b"}], r"row 2: anchor is empty"),
+        ([PAIR, {"anchor": "a \ud83d b", "positive": "b"}], r"row 2: anchor holds half a character"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, lines, complaint):
@@ -112,7 +128,10 @@ def test_a_wrong_row_is_named(tmp_path, lines, complaint):
         ("pairs.jsonl", json.dumps(PAIR).encode() + b'\n{"anchor": "\xff"}', "row 2: is not JSON"),
         ("pairs.jsonl.gz", b"no gzip at all", "cannot be read: Not a gzipped file"),
         ("pairs.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 999)[:-9], "cannot be read"),
+        ("pairs.jsonl.gz", gzip.compress(bytes(9999))[:20] + b"\xff" * 20, "cannot be read"),
         ("pairs.parquet", b"PAR1 no parquet", "is not readable Parquet"),
+        ("pairs.parquet", parquet({"anchor": ["a"] * 99, "positive": ["b"] * 99})[:-40], "is not readable Parquet"),
+        ("pairs.parquet", damaged(parquet({"anchor": WORDS, "positive": WORDS})), "is not readable Parquet"),
         ("pairs.csv", b"anchor,positive", "no .jsonl, .jsonl.gz or .parquet file"),
     ],
 )
@@ -130,6 +149,7 @@ def test_a_wrong_file_is_named(tmp_path, name, content, complaint):
     [
         ({"anchor": ["a", None], "positive": ["b", "c"]}, "row 2: anchor is null"),
         ({"anchor": ["a", "b"], "positive": [1, 2]}, "row 1: positive is int instead of text"),
+        ({"anchor": ["a", "b"], "positive": [1.5, float("nan")]}, "row 1: positive is float instead of text"),
         ({"anchor": ["a", "b", "c"], "positive": ["b", "c", " "]}, "row 3: positive is empty"),
         ({"anchor": ["a"]}, "column positive is missing"),
         ({"anchor": pyarrow.array([], "string"), "positive": pyarrow.array([], "string")}, "holds no pairs"),
@@ -139,6 +159,19 @@ def test_a_wrong_row_of_parquet_is_named(tmp_path, columns, complaint):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
     with pytest.raises(UserError, match=complaint):
         read_sources([str(tmp_path / "pairs.parquet")])
+
+
+def test_the_file_of_a_folder_that_lacks_a_column_is_named(tmp_path):
+    (tmp_path / "0.parquet").write_bytes(parquet({"anchor": ["a"], "positive": ["b"], "more": [1]}))
+    (tmp_path / "1.parquet").write_bytes(parquet({"positive": ["c"], "anchor": ["d"]}))
+    assert texts(tmp_path) == [["a", "d"], ["b", "c"]]
+    (tmp_path / "2.parquet").write_bytes(parquet({"anchor": ["a"], "more": ["b"]}))
+    with pytest.raises(UserError, match=r"2.parquet: the column positive is missing; it has anchor, more"):
+        read_sources([str(tmp_path)])
+    (tmp_path / "2.parquet").unlink()
+    (tmp_path / "0.parquet").write_bytes(parquet({"anchor": ["a"], "positive": ["b"], "negative_1": ["c"]}))
+    with pytest.raises(UserError, match=r"1.parquet: the column negative_1 is missing"):
+        read_sources([str(tmp_path)])
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "some/missing.jsonl", "no such thing", "org/unknown-dataset"])
