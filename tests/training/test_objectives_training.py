@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from objective_cases import CASES
 from safetensors.torch import load_file
 from tiny_training import tiny_config, write_jsonl
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from common.arguments import parse
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training.batches import PairTokenizer
@@ -23,9 +25,13 @@ from training.checkpoints import WEIGHTS
 from training.contrastive import main
 from training.data import read_sources
 from training.encoding import embed
-from training.objectives import OBJECTIVES
+from training.loop import LoopArguments
+from training.models import ModelArguments
+from training.objectives import OBJECTIVES, ObjectiveArguments
+from training.pairs import ContrastiveArguments
 from training.validation import PairRetrieval
 
+RECIPES = Path(__file__).parents[2] / "training" / "recipes" / "objectives"
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Small heads and queues; a queue is no multiple of the batch.
 OPTIONS = {
@@ -103,6 +109,17 @@ def judge(folder: Path, real: Path) -> dict[str, float]:
 
 def test_every_objective_is_trained():
     assert OPTIONS.keys() == OBJECTIVES.keys() == {case.split()[0] for case in CASES}
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_read(recipe):
+    given = ["--config", str(recipe), "--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
+    _, _, objective, _ = parse(ModelArguments, ContrastiveArguments, ObjectiveArguments, LoopArguments, argv=given)
+    assert objective.objective == yaml.safe_load(recipe.read_text())["objective"]
+
+
+def test_every_objective_has_a_recipe():
+    assert {yaml.safe_load(recipe.read_text())["objective"] for recipe in RECIPES.glob("*.yaml")} == OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
