@@ -58,6 +58,11 @@ class TwoTaskBatch:
     def to(self, device: torch.device) -> "TwoTaskBatch":
         return replace(self, texts=self.texts.to(device), features=self.features.to(device))
 
+    @property
+    def bookmark(self) -> dict[str, Any] | None:
+        """Of a stream of texts, where the next batch begins."""
+        return self.texts.bookmark
+
     def locate(self) -> str:
         """Where the texts come from."""
         return self.texts.locate()
@@ -70,18 +75,24 @@ class TwoTaskBatch:
 class TwoTaskBatches(Dataset):
     """Batches of texts, each with one of features; what an epoch is the texts say."""
 
-    def __init__(self, texts: PairBatches, features: FeatureBatches) -> None:
+    def __init__(self, texts: PairBatches | StreamedBatches, features: FeatureBatches) -> None:
         self.texts, self.features = texts, features
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, index: int) -> TwoTaskBatch:
-        return TwoTaskBatch(self.texts[index], self.features[index])
+        texts: Any = self.texts[index]  # or a stream's `Refusal`, which raises where the batch goes to its device
+        return TwoTaskBatch(texts, self.features[index])
 
     def describe(self) -> dict[str, Any]:
         """What a resumed run must agree in."""
         return self.texts.describe() | self.features.describe()
+
+    def go_to(self, bookmark: dict[str, Any]) -> None:
+        """Let a stream of texts go on from there."""
+        assert isinstance(self.texts, StreamedBatches)  # which alone make bookmarks
+        self.texts.go_to(bookmark)
 
     def heaviest(self) -> TwoTaskBatch:
         """The batch that takes the most memory."""
@@ -122,8 +133,6 @@ class FeatureTask(nn.Module):
 
     def batches(self, texts: PairBatches | StreamedBatches, loop: Loop) -> TwoTaskBatches:
         """Batches of both tasks."""
-        if isinstance(texts, StreamedBatches):
-            raise UserError("--feature_data: goes with texts that are read whole; leave out --streaming")
         features = FeatureBatches(
             self.source,
             batch_size=self.arguments.per_device_feature_batch_size,

@@ -1,7 +1,9 @@
 """Non-linguistic supervision: exact gradients beside the texts', plain training at weight 0, resume, real digits."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from tiny_training import losses, random_pairs, tiny_config, write_jsonl
 
 from modeling_longembed import LongEmbedModel
+from training import contrastive
 from training.batches import PairTokenizer, collate_pairs
 from training.checkpoints import WEIGHTS
 from training.features import FeatureBatches
@@ -117,9 +120,24 @@ def test_weight_0_trains_as_without_features(train_script, digits_file, tmp_path
     assert losses(tmp_path / "zero") == losses(tmp_path / "without") != losses(tmp_path / "with")
 
 
-def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(train_script, digits_file, tmp_path):
-    options = f"--objective simcse --learning_rate 1e-2 --feature_data {digits_file} --feature_weight 1 --save_steps 2 "
-    options += "--per_device_feature_batch_size 6 --save_total_limit 9 --logging_steps 1 "
+@pytest.mark.promise("C11")
+def test_making_the_task_draws_no_random_number(digits_file):
+    model, state = LongEmbedModel(tiny_config()), torch.get_rng_state()
+    feature_task(FeatureArguments(feature_data=str(digits_file)), model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_recipe_trains(train_script, digits_file):
+    recipe = Path(contrastive.__file__).parent / "recipes" / "non_linguistic.yaml"
+    output = train_script("contrastive", f"--config {recipe} --feature_data {digits_file} --logging_steps 1")
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["feature_loss"] > 0 for line in lines if "loss" in line)
+
+
+@pytest.mark.parametrize("texts", ["", "--streaming --shuffle_buffer 20 "])
+def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(train_script, digits_file, tmp_path, texts):
+    options = f"{texts}--objective simcse --learning_rate 1e-2 --feature_data {digits_file} --feature_weight 1 "
+    options += "--per_device_feature_batch_size 6 --save_steps 2 --save_total_limit 9 --logging_steps 1 "
     folders = {name: tmp_path / name for name in ("whole", "stopped")}
     for folder in folders.values():
         train_script("contrastive", options + f"--output_dir {folder}")
