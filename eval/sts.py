@@ -64,8 +64,8 @@ class Arguments(mteb_long.ModelArguments):
 class SimilarityTask(AbsTaskSTS):
     """MTEB's task, whose results also say what MTEB leaves out.
 
-    `subset_mean_spearman` (where there are subsets), `alignment` (of the pairs scored above 4) and `uniformity` (of all
-    sentences). Sentences are read as documents: both sides alike.
+    `subset_mean_spearman`, `alignment` (of the pairs scored above 4) and `uniformity` (of all sentences). Sentences are
+    read as documents: both sides alike.
     """
 
     input1_prompt_type = input2_prompt_type = PromptType("document")
@@ -83,10 +83,10 @@ class SimilarityTask(AbsTaskSTS):
         # The vectors are in the cache by now: nothing is encoded twice.
         scores = dict(super()._evaluate_subset(model, data_split, encode_kwargs=encode_kwargs, **kwargs))
         gold = np.asarray(data_split["score"])
-        if "subset" in data_split.column_names:
-            subsets = np.asarray(data_split["subset"])
-            parts = [subsets == subset for subset in np.unique(subsets)]
-            scores["subset_mean_spearman"] = mean(float(spearmanr(gold[part], cosines[part])[0]) for part in parts)
+        # A task without subsets is its only one.
+        subsets = np.asarray(data_split["subset"] if "subset" in data_split.column_names else [""] * len(gold))
+        parts = [subsets == subset for subset in np.unique(subsets)]
+        scores["subset_mean_spearman"] = mean(float(spearmanr(gold[part], cosines[part])[0]) for part in parts)
         close = torch.from_numpy(gold > CLOSE)
         scores["alignment"] = float(alignment(first[close], second[close]))  # NaN without such pairs
         scores["uniformity"] = float(uniformity(torch.cat([first, second]).unique(dim=0)))
