@@ -2,34 +2,24 @@
 
     python -m eval.measurement '<a case as JSON>'      prints one line of JSON
 
-What is measured:
-
-- seconds: the median over calls on one document of random tokens, repeated until `AT_LEAST` seconds have passed. On
-  CUDA a call of the same length comes first, so that kernels are chosen and compiled outside the clock; on the CPU
-  nothing depends on the length, and a short document warms up.
-- base: memory of the process when the model is loaded and has read a short document (in training: has made one
-  optimiser step, so that both moments of AdamW are there), before the long one.
-- peak: most memory of the process from there on. On CUDA both are those of torch's allocator.
+What is measured stands in common/step_measurement.py. A call reads one document of random tokens. On CUDA a call of the
+same length comes first, so that kernels are chosen and compiled outside the clock; on the CPU nothing depends on the
+length, and a short document warms up. In training that is an optimiser step, so that both moments of AdamW are there.
 """
 
 import json
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from common.memory import is_out_of_memory, resident_memory
+from common.memory import is_out_of_memory
+from common.step_measurement import measure_calls
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
-AT_LEAST = 1.0  # seconds of calls; one call if it takes longer
 SHORT = 128  # tokens of the document that warms up
 # Fields of a workload that are fields of the config of a random model.
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "position_embedding_type")
@@ -198,42 +188,7 @@ def measure(case: Case) -> dict:
     step(input_ids[:, :SHORT])
     if cuda:
         step(input_ids)
-    base = reset_peak(cuda)
-    seconds: list[float] = []
-    while sum(seconds) < AT_LEAST:
-        synchronize(cuda)
-        begin = time.perf_counter()
-        step(input_ids)
-        synchronize(cuda)
-        seconds.append(time.perf_counter() - begin)
-    return {
-        "outcome": "measured",
-        "seconds": statistics.median(seconds),
-        "peak": peak_memory(cuda),
-        "base": base,
-        "pid": os.getpid(),
-    }
-
-
-def synchronize(cuda: bool) -> None:
-    """Waits for the GPU, whose calls return before they are done."""
-    if cuda:
-        torch.cuda.synchronize()
-
-
-def reset_peak(cuda: bool) -> int:
-    """Memory in bytes at this moment, from which on `peak_memory` counts."""
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    with suppress(OSError):  # not Linux: the peak may then be that of loading the model
-        Path("/proc/self/clear_refs").write_text("5")
-    return resident_memory()
-
-
-def peak_memory(cuda: bool) -> int:
-    """Most memory in bytes since `reset_peak`."""
-    return torch.cuda.max_memory_allocated() if cuda else resident_memory("VmHWM")
+    return {"outcome": "measured"} | measure_calls(lambda: step(input_ids), cuda)
 
 
 def main() -> None:

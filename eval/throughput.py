@@ -3,6 +3,9 @@
     python eval/throughput.py --attention_patterns full sliding:window=128 block:size=256 \\
         --lengths 4096,8192,16384,32768,65536 --output_dir runs/throughput
 
+With --training it compares steps of contrastive training with sentence-transformers' instead, see
+eval/training_throughput.py.
+
 Every number comes from a fresh process (eval/measurement.py says what it measures). The processes of the repeats are
 interleaved, so that what else the machine does falls on all patterns alike; tables show medians, and half the range as
 the spread. What is measured stands in `<output_dir>/results.json` at once, beside `table.md` and `plot.png`: the same
@@ -37,6 +40,7 @@ from common.patterns import parse_pattern
 from eval.flops import model_flops, peak_flops
 from eval.growth import GB, Curve, as_markdown, draw
 from eval.measurement import Case, Measurement, Workload, resolve_device
+from eval.training_throughput import TrainingThroughputArguments, compare_training
 from modeling_longembed.attention_longembed import check_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -216,7 +220,12 @@ def told(measurement: Measurement) -> str:
 
 def main() -> None:
     """The script."""
-    arguments, workload = parse(Arguments, Workload)
+    arguments, workload, side_by_side = parse(Arguments, Workload, TrainingThroughputArguments)
+    if side_by_side.training:
+        patterns, lengths = arguments.attention_patterns or ["full"], parse_lengths(arguments.lengths)
+        output = Path(arguments.output_dir)
+        print(compare_training(side_by_side, patterns, lengths, arguments.repeats, workload.threads, output))
+        return
     device, peak = resolve_device(workload.device), None
     if arguments.flops:
         peak = peak_flops(torch.cuda.get_device_name() if device == "cuda" else device, workload.dtype)

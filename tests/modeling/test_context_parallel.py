@@ -1,4 +1,5 @@
-"""What context parallelism of torch and accelerate does with this attention: the findings of docs/parallelism.md.
+"""What context parallelism of torch and accelerate does with this attention, and what accelerate does with tensor
+parallelism on CPUs: the findings of docs/parallelism.md.
 
 They are of the versions below, and other versions skip: when a pin moves, look again and rewrite the page.
 """
@@ -96,6 +97,7 @@ def _worker(rank: int, folder: str) -> None:
         "model": outcome(encoder),
         "accelerate, cp": outcome(lambda: accelerator(cp_size=PROCESSES)),
         "accelerate, sp": outcome(lambda: accelerator(sp_size=PROCESSES)),
+        "accelerate, tp": outcome(lambda: accelerator(tp_size=PROCESSES)),
     }
     torch.save(findings, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -116,6 +118,7 @@ REFUSALS = {
     "ring, default": "RuntimeError: Load balancing requires `is_causal=True`",
     "accelerate, cp": "ValueError: ParallelismConfig is only compatible",
     "accelerate, sp": "ValueError: ParallelismConfig is only compatible",
+    "accelerate, tp": "ValueError: ParallelismConfig is only compatible",
 }
 
 
