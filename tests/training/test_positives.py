@@ -94,6 +94,9 @@ def test_a_deleted_word_goes_with_all_of_its_tokens_and_one_word_stays(tokenizer
     assert len(document) == 6
     found = {piece for seed in range(200) for piece in Crops(6, (1.0, 1.0), 0.7)(document, rng(seed))}
     assert found == {"abcd", "abcd  abcd", "abcd\nabcd", "abcd  abcd\nabcd"}
+    document = Document.read("river. stone", tokenizer)  # words stay apart when the mark between them goes
+    found = {piece for seed in range(200) for piece in Crops(3, (1.0, 1.0), 0.5)(document, rng(seed))}
+    assert found == {"river. stone", "river stone", "river.", "river", ". stone", "stone", "."}
 
 
 def test_a_sentence_is_removed_at_its_rate(numbered):
