@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from training.batches import PackedTexts, PairBatch
@@ -29,7 +30,9 @@ from training.momentum_encoder import MomentumEncoder
 from training.tuning import parameter_groups
 
 Metrics = dict[str, Tensor]
+Loss = Callable[..., tuple[Tensor, Metrics]]
 GROUP = "group"  # the column of the debiasing term
+ROWS_AT_ONCE = 512  # of the scores that a loss takes: beside 4,096 pairs with a negative each 17 MB
 
 
 @dataclass
@@ -238,9 +241,7 @@ class Objective(nn.Module):
         """The objective itself."""
         raise NotImplementedError
 
-    def over_dims(
-        self, loss: Callable[..., tuple[Tensor, Metrics]], *embeddings: Tensor, normalize: bool = True
-    ) -> tuple[Tensor, Metrics]:
+    def over_dims(self, loss: Loss, *embeddings: Tensor, normalize: bool = True) -> tuple[Tensor, Metrics]:
         """`loss` of the embeddings, or under `--matryoshka_dims` the sum over their first dimensions."""
         dims, weights = self.arguments.matryoshka_dims, self.arguments.matryoshka_weights
         return (matryoshka(loss, dims, weights or None, normalize) if dims else loss)(*embeddings)
@@ -257,11 +258,11 @@ class InfoNCE(Objective):
     )
 
     def loss(self, batch: GatheredBatch) -> tuple[Tensor, Metrics]:
-        arguments, rows = self.arguments, len(batch.embeddings)
+        arguments, count = self.arguments, len(batch.embeddings)
         query_id, positive_id, negative_id = _pair_columns(batch.text_ids)
         margin = arguments.false_negative_margin
 
-        def loss(*columns: Tensor) -> tuple[Tensor, Metrics]:
+        def loss(*columns: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
             guide = None
             if batch.guide is not None:
                 guide = _pair_columns(batch.guide)
@@ -272,18 +273,18 @@ class InfoNCE(Objective):
                 temperature=self.temperature(),
                 symmetric=arguments.symmetric,
                 negative_weight=arguments.negative_weight,
-                negative_row=None if negative_id is None else _row_of(negative_id, rows),
+                negative_row=None if negative_id is None else _row_of(negative_id, count),
                 query_id=query_id,
                 positive_id=positive_id,
                 negative_id=negative_id,
                 guide=guide,
                 guide_margin=-(margin or 0.0),
                 guide_relative=arguments.false_negative_relative,
-                rows=batch.rows,
+                rows=rows,
             )
 
         columns = _pair_columns(F.normalize(batch.embeddings, dim=-1))
-        return self.over_dims(loss, *(column for column in columns if column is not None))
+        return self.over_dims(in_blocks(loss, batch.rows, count), *(column for column in columns if column is not None))
 
 
 class SimCSE(InfoNCE):
@@ -318,10 +319,13 @@ class NTXent(Objective):
         self.head = _head(arguments.head_dims or [self.width, 128], self.width)
 
     def loss(self, batch: GatheredBatch) -> tuple[Tensor, Metrics]:
+        def loss_of_rows(first: Tensor, second: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
+            return nt_xent(first, second, temperature=self.temperature(), rows=rows)
+
         def loss(views: Tensor) -> tuple[Tensor, Metrics]:
             # Both views through the head at once: the batch norm of SimCLR is over all of them.
             first, second = F.normalize(self.head(views), dim=-1).chunk(2)
-            return nt_xent(first, second, temperature=self.temperature(), rows=batch.rows)
+            return in_blocks(loss_of_rows, batch.rows, len(first))(first, second)
 
         return self.over_dims(loss, torch.cat([*batch.embeddings[:, :2].unbind(1)]), normalize=False)
 
@@ -339,10 +343,10 @@ class SupCon(Objective):
         label = batch.classes["label"].repeat_interleave(views)
         rows = slice(*(views * end for end in batch.rows.indices(len(batch.embeddings))[:2]))
 
-        def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
+        def loss(embeddings: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
             return sup_con(embeddings, label, temperature=self.temperature(), rows=rows)
 
-        return self.over_dims(loss, F.normalize(batch.embeddings, dim=-1).flatten(0, 1))
+        return self.over_dims(in_blocks(loss, rows, len(label)), F.normalize(batch.embeddings, dim=-1).flatten(0, 1))
 
 
 class VICReg(Objective):
@@ -400,7 +404,7 @@ class MomentumContrast(Objective):
     def loss(self, batch: GatheredBatch) -> tuple[Tensor, Metrics]:
         keys, key_ids = self.queue.filled()
 
-        def loss(query: Tensor, key: Tensor, queue: Tensor) -> tuple[Tensor, Metrics]:
+        def loss(query: Tensor, key: Tensor, queue: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
             return momentum_contrast(
                 query,
                 key,
@@ -408,11 +412,12 @@ class MomentumContrast(Objective):
                 temperature=self.temperature(),
                 key_id=batch.text_ids[:, 1],
                 queue_id=key_ids,
-                rows=batch.rows,
+                rows=rows,
             )
 
         assert batch.key is not None
-        return self.over_dims(loss, F.normalize(batch.embeddings[:, 0], dim=-1), batch.key, keys)
+        query = F.normalize(batch.embeddings[:, 0], dim=-1)
+        return self.over_dims(in_blocks(loss, batch.rows, len(query)), query, batch.key, keys)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -424,6 +429,34 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "momentum": MomentumContrast,
 }
 OWN_OPTIONS = frozenset().union(*(objective.options for objective in OBJECTIVES.values()))
+
+
+def in_blocks(loss: Loss, rows: slice, count: int) -> Loss:
+    """A loss that is a mean over rows, as a function of embeddings alone, `ROWS_AT_ONCE` rows at a time.
+
+    The scores of a block are dropped and computed again in the backward pass, so that memory grows with the number of
+    rows, not with its square.
+
+    Args:
+        loss: of embeddings and of `rows`, a slice.
+        rows: those that it is averaged over.
+        count: of all rows.
+    """
+    start, stop, _ = rows.indices(count)
+    blocks = [slice(first, min(first + ROWS_AT_ONCE, stop)) for first in range(start, stop, ROWS_AT_ONCE)]
+
+    def mean_over_blocks(*embeddings: Tensor) -> tuple[Tensor, Metrics]:
+        if len(blocks) == 1:
+            return loss(*embeddings, rows=rows)
+        total, means = embeddings[0].new_zeros(()), dict[str, Tensor]()
+        for block in blocks:
+            value, metrics = checkpoint(loss, *embeddings, rows=block, use_reentrant=False, preserve_rng_state=False)
+            share = (block.stop - block.start) / (stop - start)
+            total = total + share * value
+            means = {name: means.get(name, 0.0) + share * metric for name, metric in metrics.items()}
+        return total, means
+
+    return mean_over_blocks
 
 
 def build_objective(arguments: ObjectiveArguments, encoder: nn.Module, rows: int) -> Objective:

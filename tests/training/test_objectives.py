@@ -8,7 +8,7 @@ from tiny_training import tiny_config
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
-from training import pairs
+from training import objectives, pairs
 from training.batches import pack
 from training.encoding import embed, pool
 from training.heads import ProjectionHead
@@ -124,8 +124,10 @@ BY_HAND = {
 }
 
 
+@pytest.mark.parametrize("rows_at_once", [512, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_is_the_loss_by_hand(case):
+def test_is_the_loss_by_hand(case, rows_at_once, monkeypatch):
+    monkeypatch.setattr(objectives, "ROWS_AT_ONCE", rows_at_once)
     objective = double_objective(case, double_encoder(0.1), PAIRS)
     columns, by_hand = BY_HAND[case]
     batch = random_batch(columns)
@@ -173,6 +175,45 @@ def two_steps(case, encoder, tuning, budget, options=None):
         metrics = accumulate(encoder, batch_of(case, PAIRS, budget, seed), 1.0, True)
         results.append((metrics["loss"], gradients(encoder, objective), state_of(objective)))
     return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_of_rows_change_no_gradient_and_no_metric(case, monkeypatch):
+    def step():
+        encoder = double_encoder()
+        objective = double_objective(case, encoder, PAIRS)
+        accumulate = pair_gradient(objective)
+        metrics = [accumulate(encoder, batch_of(case, PAIRS, 100, seed), 1.0, True) for seed in (0, 1)]
+        return metrics, gradients(encoder, objective)
+
+    whole = step()
+    monkeypatch.setattr(objectives, "ROWS_AT_ONCE", 4)
+    torch.testing.assert_close(step(), whole, atol=1e-10, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("case", ["info_nce", "info_nce masked", "nt_xent", "sup_con"])
+def test_scores_take_memory_in_proportion_to_the_rows(case):
+    """What autograd keeps for the backward pass, for twice the rows: twice, not four times, as much."""
+    objective = double_objective(case, double_encoder(), PAIRS)
+
+    def kept(rows: int) -> int:
+        sizes = {}
+        embeddings = torch.randn(rows, 2, 32, dtype=torch.float64, requires_grad=True)
+        batch = GatheredBatch(
+            embeddings, torch.arange(2 * rows).view(rows, 2), slice(None), {"label": torch.arange(rows) // 2}
+        )
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = objective(batch)[0]  # alive, so that no two tensors have the same place
+        assert loss.requires_grad
+        return sum(sizes.values())
+
+    assert kept(8 * objectives.ROWS_AT_ONCE) < 2.5 * kept(4 * objectives.ROWS_AT_ONCE)
 
 
 @pytest.mark.promise("C8")

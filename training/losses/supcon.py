@@ -32,7 +32,8 @@ def sup_con(
     scores = similarity(embeddings[rows], embeddings, temperature).masked_fill(itself, -torch.inf)
     log_share = scores.log_softmax(dim=1).masked_fill(~positive, 0.0)  # no 0 * -inf
     positives = positive.sum(dim=1)
-    has_positive = (label[:, None] == label).sum(dim=1) > 1
+    _, number_of_class, sizes = label.unique(return_inverse=True, return_counts=True)
+    has_positive = sizes[number_of_class] > 1
     # By what all processes have, not by what this one has: the mean of means over unequal numbers is another mean.
     anchors = has_positive.sum().clamp(min=1) * (len(positives) / len(embeddings))
     loss = -(log_share.sum(dim=1) / positives.clamp(min=1)).sum() / anchors
