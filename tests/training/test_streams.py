@@ -177,11 +177,13 @@ def test_documents_without_pairs_end_the_search(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streamed_run_stops_and_goes_on(train_script, pairs_file, tmp_path, small_shards, workers):
+def test_a_streamed_run_stops_and_goes_on(train_script, pairs_file, tmp_path, small_shards, monkeypatch, workers):
     options = "--streaming --shuffle_buffer 20 --max_steps 12 --save_steps 4 --save_total_limit 9 --logging_steps 1 "
     options += f"--gradient_accumulation_steps 2 --train_data {pairs_file} {pairs_file}:2 --dropout 0.1 "
     train_script("contrastive", options + f"--output_dir {tmp_path / 'whole'}")
     whole = losses(tmp_path / "whole")
+    reached, go_to = [], StreamedBatches.go_to
+    monkeypatch.setattr(StreamedBatches, "go_to", lambda self, mark: (reached.append(mark["index"]), go_to(self, mark)))
     options += f"--dataloader_num_workers {workers} "
     for step in (4, 8):
         checkpoint = tmp_path / "whole" / "checkpoints" / f"step-{step}"
@@ -189,6 +191,7 @@ def test_a_streamed_run_stops_and_goes_on(train_script, pairs_file, tmp_path, sm
         train_script("contrastive", options + f"--output_dir {again} --resume_from_checkpoint {checkpoint}")
         found = losses(again)
         assert found == whole[step:]
+        assert 2 * step in reached  # and did not read all that was before
 
 
 @pytest.mark.parametrize(
