@@ -43,8 +43,8 @@ def test_each_question_finds_all_of_its_answers_among_those_of_all_rows(tmp_path
         dict(row for _, row in read_rows(folder / f"{name}.jsonl.gz", key, "text"))
         for name, key in (("corpus", "doc_id"), ("queries", "qid"))
     )
-    judged = {(queries[q], corpus[d]) for _, (q, d) in read_rows(folder / "qrels.jsonl.gz", "qid", "doc_id")}
-    assert judged == set(pairs[skipped:])
+    judged = [(queries[q], corpus[d]) for _, (q, d) in read_rows(folder / "qrels.jsonl.gz", "qid", "doc_id")]
+    assert sorted(judged) == sorted(set(pairs[skipped:]))
     assert sorted(corpus.values()) == sorted({answer for _, answer in pairs})
     assert counts == (len(queries), len(corpus)) == (len({q for q, _ in pairs[skipped:]}), len({a for _, a in pairs}))
 
