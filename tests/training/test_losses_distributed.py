@@ -92,6 +92,9 @@ def _worker(rank: int, folder: str) -> None:
         dist.all_reduce(mean)
         results[name] = mean / PROCESSES, {key: p.grad for key, p in wrapped.module.named_parameters()}
     torch.save(results, f"{folder}/{rank}.pt")
+    # DDP goes first: if it held the last reference to the process group, it would wait for gloo's threads with the GIL
+    # in its hands, and they, for ever, for the GIL.
+    del wrapped, loss
     dist.destroy_process_group()
 
 

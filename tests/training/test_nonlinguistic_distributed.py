@@ -77,6 +77,7 @@ def _worker(rank: int, folder: str) -> None:
     model, task = tasks(Path(folder))
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     torch.save(gradients(model, wrapped, task, rank, PROCESSES), f"{folder}/{rank}.pt")
+    del wrapped  # before the group, see test_losses_distributed.py
     dist.destroy_process_group()
 
 
