@@ -276,6 +276,20 @@ def test_the_momentum_encoder_is_an_average_of_weights_and_its_keys_are_theirs()
     torch.testing.assert_close(keys, own, atol=1e-10, rtol=0)
 
 
+@pytest.mark.promise("C5")
+def test_the_queue_holds_the_keys_of_the_last_batches_with_their_texts():
+    encoder = double_encoder()
+    objective = double_objective("momentum", encoder, PAIRS, {"momentum": 1.0, "queue_size": 2 * PAIRS})
+    batches = [batch_of("momentum", PAIRS, 100, seed) for seed in range(2)]
+    for batch in batches:
+        pair_gradient(objective)(encoder, batch, 1.0, True)
+    keys, ids = objective.queue.filled()
+    with torch.no_grad():
+        expected = [embed(encoder, chunk) for batch in batches for chunk in batch.column_chunks(1)]
+    torch.testing.assert_close(keys, torch.cat(expected), atol=1e-10, rtol=0)
+    assert ids.tolist() == [number for batch in batches for number in batch.text_ids[PAIRS:].tolist()]
+
+
 def test_under_lora_the_momentum_encoder_holds_the_adapters_alone():
     adapted = select_parameters(double_encoder(), TuningArguments(tuning="lora"))
     objective = build_objective(arguments_of("momentum"), adapted, PAIRS)
