@@ -1,6 +1,7 @@
 """A masked-language model to adapt: one of ours or any encoder that converts, with other positions and patterns."""
 
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -82,14 +83,28 @@ def load_masked_lm(
         "revision": model_arguments.model_revision,
         "trust_remote_code": model_arguments.trust_remote_code,
     }
+    overrides = {} if model_arguments.dropout is None else {"hidden_dropout_prob": model_arguments.dropout}
     try:
         ours = AutoConfig.from_pretrained(name, **options).model_type == LongEmbedModel.config_class.model_type
-        model, head_is_new = (_load_ours if ours else _convert)(model_arguments, arguments, options)
+        # The usual method of an extension depends on the patterns: they are there before it. Those that reach beyond
+        # the old context can only come after it.
+        now, later = arguments.patterns(), dict[str, Any]()
+        if arguments.max_position_embeddings is not None:
+            switches = arguments.position_embedding_type is not None
+            if switches or (ours and not _is_valid(name, now, options)):
+                now, later = later, now
+        model, head_is_new = (_load_ours if ours else _convert)(name, arguments, options, overrides | now)
         if arguments.position_embedding_type is not None:
             model.switch_positions(
                 arguments.position_embedding_type, arguments.max_position_embeddings, arguments.rope_theta
             )
         has_tokenizer = model.has_tokenizer()
+        if later and has_tokenizer:
+            tokenizer = model.tokenizer
+            with TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                model, _ = _load(folder, trust_remote_code=model_arguments.trust_remote_code, **later)
+            model.tokenizer, model.name_or_path = tokenizer, name
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
     if not has_tokenizer:
@@ -97,15 +112,22 @@ def load_masked_lm(
     return model, head_is_new
 
 
+def _is_valid(name: str, patterns: dict[str, Any], options: dict[str, Any]) -> bool:
+    try:
+        AutoConfig.from_pretrained(name, **options, **patterns)
+    except ValueError:
+        return False
+    return True
+
+
+def _load(path: str, **choices: Any) -> tuple[LongEmbedForMaskedLM, dict[str, Any]]:
+    return AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **choices)
+
+
 def _load_ours(
-    model_arguments: ModelArguments, arguments: AdaptationArguments, options: dict[str, Any]
+    name: str, arguments: AdaptationArguments, options: dict[str, Any], overrides: dict[str, Any]
 ) -> tuple[LongEmbedForMaskedLM, bool]:
-    overrides: dict[str, Any] = arguments.patterns()
-    if model_arguments.dropout is not None:
-        overrides["hidden_dropout_prob"] = model_arguments.dropout
-    model, loading = AutoModelForMaskedLM.from_pretrained(
-        model_arguments.model_name_or_path, dtype=torch.float32, output_loading_info=True, **options, **overrides
-    )
+    model, loading = _load(name, **options, **overrides)
     wanted, extension = arguments.max_position_embeddings, arguments.extension() or {}
     if arguments.position_embedding_type is None and (wanted is not None or extension):
         method = extension.pop("method", None)
@@ -114,17 +136,14 @@ def _load_ours(
 
 
 def _convert(
-    model_arguments: ModelArguments, arguments: AdaptationArguments, options: dict[str, Any]
+    name: str, arguments: AdaptationArguments, options: dict[str, Any], overrides: dict[str, Any]
 ) -> tuple[LongEmbedForMaskedLM, bool]:
-    choices: dict[str, Any] = arguments.patterns() | {"revision": options["revision"]}
-    if model_arguments.dropout is not None:
-        choices["hidden_dropout_prob"] = model_arguments.dropout
+    choices = overrides | {"revision": options["revision"]}
     if arguments.position_embedding_type is None:
         choices |= {
             "max_position_embeddings": arguments.max_position_embeddings,
             "position_extension": arguments.extension(),
         }
-    name = model_arguments.model_name_or_path
     try:
         return LongEmbedForMaskedLM.from_encoder(name, **choices), False
     except MissingHeadError:

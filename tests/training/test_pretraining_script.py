@@ -266,6 +266,25 @@ def test_a_table_gives_way_to_another_scheme(train, bert):
     assert final.model.embeddings.position_embeddings is None
 
 
+@pytest.mark.parametrize("scheme", ["absolute", "rope"])
+@pytest.mark.parametrize("kind", ["ours", "an encoder to convert"])
+def test_patterns_may_reach_as_far_as_the_new_context(train, bert, tmp_path, scheme, kind):
+    """Bert's context is 64 tokens: windows and groups of more only make sense once it is longer."""
+    start = bert(BertForMaskedLM)
+    if kind == "ours":
+        LongEmbedForMaskedLM.from_encoder(str(start)).save_pretrained(tmp_path / "ours")
+        start = tmp_path / "ours"
+    options = f"--model_name_or_path {start} --max_position_embeddings 256 --attention_patterns sliding:window=70 "
+    options += "--training_attention_patterns shifted:size=128 "
+    if scheme == "rope":
+        options += "--position_embedding_type rope"
+    final = LongEmbedForMaskedLM.from_pretrained(train(options) / "final")
+    assert final.config.max_position_embeddings == 256
+    assert final.config.position_embedding_type == scheme
+    assert [entry["window"] for entry in final.config.attention_patterns] == [70, 70]
+    assert [entry["size"] for entry in final.config.training_attention_patterns] == [128, 128]
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
