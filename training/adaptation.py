@@ -83,7 +83,6 @@ def load_masked_lm(
         "revision": model_arguments.model_revision,
         "trust_remote_code": model_arguments.trust_remote_code,
     }
-    overrides = {} if model_arguments.dropout is None else {"hidden_dropout_prob": model_arguments.dropout}
     try:
         ours = AutoConfig.from_pretrained(name, **options).model_type == LongEmbedModel.config_class.model_type
         # The usual method of an extension depends on the patterns: they are there before it. Those that reach beyond
@@ -93,7 +92,9 @@ def load_masked_lm(
             switches = arguments.position_embedding_type is not None
             if switches or (ours and not _is_valid(name, now, options)):
                 now, later = later, now
-        model, head_is_new = (_load_ours if ours else _convert)(name, arguments, options, overrides | now)
+        model, head_is_new = (_load_ours if ours else _convert)(
+            name, arguments, options, model_arguments.dropouts() | now
+        )
         if arguments.position_embedding_type is not None:
             model.switch_positions(
                 arguments.position_embedding_type, arguments.max_position_embeddings, arguments.rope_theta

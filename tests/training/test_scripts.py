@@ -44,6 +44,19 @@ def test_bf16_trains_float32_weights_to_nearly_the_same(train_script, script, tm
         assert one["loss"] != two["loss"]
 
 
+def test_dropout_is_of_hidden_states_and_of_attention(train_script, script, tmp_path):
+    """Each by itself makes the loss of the first step another, and stands in the config of what is saved."""
+    first_losses = set()
+    for number, options in enumerate(("--dropout 0", "--dropout 0.3", "--dropout 0 --attention_dropout 0.3")):
+        output = tmp_path / str(number)
+        train_script(script, f"{options} --max_steps 1 --logging_steps 1 --output_dir {output}")
+        first_losses.add(losses(output)[0])
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert len(first_losses) == 3
+    config = json.loads((output / "final" / "config.json").read_text())
+    assert (config["hidden_dropout_prob"], config["attention_dropout"]) == (0, 0.3)
+
+
 def test_a_finished_run_that_is_started_again_ends_at_once_with_the_same_model(train_script, script):
     output = train_script(script)
     before = (output / "final" / "model.safetensors").read_bytes(), metrics(output)
