@@ -147,7 +147,8 @@ def test_short_documents_are_counted_and_left_out(read, tokenizer):
     assert texts(source) == [["river stone", "night paper music", "x " * 99]]
     assert [line.partition(": ")[2] for line in said] == ["2 of 5 documents are too short for two pieces: left out"]
     assert source.numbers([0, 1, 2]) == (2, 4, 5)  # as the user counts them
-    assert source.longest_texts(1, tokenizer) == [["x " * 17 + "x"]] * 2  # half of 40 - 2 - 2, special tokens and the prompt
+    # Half of 40 - 2 - 2: special tokens and the prompt.
+    assert source.longest_texts(1, tokenizer) == [["x " * 17 + "x"]] * 2
     with pytest.raises(UserError, match="no document is long enough"):
         read(rows[:1], pairs="neighbours")
 
