@@ -121,7 +121,7 @@ def _is_valid(name: str, patterns: dict[str, Any], options: dict[str, Any]) -> b
     return True
 
 
-def _load(path: str, **choices: Any) -> tuple[LongEmbedForMaskedLM, dict[str, Any]]:
+def _load(path: str, **choices: Any) -> tuple[Any, dict[str, Any]]:
     return AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **choices)
 
 
