@@ -147,6 +147,8 @@ def make(name: str, arguments: Arguments) -> None:
     row = ROWS[name]
     start = arguments.model_name_or_path if name == "base" else str(arguments.model("base"))
     recipe = read_recipe(row.recipe, arguments) if row.recipe else {}
+    if not row.steps:  # what `switch_positions` takes: the rest of the recipe is of the training
+        recipe = {name: recipe.get(name) for name in ("position_embedding_type", "max_position_embeddings", "rope_theta")}
     made_by: dict[str, Any] = {"start": ModelFolder.find(start).revision, "recipe": recipe}
     if row.is_trained:
         made_by |= {"train_data": arguments.train_data, "text_column": arguments.text_column}
@@ -160,8 +162,7 @@ def make(name: str, arguments: Arguments) -> None:
         return
     if row.recipe:
         model = LongEmbedForMaskedLM.from_pretrained(start)
-        scheme, theta = recipe["position_embedding_type"], recipe.get("rope_theta")
-        model.switch_positions(scheme, recipe["max_position_embeddings"], theta)
+        model.switch_positions(*recipe.values())
     elif row.method == "restart":
         # A block holds as much text as the encoder read at once: its context but for the two special tokens.
         size = LongEmbedConfig.from_pretrained(start).max_position_embeddings - 2
