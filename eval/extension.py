@@ -45,6 +45,7 @@ from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "pretraining.py"
 RECIPES = ROOT / "training" / "recipes" / "extension"
+SWITCH = ("position_embedding_type", "max_position_embeddings", "rope_theta")
 BEGINNING = 2000  # characters of a held-out document whose loss is followed in training: less than 512 tokens
 
 
@@ -148,7 +149,7 @@ def make(name: str, arguments: Arguments) -> None:
     start = arguments.model_name_or_path if name == "base" else str(arguments.model("base"))
     recipe = read_recipe(row.recipe, arguments) if row.recipe else {}
     if not row.steps:  # what `switch_positions` takes: the rest of the recipe is of the training
-        recipe = {name: recipe.get(name) for name in ("position_embedding_type", "max_position_embeddings", "rope_theta")}
+        recipe = {option: recipe.get(option) for option in SWITCH}
     made_by: dict[str, Any] = {"start": ModelFolder.find(start).revision, "recipe": recipe}
     if row.is_trained:
         made_by |= {"train_data": arguments.train_data, "text_column": arguments.text_column}
