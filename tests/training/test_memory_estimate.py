@@ -114,7 +114,8 @@ def test_weights_gradients_and_moments_are_those_of_adamw():
 
 PROCESS = """
 import torch
-from eval.measurement import Workload, peak_memory, reset_peak, training_step
+from common.step_measurement import peak_memory, reset_peak
+from eval.measurement import Workload, training_step
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from training.memory_estimate import estimate_memory
 torch.set_num_threads(1)
