@@ -331,7 +331,8 @@ TITLES = {
 def _value(point: dict[str, Any] | None) -> str:
     if point is None:
         return "–"
-    return f"{point['value']:.4g}" + ("" if point["error"] is None else f" ± {point['error']:.2g}")
+    error = "" if point["error"] is None else f" ± {float(format(point['error'], '.2g')):g}"  # 120, not 1.2e+02
+    return f"{point['value']:.4g}{error}"
 
 
 def _number(value: float | None, form: str) -> str:
