@@ -5,23 +5,20 @@ They are of the versions below, and other versions skip: when a pin moves, look 
 """
 
 import os
-from datetime import timedelta
 
 import accelerate
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from packaging.version import Version
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
+from two_processes import PROCESSES, in_two_processes
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
-PROCESSES = 2
 if (Version(torch.__version__).release[:2], Version(accelerate.__version__).release[:2]) != ((2, 13), (1, 15)):
     pytest.skip("the findings are of torch 2.13 and accelerate 1.15", allow_module_level=True)
 ring = pytest.importorskip("torch.distributed.tensor.experimental._context_parallel._attention")
@@ -47,13 +44,9 @@ def outcome(function) -> object:
         return f"{type(error).__name__}: {error}"
 
 
-def _worker(rank: int, folder: str) -> None:
+def of_one_process(rank: int) -> dict:
     """What one of two processes finds."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}  # accelerate asks for them and calls nobody
-    timeout = timedelta(seconds=60)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=PROCESSES, timeout=timeout)
     mesh = init_device_mesh("cpu", (PROCESSES,), mesh_dim_names=("cp",))
 
     def attention(gradient: bool = False, **options) -> torch.Tensor:
@@ -85,7 +78,7 @@ def _worker(rank: int, folder: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # of the one before
         Accelerator(cpu=True, parallelism_config=ParallelismConfig(**sizes))
 
-    findings = {
+    return {
         "forward": outcome(lambda: attention().shape[2]),
         "backward": outcome(lambda: attention(gradient=True)),
         "mask": outcome(lambda: attention(attn_mask=torch.ones(16, 16, dtype=torch.bool))),
@@ -99,15 +92,11 @@ def _worker(rank: int, folder: str) -> None:
         "accelerate, sp": outcome(lambda: accelerator(sp_size=PROCESSES)),
         "accelerate, tp": outcome(lambda: accelerator(tp_size=PROCESSES)),
     }
-    torch.save(findings, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return in_two_processes(of_one_process, tmp_path_factory.mktemp("processes"))
 
 
 REFUSALS = {

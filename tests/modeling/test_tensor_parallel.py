@@ -1,26 +1,22 @@
 """Two gloo processes that share a model's heads and inner units, against one process that has all of them."""
 
-import os
 import re
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 import transformers
 from packaging.version import Version
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
+from two_processes import PROCESSES, in_two_processes
 
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel
 from modeling_longembed.patterns_longembed import PATTERNS
 
-PROCESSES = 2
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -81,16 +77,8 @@ def compute(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     return {"outputs": {"states": states, "pooled": pooled.detach()}, "gradients": gradients}
 
 
-def _worker(rank: int, folder: str) -> None:
-    """What one of two processes computes for every case, saved for the tests."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),  # a mistake that makes one process wait for the other is to fail
-    )
+def of_one_process(rank: int, folder: Path) -> dict:
+    """What one of two processes computes for every case."""
     distributed = DistributedConfig(tp_size=PROCESSES, tp_plan="auto")
     results = {}
     for case in CASES:
@@ -107,13 +95,12 @@ def _worker(rank: int, folder: str) -> None:
         LongEmbedModel.from_pretrained(f"{folder}/three heads", distributed_config=distributed)
     except ValueError as error:
         results["three heads"] = {"error": str(error)}
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Every case's model, and what two processes made of it."""
+    """Every case's model."""
     if Version(transformers.__version__) < Version("5.21"):
         pytest.skip(f"transformers {transformers.__version__} does not split weights into DTensors; 5.21 and later do")
     folder = tmp_path_factory.mktemp("processes")
@@ -122,13 +109,12 @@ def folder(tmp_path_factory):
         LongEmbedModel(config(case)).save_pretrained(folder / case)
     LongEmbedForMaskedLM(config("rope, full")).save_pretrained(folder / "head")
     LongEmbedModel(config("rope, full", num_attention_heads=3, hidden_size=24)).save_pretrained(folder / "three heads")
-    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=PROCESSES)
     return folder
 
 
 @pytest.fixture(scope="module")
 def two_processes(folder) -> list[dict]:
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return in_two_processes(of_one_process, folder, folder)
 
 
 @pytest.mark.promise("L4")

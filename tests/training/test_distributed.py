@@ -1,15 +1,13 @@
 """Two gloo processes, under DDP and under FSDP, against one process that has the whole batch."""
 
-from datetime import timedelta
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from tiny_training import tiny_config
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import PROCESSES, in_two_processes
 
 from modeling_longembed import LongEmbedModel
 from training.batches import pack
@@ -19,7 +17,7 @@ from training.gradient_cache import cached_backward
 from training.losses.contrastive import info_nce
 from training.sharding import Sharding, whole
 
-PROCESSES, PAIRS, NEGATIVES = 2, 6, 2
+PAIRS, NEGATIVES = 6, 2
 
 
 def documents() -> list[list[list[int]]]:
@@ -64,15 +62,8 @@ def _gather_without_gradient(rows):
     return torch.cat(everyone)
 
 
-def _worker(rank: int, folder: str) -> None:
-    """What one of two processes computes, saved for the test."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),  # a mistake that makes one process wait for the other is to fail
-    )
+def of_one_process(rank: int) -> dict:
+    """What one of two processes computes."""
     results: dict = {}
 
     def per_process(column: list) -> list:
@@ -131,8 +122,7 @@ def _worker(rank: int, folder: str) -> None:
         ("full_loss", info_nce(*map(_gather_without_gradient, unit))[0] * PROCESSES),
     ):
         results[name] = (value.detach(), torch.autograd.grad(value, own, retain_graph=True))
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def _sharded(rank: int, chunks: list, uneven: list) -> dict:
@@ -162,9 +152,7 @@ def _sharded(rank: int, chunks: list, uneven: list) -> dict:
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return in_two_processes(of_one_process, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.promise("C8", "C9")

@@ -1,15 +1,14 @@
 """Every loss over rows gathered from two gloo processes under DDP, against one process with the whole batch."""
 
 from collections.abc import Callable
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import PROCESSES, in_two_processes
 
 from training.distributed import gather_rows, own_rows
 from training.losses.contrastive import info_nce
@@ -20,7 +19,7 @@ from training.losses.simclr import nt_xent
 from training.losses.supcon import sup_con
 from training.losses.vicreg import vicreg
 
-PROCESSES, PAIRS = 2, 6
+PAIRS = 6
 COLUMNS = 4  # query, positive and two columns of negatives
 
 
@@ -74,15 +73,8 @@ def value(name: str, model: nn.Module, pairs: range) -> Tensor:
     return LOSSES[name](*map(gather_rows, columns), own_rows(len(own)))[0]
 
 
-def _worker(rank: int, folder: str) -> None:
-    """What one of two processes computes, saved for the test."""
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
-    )
+def of_one_process(rank: int) -> dict:
+    """What one of two processes computes."""
     share, results = PAIRS // PROCESSES, {}
     for name in LOSSES:
         wrapped = DistributedDataParallel(encoder())
@@ -91,18 +83,12 @@ def _worker(rank: int, folder: str) -> None:
         mean = loss.detach().clone()
         dist.all_reduce(mean)
         results[name] = mean / PROCESSES, {key: p.grad for key, p in wrapped.module.named_parameters()}
-    torch.save(results, f"{folder}/{rank}.pt")
-    # DDP goes first: if it held the last reference to the process group, it would wait for gloo's threads with the GIL
-    # in its hands, and they, for ever, for the GIL.
-    del wrapped, loss
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("losses")
-    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return in_two_processes(of_one_process, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.promise("C7", "C9")

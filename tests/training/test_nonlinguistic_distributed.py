@@ -1,17 +1,15 @@
 """The gradient of texts and features on two gloo processes under DDP, against one process with the whole batches."""
 
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from sklearn.datasets import load_digits
 from tiny_training import random_pairs, tiny_config, write_jsonl
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import PROCESSES, in_two_processes
 
 from modeling_longembed import LongEmbedModel
 from training.batches import PairBatch, pack, text_id
@@ -21,7 +19,7 @@ from training.nonlinguistic import FeatureArguments, FeatureTask, TwoTaskBatch, 
 from training.objectives import ObjectiveArguments, build_objective
 from training.pairs import pair_gradient
 
-PROCESSES, PAIRS, ROWS = 2, 6, 8
+PAIRS, ROWS = 6, 8
 
 
 def tasks(folder: Path) -> tuple[nn.Module, FeatureTask]:
@@ -66,19 +64,11 @@ def gradients(model: nn.Module, wrapped: nn.Module, task: FeatureTask, rank: int
     return {name: p.grad for part in (model, task) for name, p in part.named_parameters()}
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),
-    )
-    model, task = tasks(Path(folder))
+def of_one_process(rank: int, folder: Path) -> dict[str, torch.Tensor]:
+    """What one of two processes computes."""
+    model, task = tasks(folder)
     wrapped = DistributedDataParallel(model, broadcast_buffers=False)
-    torch.save(gradients(model, wrapped, task, rank, PROCESSES), f"{folder}/{rank}.pt")
-    del wrapped  # before the group, see test_losses_distributed.py
-    dist.destroy_process_group()
+    return gradients(model, wrapped, task, rank, PROCESSES)
 
 
 @pytest.mark.promise("C9")
@@ -90,8 +80,6 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     write_jsonl(tmp_path / "digits.jsonl", rows[:100])
     model, task = tasks(tmp_path)
     expected = gradients(model, model, task, 0, 1)
-    torch.multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=PROCESSES)
     assert expected["adapter.weight"].abs().max() > 1e-6
-    for rank in range(PROCESSES):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for found in in_two_processes(of_one_process, tmp_path, tmp_path):
         torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)

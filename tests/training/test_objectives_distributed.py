@@ -1,18 +1,15 @@
 """Every objective on two gloo processes against one process that has the whole batch, over steps of an optimiser."""
 
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing
 from objective_cases import CASES, batch_of, double_encoder, double_objective, gradients, state_of
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import PROCESSES, in_two_processes
 
 from training.distributed import average_gradients, broadcast, mean_over_processes, own_rows, settle
 from training.pairs import pair_gradient
 
-PROCESSES, PAIRS, STEPS = 2, 6, 3
+PAIRS, STEPS = 6, 3
 
 
 def steps(case: str, rows: slice, budget: int, wrap=lambda encoder: encoder) -> list[tuple]:
@@ -34,28 +31,19 @@ def steps(case: str, rows: slice, budget: int, wrap=lambda encoder: encoder) -> 
     return results
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=PROCESSES,
-        timeout=timedelta(seconds=60),  # a mistake that makes one process wait for the other is to fail
-    )
+def of_one_process(rank: int) -> dict[str, list[tuple]]:
+    """What one of two processes computes."""
     own = own_rows(PAIRS // PROCESSES)
 
     def wrap(encoder):
         return DistributedDataParallel(encoder, broadcast_buffers=False)
 
-    torch.save({case: steps(case, own, (10**6, 50)[rank], wrap) for case in CASES}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {case: steps(case, own, (10**6, 50)[rank], wrap) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_worker, args=(str(folder),), nprocs=PROCESSES)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+    return in_two_processes(of_one_process, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.promise("C8", "C9")

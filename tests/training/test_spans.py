@@ -1,14 +1,13 @@
 """The penalty of adaptive spans: its gradient once a step, with gradient caching, accumulation and two processes."""
 
 import json
-from datetime import timedelta
 from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
 from tiny_training import random_pairs, tiny_config, write_jsonl
 from torch.nn.parallel import DistributedDataParallel
+from two_processes import in_two_processes
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
@@ -60,10 +59,8 @@ def test_the_penalty_gets_its_gradient_once_a_step(budget):
     assert_penalised_once(plain, gradients(model(), WEIGHT, budget))
 
 
-def _worker(rank: int, folder: str) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def of_one_process(rank: int) -> dict:
+    """What one of two processes computes."""
     results = {}
     for budget in (10**6, 50):
         for weight in (0.0, WEIGHT):
@@ -73,14 +70,12 @@ def _worker(rank: int, folder: str) -> None:
             for _ in range(2):
                 base.zero_grad()
                 results[budget, weight] = gradients(base, weight, budget, wrapped, seeds=(rank, 2 + rank))
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.mark.promise("A7")
 def test_two_processes_add_the_penalty_as_one_does(tmp_path):
-    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = in_two_processes(of_one_process, tmp_path)
     for budget in (10**6, 50):
         assert_penalised_once(first[budget, 0.0], first[budget, WEIGHT])
         for name, gradient in first[budget, WEIGHT].items():
