@@ -8,49 +8,33 @@ The job is the same, and `model` any folder that sentence-transformers loads, ou
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import modeling_longembed  # noqa: F401  (our folders load by its Auto classes)
-from common.step_measurement import measure_calls
-
-SHORT = 16  # tokens of the texts that warm up
+from common.step_measurement import measure_step
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """What a job asks for: `seconds`, `peak`, `base` and `pid` of a step, or `loss` alone and a file of gradients."""
+    """What a job asks for: a step measured, or its loss and gradients alone."""
     torch.set_num_threads(job["threads"])
     model = SentenceTransformer(job["model"], device="cpu").train()
     loss = CachedMultipleNegativesRankingLoss(
         model, scale=1 / job["temperature"], mini_batch_num_tokens=job["batch_tokens"]
     )
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    columns = json.loads(Path(job["texts"]).read_text())
 
     def gradient(columns: list[list[list[int]]]) -> float:
         value = loss([padded(column) for column in columns], torch.empty(0))
         value.backward()
         return value.item()
 
-    def step(columns: list[list[list[int]]]) -> None:
-        gradient(columns)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    if job["gradients"]:
-        value = gradient(columns)
-        encoder: Any = model[0].model
-        save_file({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}, job["gradients"])
-        return {"loss": value}
-    step([[text[:SHORT] for text in column] for column in columns])
-    return measure_calls(lambda: step(columns), cuda=False)
+    encoder: Any = model[0].model
+    return measure_step(job, model, gradient, encoder)
 
 
 def padded(column: list[list[int]]) -> dict[str, Tensor]:
