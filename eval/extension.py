@@ -15,7 +15,6 @@ What is finished is not done again; a killed run goes on. docs/extension.md says
 """
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ import matplotlib
 
 matplotlib.use("Agg")  # a script draws into a file; it needs no display
 import matplotlib.pyplot as plt
-import numpy as np
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
@@ -35,11 +33,12 @@ from common.arguments import parse
 from common.encoders import ModelFolder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
-from eval import mteb_long, perplexity
+from eval import mteb_long, perplexity, training_runs
 from eval.plot import save
 from eval.records import Records
 from eval.synthetic import read_texts
 from eval.throughput import parse_lengths
+from eval.training_runs import check_stamp, training_cost
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,26 +184,11 @@ def read_recipe(name: str, arguments: Arguments) -> dict[str, Any]:
         raise UserError(f"--recipes {arguments.recipes}: {path.name} cannot be read: {error.strerror}") from None
 
 
-def check_stamp(path: Path, made_by: dict[str, Any]) -> None:
-    """Refuses to go on with a model that was made otherwise."""
-    wanted = json.dumps(made_by, indent=1, sort_keys=True)
-    if not path.exists():
-        atomic_write(path, wanted)
-    elif path.read_text() != wanted:
-        raise UserError(
-            f"{path.parent} was made from another model, recipe or data; remove it, or name another --output_dir"
-        )
-
-
 def train(recipe: str, start: str, output_dir: Path, arguments: Arguments) -> None:
-    """training/pretraining.py, in a process of its own, going on from the last checkpoint."""
-    command = [sys.executable, str(SCRIPT), "--config", str(Path(arguments.recipes, f"{recipe}.yaml"))]
-    command += ["--model_name_or_path", start, "--output_dir", str(output_dir)]
-    command += ["--train_data", *arguments.train_data, "--text_column", arguments.text_column]
-    command += ["--eval_data", str(beginnings(arguments)), "--resume_from_checkpoint", "last"]
-    code = subprocess.run(command, check=False).returncode
-    if code:
-        raise UserError(f"the training of {output_dir} ended with exit code {code}; its message stands above")
+    """training/pretraining.py with a recipe."""
+    options = ["--config", str(Path(arguments.recipes, f"{recipe}.yaml")), "--model_name_or_path", start]
+    options += ["--train_data", *arguments.train_data, "--text_column", arguments.text_column]
+    training_runs.train(SCRIPT, output_dir, [*options, "--eval_data", str(beginnings(arguments))])
 
 
 def beginnings(arguments: Arguments) -> Path:
@@ -272,29 +256,6 @@ def measure_retrieval(name: str, arguments: Arguments) -> dict[str, float]:
         )
     )
     return {score.column: score.value for score in scores}
-
-
-def training_cost(metrics: Path) -> dict[str, Any]:
-    """What a run says of itself.
-
-    Args:
-        metrics: its metrics.jsonl.
-
-    Returns:
-        `tokens`, `minutes` of training alone, `peak_memory_gib`, and `curve`: pairs of tokens and held-out loss.
-    """
-    steps, tokens, seconds, memory, losses = [0], [0.0], 0.0, 0.0, []
-    for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
-        if "token_count" in line:  # a mean over the steps since the line before
-            part = line["token_count"] * (line["step"] - steps[-1])
-            steps.append(line["step"])
-            tokens.append(tokens[-1] + part)
-            seconds += part / line["tokens_per_second"]
-            memory = max(memory, line["peak_memory_gib"])
-        elif "eval_loss" in line:
-            losses.append((line["step"], line["eval_loss"]))
-    curve = [[round(float(np.interp(step, steps, tokens))), loss] for step, loss in losses]
-    return {"tokens": round(tokens[-1]), "minutes": seconds / 60, "peak_memory_gib": memory, "curve": curve}
 
 
 # Report ---------------------------------------------------------------------------------------------------------------

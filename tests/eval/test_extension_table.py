@@ -8,7 +8,7 @@ import yaml
 from accelerate.state import AcceleratorState
 
 from common.errors import UserError
-from eval import extension, perplexity
+from eval import extension, perplexity, training_runs
 from training import pretraining
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
@@ -57,7 +57,7 @@ def arguments(tiny_model, make_task, tmp_path, monkeypatch) -> extension.Argumen
         pretraining.main(command[2:])
         return type("Completed", (), {"returncode": 0})
 
-    monkeypatch.setattr(extension.subprocess, "run", run)
+    monkeypatch.setattr(training_runs.subprocess, "run", run)
     (tmp_path / "recipes").mkdir()
     for name, recipe in RECIPES.items():
         (tmp_path / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(TRAINING | recipe))
@@ -147,7 +147,7 @@ def test_what_a_run_cost_is_read_from_its_lines(tmp_path):
         {"step": 3, "eval_loss": 2.5},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cost = extension.training_cost(tmp_path / "metrics.jsonl")
+    cost = training_runs.training_cost(tmp_path / "metrics.jsonl")
     assert cost == {
         "tokens": 270,
         "minutes": pytest.approx((200 / 50 + 70 / 10) / 60),
