@@ -84,6 +84,10 @@ class LongEmbedConfig(PretrainedConfig):
             feed_forward_bias: biases.
         hidden_act, feed_forward_gated: activation; gated: `down(act(up(x)) * gate(x))`, ModernBERT's GeGLU.
         pooling: how a document becomes one vector: `mean`, `cls`, `last`, `weighted_mean` (weights 1..L).
+        token_weighting: `generalized_max` weighs the token states of a document before a mean, so that what it says
+            over and over does not drown what it says once; see `token_weights` in `pooling_longembed`.
+        token_weighting_regularization: how often a token may come before it counts less; the larger, the nearer to
+            plain pooling.
         prompts: text put before an input of a kind; evaluation and serving use the names `query` and `document`.
         original_model, license: where the weights came from and under which licence, for the model card.
 
@@ -130,6 +134,8 @@ class LongEmbedConfig(PretrainedConfig):
     layerdrop_unit: Literal["layer", "sublayer"] = "layer"
     mlm_head_bias: bool = True
     pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
+    token_weighting: Literal["none", "generalized_max"] = "none"
+    token_weighting_regularization: float | int = 50.0
     prompts: dict | None = None
     original_model: str | None = None
     license: str | None = None
@@ -297,6 +303,18 @@ class LongEmbedConfig(PretrainedConfig):
             raise ValueError(f"pad_token_id={self.pad_token_id} is not below vocab_size={self.vocab_size}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is none of transformers' activations, such as 'gelu'")
+
+    def validate_pooling(self):
+        """Weights of tokens are of a mean."""
+        if self.token_weighting != "none" and self.pooling in ("cls", "last"):
+            raise ValueError(
+                f"token_weighting={self.token_weighting!r} weighs the tokens of a mean, and pooling={self.pooling!r} "
+                "takes one; use pooling='mean', or token_weighting='none'"
+            )
+        if not 0 < self.token_weighting_regularization < float("inf"):
+            raise ValueError(
+                f"token_weighting_regularization={self.token_weighting_regularization}; give a positive number"
+            )
 
     def validate_positions(self):
         """The position scheme can be computed with these sizes and patterns."""

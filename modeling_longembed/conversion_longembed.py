@@ -34,6 +34,8 @@ CHOICES = (
     "attention_patterns",
     "training_attention_patterns",
     "pooling",
+    "token_weighting",
+    "token_weighting_regularization",
     "prompts",
     "hidden_dropout_prob",
     "attention_dropout",
@@ -229,9 +231,10 @@ class FromEncoderMixin:
                 starts as the mean of all words; a pattern's own weights that the checkpoint has not start as the
                 pattern says (`global_projections` as copies, `adaptive` at its `initial_span`).
             attn_implementation: kernel, as in `from_pretrained`.
-            **kwargs: `training_attention_patterns`, `pooling`, `prompts`, `hidden_dropout_prob`, `attention_dropout`,
-                `layerdrop`, `layerdrop_unit`, `original_model` (a name for the card); and what `from_pretrained` takes
-                to find files: `revision`, `token`, `cache_dir`, `local_files_only`.
+            **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
+                `prompts`, `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model`
+                (a name for the card); and what `from_pretrained` takes to find files: `revision`, `token`,
+                `cache_dir`, `local_files_only`.
 
         Returns:
             The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
@@ -348,7 +351,10 @@ class FromEncoderMixin:
             )
             return
         length = min(length, COMPARED_LENGTH)
+        encoder = self.base_model
+        weighting, encoder.token_weighting = encoder.token_weighting, "none"  # compared is what comes before it
         difference = largest_difference(original_model, self, length, global_tokens)
+        encoder.token_weighting = weighting
         print(
             f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: "
             f"{difference:.1e}"

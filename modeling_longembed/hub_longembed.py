@@ -43,7 +43,7 @@ It loads as well with `SentenceTransformer("{title}", trust_remote_code=True)`; 
 |---|---|
 | made from | {base} |
 | context | {context:,} tokens |
-| vector | {dim} dimensions, pooling `{pooling}` |
+| vector | {dim} dimensions, pooling {pooling} |
 | positions | `{positions}`{extension} |
 | attention patterns | {patterns} |
 | layout | `{layout}` |
@@ -192,6 +192,7 @@ class HubMixin:
         if extension is not None:
             original = extension["original_max_position_embeddings"]
             extended = f", extended by `{extension['method']}` from {original:,} tokens"
+        weighting = f", tokens weighed by `{config.token_weighting}`" if config.token_weighting != "none" else ""
         rows = [f"| {row['task']} | {row['metric']} | {row['score']:.2f} |" for row in self.results]
         files = sorted({*folder.glob("*.py"), *folder.glob("*.safetensors")})
         return CARD.format(
@@ -200,7 +201,7 @@ class HubMixin:
             base=f"`{base}`" if base else "random weights",
             context=config.max_position_embeddings,
             dim=config.hidden_size,
-            pooling=config.pooling,
+            pooling=f"`{config.pooling}`{weighting}",
             positions=config.position_embedding_type,
             extension=extended,
             patterns=summarize_patterns(config.attention_patterns),

@@ -26,7 +26,7 @@ from .landmark_longembed import Landmarks, landmark_size
 from .layerdrop_longembed import PruneMixin, draw_layers, no_contribution
 from .native_longembed import ToNativeMixin
 from .packing_longembed import PackedDocuments
-from .pooling_longembed import pool
+from .pooling_longembed import pool, token_weights
 from .positions_longembed import (
     AlibiBias,
     BucketBias,
@@ -239,6 +239,7 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
         self.final_norm = None
         if config.final_norm:
             self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
+        self.token_weighting = config.token_weighting
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -284,9 +285,10 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
             return_dict: False gives a tuple.
 
         Returns:
-            `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), and `pooler_output` `(B, d)`, one
-            vector a document by `config.pooling`, not normalised. With `memory`, `pooler_output` is of all that was
-            read of the documents so far, and `memory` goes with the next piece.
+            `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), weighed by
+            `config.token_weighting`, and `pooler_output` `(B, d)`, one vector a document by `config.pooling`, not
+            normalised. With `memory`, `pooler_output` is of all that was read of the documents so far, and `memory`
+            goes with the next piece.
 
         Raises:
             ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
@@ -353,6 +355,9 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
             hidden_states = hidden_states[landmarks.tokens]
             all_hidden_states = [states[landmarks.tokens] for states in all_hidden_states]
 
+        if self.token_weighting == "generalized_max":
+            weights = token_weights(hidden_states, documents, self.config.token_weighting_regularization)
+            hidden_states = hidden_states * weights[:, None].to(hidden_states.dtype)
         if stream is None:
             pooled = pool(hidden_states, documents.cu_seqlens, self.config.pooling)
         else:
@@ -481,6 +486,7 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = LongEmbedModel(config)
+        self.model.token_weighting = "none"  # of embeddings: the head reads the states as they are
         self.head = LongEmbedMaskedLMHead(config)
         self.post_init()
 

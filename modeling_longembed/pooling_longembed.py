@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .packing_longembed import segment_numbers
+from .packing_longembed import PackedDocuments, segment_numbers
 
 
 def weighted_sum(hidden_states: Tensor, weights: Tensor, segment_ids: Tensor, segments: int) -> Tensor:
@@ -46,6 +46,37 @@ def _row_or_zero(hidden_states: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Ten
 
 
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "weighted_mean": weighted_mean_pooling}
+
+
+def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularization: float) -> Tensor:
+    """What each token counts in a mean over its document: generalized max pooling (Murray and Perronnin 2014).
+
+    With the unit vectors x of a document's tokens it is `1 - x . v`, where the vector v is as near as a penalty lets it
+    be to having the inner product 1 with all of them: `v = (sum of x x^T + regularization I)^-1 (sum of x)`. Their
+    equation 5 pools to v itself, which is `sum of weight x / regularization`. Of tokens that come n times and are
+    orthogonal to all others each counts `regularization / (n + regularization)`: it saturates, as a word in BM25 does.
+
+    Args:
+        hidden_states: `(T, d)` packed.
+        documents: which rows belong together.
+        regularization: positive; a document of far fewer tokens has weights near 1.
+
+    Returns:
+        `(T,)` fp32, at most one.
+    """
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        unit = torch.nn.functional.normalize(wide, dim=-1)
+        return torch.cat([_weights(tokens, regularization) for tokens in unit.split(documents.lengths)])
+
+
+def _weights(unit: Tensor, regularization: float) -> Tensor:
+    """Of one document, `(L, d)` to `(L,)`; by inner products of tokens or of channels, whichever are fewer."""
+    short = unit.shape[0] <= unit.shape[1]
+    gram, total = (unit @ unit.T, unit.new_ones(len(unit))) if short else (unit.T @ unit, unit.sum(0))
+    ridge = gram + regularization * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    solution = torch.cholesky_solve(total[:, None], torch.linalg.cholesky(ridge))[:, 0]
+    return regularization * solution if short else 1 - unit @ solution
 
 
 def pool(hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:

@@ -261,6 +261,11 @@ def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
                 f"memory: a sublayer of the pattern {pattern.type!r} reads the whole document at once; leave memory "
                 "out, or use attention_patterns 'memory' and 'block' alone"
             )
+    if config.token_weighting != "none":
+        raise ValueError(
+            f"memory: token_weighting={config.token_weighting!r} weighs a token by the whole document, which a piece "
+            "does not tell; use token_weighting='none'"
+        )
     extension = config.position_extension
     if extension is not None and extension["method"] not in ("repeat", "restart"):
         if extension["method"] == "dynamic":

@@ -54,6 +54,7 @@ def valid_fields(draw) -> dict:
         "attention_dropout": draw(st.floats(0, 0.9)),
         "initializer_range": draw(st.floats(0.001, 1)),
         "pooling": draw(st.sampled_from(["mean", "cls", "last", "weighted_mean"])),
+        "token_weighting_regularization": draw(st.floats(1e-3, 1e3)),
         "prompts": draw(st.none() | st.dictionaries(st.sampled_from(["query", "document", "x"]), st.text(max_size=9))),
         "original_model": draw(st.none() | st.text(max_size=9)),
         "license": draw(st.none() | st.just("mit")),
@@ -189,6 +190,9 @@ REFUSALS = [
     ({"position_embedding_type": "learned"}, ["position_embedding_type", "alibi", "learned"]),
     ({"attention_patterns": 3}, ["attention_patterns", "3"]),
     ({"position_extension": "repeat"}, ["position_extension", "dict"]),
+    ({"token_weighting": "idf"}, ["token_weighting", "generalized_max", "idf"]),
+    ({"token_weighting": "generalized_max", "pooling": "cls"}, ["token_weighting", "pooling='cls'", "'mean'"]),
+    ({"token_weighting_regularization": 0.0}, ["token_weighting_regularization=0.0", "positive"]),
     # sizes
     ({"hidden_size": 0}, ["hidden_size=0"]),
     ({"vocab_size": -1}, ["vocab_size=-1"]),

@@ -23,6 +23,7 @@ from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedM
 
 CODE = {path.name for path in Path(modeling_longembed.__file__).parent.glob("*_longembed.py")}
 PROMPTS = {"query": "w1 w2 ", "document": "w3 "}
+POOLING = {"pooling": "weighted_mean", "token_weighting": "generalized_max", "token_weighting_regularization": 3.0}
 TEXTS = [random_text(n, seed=n) for n in (70, 3, 0, 45, 100, 38)]
 TORCH = ["torch", "transformers", "safetensors"]
 
@@ -34,7 +35,7 @@ def model(tmp_path_factory):
     save_checkpoint(folder, "bert")
     patterns = [{"type": "sliding", "window": 9, "global_tokens": 1}, "full"]
     return LongEmbedModel.from_encoder(
-        folder, 3 * CONTEXT, "repeat", attention_patterns=patterns, prompts=PROMPTS, pooling="weighted_mean"
+        folder, 3 * CONTEXT, "repeat", attention_patterns=patterns, prompts=PROMPTS, **POOLING
     )
 
 
@@ -112,7 +113,14 @@ def test_the_card_is_what_it_says(model, published):
     assert set(sums) == CODE | {"model.safetensors"}
     for name, expected in sums.items():
         assert hashlib.sha256((published / name).read_bytes()).hexdigest() == expected
-    facts = ("120 tokens", "32 dimensions", "`weighted_mean`", "`repeat` from 40", "1 x full", "window 9")
+    facts = (
+        "120 tokens",
+        "32 dimensions",
+        "`weighted_mean`, tokens weighed by `generalized_max`",
+        "`repeat` from 40",
+        "1 x full",
+        "window 9",
+    )
     for fact in (*facts, f"{model.num_parameters():,}"):
         assert fact in card.text
     assert not re.search(r"[{}]", re.sub(r"```.*?```", "", card.text, flags=re.DOTALL))
@@ -175,8 +183,8 @@ assert tokenizer(texts)["input_ids"] == model.tokenizer(texts)["input_ids"]
 batch = tokenizer(texts, padding=True, return_tensors="pt")
 masked = AutoModelForMaskedLM.from_pretrained(source, **where)
 with torch.no_grad():
-    inner = masked.model(**batch).last_hidden_state
-    assert torch.equal(inner, model(**batch).last_hidden_state)
+    inner = masked.model(**batch).last_hidden_state  # before the weights of tokens, which are of embeddings
+    assert torch.equal(inner, model(**batch, output_hidden_states=True).hidden_states[-1])
     assert masked(**batch).logits.shape == (*inner.shape[:2], model.config.vocab_size)
 np.save(f"{out}/vectors.npy", model.encode(texts, prompt_name="query", precision="float32"))
 

@@ -551,6 +551,11 @@ def extended(method, **more):
             {"position_embedding_type": "rope"} | extended("yarn"),
             "memory: position_extension 'yarn' with keep_short=true depends on the length .*; set keep_short=false",
         ),
+        (
+            remember(4, 4),
+            {"token_weighting": "generalized_max"},
+            "memory: token_weighting='generalized_max' weighs a token by the whole document, .*; use .*'none'",
+        ),
     ],
 )
 def test_models_that_cannot_be_computed_in_pieces_are_refused(model_of, patterns, fields, message):

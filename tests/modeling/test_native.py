@@ -450,6 +450,7 @@ EXTENDED = {"original_max_position_embeddings": CONTEXT // 2}
         ({"feed_forward_bias": False}, "feed_forward_bias=False"),
         ({"attention_bias": False}, "attention_bias=False"),
         ({"is_causal": True}, "is_causal=True"),
+        ({"token_weighting": "generalized_max"}, "token_weighting='generalized_max'"),
         (LIKE_NOMIC | {"attention_bias": True}, "NomicBERT.*attention_bias=True"),
         (LIKE_MODERN | {"type_vocab_size": 2}, "ModernBERT.*type_vocab_size=2"),
         (LIKE_MODERN | {"type_vocab_size": 1}, "ModernBERT.*type_vocab_size=1"),
