@@ -102,6 +102,11 @@ class ExportMixin:
                 f"to_onnx: position_extension {method!r} on rope computes every document by itself and has no ONNX "
                 "form; use 'yarn', 'ntk' or 'linear'"
             )
+        if config.token_weighting != "none":
+            raise ValueError(
+                f"to_onnx: token_weighting={config.token_weighting!r} solves a system for every document and has no "
+                "ONNX form; use 'none'"
+            )
         if self.dtype != torch.float32:
             raise ValueError(
                 f"to_onnx writes float32 graphs and the model is in {self.dtype}; call model.float() first"

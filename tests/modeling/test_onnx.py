@@ -99,6 +99,7 @@ REFUSED = {
     "adaptive": {"attention_patterns": {"type": "adaptive", "max_span": 8}},
     "position_embedding_type": {"position_embedding_type": "relative"},
     "dynamic": {"position_embedding_type": "rope", **extended("dynamic")},
+    "token_weighting": {"token_weighting": "generalized_max"},
     "group": {"position_embedding_type": "rope", **extended("group")},
 }
 
