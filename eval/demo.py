@@ -44,6 +44,7 @@ class Settings:
 
     context: int = 32768  # tokens; the longest address has 39,565
     block: int = 510  # tokens of a block; the encoder was trained on 512 with two special ones
+    token_weighting: str = "generalized_max"  # what a speech says over and over does not drown what it says once
     queries_an_address: int = 3
     lengths: tuple[int, ...] = (256, 1024, 4096)  # of passkey and needle documents, in tokens
     synthetic_documents: int = 20
@@ -92,6 +93,7 @@ def convert(folder: Path, settings: Settings) -> None:
         str(minilm()),
         max_position_embeddings=settings.context,
         attention_patterns={"type": "block", "size": settings.block},
+        token_weighting=settings.token_weighting,
         original_model="sentence-transformers/all-MiniLM-L6-v2",
         attention_dropout=0.0,
     )
