@@ -377,7 +377,7 @@ def draw(finding: Finding, results: Sequence[dict[str, Any]], path: Path) -> Non
     names = [result["row"].replace("_", " ") for result in results]
     for number, (axis, column) in enumerate(zip(axes[0], finding.plot, strict=False)):
         values = [result["scores"].get(column, float("nan")) for result in results]
-        colors = ["0.6" if result["training"] is None else f"C{n % 10}" for n, result in enumerate(results)]
+        colors = ["black" if result["training"] is None else f"C{n % 10}" for n, result in enumerate(results)]
         axis.bar_label(axis.barh(names, values, color=colors), fmt="%.1f", fontsize=8, padding=2)
         axis.invert_yaxis()
         axis.set_title(column)
@@ -416,13 +416,14 @@ def draw_plane(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
     if not lines:
         return
     spearman = np.concatenate([line[:, 2] for _, _, line in lines])
-    for name, is_start, line in lines:
+    for number, (name, is_start, line) in enumerate(lines):
         uniform, aligned, values = line.T
         axis.plot(uniform, aligned, color="0.8", linewidth=1, zorder=0)
         shape: dict[str, Any] = {"marker": "*", "s": 160} if is_start else {"marker": "o", "s": 45}
         limits = {"vmin": spearman.min(), "vmax": spearman.max()}
         dots = axis.scatter(uniform, aligned, c=values, edgecolors="0.3", linewidths=0.5, **limits, **shape)
-        axis.annotate(name, (uniform[-1], aligned[-1]), fontsize=7, xytext=(5, 3), textcoords="offset points")
+        place = (6, 5 if number % 2 else -10)  # neighbours in the plane are often neighbours in the list
+        axis.annotate(name, (uniform[-1], aligned[-1]), fontsize=7, xytext=place, textcoords="offset points")
     figure.colorbar(dots, label="Spearman x 100")
     axis.set_xlabel("uniformity (lower: spread more evenly)")
     axis.set_ylabel("alignment (lower: what belongs together is nearer)")
