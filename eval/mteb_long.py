@@ -9,12 +9,13 @@ docs/evaluation.md says what the numbers mean.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import datasets
 import mteb
 from mteb.abstasks import AbsTask
+from mteb.models.model_meta import ModelMeta
 from rich.console import Console
 
 from common.arguments import parse
@@ -125,10 +126,17 @@ def run_tasks(arguments: ModelArguments, tasks: Sequence[AbsTask], metrics: Sequ
             )
             task.unload_data()
     scores = []
-    for spec in specs:
+    for spec, name in zip(specs, distinct_names([spec.meta for spec in specs]), strict=True):
         for task in tasks:
-            scores += results.scores(task, spec.meta, metrics)
+            scores += [replace(score, model=name) for score in results.scores(task, spec.meta, metrics)]
     return scores
+
+
+def distinct_names(metas: Sequence[ModelMeta]) -> list[str]:
+    """What a table calls the models: with the beginning of the revision where two folders have one name, as `final`."""
+    named = [(str(meta.model_name_with_experiment), meta.revision or "") for meta in metas]
+    revisions = {name: {revision for other, revision in named if other == name} for name, _ in named}
+    return [f"{name} {revision[:7]}" if len(revisions[name]) > 1 else name for name, revision in named]
 
 
 def main() -> None:

@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.encoders import ChunkEncoder
 from common.errors import run
 from eval import mteb_long, plot, synthetic
+from modeling_longembed import LongEmbedModel
 
 ROOT = Path(__file__).parents[2]
 ANIMALS = "fox whale frog heron badger otter salmon eagle beetle mole".split()  # noqa: SIM905
@@ -55,6 +57,25 @@ def test_models_and_baselines_side_by_side(make_task, tiny_model, tiny_longembed
 
     code, out, _ = call(monkeypatch, capsys, plot, "--results_dir", tmp_path / "r", "--output", tmp_path / "report.png")
     assert (code, out.strip()) == (0, str(tmp_path / "report.png"))
+
+
+def test_two_models_whose_folders_have_one_name_stay_two(make_task, tiny_longembed, tmp_path, monkeypatch, capsys):
+    make_task("Animals", TEXTS, QUERIES)
+    folders = [tmp_path / "runs" / run / "final" for run in "ab"]
+    for number, folder in enumerate(folders):
+        model = LongEmbedModel.from_pretrained(tiny_longembed)
+        torch.nn.init.normal_(model.embeddings.word_embeddings.weight, std=number + 1.0)
+        model.save_pretrained(folder)
+    rows = {}
+    for names in ([folders[0]], [folders[1]], folders):
+        arguments = ["--model", *names, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "r"]
+        assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0
+        lines = (tmp_path / "r" / "table.md").read_text().splitlines()[2:]
+        rows[len(rows)] = [line.strip("| ").split(" | ") for line in lines]
+    assert rows[0][0][0] == rows[1][0][0] == "local/final"
+    (first, second) = rows[2]
+    assert [first[1], second[1]] == [rows[0][0][1], rows[1][0][1]]
+    assert first[0] != second[0]
 
 
 def test_data_that_changed_are_judged_again(make_task, tmp_path, monkeypatch, capsys):
