@@ -27,23 +27,23 @@ import numpy as np
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
+from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from common.arguments import parse
 from common.encoders import ModelFolder
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write, sha256_file, write_jsonl
+from common.sentences import SENTENCE_END
 from eval import mteb_long, questions, sts
 from eval.plot import save
 from eval.tasks import read_rows
 from eval.training_runs import check_stamp, run_script, train, training_cost
 from modeling_longembed import LongEmbedModel
-from training.checkpoints import find_checkpoint
-from training.positives import SENTENCE_END
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "training" / "recipes"
-PROGRAMS = {"contrastive": ROOT / "training" / "contrastive.py", "one_mask": ROOT / "eval" / "one_mask.py"}
+PROGRAMS = {"contrastive": ROOT / "training" / "contrastive.py", "one_mask": ROOT / "training" / "one_mask.py"}
 MINE = ROOT / "training" / "mine_negatives.py"
 BLOCK = {"type": "block", "size": 254}  # of the models of long documents
 SENTENCE_WORDS = range(6, 41)
@@ -287,9 +287,7 @@ def make(row: Row, folder: Path, arguments: Arguments) -> dict[int, Path]:
 def save_step(start: Path, checkpoint: Path, folder: Path) -> None:
     """The model of a checkpoint."""
     model = LongEmbedModel.from_pretrained(start)
-    found = find_checkpoint(checkpoint.parent, str(checkpoint))
-    assert found is not None
-    tensors, _ = found.load()
+    tensors = load_file(checkpoint / "model.safetensors")
     model.load_state_dict({n: tensor for n, tensor in tensors.items() if not n.startswith("objective.")}, strict=False)
     with atomic_folder(folder) as temporary:
         model.eval().save_pretrained(temporary, title=folder.name)

@@ -14,9 +14,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.sentences import SENTENCE_END
 
-# After a full stop comes a blank or a closing bracket or quote; Chinese and Japanese ones need neither.
-SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]]*\s+|(?<=[。！？])|\n\s*\n""")
 PARAGRAPH_END = re.compile(r"\n\s*\n")
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AutoModel
 
 from common.errors import UserError
-from eval import findings, one_mask, training_runs
-from training import contrastive
+from eval import findings, training_runs
+from training import contrastive, one_mask
 from training.batches import pack
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905

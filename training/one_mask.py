@@ -1,6 +1,6 @@
 """training/contrastive.py, whose two texts of a pair share one dropout mask: what SimCSE (Gao et al. 2021) warns of.
 
-    python eval/one_mask.py --objective simcse --dropout 0.1 --attention_dropout 0 ...
+    python training/one_mask.py --objective simcse --dropout 0.1 --attention_dropout 0 ...
 
 For eval/findings.py alone. It takes twins, and a batch whose tokens are held at once: all texts stand in one row, then
 all of them again, and what is drawn for the first half holds for the second.
