@@ -1,17 +1,9 @@
 """Tiny tasks that the tests of evaluation share."""
 
-import gzip
-import json
 from pathlib import Path
 
 import pytest
-
-
-def write_rows(path: Path, rows) -> None:
-    """Rows as JSON lines, gzipped where the name says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+from task_files import write_rows
 
 
 @pytest.fixture

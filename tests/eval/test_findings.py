@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from conftest import write_rows
 from scipy.stats import spearmanr
+from task_files import write_rows
 from torch import nn
 from transformers import AutoModel
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_rows
 from scipy.stats import rankdata, spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+from task_files import write_rows
 
 from common.errors import UserError, run
 from eval import sts
