@@ -49,12 +49,13 @@ POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "wei
 
 
 def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularization: float) -> Tensor:
-    """What each token counts in a mean over its document: generalized max pooling (Murray and Perronnin 2014).
+    """What each token counts in a mean over its document, by generalized max pooling (Murray and Perronnin 2014).
 
-    With the unit vectors x of a document's tokens it is `1 - x . v`, where the vector v is as near as a penalty lets it
-    be to having the inner product 1 with all of them: `v = (sum of x x^T + regularization I)^-1 (sum of x)`. Their
-    equation 5 pools to v itself, which is `sum of weight x / regularization`. Of tokens that come n times and are
-    orthogonal to all others each counts `regularization / (n + regularization)`: it saturates, as a word in BM25 does.
+    It is `1 - x . v`, with the unit vectors x of the document's tokens and the vector v whose inner products with all of
+    them are as near to 1 as a penalty allows: `v = (sum of x x^T + regularization I)^-1 (sum of x)`. The paper
+    (arXiv:1406.0312) pools to v itself, which is `sum of weight x / regularization`; here the states keep their
+    lengths, so that a short document keeps its embedding. Tokens that come n times and are orthogonal to all others
+    count `regularization / (n + regularization)` each: together they saturate, as a word does in BM25.
 
     Args:
         hidden_states: `(T, d)` packed.
@@ -62,7 +63,7 @@ def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularizat
         regularization: positive; a document of far fewer tokens has weights near 1.
 
     Returns:
-        `(T,)` fp32, at most one.
+        `(T,)`, fp32 or wider.
     """
     with torch.autocast(hidden_states.device.type, enabled=False):
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
