@@ -51,8 +51,8 @@ POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "wei
 def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularization: float) -> Tensor:
     """What each token counts in a mean over its document, by generalized max pooling (Murray and Perronnin 2014).
 
-    It is `1 - x . v`, with the unit vectors x of the document's tokens and the vector v whose inner products with all of
-    them are as near to 1 as a penalty allows: `v = (sum of x x^T + regularization I)^-1 (sum of x)`. The paper
+    It is `1 - x . v`, with the unit vectors x of the document's tokens and the vector v whose inner products with all
+    of them are as near to 1 as a penalty allows: `v = (sum of x x^T + regularization I)^-1 (sum of x)`. The paper
     (arXiv:1406.0312) pools to v itself, which is `sum of weight x / regularization`; here the states keep their
     lengths, so that a short document keeps its embedding. Tokens that come n times and are orthogonal to all others
     count `regularization / (n + regularization)` each: together they saturate, as a word does in BM25.
