@@ -148,7 +148,8 @@ class Finding:
             recipe = _read_yaml(RECIPES / "objectives" / f"{named}.yaml") if named else {}
             recipe |= content["training"] | own
             follow = content.get("follow", 1)
-            recipe |= {"save_steps": max(1, recipe["max_steps"] // follow), "save_total_limit": follow}
+            every = max(1, recipe["max_steps"] // follow)
+            recipe |= {"save_steps": every, "save_total_limit": recipe["max_steps"] // every}
             start, program = options["start"] or "plain", options["program"] or "contrastive"
             rows.append(Row(name, start, options["data"], program, recipe, follow))
         return cls(path.stem, content["title"], rows, content["judges"], content["plot"])
@@ -177,7 +178,7 @@ def write_titles(arguments: Arguments, path: Path) -> None:
     rows = [values for _, values in read_rows(arguments.given("titles"), "anchor", "positive")]
     judged = rows[-arguments.judged_titles :]
     write_task(arguments.data / "Titles", judged, range(0, len(judged), 4))
-    write_jsonl(path, ({"anchor": a, "positive": b} for a, b in rows[: -arguments.judged_titles]))
+    write_training(path, [{"anchor": a, "positive": b} for a, b in rows[: -arguments.judged_titles]], "titles")
 
 
 def write_sentences(arguments: Arguments, path: Path) -> None:
@@ -188,7 +189,7 @@ def write_sentences(arguments: Arguments, path: Path) -> None:
         found.update(dict.fromkeys(s for s in SENTENCE_END.split(abstract) if len(s.split()) in SENTENCE_WORDS))
     drawn = np.random.default_rng(0).permutation(len(found))[: arguments.sentences]
     sentences = list(found)
-    write_jsonl(path, ({"anchor": sentences[number]} for number in drawn))
+    write_training(path, [{"anchor": sentences[number]} for number in drawn], "titles")
 
 
 def write_documents(arguments: Arguments, path: Path) -> None:
@@ -198,7 +199,21 @@ def write_documents(arguments: Arguments, path: Path) -> None:
     rows = [rows[number] for number in np.random.default_rng(0).permutation(len(rows))]
     judged, trained = rows[: arguments.judged_documents], rows[arguments.judged_documents :]
     write_task(arguments.data / "Documents", [row[1:] for row in judged], range(len(judged)))
-    write_jsonl(path, ({"title": t, "abstract": a, "body": b} for t, a, b in trained))
+    write_training(path, [{"title": t, "abstract": a, "body": b} for t, a, b in trained], "documents")
+
+
+def write_training(path: Path, rows: Sequence[dict[str, str]], option: str) -> None:
+    """What is not judged.
+
+    Raises:
+        UserError: nothing is left; names the option whose file is too short.
+    """
+    if not rows:
+        raise UserError(
+            f"--{option} has no row to train on beside those that are judged; give more, or judge fewer "
+            f"(--judged_{option})"
+        )
+    write_jsonl(path, rows)
 
 
 def write_task(folder: Path, pairs: Sequence[tuple[str, ...]], judged: Sequence[int]) -> None:
@@ -440,6 +455,7 @@ def compare(arguments: Arguments) -> dict[str, list[dict[str, Any]]]:
     """
     names = arguments.findings or sorted(path.stem for path in Path(arguments.recipes).glob("*.yaml"))
     findings = [Finding.read(Path(arguments.recipes, f"{name}.yaml")) for name in names]
+    ModelFolder.find(arguments.model_name_or_path)
     for finding in findings:
         for name in [row.data for row in finding.rows] + [judge for judge in finding.judges if judge in DATA]:
             data_file(name, arguments)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.files import atomic_folder
@@ -58,16 +58,17 @@ def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrained
     name = arguments.model_name_or_path
     options: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
     try:
+        # Looked at before the model is made: another architecture does not know our names of its dropouts.
+        model_type = AutoConfig.from_pretrained(name, **options).model_type
+        if model_type != LongEmbedModel.config_class.model_type:
+            raise UserError(
+                f"--model_name_or_path {name}: is a {model_type} model; convert it with "
+                "LongEmbedModel.from_encoder(...) and save_pretrained first"
+            )
         model = AutoModel.from_pretrained(name, dtype=torch.float32, **options, **arguments.dropouts())
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        return model, AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
-    if model.config.model_type != LongEmbedModel.config_class.model_type:
-        raise UserError(
-            f"--model_name_or_path {name}: is a {model.config.model_type} model; convert it with "
-            "LongEmbedModel.from_encoder(...) and save_pretrained first"
-        )
-    return model, tokenizer
 
 
 def save(model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: Path, title: str) -> Path:
