@@ -16,59 +16,25 @@ from common.arguments import parse
 from common.errors import UserError, run
 from training.adaptation import AdaptationArguments, load_masked_lm, train_new_head
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
-from training.data import Columns, read_sources
-from training.documents import (
-    MaskedBatches,
-    PieceReader,
-    SpecialTokens,
-    TokenizedDocuments,
-    epoch_batches,
-    tokenize_documents,
-)
+from training.document_arguments import DocumentArguments, documents, sequence_lengths
+from training.documents import MaskedBatches, PieceReader, SpecialTokens, epoch_batches
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.masked_language import Evaluate, MaskedEvaluation, MaskedLanguageModel, masked_gradient
 from training.masking import Masking, MaskingArguments
 from training.models import HubArguments, ModelArguments, push, save
 from training.next_sentence import NextSentenceHead
-from training.schedules import Course, LengthSchedule, RateSchedule
+from training.schedules import Course, RateSchedule
 from training.spans import SpanArguments, span_groups, span_penalty
 from training.tuning import TuningArguments, select_parameters
 
 
-@dataclass
-class PretrainingArguments:
+@dataclass(kw_only=True)
+class PretrainingArguments(DocumentArguments):
     """The data and the objective."""
 
-    train_data: list[str] = field(
-        metadata={
-            "help": "path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name[@config] on "
-            "the Hub, with one document a row; the weight says how often an epoch goes through it"
-        }
-    )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out documents, in the same form"})
-    text_column: str = field(default="text", metadata={"help": "the column that holds the documents"})
-    sequence_length: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "tokens of the pieces that documents are cut into: 4096; phases with their shares of the steps, "
-            "128:0.9 512:0.1; or ramp:512-8192:5, in 5 stages; the model's context if not given"
-        },
-    )
-    eval_sequence_length: int | None = field(
-        default=None, metadata={"help": "the same for held-out documents; the last training one if not given"}
-    )
-    per_device_train_tokens: int = field(
-        default=65536, metadata={"help": "tokens of one process in a batch, whatever the sequence length"}
-    )
-    batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
     next_sentence: bool = field(
         default=False, metadata={"help": "pieces become pairs of segments, and a head tells which belong together"}
     )
-
-    def __post_init__(self) -> None:
-        for name in ("per_device_train_tokens", "batch_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     loop = Loop(loop_arguments)
     model, head_is_new = load_masked_lm(model_arguments, adaptation)
     read = piece_reader(arguments, masking, model.tokenizer)
-    lengths = sequence_lengths(arguments, model.config.max_position_embeddings)
+    lengths = sequence_lengths(
+        arguments, model.config.max_position_embeddings, "give a longer --max_position_embeddings"
+    )
     train = documents(arguments.train_data, arguments, model.tokenizer, loop)
     processes = loop.accelerator.num_processes
     steps = loop.total_steps(range(epoch_batches(train, arguments.per_device_train_tokens * processes)))
@@ -157,35 +125,6 @@ def piece_reader(
             "--next_sentence: the tokenizer has no special tokens before and after a text, a pair needs them"
         )
     return PieceReader(special, Masking.of(tokenizer, masking), arguments.next_sentence)
-
-
-def sequence_lengths(arguments: PretrainingArguments, context: int) -> LengthSchedule:
-    """The lengths of the pieces over the run.
-
-    Raises:
-        UserError: lengths in no known form, or beyond the context of the model in tokens.
-    """
-    lengths = LengthSchedule.parse(arguments.sequence_length or [str(context)])
-    for option, length in (
-        ("sequence_length", max(lengths.lengths)),
-        ("eval_sequence_length", arguments.eval_sequence_length or 1),
-    ):
-        if length > context:
-            raise UserError(
-                f"--{option} {length}: is more than the model's context of {context} tokens; give a longer "
-                "--max_position_embeddings"
-            )
-    return lengths
-
-
-def documents(
-    specifications: list[str], arguments: PretrainingArguments, tokenizer: PreTrainedTokenizerBase, loop: Loop
-) -> list[TokenizedDocuments]:
-    """The sources as token ids, which the main process writes below the output folder and the others read."""
-    columns = Columns((arguments.text_column,), None, "texts")
-    sources = read_sources(specifications, columns)
-    with loop.accelerator.main_process_first():
-        return [tokenize_documents(source, tokenizer, loop.output_dir / "tokens") for source in sources]
 
 
 def evaluation(
