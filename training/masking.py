@@ -168,3 +168,19 @@ def span_lengths(count: int, generator: np.random.Generator) -> np.ndarray:
     lengths = np.arange(1, SPAN_MAX + 1)
     weights = SPAN_P * (1 - SPAN_P) ** (lengths - 1)
     return generator.choice(lengths, size=count, p=weights / weights.sum())
+
+
+@dataclass(frozen=True)
+class NoMasking(Masking):
+    """Nothing is predicted: texts are read as they are."""
+
+    mask_id: int = -1
+    special_ids: tuple[int, ...] = ()
+    vocab_size: int = 0
+    unit: str = "none"
+
+    def __call__(
+        self, input_ids: np.ndarray, starts_word: np.ndarray, rate: float, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The text, and labels that are all -100."""
+        return input_ids, np.full(len(input_ids), IGNORED)

@@ -1,0 +1,97 @@
+"""Compression of a LongEmbed model: a smaller student learns the self-attention of its teacher (MiniLM, MiniLMv2).
+
+accelerate launch training/compression.py --config training/recipes/compression.yaml \\
+    --model_name_or_path TEACHER --train_data documents.jsonl --output_dir runs/small
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from common.arguments import parse
+from common.errors import run
+from training.document_arguments import DocumentArguments, documents, sequence_lengths
+from training.documents import MaskedBatches, PieceReader, Pieces, SpecialTokens, epoch_batches
+from training.loop import HOW_TO_RESUME, Loop, LoopArguments
+from training.masking import NoMasking
+from training.models import HubArguments, ModelArguments, load_encoder, push, save
+from training.relation_distillation import (
+    RelationArguments,
+    RelationEvaluation,
+    RelationStudent,
+    Teacher,
+    relation_gradient,
+)
+from training.schedules import Course, RateSchedule
+from training.students import StudentArguments, make_student
+from training.tuning import TuningArguments, select_parameters
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train; `argv` is the process's own if None."""
+    model_arguments, student_arguments, arguments, relations, tuning, loop_arguments, hub = parse(
+        ModelArguments,
+        StudentArguments,
+        DocumentArguments,
+        RelationArguments,
+        TuningArguments,
+        LoopArguments,
+        HubArguments,
+        argv=argv,
+    )
+    loop = Loop(loop_arguments)
+    model, tokenizer = load_encoder(model_arguments)
+    student = make_student(student_arguments, model_arguments, model, tokenizer)
+    relations.check(model.config, student.config)
+    student.config.layerdrop = 0.0  # the layer that learns must not be left out
+    teacher = Teacher(model, relations.teacher_layer, loop.accelerator.device, loop.accelerator.autocast)
+    context = min(model.config.max_position_embeddings, student.config.max_position_embeddings)
+    lengths = sequence_lengths(arguments, context, "teacher and student must both read it: give a shorter one")
+    reader = PieceReader(SpecialTokens.of(tokenizer), NoMasking())
+    train = documents(arguments.train_data, arguments, tokenizer, loop)
+    processes = loop.accelerator.num_processes
+    steps = loop.total_steps(range(epoch_batches(train, arguments.per_device_train_tokens * processes)))
+    batches = MaskedBatches(
+        train,
+        reader,
+        Course(lengths, RateSchedule(0.0, 0.0), steps),
+        batch_size=arguments.per_device_train_tokens,
+        batch_tokens=arguments.batch_tokens,
+        seed=loop_arguments.seed,
+        rank=loop.accelerator.process_index,
+        world_size=processes,
+    )
+    held_out = {
+        source.name: RelationEvaluation(
+            Pieces(source, arguments.eval_sequence_length or lengths.lengths[-1], reader),
+            reader.special,
+            teacher,
+            relations,
+            arguments.batch_tokens,
+        )
+        for source in documents(arguments.eval_data, arguments, tokenizer, loop)
+    }
+    learner = RelationStudent(select_parameters(student, tuning), relations)
+    trained = loop.run(learner, batches, relation_gradient(teacher, relations), evaluation(held_out, loop))
+    if loop.is_main:
+        output_dir = Path(loop_arguments.output_dir).absolute()
+        final = save(trained.model, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
+        if hub.push_to_hub:
+            push(final, hub.hub_model_id, hub.hub_private_repo)
+
+
+def evaluation(held_out: dict[str, RelationEvaluation], loop: Loop) -> Callable[[nn.Module], dict[str, float]] | None:
+    """The evaluation of a student on each source of `--eval_data`; None if there is none."""
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        results = {name: of_source(model, loop.accelerator.device) for name, of_source in held_out.items()}
+        if len(results) == 1:
+            return next(iter(results.values()))
+        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
+
+    return evaluate if held_out else None
+
+
+if __name__ == "__main__":
+    run(main, after_interrupt=HOW_TO_RESUME)
