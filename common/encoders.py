@@ -5,11 +5,11 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -147,9 +147,14 @@ class Encoder:
         """Width of a vector."""
         return int(self.model.get_embedding_dimension() or 0)
 
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What the model wants before texts, by their kind."""
+        return self.model.prompts
+
     def prompt_ids(self, prompt_type: Any) -> list[int]:
         """Tokens of the prompt that the model wants before texts of this kind."""
-        prompts = self.model.prompts
+        prompts = self.prompts
         names = ("query",) if prompt_type == PromptType.query else ("document", "passage", "corpus")
         prompt = next((prompts[name] for name in names if prompts.get(name)), "")
         return self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
@@ -236,8 +241,29 @@ class ChunkEncoder(Encoder):
         return [rows[owners == i] for i in range(len(texts))]
 
 
+class TextEncoder(Protocol):
+    """What `stream` asks of whatever makes vectors of texts."""
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def prompts(self) -> dict[str, str]: ...
+
+    @property
+    def batch_tokens(self) -> int: ...
+
+    def __call__(self, texts: list[str], prompt_type: Any) -> list[np.ndarray]: ...
+
+
+def cache_keys(texts: Iterable[str], encoder: TextEncoder, prompt_type: Any) -> list[bytes]:
+    """Under which key the matrix of each text is cached: all that it depends on, hashed."""
+    head = f"{encoder.identity}:{prompt_type}:{json.dumps(encoder.prompts, sort_keys=True)}:".encode()
+    return [hashlib.sha256(head + text.encode()).digest() for text in texts]
+
+
 def stream(
-    texts: Sequence[str], encoder: Encoder, prompt_type: Any, cache: VectorCache, label: str
+    texts: Sequence[str], encoder: TextEncoder, prompt_type: Any, cache: VectorCache, label: str
 ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
     """The matrices of all texts, a window at a time, longest texts first: what does not fit in memory fails at once.
 
@@ -251,11 +277,7 @@ def stream(
     Yields:
         Indices into `texts` and their matrices, each text once.
     """
-    head = f"{encoder.identity}:{prompt_type}:{json.dumps(encoder.model.prompts, sort_keys=True)}:".encode()
-    keys, sizes = [], []
-    for text in texts:
-        keys.append(hashlib.sha256(head + text.encode()).digest())
-        sizes.append(len(text))
+    keys, sizes = cache_keys(texts, encoder, prompt_type), [len(text) for text in texts]
     with tqdm(total=sum(sizes), desc=label, unit="char", unit_scale=True) as progress:
         for window in _windows(sizes, _CHARACTERS_A_TOKEN * encoder.batch_tokens):
             matrices = cache.get([keys[i] for i in window])

@@ -47,7 +47,17 @@ class VectorCache:
         return found
 
     def put(self, matrices: Mapping[bytes, np.ndarray]) -> None:
-        """Store matrices (k, d), all of them or none."""
+        """Store matrices (k, d), all of them or none.
+
+        Raises:
+            UserError: the disk is full or cannot be written to; what was stored before is kept.
+        """
         rows = [(key, len(m), np.ascontiguousarray(m, dtype=np.float32).tobytes()) for key, m in matrices.items()]
-        with self._connection:
-            self._connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+        try:
+            with self._connection:
+                self._connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
+        except sqlite3.Error as error:
+            raise UserError(
+                f"cannot write to {self.path}, the cache of vectors ({error}); what it holds is kept: make room, and "
+                "the same command goes on from there"
+            ) from None

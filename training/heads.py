@@ -1,4 +1,5 @@
-"""What stands between the embedding and the loss in training alone: SimCLR's projection head, VICReg's expander."""
+"""What stands between embedding and loss in training alone: SimCLR's projection head, VICReg's expander, a
+student's way to its teacher's width."""
 
 from collections.abc import Sequence
 
@@ -35,3 +36,13 @@ class ProjectionHead(nn.Module):
         Kusupati et al. 2022, arXiv:2205.13147, section 3).
         """
         return self.layers(F.pad(embeddings, (0, self.width - embeddings.shape[1])))
+
+
+def projection(width: int, hidden: Sequence[int], out: int) -> nn.Module:
+    """Linear layers with ReLU between them, from `width` over `hidden` to `out`; nothing if nothing is to be done."""
+    if not hidden and width == out:
+        return nn.Identity()
+    layers: list[nn.Module] = []
+    for dim_in, dim_out in zip((width, *hidden[:-1]), hidden, strict=False):
+        layers += [nn.Linear(dim_in, dim_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear((width, *hidden)[-1], out))

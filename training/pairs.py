@@ -144,7 +144,7 @@ def pair_gradient(
     """The gradient of an objective over the batches of all processes, and maybe of a penalty on parameters."""
 
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
-        text_ids = gather_rows(_by_row(batch.text_ids, batch.pairs))
+        text_ids = gather_rows(by_row(batch.text_ids, batch.pairs))
         classes = {name: gather_rows(ids) for name, ids in batch.classes.items()}
         guiding = None
         if guide is not None:
@@ -155,7 +155,7 @@ def pair_gradient(
             key = gather_rows(key)
 
         def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            gathered = gather_rows(_by_row(embeddings, batch.pairs))
+            gathered = gather_rows(by_row(embeddings, batch.pairs))
             value, metrics = objective(GatheredBatch(gathered, text_ids, own_rows(batch.pairs), classes, guiding, key))
             if penalty is not None:
                 term, measures = penalty()
@@ -172,6 +172,6 @@ def pair_gradient(
     return accumulate_gradient
 
 
-def _by_row(texts: Tensor, pairs: int) -> Tensor:
+def by_row(texts: Tensor, pairs: int) -> Tensor:
     """What belongs to the texts of a batch, all of a column after another, as `(pairs, columns, ...)`."""
     return texts.unflatten(0, (-1, pairs)).transpose(0, 1).contiguous()

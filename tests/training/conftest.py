@@ -59,7 +59,12 @@ def documents_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def inputs(model_folder, masked_lm_folder, pairs_file, documents_file) -> dict[str, tuple[Path, Path]]:
     """A model and data of each script."""
-    return {"contrastive": (model_folder, pairs_file), "pretraining": (masked_lm_folder, documents_file)}
+    return {
+        "compression": (model_folder, documents_file),
+        "contrastive": (model_folder, pairs_file),
+        "distillation": (model_folder, documents_file),
+        "pretraining": (masked_lm_folder, documents_file),
+    }
 
 
 @pytest.fixture
@@ -69,7 +74,7 @@ def train_script(inputs, tmp_path):
     def run(name: str, options: str = "") -> Path:
         script, (model, data), output = SCRIPTS[name], inputs[name], tmp_path / "out"
         given = f"--model_name_or_path {model} --train_data {data} --output_dir {output} --max_steps 4 "
-        given += f"{script.options} {script.size} {script.sizes[0]} --dataloader_num_workers 0 "
+        given += f"{script.options.format(model=model)} {script.size} {script.sizes[0]} --dataloader_num_workers 0 "
         script.main((given + options).split())
         return output
 

@@ -23,7 +23,9 @@ TRAINING = Path(__file__).parents[2] / "training"
 COMPARED = {"step", "loss", "grad_norm", "accuracy", "token_count", "pair_count", "prediction_count", "eval_loss"}
 COMPARED |= {"eval_ndcg_at_10", "eval_accuracy", "next_sentence_loss", "eval_next_sentence_accuracy"}
 OPTIONS = {
+    "compression": "",
     "contrastive": "--gradient_accumulation_steps 2",
+    "distillation": "",
     "pretraining": "",
     "temperature": "--learnable_temperature",
     "lora": "--tuning longlora --gradient_checkpointing",
@@ -39,7 +41,8 @@ def launch(inputs):
         processes = 1 if config == "single" else 2
         command = [sys.executable, "-m", "accelerate.commands.launch"]
         command += ["--config_file", str(TRAINING / "accelerate" / f"{config}.yaml"), str(TRAINING / f"{script}.py")]
-        command += f"--model_name_or_path {model} --train_data {data} --eval_data {data} {own.options}".split()
+        command += f"--model_name_or_path {model} --train_data {data} --eval_data {data}".split()
+        command += own.options.format(model=model).split()
         command += f"--dropout 0 --learning_rate 1e-3 --logging_steps 1 --max_steps 4 --save_steps 2 {own.size}".split()
         command += [str(own.sizes[0] // processes), "--output_dir", str(folder), *options.split()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -19,7 +19,7 @@ STEPS = 12
 def processes():
     """Fresh processes that start fast: forked off a server that has imported the scripts and done nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training.contrastive", "training.pretraining"])
+    context.set_forkserver_preload([f"training.{name}" for name in SCRIPTS])
     return context
 
 
@@ -34,7 +34,8 @@ def arguments(script, inputs) -> list[str]:
     (model, data), own = inputs[script], SCRIPTS[script]
     accumulation = "--gradient_accumulation_steps 2 " if script == "contrastive" else ""
     return (
-        f"--model_name_or_path {model} --train_data {data} {data}:0.5 --eval_data {data} {own.options} "
+        f"--model_name_or_path {model} --train_data {data} {data}:0.5 --eval_data {data} "
+        f"{own.options.format(model=model)} "
         f"{own.size} {own.sizes[0] // 2} {accumulation} --max_steps {STEPS} "
         "--learning_rate 1e-3 --lr_scheduler_type cosine --warmup_steps 3 --logging_steps 3 --save_steps 2 "
         "--eval_steps 4 --dataloader_num_workers 0"

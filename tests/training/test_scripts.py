@@ -84,7 +84,10 @@ def test_going_on_with_something_else_is_refused(train_script, script, inputs, t
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ("{size} {too_much}", r"has 48 pairs, fewer than a batch of 49|--per_device_train_tokens 59: .* at least 60"),
+        (
+            "{size} {too_much}",
+            r"has (48|24) pairs, fewer than a batch of (49|25)|--per_device_train_tokens 59: .* at least 60",
+        ),
         ("{size} 0", r"{size} 0: must be more than 0"),
         ("--tuning all", r"--tuning.*: invalid choice: 'all'"),
         ("--learning_rat 1", r"unknown argument --learning_rat .*did you mean learning_rate"),
@@ -111,6 +114,7 @@ def test_exit_code_and_stderr_of_the_script_itself(script, inputs, tmp_path):
     options = (
         f"--model_name_or_path {inputs[script][0]} --train_data {tmp_path}/empty.jsonl --output_dir {tmp_path}/out"
     )
+    options += f" {SCRIPTS[script].options.format(model=inputs[script][0])}"
     done = subprocess.run(
         [sys.executable, str(TRAINING / f"{script}.py"), *options.split()],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -118,7 +122,12 @@ def test_exit_code_and_stderr_of_the_script_itself(script, inputs, tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    columns = {"contrastive": "anchor and positive", "pretraining": "text"}[script]
+    columns = {
+        "compression": "text",
+        "contrastive": "anchor and positive",
+        "distillation": "text",
+        "pretraining": "text",
+    }[script]
     sentence = f"error: {tmp_path}/empty.jsonl: is empty; give JSON lines with {columns}"
     assert done.stderr.splitlines()[-1] == sentence
     assert "Traceback" not in done.stderr
@@ -127,6 +136,8 @@ def test_exit_code_and_stderr_of_the_script_itself(script, inputs, tmp_path):
 def test_the_recipe_is_one(script, inputs, tmp_path):
     model, data = inputs[script]
     options = f"--config {TRAINING}/recipes/{script}.yaml --model_name_or_path {model} --train_data {data} "
-    options += f"--output_dir {tmp_path}/out --max_steps 2 --logging_steps 1 {SCRIPTS[script].options} "
+    options += (
+        f"--output_dir {tmp_path}/out --max_steps 2 --logging_steps 1 {SCRIPTS[script].options.format(model=model)} "
+    )
     SCRIPTS[script].main((options + f"{SCRIPTS[script].size} {SCRIPTS[script].sizes[0]}").split())
     assert [line["step"] for line in metrics(tmp_path / "out")] == [1, 2]

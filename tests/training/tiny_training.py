@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling_longembed import LongEmbedConfig
-from training import contrastive, pretraining
+from training import compression, contrastive, distillation, pretraining
 
 WORDS = ("river stone cloud table green seven night paper music house train north glass bread winter garden").split()  # noqa: SIM905
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -26,7 +26,7 @@ class Script:
 
     Args:
         main: its entry point.
-        options: of a run in chunks, with what the script has of its own.
+        options: of a run in chunks, with what the script has of its own; {model} in it is the model's folder.
         size: of a batch of one process, an option that takes a number.
         sizes: its value when one process has the whole batch, and one that is refused.
     """
@@ -38,11 +38,24 @@ class Script:
 
 
 SCRIPTS = {
+    "compression": Script(
+        compression.main,
+        "--batch_tokens 70 --sequence_length 16:0.5 60:0.5 --student_hidden_size 16 --relation_heads 8",
+        "--per_device_train_tokens",
+        (240, 59),
+    ),
     "contrastive": Script(
         contrastive.main,
         "--batch_tokens 150 --max_length 64 --symmetric",
         "--per_device_train_batch_size",
         (8, 49),
+    ),
+    "distillation": Script(
+        distillation.main,
+        "--batch_tokens 150 --max_length 64 --structural_teacher chunk-mean:{model}:16 --structural_mask "
+        "--contextual_teacher truncate:{model}:24 --contextual_head_dims 12",
+        "--per_device_train_batch_size",
+        (8, 25),
     ),
     "pretraining": Script(
         pretraining.main,

@@ -99,7 +99,7 @@ class SoftCCA(nn.Module):
             )
         dtype = torch.promote_types(first.dtype, torch.float32)
         views = [F.batch_norm(view.to(dtype), None, None, training=True) for view in (first, second)]
-        distance = F.mse_loss(*views)
+        distance = F.mse_loss(views[0], views[1])
         with torch.autocast(first.device.type, enabled=False):
             own = torch.stack([view.T @ view / (len(view) - 1) for view in views])
         covariances = self.momentum * self.covariances.to(dtype) + own

@@ -1,0 +1,176 @@
+"""Distillation: an embedding model learns the vectors of other models, a long-document one from short-context teachers.
+
+accelerate launch training/distillation.py --config training/recipes/distillation/chunks.yaml \\
+    --model_name_or_path MODEL --train_data documents.jsonl --structural_teacher chunk-mean:TEACHER:256 \\
+    --output_dir runs/student
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.arguments import parse
+from common.errors import UserError, run
+from training.batches import PairBatches, PairTokenizer
+from training.budget import Budget, BudgetArguments, chosen_batch_tokens
+from training.data import Columns, read_sources
+from training.encoding import pool
+from training.loop import HOW_TO_RESUME, Loop, LoopArguments
+from training.models import HubArguments, ModelArguments, load_encoder, push, save
+from training.teachers import Teacher
+from training.teaching import Teaching, TeachingArguments, TeachingEvaluation, teaching_gradient
+from training.tuning import TuningArguments, parameter_groups, select_parameters
+
+
+@dataclass
+class DistillationArguments:
+    """The data."""
+
+    train_data: list[str] = field(
+        metadata={
+            "help": "path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name[@config] on "
+            "the Hub, with one text a row; the weight says how often an epoch goes through it"
+        }
+    )
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out texts, in the same forms"})
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"],
+        metadata={
+            "help": "the column of the texts, which teachers and student read; and maybe more, such as a translation, "
+            "which the student alone reads and of which it is to give the first one's vector"
+        },
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "tokens at which the student cuts off; the model's context if not given"}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "rows of one process in a batch"})
+    batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
+
+    def __post_init__(self) -> None:
+        for name in ("per_device_train_batch_size", "batch_tokens"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+
+    def columns(self) -> Columns:
+        """What is read of the data."""
+        return Columns(tuple(self.text_columns), None, "texts")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train; `argv` is the process's own if None."""
+    model_arguments, arguments, wanted, tuning, loop_arguments, budget_arguments, hub = parse(
+        ModelArguments,
+        DistillationArguments,
+        TeachingArguments,
+        TuningArguments,
+        LoopArguments,
+        BudgetArguments,
+        HubArguments,
+        argv=argv,
+    )
+    arguments.batch_tokens = chosen_batch_tokens(
+        budget_arguments, arguments.batch_tokens, __file__, argv, loop_arguments
+    )
+    loop = Loop(loop_arguments)
+    model, tokenizer = load_encoder(model_arguments)
+    tokenize = student_tokenizer(arguments, model, tokenizer)
+    with loop.accelerator.main_process_first():
+        train, held_out = (
+            read_sources(data, arguments.columns()) for data in (arguments.train_data, arguments.eval_data)
+        )
+    batches = PairBatches(
+        train,
+        tokenize,
+        batch_size=arguments.per_device_train_batch_size,
+        batch_tokens=arguments.batch_tokens,
+        seed=loop_arguments.seed,
+        rank=loop.accelerator.process_index,
+        world_size=loop.accelerator.num_processes,
+        keep_texts=True,
+    )
+    teachers = load_teachers(arguments, wanted, loop)
+    selected = select_parameters(model, tuning)
+    widths = {role: teacher.dimension for role, teacher in teachers.items()}
+    objective = Teaching(wanted, selected, widths, batches.global_batch_size)
+    for teacher in teachers.values():
+        teacher.read_all([*train, *held_out])
+    evaluations = {
+        source.name: TeachingEvaluation(
+            source,
+            tokenize,
+            objective,
+            teachers,
+            batch_size=batches.global_batch_size,
+            batch_tokens=arguments.batch_tokens,
+        )
+        for source in held_out
+    }
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        device = loop.accelerator.device
+        results = {name: of_source(lambda chunk: pool(model, chunk), device) for name, of_source in evaluations.items()}
+        if len(results) == 1:
+            return next(iter(results.values()))
+        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
+
+    gradient = teaching_gradient(objective, teachers)
+    decay = loop_arguments.weight_decay
+    groups = [*parameter_groups(selected, decay), *parameter_groups(objective, decay)]
+    budget = Budget(budget_arguments, loop, selected, batches, arguments.batch_tokens)
+    with budget.answering():
+        trained = loop.run(
+            selected,
+            batches,
+            gradient,
+            evaluate if evaluations else None,
+            groups,
+            rehearse=budget.rehearsal(gradient),
+            objective=objective,
+        )
+    if loop.is_main:
+        output_dir = Path(loop_arguments.output_dir).absolute()
+        final = save(trained, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
+        if hub.push_to_hub:
+            push(final, hub.hub_model_id, hub.hub_private_repo)
+
+
+def student_tokenizer(
+    arguments: DistillationArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PairTokenizer:
+    """How the student reads texts.
+
+    Raises:
+        UserError: its context is shorter than asked for.
+    """
+    context = model.config.max_position_embeddings
+    length = context if arguments.max_length is None else arguments.max_length
+    if not tokenizer.num_special_tokens_to_add() < length <= context:
+        raise UserError(
+            f"--max_length {length}: must be at most {context}, the context of {model.name_or_path} in tokens, and "
+            "leave room for text"
+        )
+    return PairTokenizer(tokenizer, length, length, model.config.prompts)
+
+
+def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, loop: Loop) -> dict[str, Teacher]:
+    """The teachers by their role, `structural` and `contextual`."""
+    cache = Path(wanted.teacher_cache) if wanted.teacher_cache else loop.output_dir / "teachers.sqlite"
+    names = {"structural": wanted.structural_teacher, "contextual": wanted.contextual_teacher}
+    return {
+        role: Teacher(
+            f"{role}_teacher",
+            name,
+            cache,
+            batch_tokens=arguments.batch_tokens,
+            normalize=wanted.normalize_teacher,
+        )
+        for role, name in names.items()
+        if name is not None
+    }
+
+
+if __name__ == "__main__":
+    run(main, after_interrupt=HOW_TO_RESUME)

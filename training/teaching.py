@@ -1,0 +1,311 @@
+"""What a student is asked to take over from its teachers: the arguments, the objective, its gradient, its evaluation.
+
+After Burian (Document embedding using Transformers, thesis, Charles University; code in
+dburian/transformer_document_embedding): a structural teacher, which reads a short text well, says what the vector is
+to be; a contextual one, which has seen all of a document, says what can be told from it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from common.errors import UserError
+from training.batches import PackedTexts, PairBatch, PairTokenizer, collate_pairs
+from training.data import Source
+from training.distributed import gather_rows, own_share
+from training.encoding import pool
+from training.gradient_cache import cached_backward
+from training.heads import projection
+from training.loop import AccumulateGradient
+from training.losses.correlation import SoftCCA, dcca
+from training.losses.embedding_distillation import embedding_cosine, embedding_mse, max_margin_mse
+from training.pairs import by_row
+from training.teachers import Teacher
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class TeachingArguments:
+    """The teachers, and what is asked of the student."""
+
+    structural_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "whose vectors the student's are to be: a folder or Hub id, truncate:PATH:N, chunk-mean:PATH:N, or "
+            "paragraph-vector:FOLDER"
+        },
+    )
+    structural_loss: Literal["mse", "cosine", "max_margin_mse"] = field(
+        default="mse",
+        metadata={"help": "max_margin_mse: and far from those of the other documents of the batch"},
+    )
+    structural_weight: float = field(default=1.0, metadata={"help": "of the structural loss"})
+    structural_gamma: float = field(default=1.0, metadata={"help": "of max_margin_mse: weight of the other documents"})
+    structural_mask: bool = field(
+        default=False, metadata={"help": "a text that the structural teacher does not read to its end does not count"}
+    )
+    structural_head_dims: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "widths of hidden layers between the student's vector and the structural loss; if not given, a "
+            "linear projection where the teacher has another width, and else nothing"
+        },
+    )
+    contextual_teacher: str | None = field(
+        default=None, metadata={"help": "of which the student is to tell the same, in the same forms"}
+    )
+    contextual_loss: Literal["mse", "cosine", "soft_cca", "dcca"] = field(
+        default="soft_cca", metadata={"help": "soft_cca, dcca: agree up to a projection of both"}
+    )
+    contextual_weight: float = field(default=1.0, metadata={"help": "of the contextual loss"})
+    contextual_head_dims: list[int] = field(
+        default_factory=list, metadata={"help": "as --structural_head_dims, before the contextual loss"}
+    )
+    contextual_teacher_head_dims: list[int] = field(
+        default_factory=list, metadata={"help": "of soft_cca and dcca: the same on the teacher's side"}
+    )
+    contextual_width: int | None = field(
+        default=None,
+        metadata={
+            "help": "of soft_cca and dcca: width of both projections; the teacher's, dcca: their own if not given"
+        },
+    )
+    sdl_momentum: float = field(default=0.95, metadata={"help": "of soft_cca: share of earlier batches' covariance"})
+    sdl_weight: float = field(default=0.03, metadata={"help": "of soft_cca: of the decorrelation of dimensions"})
+    dcca_regularization: float = field(default=1e-3, metadata={"help": "of dcca: added to variances, which are 1"})
+    dcca_components: int | None = field(
+        default=None, metadata={"help": "of dcca: correlations that count; default: all"}
+    )
+    normalize_teacher: bool = field(default=True, metadata={"help": "teachers' vectors have unit length"})
+    normalize_student: bool = field(
+        default=True, metadata={"help": "the student's have, behind the head, in all losses but soft_cca and dcca"}
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "file of the teachers' vectors; teachers.sqlite in --output_dir if not given"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.structural_teacher is None and self.contextual_teacher is None:
+            raise UserError("no teacher: give --structural_teacher or --contextual_teacher")
+        for name in ("structural_weight", "contextual_weight", "structural_gamma", "sdl_weight", "dcca_regularization"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must not be less than 0")
+        for name in ("structural_head_dims", "contextual_head_dims", "contextual_teacher_head_dims"):
+            if any(dim < 1 for dim in getattr(self, name)):
+                raise UserError(f"--{name} {' '.join(map(str, getattr(self, name)))}: each must be at least 1")
+        for name in ("contextual_width", "dcca_components"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"--{name} {value}: must be at least 1")
+        if not 0 <= self.sdl_momentum <= 1:
+            raise UserError(f"--sdl_momentum {self.sdl_momentum}: must be from 0 to 1")
+        if self.contextual_loss in ("mse", "cosine") and (self.contextual_teacher_head_dims or self.contextual_width):
+            raise UserError(
+                f"--contextual_loss {self.contextual_loss}: a head on the teacher's side would learn to give one "
+                "vector for all; give --contextual_head_dims alone, or soft_cca or dcca"
+            )
+        unbounded = self.structural_loss == "max_margin_mse" and self.structural_gamma >= 1
+        if unbounded and not self.normalize_student:
+            raise UserError(
+                f"--structural_gamma {self.structural_gamma}: without unit length max_margin_mse has no minimum from 1 "
+                "on, and vectors grow for ever; leave out --no_normalize_student or give less than 1"
+            )
+
+
+class Structural(nn.Module):
+    """The student's vectors, behind a head, are to be those of a teacher."""
+
+    def __init__(self, arguments: TeachingArguments, width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.arguments = arguments
+        self.head = projection(width, arguments.structural_head_dims, teacher_width)
+
+    def forward(self, student: Tensor, teacher: Tensor, inside: Tensor) -> tuple[Tensor, Metrics]:
+        """Of `(n, d)` and `(n, t)`; `inside` `(n,)` says which texts the teacher reads to their end."""
+        counts = inside if self.arguments.structural_mask else torch.ones_like(inside)
+        metrics = {"share": counts.float().mean()} if self.arguments.structural_mask else {}
+        projected = _unit(self.head(student), self.arguments.normalize_student)
+        if not counts.any():
+            nothing = projected.sum() * 0.0
+            return nothing, metrics | dict.fromkeys(self._names(), nothing.detach())
+        own, target = projected[counts], teacher[counts]
+        if self.arguments.structural_loss == "max_margin_mse":
+            loss, more = max_margin_mse(own, target, gamma=self.arguments.structural_gamma)
+        else:
+            loss, more = LOSSES[self.arguments.structural_loss](own, target)
+        return loss, metrics | more | {"cosine": _cosine(own, target)}
+
+    def _names(self) -> list[str]:
+        """Of what is reported beside the loss, so that a batch without any text that counts reports the same."""
+        more = ["own_mse", "other_mse"] if self.arguments.structural_loss == "max_margin_mse" else []
+        return [*more, "cosine"]
+
+
+class Contextual(nn.Module):
+    """A projection of the student's vectors is to agree with one of a teacher's."""
+
+    def __init__(self, arguments: TeachingArguments, width: int, teacher_width: int, rows: int) -> None:
+        super().__init__()
+        self.arguments, wanted = arguments, arguments.contextual_width
+        # Correlations do not change under linear maps: dcca needs no projection to a common width.
+        out = wanted or (width if arguments.contextual_loss == "dcca" else teacher_width)
+        self.head = projection(width, arguments.contextual_head_dims, out)
+        self.teacher_head = projection(
+            teacher_width, arguments.contextual_teacher_head_dims, teacher_width if wanted is None else wanted
+        )
+        self.soft_cca: SoftCCA | None = None
+        if arguments.contextual_loss == "soft_cca":
+            self.soft_cca = SoftCCA(out, momentum=arguments.sdl_momentum, sdl_weight=arguments.sdl_weight)
+        widest = max(out, teacher_width if wanted is None else wanted)
+        if arguments.contextual_loss == "dcca" and rows <= widest:
+            raise UserError(
+                f"--contextual_loss dcca: a batch of {rows} documents in {widest} dimensions correlates perfectly with "
+                "anything; give a --per_device_train_batch_size many times larger, or a smaller --contextual_width"
+            )
+
+    def forward(self, student: Tensor, teacher: Tensor, inside: Tensor) -> tuple[Tensor, Metrics]:
+        """Of `(n, d)` and `(n, t)`."""
+        arguments = self.arguments
+        projected, target = self.head(student), self.teacher_head(teacher)
+        if self.soft_cca is not None:
+            return self.soft_cca(projected, target)
+        if arguments.contextual_loss == "dcca":
+            # At a variance of 1 in every dimension the regularisation means the same for every teacher.
+            views = [F.batch_norm(view.double(), None, None, training=True) for view in (projected, target)]
+            components = arguments.dcca_components
+            return dcca(views[0], views[1], regularization=arguments.dcca_regularization, components=components)
+        projected = _unit(projected, arguments.normalize_student)
+        loss, metrics = LOSSES[arguments.contextual_loss](projected, target)
+        return loss, metrics | {"cosine": _cosine(projected, target)}
+
+
+LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}
+Targets = dict[str, tuple[Tensor, Tensor]]
+
+
+class Teaching(nn.Module):
+    """The weighted losses of all teachers. Its heads and averages are in the checkpoints, never in the saved model.
+
+    Every process computes the whole loss of the gathered rows: the mean of the processes' gradients is that of one.
+    """
+
+    def __init__(self, arguments: TeachingArguments, encoder: nn.Module, widths: dict[str, int], rows: int) -> None:
+        """Args:
+        arguments: of the user.
+        encoder: the student.
+        widths: of the teachers' vectors, under `structural` and `contextual`.
+        rows: of a batch, over all processes.
+
+        Raises:
+            UserError: a batch that is too small for the loss.
+        """
+        super().__init__()
+        config: Any = encoder.config
+        self.weights = {"structural": arguments.structural_weight, "contextual": arguments.contextual_weight}
+        self.parts = nn.ModuleDict()
+        if "structural" in widths:
+            self.parts["structural"] = Structural(arguments, config.hidden_size, widths["structural"])
+        if "contextual" in widths:
+            self.parts["contextual"] = Contextual(arguments, config.hidden_size, widths["contextual"], rows)
+
+    def forward(self, student: Tensor, targets: Targets) -> tuple[Tensor, Metrics]:
+        """The loss of N rows.
+
+        Args:
+            student: `(N, columns, d)`: a text and its translations, of which each is to have the vector of the first.
+            targets: of each teacher its vectors `(N, t)` and which texts it reads to their end, `(N,)`.
+
+        Returns:
+            The weighted sum of the losses, each a mean over the columns, and detached metrics of each.
+        """
+        total, metrics = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), Metrics()
+        for role, part in self.parts.items():
+            vectors, inside = targets[role]
+            results = [part(column, vectors, inside) for column in student.unbind(1)]
+            loss = torch.stack([value for value, _ in results]).mean()
+            total = total + self.weights[role] * loss
+            metrics[f"{role}_loss"] = loss.detach()
+            for name in results[0][1]:
+                metrics[f"{role}_{name}"] = torch.stack([more[name].float() for _, more in results]).mean()
+        return total, metrics | {"loss": total.detach()}
+
+
+def teaching_gradient(objective: Teaching, teachers: dict[str, Teacher]) -> AccumulateGradient:
+    """The gradient of an objective over the batches of all processes, which hold their texts."""
+
+    def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
+        device = batch.text_ids.device
+        targets = {
+            role: (gather_rows(vectors), gather_rows(inside).bool())
+            for role, (vectors, inside) in _targets(batch, teachers, device).items()
+        }
+
+        def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
+            value, metrics = objective(gather_rows(by_row(embeddings, batch.pairs)), targets)
+            return value * scale, metrics
+
+        metrics = cached_backward(model, batch.chunks, lambda chunk: pool(model, chunk), loss, synchronize=synchronize)
+        return metrics | batch.measures()
+
+    return accumulate_gradient
+
+
+class TeachingEvaluation:
+    """Held-out texts of one source, in batches as large as those of training, which the processes share."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenize: PairTokenizer,
+        objective: Teaching,
+        teachers: dict[str, Teacher],
+        *,
+        batch_size: int,
+        batch_tokens: int,
+    ) -> None:
+        """Args:
+        batch_size: rows of a batch, or all that there are; the rest is shared out over the batches.
+        batch_tokens: tokens of one packed chunk.
+        """
+        self.source, self.tokenize, self.objective, self.teachers = source, tokenize, objective, teachers
+        rows = np.arange(len(source.rows))
+        self.batches = np.array_split(rows, max(1, len(rows) // batch_size))
+        self.batch_tokens = batch_tokens
+
+    @torch.no_grad()
+    def __call__(self, embed: Callable[[PackedTexts], Tensor], device: torch.device) -> dict[str, float]:
+        """The metrics of the objective as `eval_*`: means over the batches."""
+        sums: dict[str, float] = {}
+        self.objective.eval()
+        for number in own_share(len(self.batches)):
+            texts = self.source.texts(self.batches[number].tolist())
+            batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind="document")
+            vectors = torch.cat([embed(chunk.to(device)).float() for chunk in batch.chunks])
+            found = {role: teacher(texts[0]) for role, teacher in self.teachers.items()}
+            targets = {role: (target.to(device), inside.to(device)) for role, (target, inside) in found.items()}
+            _, metrics = self.objective(by_row(vectors, batch.pairs), targets)
+            sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
+        self.objective.train()
+        shares = gather_object([sums])
+        names = next(share for share in shares if share)
+        return {f"eval_{name}": sum(share.get(name, 0.0) for share in shares) / len(self.batches) for name in names}
+
+
+def _targets(batch: PairBatch, teachers: dict[str, Teacher], device: torch.device) -> Targets:
+    assert batch.texts is not None
+    found = {role: teacher(batch.texts[0]) for role, teacher in teachers.items()}
+    return {role: (vectors.to(device), inside.to(device).float()) for role, (vectors, inside) in found.items()}
+
+
+def _unit(vectors: Tensor, wanted: bool) -> Tensor:
+    return F.normalize(vectors, dim=-1) if wanted else vectors
+
+
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.cosine_similarity(student.detach().float(), teacher.detach().float(), dim=-1).mean()
