@@ -148,7 +148,7 @@ class Encoder:
         return int(self.model.get_embedding_dimension() or 0)
 
     @property
-    def prompts(self) -> dict[str, str]:
+    def prompts(self) -> dict[str, str | None]:
         """What the model wants before texts, by their kind."""
         return self.model.prompts
 
@@ -248,7 +248,7 @@ class TextEncoder(Protocol):
     def identity(self) -> str: ...
 
     @property
-    def prompts(self) -> dict[str, str]: ...
+    def prompts(self) -> dict[str, str | None]: ...
 
     @property
     def batch_tokens(self) -> int: ...

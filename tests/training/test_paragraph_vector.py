@@ -1,0 +1,122 @@
+"""Paragraph Vectors against gensim's own, the same in every process, and able to tell documents apart."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_training import write_jsonl
+
+from common.errors import UserError
+from training import paragraph_vector
+from training.paragraph_vector import WEIGHTS, ParagraphVector, split_words
+
+doc2vec = pytest.importorskip("gensim.models.doc2vec", reason="gensim is not installed (extra paragraph-vector)")
+
+TOPICS = [[f"{name}{number}" for number in range(12)] for name in ("sea", "law", "bread", "star", "tax", "horse")]
+COMMON = "the of and a in to is it".split()  # noqa: SIM905
+
+
+def documents(count: int, seed: int) -> list[dict[str, str]]:
+    """Documents of words of two topics each."""
+    draw, rows = random.Random(seed), []
+    for number in range(count):
+        words = [word for topic in draw.sample(TOPICS, 2) for word in topic]
+        text = " ".join(draw.choices(words, k=60) + draw.choices(COMMON, k=20))
+        rows.append({"text": text, "id": f"document {number}"})
+    return rows
+
+
+@pytest.fixture(scope="module", params=["dm", "dbow", "both"])
+def trained(request, tmp_path_factory) -> tuple[Path, list[str]]:
+    """The folder of a model, and texts that it has not seen."""
+    folder = tmp_path_factory.mktemp("paragraph-vectors")
+    data = write_jsonl(folder / "train.jsonl", documents(80, 0))
+    held_out = write_jsonl(folder / "held-out.jsonl", documents(20, 1))
+    options = f"--train_data {data} --eval_data {held_out} --id_column id --output_dir {folder} --epochs 30 "
+    paragraph_vector.main(f"{options} --architecture {request.param} --vector_size 24".split())
+    return folder, [row["text"] for row in documents(20, 1)]
+
+
+def test_held_out_documents_are_told_apart(trained):
+    report = json.loads((trained[0] / "report.json").read_text())
+    (held_out,) = report["held_out"].values()
+    assert held_out["documents"] == 20
+    assert held_out["accuracy"] > 4 * held_out["chance"]
+
+
+def test_documents_keep_their_ids(trained):
+    assert json.loads((trained[0] / "final" / "documents.json").read_text()) == [f"document {n}" for n in range(80)]
+
+
+def test_a_vector_is_the_same_in_every_process_and_order(trained):
+    """Under another salt of Python's hashes, which gensim's own inference starts from."""
+    folder, texts = trained
+    code = (
+        "import sys, json; from pathlib import Path; from training.paragraph_vector import ParagraphVector; "
+        "rows = ParagraphVector.load(Path(sys.argv[1]))(json.loads(sys.argv[2])); "
+        "print(json.dumps([row[0].tolist() for row in rows]))"
+    )
+    here = [row[0].tolist() for row in ParagraphVector.load(folder / "final")(texts[:4])]
+    for salt in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(folder / "final"), json.dumps(texts[3::-1])],
+            env=os.environ | {"PYTHONHASHSEED": salt},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert json.loads(done.stdout)[::-1] == here
+
+
+def test_training_again_gives_the_same_bytes(trained, tmp_path):
+    report = json.loads((trained[0] / "report.json").read_text())["arguments"]
+    options = f"--train_data {trained[0]}/train.jsonl --output_dir {tmp_path} --epochs 30 --vector_size 24 "
+    paragraph_vector.main(f"{options} --architecture {report['architecture']}".split())
+    again, first = ((folder / "final" / WEIGHTS).read_bytes() for folder in (tmp_path, trained[0]))
+    assert again == first
+
+
+def test_inference_of_a_loaded_model_is_gensims(trained, monkeypatch):
+    """gensim's `infer_vector`, its start and its draws set to ours, on a model that was never saved."""
+    folder, texts = trained
+    report = json.loads((folder / "report.json").read_text())["arguments"]
+    arguments = paragraph_vector.ParagraphVectorArguments(**report)
+    sources = paragraph_vector.read_sources(
+        [f"{folder}/train.jsonl"], paragraph_vector.Columns(("text",), None, "texts")
+    )
+    fresh, loaded = ParagraphVector.train(sources, arguments), ParagraphVector.load(folder / "final")
+    for text in texts[:3]:
+        words, expected = split_words(text, loaded.settings), []
+        seeds = np.frombuffer(paragraph_vector.hashlib.sha256(" ".join(words).encode()).digest(), dtype=np.uint32)
+
+        def start(size, seed_string, seeds=seeds):
+            return (np.random.default_rng(seeds).random(size, dtype=np.float32) - 0.5) / size
+
+        monkeypatch.setattr(doc2vec, "pseudorandom_weak_vector", start)
+        for model in fresh.models:
+            model.random.seed(seeds)
+            expected.append(model.infer_vector(words))
+        np.testing.assert_allclose(loaded([text])[0][0], np.concatenate(expected), atol=1e-5)
+
+
+def test_mistakes_are_sentences(trained, tmp_path):
+    with pytest.raises(UserError, match=r"paragraph_vector.json is missing; give its final/"):
+        ParagraphVector.load(trained[0])
+    twice = write_jsonl(tmp_path / "twice.jsonl", [{"text": "one two one two", "id": "a"}] * 2)
+    with pytest.raises(UserError, match="two documents are called a"):
+        paragraph_vector.main(f"--train_data {twice} --id_column id --output_dir {tmp_path}".split())
+    with pytest.raises(UserError, match="no word occurs so often"):
+        paragraph_vector.main(f"--train_data {twice} --min_count 50 --output_dir {tmp_path}".split())
+    assert not (tmp_path / "final").exists()
+
+
+def test_without_gensim_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gensim.models", None)
+    data = write_jsonl(tmp_path / "train.jsonl", documents(3, 0))
+    with pytest.raises(UserError, match=r"needs gensim: pip install -e .\[paragraph-vector\]"):
+        paragraph_vector.main(f"--train_data {data} --output_dir {tmp_path}".split())

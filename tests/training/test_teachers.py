@@ -1,0 +1,178 @@
+"""Teachers' vectors: those of the encoders themselves, computed once, whatever happens in between."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_training import random_documents, tiny_config, write_jsonl
+from transformers import AutoModel, AutoTokenizer
+
+from common.encoders import Encoder
+from common.errors import UserError
+from common.vector_cache import VectorCache
+from modeling_longembed import LongEmbedModel
+from training import distillation
+from training.data import TEXTS, Source, read_sources
+from training.teachers import Teacher
+
+pytestmark = pytest.mark.promise("D3")
+
+
+@pytest.fixture(scope="module")
+def source(documents_file) -> Source:
+    return read_sources([str(documents_file)], TEXTS)[0]
+
+
+@pytest.fixture(scope="module")
+def texts(source) -> list[str]:
+    return source.texts(list(range(len(source.rows))))[0]
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """All texts that any encoder is asked to encode."""
+    asked: list[str] = []
+    encode = Encoder.__call__
+
+    def counting(self, texts, prompt_type):
+        asked.extend(texts)
+        return encode(self, texts, prompt_type)
+
+    monkeypatch.setattr(Encoder, "__call__", counting)
+    return asked
+
+
+def teacher(name: str, cache, **options) -> Teacher:
+    return Teacher("structural_teacher", name, cache, batch_tokens=100, **options)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_vectors_and_windows_are_the_models(model_folder, source, texts, tmp_path, normalize):
+    truncating = teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=normalize)
+    truncating.read_all([source])
+    vectors, inside = truncating(texts)
+    model, tokenizer = AutoModel.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
+    lengths = []
+    for text, vector in zip(texts, vectors, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        lengths.append(len(ids))
+        cut = torch.tensor([ids if len(ids) <= 24 else [*ids[:23], ids[-1]]])
+        with torch.no_grad():
+            pooled = F.normalize(model(cut, attention_mask=torch.ones_like(cut)).pooler_output[0], dim=0)
+        torch.testing.assert_close(vector, pooled, atol=1e-5, rtol=0)
+    assert inside.tolist() == [length <= 24 for length in lengths]
+    assert 0 < inside.sum() < len(texts)
+
+
+def test_chunks_have_no_window(model_folder, source, texts, tmp_path):
+    chunking = teacher(f"chunk-mean:{model_folder}:16", tmp_path / "cache")
+    chunking.read_all([source])
+    vectors, inside = chunking(texts)
+    assert inside.all()
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(texts)))
+    with pytest.raises(UserError, match="a direction without a length; leave out --no_normalize_teacher"):
+        teacher(f"chunk-mean:{model_folder}:16", tmp_path / "cache", normalize=False)
+
+
+def test_a_text_is_read_once_and_only_by_the_teacher_that_has_not(model_folder, source, texts, calls, tmp_path):
+    for name in (f"truncate:{model_folder}:24", f"truncate:{model_folder}:40"):
+        expected = None
+        for _ in range(2):
+            reading = teacher(name, tmp_path / "cache")
+            reading.read_all([source])
+            found = reading(texts)[0]
+            assert expected is None or torch.equal(found, expected)
+            expected = found
+        assert sorted(calls) == sorted(set(texts))
+        calls.clear()
+
+
+def test_other_weights_or_prompts_are_another_teacher(source, texts, tokenizer, calls, tmp_path):
+    for number, changes in enumerate(({}, {"prompts": {"document": "river "}}, {"initializer_range": 0.1})):
+        folder = tmp_path / str(number)
+        torch.manual_seed(0)
+        LongEmbedModel(tiny_config(**changes)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        teacher(str(folder), tmp_path / "cache").read_all([source])
+        assert len(calls) == len(set(texts))
+        calls.clear()
+
+
+def test_an_interrupted_cache_goes_on(model_folder, source, texts, calls, tmp_path, monkeypatch):
+    name, put, puts = f"truncate:{model_folder}:24", VectorCache.put, []
+
+    def interrupted(self, matrices):
+        if puts:
+            raise KeyboardInterrupt
+        puts.append(len(matrices))
+        put(self, matrices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VectorCache, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            teacher(name, tmp_path / "cache").read_all([source])
+    calls.clear()
+    teacher(name, tmp_path / "cache").read_all([source])
+    assert len(calls) == len(set(texts)) - puts[0] > 0
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
+    cache = VectorCache(tmp_path / "cache")
+    rows = {bytes([n]): np.ones((1, 1000), np.float32) for n in range(20)}
+    cache.put({b"first": rows[b"\0"]})
+    cache._connection.execute("PRAGMA max_page_count = 4")
+    with pytest.raises(UserError, match=r"database or disk is full.*what it holds is kept"):
+        cache.put(rows)
+    assert list(cache.get([b"first", *rows])) == [b"first"]
+
+
+def test_mistakes_are_sentences(model_folder, source, tmp_path):
+    (tmp_path / "no cache").write_text("something else, longer than the head of a database " * 9)
+    for name, cache, complaint in (
+        ("/nowhere/model", "cache", "--structural_teacher /nowhere/model: unknown model /nowhere/model"),
+        ("bm25", "cache", "--structural_teacher bm25: .* does not give one vector a text"),
+        (f"chunk-mean:{model_folder}:x", "cache", "write chunk-mean:PATH:N"),
+        ("paragraph-vector:/nowhere", "cache", "/nowhere: is no folder of training/paragraph_vector.py|needs gensim"),
+        (str(model_folder), "no cache", "as the cache of vectors .*; delete it"),
+    ):
+        with pytest.raises(UserError, match=complaint) as caught:
+            teacher(name, tmp_path / cache).read_all([source])
+        assert "\n" not in str(caught.value)
+    reading = teacher(str(model_folder), tmp_path / "cache")
+    reading.read_all([source])
+    (tmp_path / "cache").unlink()
+    with pytest.raises(UserError, match="vectors of --structural_teacher are gone"):
+        reading(["never read"])
+
+
+def test_a_run_reads_what_another_has_left(train_script, model_folder, calls, tmp_path):
+    shared = f"--teacher_cache {tmp_path}/shared"
+    train_script("distillation", shared)
+    first = len(calls)
+    assert first
+    train_script("distillation", f"{shared} --seed 7 --output_dir {tmp_path}/again")
+    assert len(calls) == first
+    with sqlite3.connect(tmp_path / "shared") as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_the_student_comes_to_its_teacher(tokenizer, tmp_path):
+    """A student of another width learns, behind its projection, the directions of a chunking teacher."""
+    torch.manual_seed(3)
+    folders = {"teacher": tiny_config(initializer_range=0.3), "student": tiny_config(hidden_size=24)}
+    for name, config in folders.items():
+        LongEmbedModel(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    data = write_jsonl(tmp_path / "texts.jsonl", random_documents(60))
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", random_documents(20, seed=1))
+    options = f"--model_name_or_path {tmp_path}/student --train_data {data} --eval_data {held_out} "
+    options += f"--structural_teacher chunk-mean:{tmp_path}/teacher:16 --output_dir {tmp_path}/out --max_steps 60 "
+    options += "--per_device_train_batch_size 20 --learning_rate 5e-3 --dataloader_num_workers 0 --eval_steps 1 "
+    distillation.main(options.split())
+    lines = [line for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
+    losses = [float(line.split('"eval_loss": ')[1].split(",")[0].rstrip("}")) for line in lines]
+    assert losses[-1] < 0.6 * losses[0]
+    names = AutoModel.from_pretrained(tmp_path / "out" / "final").state_dict()
+    assert not [name for name in names if "head" in name]  # the projection stays behind
