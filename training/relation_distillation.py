@@ -67,8 +67,8 @@ class RelationArguments:
                     "a divisor of the widths of both models"
                 )
         if self.objective == "minilm" and self.attention_weight:
-            for config in (teacher, student):
-                pattern = config.get_patterns()[-1]
+            layers = teacher.get_patterns()[: self.teacher_layer or None]
+            for pattern in (layers[-1], student.get_patterns()[-1]):
                 if not pattern.is_mask:
                     raise UserError(
                         f"--objective minilm: the pattern {pattern.type!r} is more than a mask, its distribution "

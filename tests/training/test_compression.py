@@ -1,0 +1,171 @@
+"""Compression: the three ways to a student, what it learns, and what is refused."""
+
+import json
+import re
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from tiny_training import random_documents, tiny_config, write_jsonl
+from transformers import AutoTokenizer
+
+from common.errors import UserError
+from modeling_longembed import LongEmbedModel
+from training import compression
+from training.relation_distillation import RelationArguments
+from training.students import chosen_layers
+
+pytestmark = pytest.mark.promise("D4")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, tokenizer):
+    """Four layers whose attention is far from uniform, so that there is something to learn."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    model = LongEmbedModel(tiny_config(num_hidden_layers=4, initializer_range=0.2, layerdrop=0.5))
+    model.tokenizer = tokenizer
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def compress(teacher, documents_file, tmp_path):
+    """Run the script; options that are given again win. Returns the lines of metrics.jsonl and the final model."""
+
+    def run(options: str, name: str = "out"):
+        output = tmp_path / name
+        given = f"--model_name_or_path {teacher} --train_data {documents_file} --output_dir {output} "
+        given += "--per_device_train_tokens 400 --sequence_length 40 --batch_tokens 200 --relation_heads 8 "
+        given += "--max_steps 3 --logging_steps 1 --dataloader_num_workers 0 --report_to none "
+        AcceleratorState._reset_state(reset_partial_state=True)
+        compression.main((given + options).split())
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        return lines, output / "final"
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [("", [0, 2]), ("--student_layers ends:2", [0, 3]), ("--student_layers 1 2", [1, 2])],
+    ids=["default", "ends", "list"],
+)
+def test_a_student_of_some_layers_begins_as_the_slice_of_its_teacher(compress, teacher, options, kept):
+    _, final = compress(f"--learning_rate 1e-30 --max_steps 1 --weight_decay 0 {options}")
+    weights, slice_of = load_file(final / "model.safetensors"), load_file(teacher / "model.safetensors")
+    places = {
+        f"layers.{2 * layer + part}.": f"layers.{2 * n + part}." for n, layer in enumerate(kept) for part in (0, 1)
+    }
+    expected = {}
+    for name, tensor in slice_of.items():
+        layer = re.search(r"layers\.\d+\.", name)
+        if layer is None or layer[0] in places:
+            expected[name if layer is None else name.replace(layer[0], places[layer[0]])] = tensor
+    assert weights.keys() == expected.keys()
+    torch.testing.assert_close(weights, expected, atol=1e-29, rtol=0)  # AdamW moves by its learning rate
+
+
+def test_evenly_spaced_layers_are_those_of_distilbert():
+    assert chosen_layers(["ends:6"], 12) == [0, 2, 4, 7, 9, 11]
+    assert chosen_layers([], 6) == [0, 2, 4]
+    assert chosen_layers(["5", "0"], 6) == [0, 5]
+    for wrong in (["ends:7"], ["6"], ["half"], ["ends:0"]):
+        with pytest.raises(UserError, match=r"--student_layers .*: write every_other, ends:N with N up to 6"):
+            chosen_layers(wrong, 6)
+
+
+@pytest.mark.parametrize("objective", ["minilm", "minilmv2"])
+def test_a_fresh_student_of_another_width_pattern_and_scheme_learns(compress, tmp_path, objective):
+    """The loss on other documents falls by a fifth, and each of its parts falls."""
+    held_out_file = write_jsonl(tmp_path / "held-out.jsonl", random_documents(4, seed=1))
+    options = f"--objective {objective} --student_hidden_size 16 --student_num_hidden_layers 2 "
+    options += "--student_attention_patterns sliding:window=12 --student_position_embedding_type rope "
+    options += f"--eval_data {held_out_file} --max_steps 40 --learning_rate 1e-2 --eval_steps 1 --logging_steps 40"
+    lines, final = compress(options)
+    held_out = [line for line in lines if "eval_loss" in line]
+    parts = ("attention", "value") if objective == "minilm" else ("query", "key", "value")
+    assert set(held_out[0]) >= {f"eval_{name}_loss" for name in parts}
+    assert held_out[0]["eval_loss"] == pytest.approx(sum(held_out[0][f"eval_{name}_loss"] for name in parts))
+    for name in held_out[0].keys() - {"step"}:
+        assert held_out[-1][name] < held_out[0][name]
+    assert held_out[-1]["eval_loss"] < 0.8 * held_out[0]["eval_loss"]
+    config = LongEmbedModel.from_pretrained(final).config
+    assert (config.hidden_size, config.intermediate_size, config.sublayer_pattern) == (16, 32, "sfsf")
+    assert config.position_embedding_type == "rope"
+    assert config.attention_patterns[0]["type"] == "sliding"
+
+
+def test_the_loss_of_a_run_is_the_mean_over_tokens(compress, tmp_path):
+    """Whatever the chunks: the first step of a student that is the teacher has none, another one has the same."""
+    lines, _ = compress("--student_layers ends:4 --max_steps 1")
+    assert abs(lines[0]["loss"]) < 1e-6
+    whole = compress("--max_steps 1 --dropout 0 --batch_tokens 10000", "whole")[0][0]
+    parts = compress("--max_steps 1 --dropout 0 --batch_tokens 1", "parts")[0][0]
+    assert whole["loss"] > 1e-3
+    for name in ("loss", "query_loss", "key_loss", "value_loss", "grad_norm"):
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4)
+
+
+def test_an_assistant_is_a_student_and_then_a_teacher(compress, tmp_path):
+    """MiniLM's two stages: narrow first, then shallow, from what the first stage has written."""
+    _, assistant = compress("--student_hidden_size 16", "assistant")
+    _, final = compress(f"--model_name_or_path {assistant} --student_layers 0 3", "student")
+    config = LongEmbedModel.from_pretrained(final).config
+    assert (config.hidden_size, config.num_hidden_layers) == (16, 2)
+    _, again = compress(f"--student_name_or_path {final}", "again")
+    assert LongEmbedModel.from_pretrained(again).encode(["river stone"]).shape == (1, 16)
+
+
+def test_a_weight_of_zero_leaves_a_loss_out(compress):
+    lines, _ = compress("--query_weight 0 --key_weight 2 --max_steps 1")
+    assert "query_loss" not in lines[0]
+    assert lines[0]["loss"] == pytest.approx(2 * lines[0]["key_loss"] + lines[0]["value_loss"])
+
+
+def test_a_student_with_another_tokenizer_is_refused_with_the_reason(compress, tmp_path, teacher):
+    folder = tmp_path / "other"
+    model = LongEmbedModel.from_pretrained(teacher)
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["another"])
+    model.tokenizer = tokenizer
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match=r"has another tokenizer than the teacher, and relations .* token for token"):
+        compress(f"--student_name_or_path {folder}")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--student_layers 9", r"--student_layers 9: write every_other"),
+        ("--student_layers 0 --student_hidden_size 16", r"are three ways to a student; give one"),
+        ("--relation_heads 5", r"--relation_heads 5: does not divide the attention's width of 32"),
+        ("--student_hidden_size 17", r"the student cannot be made: .*hidden_size"),
+        ("--student_num_attention_heads 2 --objective minilm", r"4 attention heads, the student 2"),
+        ("--teacher_layer 5", r"--teacher_layer: there is no attention layer 5; this model has 1 to 4"),
+        ("--sequence_length 500", r"context of 128 tokens; teacher and student must both read it"),
+        ("--query_weight 0 --key_weight 0 --value_weight 0", r"one of them more"),
+        ("--student_name_or_path /nowhere/at-all", r"--student_name_or_path /nowhere/at-all"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(compress, options, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        compress(options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_distribution_that_is_more_than_a_mask_cannot_be_compared(teacher):
+    patterns = {"type": "lsh"}
+    config = tiny_config(attention_patterns=patterns, max_position_embeddings=64)
+    with pytest.raises(UserError, match="'lsh' is more than a mask"):
+        RelationArguments(objective="minilm").check(config, config)
+    RelationArguments(objective="minilm", attention_weight=0).check(config, config)
+    mixed = tiny_config(attention_patterns=["full", patterns], max_position_embeddings=64)
+    RelationArguments(objective="minilm", teacher_layer=1).check(mixed, tiny_config())
+
+
+def test_the_final_model_has_no_layer_that_is_left_out(compress):
+    """The teacher was trained with LayerDrop; the layer that learns is always there."""
+    _, final = compress("--max_steps 1")
+    assert LongEmbedModel.from_pretrained(final).config.layerdrop == 0
