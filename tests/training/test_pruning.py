@@ -1,0 +1,157 @@
+"""The search for layers to keep: what it finds, what it costs, that it goes on; a pruned model is the slice."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_training import random_pairs, tiny_config, write_jsonl
+from torch import nn
+
+from common.errors import UserError
+from modeling_longembed import LongEmbedModel
+from training import pruning
+from training.pruning import Search, pruned
+
+
+def search(score) -> tuple[Search, list]:
+    asked: list = []
+
+    def counted(kept):
+        asked.append(kept)
+        return score(kept)
+
+    return Search(counted, {}, lambda: None), asked
+
+
+@pytest.mark.parametrize(("count", "depth"), [(6, 3), (12, 6), (4, 4), (5, 1)])
+def test_the_cost_is_the_one_of_the_docs(count, depth):
+    greedy, asked = search(lambda kept: float(sum(kept)))
+    greedy.greedy(count, depth)
+    assert len(asked) == 1 + (count * (count + 1) - depth * (depth + 1)) // 2
+    assert len(set(asked)) == len(asked)
+
+
+def test_layers_of_additive_worth_are_found_as_by_trying_all():
+    """Where each layer adds its own worth, the greedy path is the best subset of every depth."""
+    worth = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2]
+    greedy, _ = search(lambda kept: sum(worth[unit] for unit in kept))
+    for kept in greedy.greedy(6, 1):
+        best = max(itertools.combinations(range(6), len(kept)), key=lambda some: sum(worth[unit] for unit in some))
+        assert kept == best
+
+
+@pytest.fixture
+def model_with_empty_layers(tmp_path, tokenizer) -> Path:
+    """Six layers of which three do nothing at all: their outputs are zero, before norms that come first."""
+    torch.manual_seed(0)
+    fields = {"norm_placement": "pre", "final_norm": True, "initializer_range": 0.3}
+    model = LongEmbedModel(tiny_config(num_hidden_layers=6, **fields))
+    for layer in (1, 2, 4):
+        for sublayer in model.layers[2 * layer : 2 * layer + 2]:
+            last = sublayer.attention.o_proj if sublayer.attention is not None else sublayer.feed_forward.down_proj
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    model.tokenizer = tokenizer
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def prune(model_with_empty_layers, tmp_path):
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", random_pairs(40))
+
+    def run(options: str) -> Path:
+        given = f"--model_name_or_path {model_with_empty_layers} --eval_data {pairs} --output_dir {tmp_path}/out "
+        pruning.main((given + options).split())
+        return tmp_path / "out"
+
+    return run
+
+
+@pytest.mark.promise("L3")
+def test_a_pruned_model_is_rebuilt_from_the_kept_sublayers(prune, model_with_empty_layers):
+    """Bitwise: the weights of the kept layers under their new numbers, and what that model computes."""
+    output = prune("--depth 3")
+    kept = [e for e in json.loads((output / "search.json").read_text())["scores"] if len(e["kept"]) == 3]
+    best = max(entry["ndcg_at_10"] for entry in kept)
+    found = LongEmbedModel.from_pretrained(output / "final")
+    whole = LongEmbedModel.from_pretrained(model_with_empty_layers)
+    weights = load_file(output / "final" / "model.safetensors")
+    layers = next(
+        layers
+        for layers in itertools.combinations(range(6), 3)
+        if all(
+            torch.equal(
+                weights[f"layers.{2 * new}.attention.v_proj.weight"], whole.layers[2 * old].attention.v_proj.weight
+            )
+            for new, old in enumerate(layers)
+        )
+    )
+    assert best == next(entry["ndcg_at_10"] for entry in kept if tuple(entry["kept"]) == layers)
+    rebuilt = LongEmbedModel(found.config)
+    for name in ("embeddings", "final_norm"):
+        getattr(rebuilt, name).load_state_dict(getattr(whole, name).state_dict())
+    for new, old in enumerate(layers):
+        for part in (0, 1):
+            rebuilt.layers[2 * new + part].load_state_dict(whole.layers[2 * old + part].state_dict())
+    ids = torch.randint(5, 30, (2, 40))
+    assert torch.equal(rebuilt.eval()(ids).pooler_output, found.eval()(ids).pooler_output)
+
+
+def test_layers_that_do_nothing_can_go_without_a_loss(prune, model_with_empty_layers):
+    """A model whose other layers matter keeps its score as long as there are empty ones to drop."""
+    output = prune("--depth 3")
+    scores = {tuple(e["kept"]): e["ndcg_at_10"] for e in json.loads((output / "search.json").read_text())["scores"]}
+    full = scores[tuple(range(6))]
+    for depth in (5, 4, 3):
+        assert max(value for kept, value in scores.items() if len(kept) == depth) >= full
+    model = LongEmbedModel.from_pretrained(model_with_empty_layers).eval()
+    ids = torch.randint(5, 30, (2, 40))
+    torch.testing.assert_close(pruned(model, (0, 3, 5), "layer")(ids).pooler_output, model(ids).pooler_output)
+
+
+def test_a_search_that_is_killed_goes_on(prune, monkeypatch, tmp_path):
+    """What was scored is not scored again, and the end is the same."""
+    whole = (prune("--depth 4") / "search.json").read_text()
+    (tmp_path / "out" / "search.json").unlink()
+    score, calls = pruning.pruned, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return score(*args)
+
+    monkeypatch.setattr(pruning, "pruned", failing)
+    with pytest.raises(KeyboardInterrupt):
+        prune("--depth 4")
+    assert len(json.loads((tmp_path / "out" / "search.json").read_text())["scores"]) == 4
+    assert (prune("--depth 4") / "search.json").read_text() == whole
+    assert len(calls) == 5 + (12 - 4) + 1  # the five before, what was missing, and the model that is written
+
+
+def test_sublayers_are_searched_one_by_one(prune):
+    found = LongEmbedModel.from_pretrained(prune("--unit sublayer --depth 9") / "final")
+    assert len(found.layers) == 9
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--depth 7", "--depth 7: the model has 6 layers"),
+        ("--depth 0", "--depth 0: must be at least 1"),
+        ("--depth 3 --max_length 999", "--max_length 999: must be at most 128"),
+    ],
+)
+def test_a_mistake_is_one_sentence(prune, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        prune(options)
+
+
+def test_scores_of_another_length_are_not_taken(prune):
+    prune("--depth 5")
+    with pytest.raises(UserError, match=r"search\.json: was made with another max_length"):
+        prune("--depth 5 --max_length 20")
