@@ -1,0 +1,161 @@
+"""Trim the vocabulary of a LongEmbed model to a corpus: word embeddings that no text uses are dropped.
+
+python training/vocabulary.py --model_name_or_path MODEL --train_data documents.jsonl --output_dir runs/trimmed
+
+In a small model most parameters are word embeddings, and a corpus of one field or one language uses a part of them. The
+texts of the corpus are cut into the same pieces as before and have the same vectors. Kept are special and added tokens,
+the pieces of the prompts, pieces that occur, and single characters, so that a word that is new is spelled. With
+`--min_count` above 1 rare pieces go too, and the texts that hold them are cut into smaller ones.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from common.arguments import parse
+from common.errors import UserError, run
+from training.data import Columns, read_sources
+from training.documents import tokenize_documents
+from training.models import ModelArguments, load_encoder, save
+from training.tuning import TuningArguments
+
+# What is left of a piece without the marks of a word's start or middle.
+_BARE = re.compile(r"^(?:##|\u2581)?(.*)$", re.DOTALL)
+
+
+@dataclass
+class VocabularyArguments:
+    """What decides which pieces stay."""
+
+    train_data: list[str] = field(
+        metadata={"help": "the corpus: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name on the Hub"}
+    )
+    output_dir: str = field(metadata={"help": "folder of final/, the trimmed model"})
+    text_column: str = field(default="text", metadata={"help": "the column that holds the texts"})
+    min_count: int = field(default=1, metadata={"help": "how often a piece must occur to stay"})
+
+    def __post_init__(self) -> None:
+        if self.min_count < 1:
+            raise UserError(f"--min_count {self.min_count}: must be at least 1")
+
+
+def pieces_to_keep(tokenizer: PreTrainedTokenizerBase, counts: np.ndarray, min_count: int) -> np.ndarray:
+    """The ids that stay, ascending.
+
+    Args:
+        tokenizer: of the model.
+        counts: `(vocab_size,)`, how often each id occurs.
+        min_count: how often it must.
+    """
+    keep = counts >= min_count
+    for token, number in tokenizer.get_vocab().items():
+        bare = _BARE.match(token)
+        if (bare and len(bare[1]) <= 1) or re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            keep[number] = True
+    keep[[*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]] = True
+    return keep.nonzero()[0]
+
+
+def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, keep: np.ndarray) -> PreTrainedTokenizerBase:
+    """The tokenizer with the ids `keep`, which become 0, 1, ... in their order.
+
+    A piece that WordPiece takes is the longest that fits, and what Unigram takes the most probable of all ways to cut a
+    word: both take the same pieces when others are gone.
+
+    Raises:
+        UserError: a tokenizer of which this cannot be said, such as BPE, whose pieces are made by merging others.
+    """
+    new_id = {int(old): new for new, old in enumerate(keep)}
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        file = Path(folder, "tokenizer.json")
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        model = content.get("model", {})
+        kind = model.get("type")
+        if kind in ("WordPiece", "WordLevel"):
+            model["vocab"] = {token: new_id[number] for token, number in model["vocab"].items() if number in new_id}
+        elif kind == "Unigram":
+            model["vocab"] = [entry for number, entry in enumerate(model["vocab"]) if number in new_id]
+            model["unk_id"] = new_id[model["unk_id"]]
+        else:
+            raise UserError(
+                f"the vocabulary of a {kind or 'slow'} tokenizer cannot be trimmed; WordPiece, WordLevel and Unigram "
+                "ones can"
+            )
+        for token in content["added_tokens"]:
+            token["id"] = new_id[token["id"]]
+        if content.get("padding"):
+            content["padding"]["pad_id"] = new_id[content["padding"]["pad_id"]]
+        _renumber(content.get("post_processor"), new_id)
+        file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        settings = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
+        settings.pop("added_tokens_decoder", None)  # tokenizer.json says it too
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        for other in Path(folder).iterdir():
+            if other.suffix != ".json":  # the vocabulary in an older form
+                other.unlink()
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def trim_embeddings(model: Any, keep: np.ndarray) -> None:
+    """Drop the word embeddings of all ids but `keep`, in place."""
+    table, config = model.get_input_embeddings(), model.config
+    places = torch.from_numpy(keep)
+    pad = config.pad_token_id
+    if pad is not None:
+        config.pad_token_id = int(np.searchsorted(keep, pad)) if pad in keep else None
+    trimmed = nn.Embedding(len(keep), table.embedding_dim, padding_idx=config.pad_token_id)
+    trimmed.weight.copy_(table.weight[places])
+    model.set_input_embeddings(trimmed)
+    config.vocab_size = len(keep)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trim and write; `argv` is the process's own if None."""
+    model_arguments, arguments = parse(ModelArguments, VocabularyArguments, argv=argv)
+    loaded, tokenizer = load_encoder(model_arguments)
+    model: Any = loaded
+    before = model.num_parameters(), len(tokenizer)
+    counts = np.zeros(model.config.vocab_size, np.int64)
+    output_dir = Path(arguments.output_dir).absolute()
+    sources = read_sources(arguments.train_data, Columns((arguments.text_column,), None, "texts"))
+    for source in sources:
+        counts += tokenize_documents(source, tokenizer, output_dir / "tokens").token_counts(len(counts)).numpy()
+    for prompt in model.config.prompts.values():
+        counts[tokenizer(prompt, add_special_tokens=False)["input_ids"]] += arguments.min_count
+    keep = pieces_to_keep(tokenizer, counts, arguments.min_count)
+    trimmed = trim_tokenizer(tokenizer, keep)
+    trim_embeddings(model, keep)
+    model.tokenizer = trimmed
+    final = save(model, TuningArguments(), output_dir, title=output_dir.name)
+    print(
+        f"{final}: {len(keep):,} of {before[1]:,} pieces, {model.num_parameters():,} of {before[0]:,} parameters; "
+        f"{counts[keep].sum() / max(1, counts.sum()):.2%} of the tokens of the corpus are as they were"
+    )
+
+
+def _renumber(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
+    """The special tokens of a post-processor, in place."""
+    if processor is None:
+        return
+    for inner in processor.get("processors", []):
+        _renumber(inner, new_id)
+    for name in ("sep", "cls"):  # of BERT's and RoBERTa's own
+        if name in processor:
+            processor[name][1] = new_id[processor[name][1]]
+    for token in (processor.get("special_tokens") or {}).values():
+        token["ids"] = [new_id[number] for number in token["ids"]]
+
+
+if __name__ == "__main__":
+    run(main)
