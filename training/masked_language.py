@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from training.distributed import mean_over_processes, own_share, passes_together, synchronizing, world_size
 from training.documents import MaskedBatch, MaskedChunk, PieceReader, Pieces, TokenizedDocuments, mask_batch
 from training.loop import AccumulateGradient
+from training.masked_teachers import MaskedTeachers
 from training.next_sentence import NextSentenceHead
 from training.spans import Penalty
 
-# What the model returns of a chunk, and what each is a mean over: predicted tokens, or pairs.
+# What the model returns of a chunk, and what each is a mean over: predicted tokens, pairs, or all tokens.
 SUMS = {"masked_lm_loss": 0, "accuracy": 0, "next_sentence_loss": 1, "next_sentence_accuracy": 1}
+SUMS |= {"soft_target_loss": 0, "hidden_state_loss": 2}
 
 
 class MaskedLanguageModel(nn.Module):
@@ -27,11 +29,17 @@ class MaskedLanguageModel(nn.Module):
     Args:
         model: gives `loss` and `logits` of packed tokens with labels, as `LongEmbedForMaskedLM`.
         next_sentence: the head, on the state of the first token of each text; None: there are no pairs.
+        teachers: models that it learns from in training mode.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, next_sentence: NextSentenceHead | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        next_sentence: NextSentenceHead | None = None,
+        teachers: MaskedTeachers | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.next_sentence = model, next_sentence
+        self.model, self.next_sentence, self.teachers = model, next_sentence, teachers
 
     def __getattr__(self, name: str) -> Any:
         """What it has not its model has, such as the switch for gradient checkpointing."""
@@ -41,11 +49,16 @@ class MaskedLanguageModel(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     def forward(self, chunk: MaskedChunk) -> dict[str, Tensor]:
-        """Sums over a chunk: cross entropies and right answers, of the predicted tokens and of the pairs."""
+        """Sums over a chunk: cross entropies and right answers, of the predicted tokens and of the pairs, and maybe
+        distances from teachers.
+        """
         inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "labels": chunk.labels}
         inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
         if self.next_sentence is not None:
             inputs |= {"token_type_ids": chunk.token_type_ids, "output_hidden_states": True}
+        teachers = self.teachers if self.training else None
+        if teachers is not None and teachers.hidden:
+            inputs["output_hidden_states"] = True
         output = self.model(**inputs)
         labels = chunk.labels[chunk.labels >= 0]
         # The mean of nothing is no number, and every parameter must have its part in the graph.
@@ -56,12 +69,19 @@ class MaskedLanguageModel(nn.Module):
             scores = self.next_sentence(first).float()
             sums["next_sentence_loss"] = F.cross_entropy(scores, chunk.next_labels, reduction="sum")
             sums["next_sentence_accuracy"] = (scores.argmax(dim=-1) == chunk.next_labels).sum()
+        if teachers is not None:
+            states = output.hidden_states[-1] if teachers.hidden else None
+            sums |= teachers.terms(chunk, output.logits, states)
         return sums
 
 
-def masked_gradient(penalty: Penalty | None = None) -> AccumulateGradient:
+def masked_gradient(penalty: Penalty | None = None, weights: dict[str, float] | None = None) -> AccumulateGradient:
     """The objective: the mean cross entropy of all tokens that the step predicts on all processes, plus that of its
-    pairs if there are any, and maybe a penalty on parameters.
+    pairs if there are any, what teachers ask for, and maybe a penalty on parameters.
+
+    Args:
+        penalty: on parameters.
+        weights: of the parts of the loss by their names, which are 1 if not given.
     """
 
     def accumulate_gradient(model: nn.Module, batch: MaskedBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
@@ -75,7 +95,7 @@ def masked_gradient(penalty: Penalty | None = None) -> AccumulateGradient:
                 parts = {name: value / counts[SUMS[name]] for name, value in model(chunk).items()}
                 if number >= len(batch.chunks):
                     parts = {name: value * 0.0 for name, value in parts.items()}
-                loss = _loss(parts)
+                loss = _loss(parts, weights)
                 metrics = _added(metrics, parts | {"loss": loss})
                 if last and penalty is not None:
                     term, measures = penalty()
@@ -103,7 +123,7 @@ class MaskedEvaluation:
     @torch.no_grad()
     def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """`eval_loss`, `eval_perplexity`, `eval_accuracy`, and those of the pairs; all processes share the texts."""
-        own, counts = own_share(len(self.pieces)), torch.zeros(2, dtype=torch.float64)
+        own, counts = own_share(len(self.pieces)), torch.zeros(3, dtype=torch.float64)
         names = list(SUMS)[: 4 if self.read.next_sentence else 2]
         sums = dict.fromkeys(names, torch.zeros((), dtype=torch.float64))
         for start in tqdm(range(own.start, own.stop, 64), desc="evaluating", disable=own.start > 0, leave=False):
@@ -132,9 +152,10 @@ Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 def _counts(batch: MaskedBatch) -> Tensor:
-    """`(2,)`: predicted tokens and texts, in the order of `SUMS`."""
+    """`(3,)`: predicted tokens, texts and all tokens, as `SUMS` numbers them."""
     texts = sum(len(chunk.next_labels) for chunk in batch.chunks)
-    return torch.tensor([batch.predictions, texts], dtype=torch.float32, device=batch.chunks[0].labels.device)
+    tokens = sum(chunk.texts.input_ids.numel() for chunk in batch.chunks)
+    return torch.tensor([batch.predictions, texts, tokens], dtype=torch.float32, device=batch.chunks[0].labels.device)
 
 
 def _denominators(mean_counts: Tensor) -> Tensor:
@@ -142,8 +163,10 @@ def _denominators(mean_counts: Tensor) -> Tensor:
     return mean_counts.clamp(min=1 / world_size())
 
 
-def _loss(parts: dict[str, Tensor]) -> Tensor:
-    return sum((value for name, value in parts.items() if name.endswith("_loss")), torch.tensor(0.0))
+def _loss(parts: dict[str, Tensor], weights: dict[str, float] | None = None) -> Tensor:
+    weights = weights or {}
+    losses = (weights.get(name, 1.0) * value for name, value in parts.items() if name.endswith("_loss"))
+    return sum(losses, torch.tensor(0.0))
 
 
 def _added(metrics: dict[str, Tensor], more: dict[str, Tensor]) -> dict[str, Tensor]:

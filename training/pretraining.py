@@ -20,6 +20,7 @@ from training.document_arguments import DocumentArguments, documents, sequence_l
 from training.documents import MaskedBatches, PieceReader, SpecialTokens, epoch_batches
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.masked_language import Evaluate, MaskedEvaluation, MaskedLanguageModel, masked_gradient
+from training.masked_teachers import MaskedTeacherArguments, keep_layers, load_masked_teachers
 from training.masking import Masking, MaskingArguments
 from training.models import HubArguments, ModelArguments, push, save
 from training.next_sentence import NextSentenceHead
@@ -39,17 +40,20 @@ class PretrainingArguments(DocumentArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, adaptation, arguments, masking, tuning, spans, loop_arguments, budget_arguments, hub = parse(
-        ModelArguments,
-        AdaptationArguments,
-        PretrainingArguments,
-        MaskingArguments,
-        TuningArguments,
-        SpanArguments,
-        LoopArguments,
-        BudgetArguments,
-        HubArguments,
-        argv=argv,
+    model_arguments, adaptation, arguments, masking, teaching, tuning, spans, loop_arguments, budget_arguments, hub = (
+        parse(
+            ModelArguments,
+            AdaptationArguments,
+            PretrainingArguments,
+            MaskingArguments,
+            MaskedTeacherArguments,
+            TuningArguments,
+            SpanArguments,
+            LoopArguments,
+            BudgetArguments,
+            HubArguments,
+            argv=argv,
+        )
     )
     if loop_arguments.gradient_accumulation_steps > 1:
         raise UserError(
@@ -61,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     loop = Loop(loop_arguments)
     model, head_is_new = load_masked_lm(model_arguments, adaptation)
+    keep_layers(model, teaching)
     read = piece_reader(arguments, masking, model.tokenizer)
     lengths = sequence_lengths(
         arguments, model.config.max_position_embeddings, "give a longer --max_position_embeddings"
@@ -89,9 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     head = None
     if arguments.next_sentence:
         head = NextSentenceHead(model.config.hidden_size, model.config.initializer_range)
-    with_heads = MaskedLanguageModel(selected, head)
+    teachers = load_masked_teachers(teaching, model, model.tokenizer, max(lengths.lengths))
+    with_heads = MaskedLanguageModel(selected, head, teachers)
     groups = span_groups(with_heads, spans, loop_arguments.weight_decay)
-    gradient = masked_gradient(span_penalty(model, spans))
+    gradient = masked_gradient(span_penalty(model, spans), teaching.weights)
     rates = course.mask_rates
     budget = Budget(
         budget_arguments,
