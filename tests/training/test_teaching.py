@@ -1,0 +1,236 @@
+"""What students are asked for: exact over chunks and over processes, masks, translations, heads, what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_training import random_documents, tiny_config, write_jsonl
+from torch.nn.parallel import DistributedDataParallel
+from two_processes import PROCESSES, in_two_processes
+
+from common.errors import UserError
+from modeling_longembed import LongEmbedModel
+from training import distillation, pretraining
+from training.batches import PairBatch, pack
+from training.losses.correlation import dcca
+from training.teaching import Teaching, TeachingArguments, teaching_gradient
+
+ROWS, WIDTH = 12, 6
+CASES = {
+    "mse": {"structural_loss": "mse"},
+    "masked max-margin": {"structural_loss": "max_margin_mse", "structural_mask": True},
+    "cosine behind a head": {"structural_loss": "cosine", "structural_head_dims": [16, 8]},
+    "soft cca": {"contextual_loss": "soft_cca", "contextual_width": 5, "contextual_teacher_head_dims": [7]},
+    "dcca": {"contextual_loss": "dcca", "contextual_width": 4, "contextual_weight": 0.3},
+    "both": {"structural_mask": True, "contextual_loss": "mse", "structural_weight": 0.2, "normalize_student": False},
+}
+
+
+def arguments_of(case: str, **more) -> TeachingArguments:
+    options = CASES[case] | more
+    roles = ["structural", "contextual"] if case == "both" else [next(iter(options)).split("_")[0]]
+    return TeachingArguments(**{f"{role}_teacher": "a teacher" for role in roles}, **options)
+
+
+def encoder(dropout: float = 0.0) -> LongEmbedModel:
+    torch.manual_seed(1)
+    return LongEmbedModel(tiny_config(hidden_dropout_prob=dropout)).double().train()
+
+
+def objective_of(case: str, model: torch.nn.Module, **more) -> Teaching:
+    torch.manual_seed(2)
+    arguments = arguments_of(case, **more)
+    roles = [role for role in ("structural", "contextual") if getattr(arguments, f"{role}_teacher")]
+    return Teaching(arguments, model, dict.fromkeys(roles, WIDTH), ROWS).double().train()
+
+
+class FixedTeacher:
+    """Vectors by the name of a text, as a cache gives them."""
+
+    def __call__(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        rows = F.normalize(torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+        numbers = torch.tensor([int(text) for text in texts])
+        return rows[numbers], numbers % 3 > 0
+
+
+def batch_of(columns: int, budget: int, rows: slice = slice(None)) -> PairBatch:
+    """Random texts of 1 to 40 tokens; the first column's are called by their number."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 41, (columns, ROWS), generator=generator)
+    ids = [[torch.randint(5, 31, (int(n),), generator=generator).tolist() for n in column] for column in lengths]
+    own = [column[rows] for column in ids]
+    names = [str(number) for number in range(ROWS)][rows]
+    texts = [text for column in own for text in column]
+    text_ids = torch.arange(len(texts))
+    return PairBatch(
+        pack(texts, budget), text_ids, len(names), sum(map(len, texts)), (40,) * columns, 0, texts=[names] * columns
+    )
+
+
+def gradients(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+    taken = [{name: p.grad for name, p in module.named_parameters() if p.grad is not None} for module in modules]
+    for module in modules:
+        module.zero_grad()
+    return taken
+
+
+def computed(case: str, columns: int, budget: int, dropout: float = 0.0) -> tuple[list, dict[str, torch.Tensor]]:
+    model = encoder(dropout)
+    objective = objective_of(case, model)
+    roles = dict.fromkeys(objective.parts, FixedTeacher())
+    torch.manual_seed(4)
+    metrics = teaching_gradient(objective, roles)(model, batch_of(columns, budget), 1.0, True)
+    return gradients(model, objective), metrics
+
+
+@pytest.mark.promise("C8")
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_give_the_gradient_of_the_whole_batch(case, columns):
+    """Losses over all rows too: DCCA and soft CCA of a batch that is never in memory at once."""
+    whole, measured = computed(case, columns, 10**6)
+    for budget in (1, 100):
+        chunked, metrics = computed(case, columns, budget)
+        torch.testing.assert_close(chunked, whole, atol=1e-10, rtol=0)
+        torch.testing.assert_close(metrics["loss"], measured["loss"], atol=1e-10, rtol=0)
+    assert max(gradient.abs().max() for gradient in whole[0].values()) > 1e-6
+
+
+def of_one_process(rank: int) -> dict:
+    share, results = ROWS // PROCESSES, {}
+    for case in CASES:
+        model = encoder()
+        objective = objective_of(case, model)
+        wrapped = DistributedDataParallel(model)
+        rows = slice(rank * share, (rank + 1) * share)
+        gradient = teaching_gradient(objective, dict.fromkeys(objective.parts, FixedTeacher()))
+        gradient(wrapped, batch_of(2, 100 - 40 * rank, rows), 1.0, True)
+        results[case] = gradients(model, objective)
+    return results
+
+
+@pytest.mark.promise("C9")
+def test_two_processes_have_the_gradient_of_one(tmp_path):
+    both = in_two_processes(of_one_process, tmp_path)
+    for case in CASES:
+        whole, _ = computed(case, 2, 100)
+        torch.testing.assert_close(both[0][case][0], whole[0], atol=1e-10, rtol=0)  # DDP has taken the mean
+        mean = {name: (both[0][case][1][name] + both[1][case][1][name]) / 2 for name in whole[1]}
+        torch.testing.assert_close(mean, whole[1], atol=1e-10, rtol=0)  # the loop takes it
+
+
+def random_targets() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    student = torch.randn(ROWS, 1, 32, dtype=torch.float64)
+    return student, *FixedTeacher()([str(number) for number in range(ROWS)])
+
+
+@pytest.mark.parametrize("case", ["masked max-margin", "both"])
+def test_a_masked_text_gets_nothing_from_the_structural_teacher_and_gives_nothing(case):
+    """The loss is that of the other texts alone: a masked one is no negative either."""
+    student, vectors, inside = random_targets()
+    objective = objective_of(case, encoder(), contextual_weight=0.0)
+    student.requires_grad_()
+    targets = dict.fromkeys(objective.parts, (vectors, inside))
+    loss, metrics = objective(student, targets)
+    loss.backward()
+    assert student.grad[~inside].abs().max() == 0 < student.grad[inside].abs().max()
+    alone = dict.fromkeys(objective.parts, (vectors[inside], inside[inside]))
+    torch.testing.assert_close(objective(student[inside], alone)[0], loss, atol=1e-12, rtol=0)
+    assert metrics["structural_share"].item() == pytest.approx(inside.double().mean().item())
+
+
+def test_a_batch_of_masked_texts_alone_is_no_mistake():
+    student, vectors, inside = random_targets()
+    objective = objective_of("masked max-margin", encoder())
+    some, _ = objective(student, {"structural": (vectors, inside)}), None
+    none = objective(student.requires_grad_(), {"structural": (vectors, inside & False)})
+    assert none[0].item() == 0
+    none[0].backward()
+    assert student.grad.abs().max() == 0
+    assert some[1].keys() == none[1].keys()
+
+
+@pytest.mark.promise("D3")
+def test_nothing_to_learn_for_who_gives_the_teachers_vectors():
+    model = LongEmbedModel(tiny_config())
+    _, _, inside = random_targets()
+    vectors = F.normalize(torch.randn(ROWS, 32, dtype=torch.float64), dim=-1)
+    for loss in ("mse", "cosine"):
+        objective = Teaching(arguments_of("mse", structural_loss=loss), model, {"structural": 32}, ROWS)
+        assert not list(objective.parameters())  # equal widths: no projection
+        student = (3 * vectors[:, None]).requires_grad_()
+        value, _ = objective(student, {"structural": (vectors, inside)})
+        value.backward()
+        assert value.item() == pytest.approx(0, abs=1e-12)
+        assert student.grad.abs().max() < 1e-12
+
+
+def test_translations_are_asked_for_the_vector_of_the_first():
+    student, vectors, inside = random_targets()
+    columns = torch.cat([student, torch.randn_like(student)], dim=1)
+    objective = objective_of("mse", encoder())
+    targets = {"structural": (vectors, inside)}
+    apart = [objective(column[:, None], targets)[0] for column in columns.unbind(1)]
+    torch.testing.assert_close(objective(columns, targets)[0], torch.stack(apart).mean(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.promise("D7")
+def test_dcca_does_not_see_the_scale_of_a_dimension():
+    student, vectors, inside = random_targets()
+    model = LongEmbedModel(tiny_config(hidden_size=4, num_attention_heads=2))
+    objective = Teaching(arguments_of("dcca", contextual_width=None), model, {"contextual": WIDTH}, ROWS).double()
+    student = student[:, :, :4]
+    loss, _ = objective(student, {"contextual": (vectors, inside)})
+    scaled, _ = objective(
+        student * torch.logspace(-1, 3, 4, dtype=torch.float64), {"contextual": (9 * vectors, inside)}
+    )
+    torch.testing.assert_close(scaled, loss, atol=1e-3, rtol=0)
+    unregularised, _ = dcca(student[:, 0], vectors, regularization=0.0)
+    torch.testing.assert_close(loss / 0.3, unregularised, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({}, "no teacher: give --structural_teacher or --contextual_teacher"),
+        ({"structural_weight": -1.0}, "--structural_weight -1.0: must not be less than 0"),
+        ({"structural_head_dims": [3, 0]}, "--structural_head_dims 3 0: each must be at least 1"),
+        ({"contextual_loss": "mse", "contextual_width": 4}, "would learn to give one vector for all"),
+        ({"structural_loss": "max_margin_mse", "normalize_student": False}, "without unit length .* has no minimum"),
+        ({"sdl_momentum": 1.5}, "--sdl_momentum 1.5: must be from 0 to 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, complaint):
+    teacher = {"structural_teacher": "a teacher"} if options else {}
+    with pytest.raises(UserError, match=complaint):
+        TeachingArguments(**teacher, **options)
+
+
+def test_dcca_is_refused_before_the_teacher_reads_if_a_batch_is_too_small():
+    with pytest.raises(UserError, match="a batch of 12 documents in 32 dimensions correlates perfectly"):
+        Teaching(arguments_of("dcca", contextual_width=None), encoder(), {"contextual": WIDTH}, ROWS)
+
+
+RECIPES = Path(distillation.__file__).parent / "recipes" / "distillation"
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_recipes_train(model_folder, masked_lm_folder, tmp_path, recipe):
+    """With what is too large for a test made small on the command line."""
+    rows = [{"text": row["text"], "translation": row["text"][::-1]} for row in random_documents(40)]
+    data = write_jsonl(tmp_path / "data.jsonl", rows)
+    options = f"--config {RECIPES}/{recipe}.yaml --train_data {data} --output_dir {tmp_path}/out --max_steps 2 "
+    options += "--dataloader_num_workers 0 "
+    if recipe == "distilbert":
+        options += f"--model_name_or_path {masked_lm_folder} --masked_teachers {masked_lm_folder} "
+        pretraining.main((options + "--sequence_length 60 --per_device_train_tokens 120").split())
+    else:
+        options += f"--model_name_or_path {model_folder} --structural_teacher truncate:{model_folder}:40 "
+        if "contextual" in (RECIPES / f"{recipe}.yaml").read_text():
+            options += f"--contextual_teacher chunk-mean:{model_folder}:16 --contextual_head_dims 8 "
+        if recipe == "dcca":
+            options += "--contextual_width 4 "
+        distillation.main((options + "--per_device_train_batch_size 33").split())
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
