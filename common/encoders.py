@@ -24,12 +24,14 @@ from tqdm.auto import tqdm
 
 from common.errors import UserError
 from common.files import sha256_file
+from common.quantization import int8_weights
 from common.vector_cache import VectorCache
 
 # The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
 from modeling_longembed.encoding_longembed import is_fast_in_bfloat16
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+ENCODER_PRECISIONS = (*PRECISIONS, "int8")
 _CHARACTERS_A_TOKEN = 16  # of a window of texts: four times what a token has, so that a window holds several batches
 
 
@@ -103,7 +105,7 @@ class Encoder:
     Args:
         folder: the model's files.
         max_length: tokens of a text that are read, the rest is cut off; None: what the model is set to.
-        precision: `float32`, or `bfloat16` (autocast).
+        precision: `float32`, `bfloat16` (autocast), or `int8`: the weights of linear layers in 8 bits, on the CPU.
         batch_tokens: token budget of a forward pass; it bounds memory and changes no vector in float32 beyond rounding.
         trust_remote_code: run code that the folder brings (our own models need none).
 
@@ -124,6 +126,8 @@ class Encoder:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = re.sub(r"\s+", " ", str(error))[:200]
             raise UserError(f"the model in {folder.path} does not load: {reason}") from None
+        if precision == "int8":
+            int8_weights(self.model.to("cpu"))
         self.folder, self.precision, self.batch_tokens = folder, precision, batch_tokens
         core: Any = getattr(self.model[0], "auto_model", None)
         self.context = context_length(core)
@@ -183,7 +187,7 @@ class Encoder:
             texts,
             prompt_name=prompt_type.value if prompt_type else None,
             batch_tokens=self.batch_tokens,
-            precision=self.precision,
+            precision="float32" if self.precision == "int8" else self.precision,
             show_progress_bar=False,
         )
 
@@ -191,7 +195,7 @@ class Encoder:
         return self.model.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
 
     def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.precision == "float32":
+        if self.precision != "bfloat16":
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, torch.bfloat16)
 
@@ -321,10 +325,10 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[in
         yield batch
 
 
-def resolve_precision(precision: str) -> str:
+def resolve_precision(precision: str, choices: Sequence[str] = PRECISIONS) -> str:
     """`auto` as what it means on this machine: bfloat16 where the processor multiplies in it, else float32."""
-    if precision not in PRECISIONS:
-        raise UserError(f"--precision {precision} is not one of {', '.join(PRECISIONS)}")
+    if precision not in choices:
+        raise UserError(f"--precision {precision} is not one of {', '.join(choices)}")
     if precision != "auto":
         return precision
     return "bfloat16" if is_fast_in_bfloat16(torch.device(get_device_name())) else "float32"

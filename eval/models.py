@@ -1,6 +1,7 @@
 """What `--model` may name (common/model_spec.py), each as a model that MTEB can judge."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -15,12 +16,31 @@ from mteb.types import PromptType
 
 from common.bm25 import BM25Index
 from common.encoders import ChunkEncoder, Encoder, stream, vectors_of
+from common.errors import UserError
 from common.model_spec import ModelSpec
 from common.vector_cache import VectorCache
+from eval.quantization import stored
 
 
+@dataclass(frozen=True)
 class JudgedModel(ModelSpec):
-    """One value of `--model`, as MTEB knows it and loads it."""
+    """One value of `--model`, as MTEB knows it and loads it.
+
+    Attributes:
+        vectors: how vectors of documents are stored: `float32`, `int8` or `binary`.
+    """
+
+    vectors: str = "float32"
+
+    def storing(self, vectors: str) -> "JudgedModel":
+        """The same with vectors of documents in other bits.
+
+        Raises:
+            UserError: it has a vector a chunk.
+        """
+        if vectors != "float32" and self.kind == "chunk-max":
+            raise UserError(f"--vectors {vectors}: chunk-max has a vector a chunk; leave it out, or use chunk-mean")
+        return replace(self, vectors=vectors)
 
     @cached_property
     def meta(self) -> ModelMeta:
@@ -35,6 +55,8 @@ class JudgedModel(ModelSpec):
             settings["max_length"] = self.tokens
         if self.precision != "float32" and self.kind != "bm25":
             settings["precision"] = self.precision
+        if self.vectors != "float32" and self.kind != "bm25":
+            settings["vectors"] = self.vectors
         return ModelMeta(
             loader=None,
             name=name,
@@ -76,22 +98,28 @@ class JudgedModel(ModelSpec):
         )
         if self.kind == "chunk-max":
             return ChunkMax(encoder, cache, meta)
-        return OneVector(encoder, cache, meta)
+        return OneVector(encoder, cache, meta, self.vectors)
 
 
 class OneVector(AbsEncoder):
     """MTEB's encoder protocol for everything that gives one vector a text: the sum of its rows, up to length.
 
     A model has one row; for chunk-mean the sum of the chunks' rows has the direction of their token-weighted mean.
-    Vectors are compared by cosine, except those of a model that says otherwise.
+    Vectors are compared by cosine, except those of a model that says otherwise. All but those of queries may be stored
+    in fewer bits.
     """
 
-    def __init__(self, encoder: Encoder, cache: VectorCache, meta: ModelMeta):
-        self.encoder, self.cache, self.mteb_model_meta = encoder, cache, meta
+    def __init__(self, encoder: Encoder, cache: VectorCache, meta: ModelMeta, vectors: str = "float32"):
+        self.encoder, self.cache, self.mteb_model_meta, self.vectors = encoder, cache, meta, vectors
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
         """Vectors (n, d) of the n texts of MTEB's data loader."""
-        return vectors_of(inputs.dataset["text"], self.encoder, prompt_type, self.cache)
+        vectors = vectors_of(inputs.dataset["text"], self.encoder, prompt_type, self.cache)
+        if self.vectors == "float32" or prompt_type == PromptType.query:
+            return vectors
+        if isinstance(self.encoder, ChunkEncoder):  # their lengths are numbers of tokens, which no store would keep
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+        return stored(vectors, self.vectors)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Scores (n, m) of vectors (n, d) against (m, d)."""

@@ -19,11 +19,12 @@ from mteb.models.model_meta import ModelMeta
 from rich.console import Console
 
 from common.arguments import parse
-from common.encoders import resolve_precision
+from common.encoders import ENCODER_PRECISIONS, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
 from common.vector_cache import VectorCache
 from eval.models import JudgedModel
+from eval.quantization import VECTORS
 from eval.results import AtomicResultCache, Score, as_markdown, as_table
 from eval.tasks import get_tasks, load
 
@@ -44,7 +45,14 @@ class ModelArguments:
     precision: str = field(
         default="float32",
         metadata={
-            "help": "float32, as published figures are; bfloat16; auto: bfloat16 where the processor is fast in it"
+            "help": "float32, as published figures are; bfloat16; auto: bfloat16 where the processor is fast in it; "
+            "int8: the weights of linear layers in 8 bits, on the CPU"
+        },
+    )
+    vectors: str = field(
+        default="float32",
+        metadata={
+            "help": "how vectors of documents are stored: float32, int8, or binary; those of queries stay as they are"
         },
     )
     batch_tokens: int = field(
@@ -102,8 +110,12 @@ def run_tasks(arguments: ModelArguments, tasks: Sequence[AbsTask], metrics: Sequ
     if arguments.batch_tokens < 1:
         raise UserError(f"--batch_tokens {arguments.batch_tokens} must be positive")
     datasets.disable_progress_bars()  # of tables that are written in a moment; encoding shows its own
-    precision = resolve_precision(arguments.precision)
-    specs = [JudgedModel.parse(text, arguments.max_length, precision) for text in arguments.model]
+    if arguments.vectors not in VECTORS:
+        raise UserError(f"--vectors {arguments.vectors} is not one of {', '.join(VECTORS)}")
+    precision = resolve_precision(arguments.precision, ENCODER_PRECISIONS)
+    specs = [
+        JudgedModel.parse(text, arguments.max_length, precision).storing(arguments.vectors) for text in arguments.model
+    ]
     results = AtomicResultCache(arguments.output_dir)
     cache = VectorCache(Path(arguments.output_dir, "vectors.sqlite"))
     todo = {spec: [task for task in tasks if not results.is_complete(task, spec.meta)] for spec in specs}

@@ -1,0 +1,70 @@
+"""What a store of vectors in fewer bits gives back, and that evaluation judges by it."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from sentence_transformers.util import quantize_embeddings
+
+from common.errors import UserError
+from eval import mteb_long
+from eval.models import JudgedModel
+from eval.quantization import stored
+
+TEXTS = [f"A story about one {animal} in the wood. " * 8 for animal in ("fox", "whale", "frog", "heron", "badger")]
+QUERIES = [f"Which story is about the {animal}?" for animal in ("fox", "whale", "frog", "heron", "badger")]
+
+
+@hypothesis.given(count=st.integers(2, 20), width=st.integers(1, 20), seed=st.integers(0, 99))
+def test_int8_is_within_half_a_step(count, width, seed):
+    vectors = np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+    back = stored(vectors, "int8")
+    step = (vectors.max(0) - vectors.min(0)) / 255
+    assert (np.abs(back - vectors) <= 0.501 * step + 1e-6).all()
+    assert max(len(set(column)) for column in back.T) <= 256
+    assert np.array_equal(stored(vectors, "float32"), vectors)
+
+
+def test_binary_ranks_by_the_bits_that_differ():
+    """Cosines of signs are 1 - 2 h / d, with h of sentence-transformers' packed bits that differ."""
+    vectors = np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
+    back = stored(vectors, "binary")
+    assert set(back.flat) == {-1.0, 1.0}
+    packed = quantize_embeddings(vectors, "ubinary")
+    for i in range(6):
+        for j in range(6):
+            different = np.unpackbits(packed[i] ^ packed[j]).sum()
+            assert back[i] @ back[j] / 20 == pytest.approx(1 - 2 * different / 20)
+
+
+def judge(tiny_longembed, tmp_path, **settings):
+    arguments = mteb_long.Arguments(
+        model=[str(tiny_longembed), "bm25"], output_dir=str(tmp_path / "r"), data_dir=str(tmp_path / "data"), **settings
+    )
+    return mteb_long.judge(arguments)
+
+
+def test_scores_of_fewer_bits_lie_beside_the_others(make_task, tiny_longembed, tmp_path, monkeypatch):
+    """The documents alone are quantised, from vectors that are encoded once, and results of all bits are kept."""
+    make_task("Animals", TEXTS, QUERIES)
+    seen = []
+
+    def recording(vectors, precision):
+        seen.append((vectors.shape[0], precision))
+        return stored(vectors, precision)
+
+    monkeypatch.setattr("eval.models.stored", recording)
+    names = [judge(tiny_longembed, tmp_path, vectors=bits)[0].model for bits in ("float32", "int8", "binary")]
+    assert names == ["local/tiny-longembed", *(f"local/tiny-longembed (vectors={b})" for b in ("int8", "binary"))]
+    assert seen == [(5, "int8"), (5, "binary")]
+    assert judge(tiny_longembed, tmp_path, vectors="int8", precision="int8")[1].value == 100.0  # BM25 has no vectors
+
+
+def test_what_cannot_be_stored_so_is_refused(make_task, tiny_longembed, tiny_model, tmp_path):
+    make_task("Animals", TEXTS, QUERIES)
+    with pytest.raises(UserError, match="--vectors int4 is not one of float32, int8, binary"):
+        judge(tiny_longembed, tmp_path, vectors="int4")
+    with pytest.raises(UserError, match="--precision int4 is not one of auto, float32, bfloat16, int8"):
+        judge(tiny_longembed, tmp_path, precision="int4")
+    with pytest.raises(UserError, match="chunk-max has a vector a chunk"):
+        JudgedModel.parse(f"chunk-max:{tiny_model}:32").storing("int8")
