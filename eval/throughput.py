@@ -25,7 +25,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -179,24 +179,46 @@ def compare(arguments: Arguments, workload: Workload) -> list[Curve]:
         for kernel in arguments.attn_implementation
     ]
     flops = [{case.length: check(case, arguments.flops) for case in cases} for cases in grid]
-    results, here = Results(Path(arguments.output_dir, "results.json")), where(device)
+    rows = {label(cases[0]): {case.length: case for case in cases} for cases in grid}
+    operations = {label(cases[0]): of_row for cases, of_row in zip(grid, flops, strict=True)}
+    results = Results(Path(arguments.output_dir, "results.json"))
+    found = measure_interleaved(rows, results, where(device), arguments.repeats, arguments.max_seconds)
+    return [Curve(name, measurements, operations[name]) for name, measurements in found.items()]
 
-    def curve(cases: list[Case]) -> Curve:
-        found = {case.length: results.of(case, here, arguments.max_seconds)[: arguments.repeats] for case in cases}
-        return Curve(label(cases[0]), found, flops[grid.index(cases)])
 
-    for repeat in range(arguments.repeats):
-        for at in range(len(lengths)):
-            for cases in grid:
-                case = cases[at]
-                known = curve(cases)
-                if known.failure(case.length) or repeat in [m.repeat for m in known.repeats[case.length]]:
+def measure_interleaved(
+    rows: Mapping[str, Mapping[int, Case]], results: Results, here: str, repeats: int, max_seconds: float
+) -> dict[str, dict[int, list[Measurement]]]:
+    """Measures what is missing, a repeat of all rows after the other.
+
+    Args:
+        rows: name of a row -> length -> what is measured there.
+        results: where measurements are and go.
+        here: machine and code.
+        repeats: fresh processes a number.
+        max_seconds: after which a process is stopped.
+
+    Returns:
+        Name of a row -> length -> its measurements, in the order of `rows`.
+    """
+
+    def known(name: str) -> dict[int, list[Measurement]]:
+        return {length: results.of(case, here, max_seconds)[:repeats] for length, case in rows[name].items()}
+
+    for repeat in range(repeats):
+        for length in sorted({length for cases in rows.values() for length in cases}):
+            for name, cases in rows.items():
+                if length not in cases:
                     continue
-                limit = arguments.max_seconds
-                measurement = Measurement(case, repeat, here, limit, **run_process(case, limit))
+                found = known(name)
+                if Curve(name, found, {}).failure(length) or repeat in [m.repeat for m in found[length]]:
+                    continue
+                measurement = Measurement(
+                    cases[length], repeat, here, max_seconds, **run_process(cases[length], max_seconds)
+                )
                 results.add(measurement)
-                print(f"repeat {repeat + 1}, {label(case)}, {case.length} tokens: {told(measurement)}", flush=True)
-    return [curve(cases) for cases in grid]
+                print(f"repeat {repeat + 1}, {name}, {length} tokens: {told(measurement)}", flush=True)
+    return {name: known(name) for name in rows}
 
 
 def check(case: Case, with_flops: bool) -> float:
