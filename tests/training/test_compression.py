@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from training.relation_distillation import RelationArguments
 from training.students import chosen_layers
 
 pytestmark = pytest.mark.promise("D4")
+RECIPES = Path(compression.__file__).parent / "recipes" / "compression"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,14 @@ def test_a_student_of_some_layers_begins_as_the_slice_of_its_teacher(compress, t
             expected[name if layer is None else name.replace(layer[0], places[layer[0]])] = tensor
     assert weights.keys() == expected.keys()
     torch.testing.assert_close(weights, expected, atol=1e-29, rtol=0)  # AdamW moves by its learning rate
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_trains(compress, recipe):
+    """On a teacher smaller than those that the recipes are for, hence fewer relation heads and shorter texts."""
+    lines, final = compress(f"--config {RECIPES / recipe} --max_steps 1")
+    assert lines[0]["loss"] > 0
+    assert (final / "model.safetensors").is_file()
 
 
 def test_evenly_spaced_layers_are_those_of_distilbert():
