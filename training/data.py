@@ -34,15 +34,17 @@ class Columns:
         prefix: and any number that begin with it; none if None.
         rows: what a row is, in words.
         classes: and these, which hold an integer or a text that names the row's class.
+        numbers: and these, which hold a list of numbers.
     """
 
     required: tuple[str, ...]
     prefix: str | None
     rows: str
     classes: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return " and ".join(self.required + self.classes)
+        return " and ".join(self.required + self.classes + self.numbers)
 
 
 # Of a document: the characters at which its tokens start and end, and the numbers of their words.
@@ -173,7 +175,7 @@ def _read_source(name: str, weight: float, wanted: Columns, split: str) -> Sourc
     else:
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
     columns = present_columns(name, rows.column_names, wanted)
-    rows = rows.select_columns(list(dict.fromkeys((*columns, *wanted.classes))))
+    rows = rows.select_columns(list(dict.fromkeys((*columns, *wanted.classes, *wanted.numbers))))
     if not len(rows):
         raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
     _check_columns(name, rows.select_columns(list(dict.fromkeys(columns))))
@@ -211,7 +213,7 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
                 present_columns(path, present[path], replace(wanted, required=columns, prefix=None))
             if not count:  # datasets cannot make a table of nothing
                 raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
-            wanted_columns = list(dict.fromkeys((*columns, *wanted.classes)))
+            wanted_columns = list(dict.fromkeys((*columns, *wanted.classes, *wanted.numbers)))
             return datasets.load_dataset("parquet", data_files=paths, columns=wanted_columns, split="train")
         except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
             raise UserError(f"{name}: is not readable Parquet: {one_line(error.__cause__ or error)}") from None
@@ -224,6 +226,7 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
             _json_texts,
             features=datasets.Features(
                 {column: datasets.Value("large_string") for column in (*columns, *wanted.classes)}
+                | {column: datasets.Sequence(datasets.Value("float64")) for column in wanted.numbers}
             ),
             gen_kwargs={
                 "paths": paths,
@@ -240,7 +243,7 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
 
 def _json_texts(
     paths: list[str], wanted: Columns, columns: tuple[str, ...], versions: object
-) -> Iterator[dict[str, str]]:
+) -> Iterator[dict[str, Any]]:
     """Rows of JSON-lines files; `versions` is there for the cache's key alone."""
     for path in paths:
         for number, row in json_rows(Path(path), wanted):
@@ -249,7 +252,7 @@ def _json_texts(
 
 def checked_row(
     path: str, number: int, row: dict[str, Any], columns: tuple[str, ...], wanted: Columns
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """What is read of a row; a `UserError` if it is not as it should be."""
     for column in columns:
         if column not in row:
@@ -257,7 +260,10 @@ def checked_row(
         _check_text(path, number, column, row[column])
     for column in wanted.classes:
         check_class(path, number, column, row.get(column))
-    return {column: row[column] for column in columns} | {column: str(row[column]) for column in wanted.classes}
+    for column in wanted.numbers:
+        check_numbers(path, number, column, row.get(column))
+    texts = {column: row[column] for column in columns} | {column: str(row[column]) for column in wanted.classes}
+    return texts | {column: row[column] for column in wanted.numbers}
 
 
 def json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
@@ -297,7 +303,7 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
 
 def present_columns(name: str, present: Collection[str], wanted: Columns) -> tuple[str, ...]:
     """The columns that are read; a `UserError` if one is missing."""
-    for column in (*wanted.required, *wanted.classes):
+    for column in (*wanted.required, *wanted.classes, *wanted.numbers):
         if column not in present:
             raise UserError(f"{name}: the column {column} is missing; it has {', '.join(present) or 'none'}")
     more = () if wanted.prefix is None else (column for column in present if column.startswith(wanted.prefix))
@@ -338,6 +344,12 @@ def check_class(name: str, number: int, column: str, value: object) -> None:
         raise UserError(
             f"{name}, row {number}: {column} is {kind}; it names the class of a row, by an integer or a text"
         )
+
+
+def check_numbers(name: str, number: int, column: str, value: object) -> None:
+    """A `UserError` unless a value is a list of numbers."""
+    if not isinstance(value, list) or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
+        raise UserError(f"{name}, row {number}: {column} must hold a list of numbers, such as [4.5, -1.25]")
 
 
 def _check_text(name: str, number: int, column: str, text: object) -> None:

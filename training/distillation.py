@@ -6,7 +6,7 @@ accelerate launch training/distillation.py --config training/recipes/distillatio
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import nn
@@ -14,14 +14,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.batches import PairBatches, PairTokenizer
+from training.batches import PairBatch, PairBatches, PairTokenizer
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
-from training.data import Columns, read_sources
+from training.data import Columns, Source, read_sources
 from training.encoding import pool
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.models import HubArguments, ModelArguments, load_encoder, push, save
+from training.score_teachers import ColumnScores, CrossEncoderScores
 from training.teachers import Teacher
-from training.teaching import Teaching, TeachingArguments, TeachingEvaluation, teaching_gradient
+from training.teaching import Teachers, Teaching, TeachingArguments, TeachingEvaluation, teaching_gradient
 from training.tuning import TuningArguments, parameter_groups, select_parameters
 
 
@@ -40,7 +41,8 @@ class DistillationArguments:
         default_factory=lambda: ["text"],
         metadata={
             "help": "the column of the texts, which teachers and student read; and maybe more, such as a translation, "
-            "which the student alone reads and of which it is to give the first one's vector"
+            "which the student alone reads and of which it is to give the first one's vector; for scores a query and "
+            "its candidates: anchor positive negative_1"
         },
     )
     max_length: int | None = field(
@@ -54,9 +56,21 @@ class DistillationArguments:
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
 
-    def columns(self) -> Columns:
-        """What is read of the data."""
-        return Columns(tuple(self.text_columns), None, "texts")
+    def sources(self, data: list[str], wanted: TeachingArguments) -> list[Source]:
+        """The data, as teachers and student read it.
+
+        Raises:
+            UserError: what cannot be read; too few columns for scores.
+        """
+        if wanted.scores and len(self.text_columns) < 3:
+            raise UserError(
+                "--text_columns: scores are of a query and at least two candidates; name three columns, such as anchor "
+                "positive negative"
+            )
+        numbers = (wanted.score_column,) if wanted.score_column else ()
+        kind = "query" if wanted.scores else "document"
+        columns = Columns(tuple(self.text_columns), None, "texts", numbers=numbers)
+        return [replace(source, anchor_kind=kind) for source in read_sources(data, columns)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,10 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load_encoder(model_arguments)
     tokenize = student_tokenizer(arguments, model, tokenizer)
     with loop.accelerator.main_process_first():
-        train, held_out = (
-            read_sources(data, arguments.columns()) for data in (arguments.train_data, arguments.eval_data)
-        )
-    batches = PairBatches(
+        train = arguments.sources(arguments.train_data, wanted)
+        held_out = arguments.sources(arguments.eval_data, wanted)
+    batches = TaughtBatches(
         train,
         tokenize,
         batch_size=arguments.per_device_train_batch_size,
@@ -93,7 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     teachers = load_teachers(arguments, wanted, loop)
     selected = select_parameters(model, tuning)
-    widths = {role: teacher.dimension for role, teacher in teachers.items()}
+    candidates = len(arguments.text_columns) - 1
+    widths = {role: getattr(teacher, "dimension", candidates) for role, teacher in teachers.items()}
     objective = Teaching(wanted, selected, widths, batches.global_batch_size)
     for teacher in teachers.values():
         teacher.read_all([*train, *held_out])
@@ -137,6 +151,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             push(final, hub.hub_model_id, hub.hub_private_repo)
 
 
+class TaughtBatches(PairBatches):
+    """Batches of texts whose teachers know them."""
+
+    def heaviest(self) -> PairBatch:
+        """As of `PairBatches`, but the texts that teachers are asked about are those of the source's first rows: the
+        longest of each column are no row, of which somebody could have a score.
+        """
+        batch = super().heaviest()
+        source = next(source for source in self.sources if source.name == batch.source)
+        return replace(batch, texts=source.texts(list(range(batch.pairs))))
+
+
 def student_tokenizer(
     arguments: DistillationArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PairTokenizer:
@@ -155,9 +181,13 @@ def student_tokenizer(
     return PairTokenizer(tokenizer, length, length, model.config.prompts)
 
 
-def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, loop: Loop) -> dict[str, Teacher]:
-    """The teachers by their role, `structural` and `contextual`."""
+def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, loop: Loop) -> Teachers:
+    """The teachers by their role, `structural` and `contextual`, or `score`."""
     cache = Path(wanted.teacher_cache) if wanted.teacher_cache else loop.output_dir / "teachers.sqlite"
+    if wanted.score_column is not None:
+        return {"score": ColumnScores(wanted.score_column, cache, arguments.train_data + arguments.eval_data)}
+    if wanted.score_teacher is not None:
+        return {"score": CrossEncoderScores(wanted.score_teacher, cache, arguments.batch_tokens)}
     names = {"structural": wanted.structural_teacher, "contextual": wanted.contextual_teacher}
     return {
         role: Teacher(

@@ -25,8 +25,8 @@ from training.heads import projection
 from training.loop import AccumulateGradient
 from training.losses.correlation import SoftCCA, dcca
 from training.losses.embedding_distillation import embedding_cosine, embedding_mse, max_margin_mse
+from training.losses.soft_targets import margin_mse, soft_targets
 from training.pairs import by_row
-from training.teachers import Teacher
 
 Metrics = dict[str, Tensor]
 
@@ -83,6 +83,25 @@ class TeachingArguments:
     dcca_components: int | None = field(
         default=None, metadata={"help": "of dcca: correlations that count; default: all"}
     )
+    score_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "a cross-encoder, folder or Hub id: of the first of --text_columns, a query, and each of the other "
+            "ones the student is to give its scores"
+        },
+    )
+    score_column: str | None = field(
+        default=None, metadata={"help": "the same from the data: a column that holds a list of numbers"}
+    )
+    score_loss: Literal["kl", "margin_mse"] = field(
+        default="kl",
+        metadata={
+            "help": "kl: the distribution over the candidates; margin_mse: how far the first is above each other"
+        },
+    )
+    score_weight: float = field(default=1.0, metadata={"help": "of that loss"})
+    score_scale: float = field(default=20.0, metadata={"help": "the student's score is so many times the cosine"})
+    score_temperature: float = field(default=1.0, metadata={"help": "of kl: by which the scores of both are divided"})
     normalize_teacher: bool = field(default=True, metadata={"help": "teachers' vectors have unit length"})
     normalize_student: bool = field(
         default=True, metadata={"help": "the student's have, behind the head, in all losses but soft_cca and dcca"}
@@ -92,9 +111,21 @@ class TeachingArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.structural_teacher is None and self.contextual_teacher is None:
-            raise UserError("no teacher: give --structural_teacher or --contextual_teacher")
-        for name in ("structural_weight", "contextual_weight", "structural_gamma", "sdl_weight", "dcca_regularization"):
+        embeds = self.structural_teacher is not None or self.contextual_teacher is not None
+        if not embeds and not self.scores:
+            raise UserError(
+                "no teacher: give --structural_teacher, --contextual_teacher, --score_teacher or --score_column"
+            )
+        if (embeds and self.scores) or (self.score_teacher and self.score_column):
+            raise UserError(
+                "--structural_teacher and --contextual_teacher are of texts and their translations, --score_teacher "
+                "and --score_column of a query and its candidates; give one kind, and of scores one source"
+            )
+        for name in ("score_scale", "score_temperature"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+        weights = ("structural_weight", "contextual_weight", "score_weight", "sdl_weight")
+        for name in (*weights, "structural_gamma", "dcca_regularization"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must not be less than 0")
         for name in ("structural_head_dims", "contextual_head_dims", "contextual_teacher_head_dims"):
@@ -116,6 +147,11 @@ class TeachingArguments:
                 f"--structural_gamma {self.structural_gamma}: without unit length max_margin_mse has no minimum from 1 "
                 "on, and vectors grow for ever; leave out --no_normalize_student or give less than 1"
             )
+
+    @property
+    def scores(self) -> bool:
+        """Whether the columns are a query and its candidates."""
+        return self.score_teacher is not None or self.score_column is not None
 
 
 class Structural(nn.Module):
@@ -185,8 +221,25 @@ class Contextual(nn.Module):
         return loss, metrics | {"cosine": _cosine(projected, target)}
 
 
+class Scores(nn.Module):
+    """The student's scores of candidates are to be those of a teacher."""
+
+    def __init__(self, arguments: TeachingArguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Metrics]:
+        """Of `(n, 1 + candidates, d)`, queries first, and `(n, candidates)`."""
+        query, *candidates = F.normalize(student, dim=-1).unbind(1)
+        scores = self.arguments.score_scale * torch.stack([(query * text).sum(-1) for text in candidates], dim=1)
+        if self.arguments.score_loss == "margin_mse":
+            return margin_mse(scores, teacher)
+        return soft_targets(scores, teacher, temperature=self.arguments.score_temperature)
+
+
 LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}
 Targets = dict[str, tuple[Tensor, Tensor]]
+Teachers = dict[str, Any]  # by role: a `Teacher`, of `score` a `ScoreTeacher`
 
 
 class Teaching(nn.Module):
@@ -199,7 +252,7 @@ class Teaching(nn.Module):
         """Args:
         arguments: of the user.
         encoder: the student.
-        widths: of the teachers' vectors, under `structural` and `contextual`.
+        widths: of the teachers' vectors, under `structural` and `contextual`; or candidates, under `score`.
         rows: of a batch, over all processes.
 
         Raises:
@@ -208,18 +261,22 @@ class Teaching(nn.Module):
         super().__init__()
         config: Any = encoder.config
         self.weights = {"structural": arguments.structural_weight, "contextual": arguments.contextual_weight}
+        self.weights["score"] = arguments.score_weight
         self.parts = nn.ModuleDict()
         if "structural" in widths:
             self.parts["structural"] = Structural(arguments, config.hidden_size, widths["structural"])
         if "contextual" in widths:
             self.parts["contextual"] = Contextual(arguments, config.hidden_size, widths["contextual"], rows)
+        if "score" in widths:
+            self.parts["score"] = Scores(arguments)
 
     def forward(self, student: Tensor, targets: Targets) -> tuple[Tensor, Metrics]:
         """The loss of N rows.
 
         Args:
-            student: `(N, columns, d)`: a text and its translations, of which each is to have the vector of the first.
-            targets: of each teacher its vectors `(N, t)` and which texts it reads to their end, `(N,)`.
+            student: `(N, columns, d)`: a text and its translations, of which each is to have the vector of the first;
+                or a query and its candidates.
+            targets: of each teacher its vectors `(N, t)` and which texts it reads to their end, `(N,)`; or its scores.
 
         Returns:
             The weighted sum of the losses, each a mean over the columns, and detached metrics of each.
@@ -227,7 +284,10 @@ class Teaching(nn.Module):
         total, metrics = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), Metrics()
         for role, part in self.parts.items():
             vectors, inside = targets[role]
-            results = [part(column, vectors, inside) for column in student.unbind(1)]
+            if role == "score":
+                results = [part(student, vectors)]
+            else:
+                results = [part(column, vectors, inside) for column in student.unbind(1)]
             loss = torch.stack([value for value, _ in results]).mean()
             total = total + self.weights[role] * loss
             metrics[f"{role}_loss"] = loss.detach()
@@ -236,7 +296,7 @@ class Teaching(nn.Module):
         return total, metrics | {"loss": total.detach()}
 
 
-def teaching_gradient(objective: Teaching, teachers: dict[str, Teacher]) -> AccumulateGradient:
+def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGradient:
     """The gradient of an objective over the batches of all processes, which hold their texts."""
 
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
@@ -264,7 +324,7 @@ class TeachingEvaluation:
         source: Source,
         tokenize: PairTokenizer,
         objective: Teaching,
-        teachers: dict[str, Teacher],
+        teachers: Teachers,
         *,
         batch_size: int,
         batch_tokens: int,
@@ -285,9 +345,9 @@ class TeachingEvaluation:
         self.objective.eval()
         for number in own_share(len(self.batches)):
             texts = self.source.texts(self.batches[number].tolist())
-            batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind="document")
+            batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind=self.source.anchor_kind)
             vectors = torch.cat([embed(chunk.to(device)).float() for chunk in batch.chunks])
-            found = {role: teacher(texts[0]) for role, teacher in self.teachers.items()}
+            found = _read(texts, self.teachers)
             targets = {role: (target.to(device), inside.to(device)) for role, (target, inside) in found.items()}
             _, metrics = self.objective(by_row(vectors, batch.pairs), targets)
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
@@ -297,10 +357,15 @@ class TeachingEvaluation:
         return {f"eval_{name}": sum(share.get(name, 0.0) for share in shares) / len(self.batches) for name in names}
 
 
-def _targets(batch: PairBatch, teachers: dict[str, Teacher], device: torch.device) -> Targets:
+def _targets(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:
     assert batch.texts is not None
-    found = {role: teacher(batch.texts[0]) for role, teacher in teachers.items()}
+    found = _read(batch.texts, teachers)
     return {role: (vectors.to(device), inside.to(device).float()) for role, (vectors, inside) in found.items()}
+
+
+def _read(columns: list[list[str]], teachers: Teachers) -> Targets:
+    """What the teachers have of some rows: of the first column its vectors, of all columns their scores."""
+    return {role: teacher(columns if role == "score" else columns[0]) for role, teacher in teachers.items()}
 
 
 def _unit(vectors: Tensor, wanted: bool) -> Tensor:
