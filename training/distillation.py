@@ -196,6 +196,7 @@ def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, l
             cache,
             batch_tokens=arguments.batch_tokens,
             normalize=wanted.normalize_teacher,
+            precision=wanted.teacher_precision,
         )
         for role, name in names.items()
         if name is not None

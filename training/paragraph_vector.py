@@ -283,16 +283,10 @@ def _restored(settings: dict[str, Any], name: str, vocabulary: list[list], weigh
     """A model that infers as the saved one does."""
     model = _new_model(settings, name)
     model.build_vocab_from_freq(dict(vocabulary), corpus_count=1)
-    # gensim orders words of one count anew; the table that noise words are drawn from goes by this order.
-    order = {word: place for place, (word, _) in enumerate(vocabulary)}
-    place = np.array([order[word] for word in model.wv.index_to_key])
-    back = np.argsort(place)
+    # gensim orders words of one count anew; what it keeps of a word beside its vectors goes by the count alone.
     model.wv.index_to_key = [word for word, _ in vocabulary]
-    model.wv.key_to_index = order
-    for attribute, values in model.wv.expandos.items():
-        model.wv.expandos[attribute] = values[back]
+    model.wv.key_to_index = {word: place for place, (word, _) in enumerate(vocabulary)}
     model.wv.vectors, model.syn1neg = weights[f"{name}.words"], weights[f"{name}.outputs"]
-    model.make_cum_table()
     return model
 
 

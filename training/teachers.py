@@ -29,13 +29,23 @@ class Teacher:
         window: tokens that the teacher reads of a text; None: all of them.
     """
 
-    def __init__(self, option: str, name: str, cache: Path, *, batch_tokens: int, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        option: str,
+        name: str,
+        cache: Path,
+        *,
+        batch_tokens: int,
+        normalize: bool = True,
+        precision: str = "float32",
+    ) -> None:
         """Args:
         option: of the script, for its complaints.
         name: a folder or Hub id, `truncate:PATH:N`, `chunk-mean:PATH:N`, or `paragraph-vector:FOLDER`.
         cache: the file of the vectors.
         batch_tokens: token budget of a forward pass.
         normalize: vectors are read at unit length.
+        precision: `float32`, `bfloat16`, or `auto`: bfloat16 where it is fast.
 
         Raises:
             UserError: there is no such teacher, or what loads it is not installed.
@@ -47,7 +57,7 @@ class Teacher:
         self._keys, self._stream = cache_keys, stream
         self.option, self.name, self.cache, self.normalize = option, name, cache, normalize
         try:
-            self._rows = _load(name, batch_tokens)
+            self._rows = _load(name, batch_tokens, precision)
         except UserError as error:
             raise UserError(f"--{option} {name}: {str(error).removeprefix(f'--model {name}: ')}") from None
         if self._rows.chunks and not normalize:
@@ -118,16 +128,17 @@ class _Rows:
         return [np.append(m.sum(0), n)[None] for m, n in zip(matrices, counts, strict=True)]
 
 
-def _load(name: str, batch_tokens: int) -> _Rows:
+def _load(name: str, batch_tokens: int, precision: str) -> _Rows:
     from mteb.types import PromptType
 
     if name.startswith(PARAGRAPH_VECTOR):
         from training.paragraph_vector import ParagraphVector
 
         return _Rows(ParagraphVector.load(Path(name.removeprefix(PARAGRAPH_VECTOR))), PromptType.document, None, False)
+    from common.encoders import resolve_precision
     from common.model_spec import ModelSpec
 
-    spec = ModelSpec.parse(name)
+    spec = ModelSpec.parse(name, precision=resolve_precision(precision))
     if spec.kind in ("bm25", "chunk-max"):
         raise UserError(
             f"{spec.kind} does not give one vector a text; give a model, truncate:PATH:N or chunk-mean:PATH:N"

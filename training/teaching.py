@@ -106,6 +106,9 @@ class TeachingArguments:
     normalize_student: bool = field(
         default=True, metadata={"help": "the student's have, behind the head, in all losses but soft_cca and dcca"}
     )
+    teacher_precision: Literal["float32", "bfloat16", "auto"] = field(
+        default="float32", metadata={"help": "that embedding teachers compute in; auto: bfloat16 where it is fast"}
+    )
     teacher_cache: str | None = field(
         default=None, metadata={"help": "file of the teachers' vectors; teachers.sqlite in --output_dir if not given"}
     )

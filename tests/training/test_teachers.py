@@ -66,6 +66,15 @@ def test_vectors_and_windows_are_the_models(model_folder, source, texts, tmp_pat
     assert 0 < inside.sum() < len(texts)
 
 
+@pytest.mark.parametrize(("words", "inside"), [(21, True), (22, True), (23, False)])
+def test_a_text_as_long_as_the_window_is_read_to_its_end(model_folder, tmp_path, words, inside):
+    """Two of its 24 tokens are special."""
+    file = write_jsonl(tmp_path / "one.jsonl", [{"text": " ".join(["river"] * words)}])
+    truncating = teacher(f"truncate:{model_folder}:24", tmp_path / "cache")
+    truncating.read_all(read_sources([str(file)], TEXTS))
+    assert truncating([" ".join(["river"] * words)])[1].tolist() == [inside]
+
+
 def test_chunks_have_no_window(model_folder, source, texts, tmp_path):
     chunking = teacher(f"chunk-mean:{model_folder}:16", tmp_path / "cache")
     chunking.read_all([source])
