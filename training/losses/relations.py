@@ -4,17 +4,18 @@ Every loss here is a Kullback-Leibler divergence of rows of L x L numbers a head
 time, and again in the backward pass, so that of a document's L x L never more than a tile is in memory.
 """
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from modeling_longembed.attention_pattern_longembed import AttentionInputs
-from modeling_longembed.kernels_longembed import recompute_in_backward
 
-MAX_SCORES = 2**22  # of a tile, all heads together: some ten tensors of this size are there at once
-# The scores `(A, Q, L)` of some rows `(Q,)` of a document against all of its tokens.
-Scores = Callable[[Tensor], Tensor]
+MAX_SCORES = 2**22  # of a tile, all heads together: some seven tensors of this size are there at once
+# The scores `(A, Q, L)` of some rows `(Q,)` of a document, given by its number, against all of its tokens.
+Scores = Callable[[int, Tensor], Tensor]
 
 
 def attention_kl(teacher: AttentionInputs, student: AttentionInputs, max_scores: int = MAX_SCORES) -> Tensor:
@@ -41,18 +42,16 @@ def attention_kl(teacher: AttentionInputs, student: AttentionInputs, max_scores:
             f"the teacher has {teacher.query.shape[1]} attention heads, the student {student.query.shape[1]}"
         )
 
-    scores = [_attention_scores(inputs) for inputs in (teacher, student)]
+    bounds = teacher.documents.bounds
+    boundary = _Boundary()
 
-    def of_document(number: int, rows: slice) -> tuple[Scores, Scores, Scores]:
+    def visible(number: int, row: Tensor) -> Tensor:
+        rows = slice(*bounds[number])
         of_teacher, of_student = teacher.places(rows), student.places(rows)
+        return teacher.mask(of_teacher.at(row), of_teacher) & student.mask(of_student.at(row), of_student)
 
-        def visible(row: Tensor) -> Tensor:
-            seen = teacher.mask(of_teacher.at(row), of_teacher)
-            return seen & student.mask(of_student.at(row), of_student)
-
-        return scores[0](number, rows), scores[1](number, rows), visible
-
-    return _tiled(of_document, teacher.documents.bounds, teacher.query, max_scores)
+    scores = _attention_scores(teacher, _Boundary()), _attention_scores(student, boundary)
+    return _tiled(*scores, visible, boundary, bounds, teacher.query, max_scores)
 
 
 def relation_kl(
@@ -76,16 +75,17 @@ def relation_kl(
         `(T,)`, the mean over the relation heads of each token.
     """
 
-    lengths = [end - start for start, end in bounds]
-    of_teacher, of_student = (_by_document(vectors, lengths) for vectors in (teacher.detach(), student))
+    boundary = _Boundary()
 
-    def scores(vectors: Tensor) -> Scores:
-        return lambda row: vectors[:, row] @ vectors.transpose(1, 2) * vectors.shape[-1] ** -0.5
+    def scores(vectors: list[Tensor]) -> Scores:
+        return lambda number, row: (
+            vectors[number][:, row] @ vectors[number].transpose(1, 2) * vectors[number].shape[-1] ** -0.5
+        )
 
-    def of_document(number: int, rows: slice) -> tuple[Scores, Scores, None]:
-        return scores(of_teacher[number]), scores(of_student[number]), None
-
-    return _tiled(of_document, bounds, teacher, max_scores)
+    of_student = boundary.cut(_by_document(student, bounds))
+    return _tiled(
+        scores(_by_document(teacher, bounds)), scores(of_student), None, boundary, bounds, teacher, max_scores
+    )
 
 
 def relation_heads(vectors: Tensor, heads: int) -> Tensor:
@@ -100,55 +100,112 @@ def relation_heads(vectors: Tensor, heads: int) -> Tensor:
     return vectors.flatten(1).unflatten(1, (heads, -1))
 
 
-def _attention_scores(inputs: AttentionInputs) -> Callable[[int, slice], Scores]:
-    """Those of a document before the mask, positions and bias in them, as `AttentionInputs.scores` has them."""
-    queries, keys = (_by_document(x, [end - start for start, end in inputs.documents.bounds]) for x in inputs[:2])
+class _Boundary:
+    """Where the graph that leads to the student's scores is cut: the tensors on both sides.
 
-    def of_document(number: int, rows: slice) -> Scores:
-        query, key, grouped = queries[number], keys[number], inputs.grouped and inputs.grouped[rows]
+    A checkpoint a tile would do the same, but leaves something small behind for each of them, between which the memory
+    of the tiles is lost to the allocator: gigabytes for a document of 4,096 tokens on a CPU.
+    """
+
+    def __init__(self) -> None:
+        self.outside: list[Tensor] = []
+        self.inside: list[Tensor] = []
+
+    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The same numbers, whose gradient stays with them."""
+        inside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        pairs = [pair for pair in zip(tensors, inside, strict=True) if pair[0].requires_grad]
+        self.outside += [tensor for tensor, _ in pairs]
+        self.inside += [tensor for _, tensor in pairs]
+        return inside
+
+    def cut_attributes(self, of: Any) -> Any:
+        """A copy of an object, such as a bias, whose tensors are cut."""
+        if of is None:
+            return None
+        inner = copy.copy(of)
+        names = [name for name, value in vars(of).items() if isinstance(value, Tensor) and value.is_floating_point()]
+        for name, tensor in zip(names, self.cut([getattr(of, name) for name in names]), strict=True):
+            object.__setattr__(inner, name, tensor)
+        return inner
+
+
+def _attention_scores(inputs: AttentionInputs, boundary: _Boundary) -> Scores:
+    """Those before the mask, positions and bias in them, as `AttentionInputs.scores` has them."""
+    bounds = inputs.documents.bounds
+    queries, keys = (boundary.cut(_by_document(vectors, bounds)) for vectors in inputs[:2])
+    groups = [boundary.cut_attributes(inputs.grouped and inputs.grouped[slice(*rows)]) for rows in bounds]
+    bias = boundary.cut_attributes(inputs.bias)
+
+    def scores(number: int, row: Tensor) -> Tensor:
+        query, key = queries[number][:, row], keys[number]
         index = torch.arange(key.shape[1], device=key.device)
+        values = query @ key.transpose(1, 2)
+        if groups[number] is not None:
+            values = groups[number].merge(values, row, index)
+        values = values * inputs.scaling
+        return values if bias is None else values + bias.dense(query, row, index)
 
-        def scores(row: Tensor) -> Tensor:
-            values = query[:, row] @ key.transpose(1, 2)
-            if grouped is not None:
-                values = grouped.merge(values, row, index)
-            values = values * inputs.scaling
-            return values if inputs.bias is None else values + inputs.bias.dense(query[:, row], row, index)
-
-        return scores
-
-    return of_document
+    return scores
 
 
-def _by_document(vectors: Tensor, lengths: list[int]) -> list[Tensor]:
+def _by_document(vectors: Tensor, bounds: list[tuple[int, int]]) -> list[Tensor]:
     """Packed `(T, A, D)` as `(A, L, D)` of each document, in at least float32: the exponentials of scores need it."""
     wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
     # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens.
-    return [part.transpose(0, 1) for part in wide.split(lengths)]
+    return [part.transpose(0, 1) for part in wide.split([end - start for start, end in bounds])]
 
 
 def _tiled(
-    of_document: Callable[[int, slice], tuple[Scores, Scores, Scores | None]],
+    teacher: Scores,
+    student: Scores,
+    visible: Scores | None,
+    boundary: _Boundary,
     bounds: list[tuple[int, int]],
     like: Tensor,
     max_scores: int,
 ) -> Tensor:
     """`(T,)` divergences, from the teacher's and the student's scores of a document and which of them count."""
-    parts = []
+    tiles = []
     for number, (start, end) in enumerate(bounds):
-        length = end - start
-        teacher, student, visible = of_document(number, slice(start, end))
+        rows = max(1, max_scores // (like.shape[1] * (end - start)))
+        tiles += [(number, first, min(first + rows, end - start)) for first in range(0, end - start, rows)]
 
-        def of_rows(row: Tensor, teacher=teacher, student=student, visible=visible) -> Tensor:
-            with torch.autocast(like.device.type, enabled=False):
-                with torch.no_grad():
-                    of_teacher = teacher(row)
-                return _divergence(of_teacher, student(row), None if visible is None else visible(row))
+    def divergence(number: int, first: int, stop: int) -> Tensor:
+        row = torch.arange(first, stop, device=like.device)
+        with torch.autocast(like.device.type, enabled=False):
+            with torch.no_grad():
+                of_teacher = teacher(number, row)
+            return _divergence(of_teacher, student(number, row), None if visible is None else visible(number, row))
 
-        index = torch.arange(length, device=like.device)
-        tile = max(1, max_scores // (like.shape[1] * length))
-        parts += [recompute_in_backward(of_rows, row) for row in index.split(tile)]
-    return torch.cat(parts) if parts else like.new_zeros(0)
+    places = [slice(bounds[number][0] + first, bounds[number][0] + stop) for number, first, stop in tiles]
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    empty = torch.empty(0, dtype=dtype, device=like.device)
+    return _Tiles.apply(divergence, list(zip(tiles, places, strict=True)), empty, boundary.inside, *boundary.outside)
+
+
+class _Tiles(torch.autograd.Function):
+    """Tile after tile in both passes; the backward pass computes each again and leaves nothing behind but gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, divergence: Callable, tiles: list, empty: Tensor, inside: list[Tensor], *outside: Tensor):
+        ctx.divergence, ctx.tiles, ctx.inside = divergence, tiles, inside
+        result = empty.new_zeros(sum(places.stop - places.start for _, places in tiles))
+        for tile, places in tiles:
+            result[places] = divergence(*tile)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        (gradient,) = gradients
+        for tile, places in ctx.tiles:
+            with torch.enable_grad():
+                value = ctx.divergence(*tile)
+            torch.autograd.backward(value, gradient[places], inputs=ctx.inside)
+        found = [tensor.grad for tensor in ctx.inside]
+        for tensor in ctx.inside:
+            tensor.grad = None
+        return None, None, None, None, *found
 
 
 def _divergence(teacher: Tensor, student: Tensor, visible: Tensor | None) -> Tensor:
