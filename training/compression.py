@@ -6,6 +6,7 @@ accelerate launch training/compression.py --config training/recipes/compression.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     student = make_student(student_arguments, model_arguments, model, tokenizer)
     relations.check(model.config, student.config)
     student.config.layerdrop = 0.0  # the layer that learns must not be left out
+    encoders: tuple[Any, Any] = (model, student)
+    for encoder in encoders:
+        encoder.token_weighting = "none"  # hidden states are compared as they are; the config, which is saved, keeps it
     teacher = Teacher(model, relations.teacher_layer, loop.accelerator.device, loop.accelerator.autocast)
     context = min(model.config.max_position_embeddings, student.config.max_position_embeddings)
     lengths = sequence_lengths(arguments, context, "teacher and student must both read it: give a shorter one")

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -41,6 +42,13 @@ class RelationArguments:
     query_weight: float = field(default=1.0, metadata={"help": "of the relations of queries in minilmv2; 0: without"})
     key_weight: float = field(default=1.0, metadata={"help": "of the relations of keys in minilmv2; 0: without"})
     value_weight: float = field(default=1.0, metadata={"help": "of the relations of values; 0: without"})
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "of the squared distance of last hidden states, which teaches what comes after the last attention "
+            "too; takes a student of the teacher's width"
+        },
+    )
 
     def __post_init__(self) -> None:
         if min(self.weights.values()) < 0 or not any(self.weights.values()):
@@ -50,10 +58,15 @@ class RelationArguments:
     def weights(self) -> dict[str, float]:
         """Of the losses, by name."""
         names = ("attention", "value") if self.objective == "minilm" else ("query", "key", "value")
-        return {name: getattr(self, f"{name}_weight") for name in names}
+        return {name: getattr(self, f"{name}_weight") for name in (*names, "hidden")}
 
     def check(self, teacher: Any, student: Any) -> None:
-        """Raises `UserError` if models of these two configs have no heads that can be compared."""
+        """Raises `UserError` if models of these two configs have nothing that can be compared."""
+        if self.hidden_weight and teacher.hidden_size != student.hidden_size:
+            raise UserError(
+                f"--hidden_weight {self.hidden_weight}: hidden states of width {teacher.hidden_size} and "
+                f"{student.hidden_size} cannot be compared; give 0"
+            )
         if self.objective == "minilm" and teacher.num_attention_heads != student.num_attention_heads:
             raise UserError(
                 f"--objective minilm: the teacher has {teacher.num_attention_heads} attention heads, the student "
@@ -76,8 +89,15 @@ class RelationArguments:
                     )
 
 
+class Lesson(NamedTuple):
+    """What a model computes of T packed tokens: the projections of an attention layer, and `(T, d)`, its output."""
+
+    projections: Projections
+    hidden_states: Tensor
+
+
 class Teacher:
-    """A model that does not train, and what its attention computes.
+    """A model that does not train, and what it computes.
 
     Args:
         model: the teacher; it is put into evaluation mode.
@@ -103,10 +123,9 @@ class Teacher:
         self.model, self.autocast = model.requires_grad_(False).eval().to(device), autocast
 
     @torch.no_grad()
-    def __call__(self, texts: PackedTexts) -> Projections:
+    def __call__(self, texts: PackedTexts) -> Lesson:
         with self.autocast():
-            self.model(input_ids=texts.input_ids, cu_seq_lens_q=texts.cu_seq_lens_q, max_length_q=texts.max_length_q)
-        return self.tap.take()
+            return lesson(self.model, self.tap, texts)[0]
 
 
 class RelationStudent(nn.Module):
@@ -128,26 +147,34 @@ class RelationStudent(nn.Module):
         except AttributeError:
             return getattr(super().__getattr__("model"), name)
 
-    def forward(self, texts: PackedTexts, teacher: Projections) -> dict[str, Tensor]:
+    def forward(self, texts: PackedTexts, teacher: Lesson) -> dict[str, Tensor]:
         """Sums over the tokens of packed texts, of each loss that has a weight, by name."""
-        output = self.model(
-            input_ids=texts.input_ids, cu_seq_lens_q=texts.cu_seq_lens_q, max_length_q=texts.max_length_q
-        )
-        # What comes after the last projections learns nothing, and must have its part in the graph.
-        untrained = 0.0 * output.pooler_output.sum()
-        losses = relation_losses(teacher, self.tap.take(), self.arguments)
+        student, embeddings = lesson(self.model, self.tap, texts)
+        # What comes after the last projections may learn nothing, and must have its part in the graph.
+        untrained = 0.0 * embeddings.sum()
+        losses = relation_losses(teacher, student, self.arguments)
         return {f"{name}_loss": loss.sum() + untrained for name, loss in losses.items()}
 
 
-def relation_losses(teacher: Projections, student: Projections, arguments: RelationArguments) -> dict[str, Tensor]:
+def lesson(model: nn.Module, tap: ProjectionTap, texts: PackedTexts) -> tuple[Lesson, Tensor]:
+    """What a model computes of packed texts, and their embeddings."""
+    output = model(input_ids=texts.input_ids, cu_seq_lens_q=texts.cu_seq_lens_q, max_length_q=texts.max_length_q)
+    return Lesson(tap.take(), output.last_hidden_state[0]), output.pooler_output
+
+
+def relation_losses(teacher: Lesson, student: Lesson, arguments: RelationArguments) -> dict[str, Tensor]:
     """The losses that have a weight, by name, each `(T,)`."""
-    bounds = student.attention.documents.bounds
+    bounds = student.projections.attention.documents.bounds
     losses = {}
     for name, weight in arguments.weights.items():
         if weight and name == "attention":
-            losses[name] = attention_kl(teacher.attention, student.attention)
+            losses[name] = attention_kl(teacher.projections.attention, student.projections.attention)
+        elif weight and name == "hidden":
+            losses[name] = F.mse_loss(
+                student.hidden_states.float(), teacher.hidden_states.float(), reduction="none"
+            ).mean(1)
         elif weight:
-            of_teacher, of_student = getattr(teacher, name), getattr(student, name)
+            of_teacher, of_student = getattr(teacher.projections, name), getattr(student.projections, name)
             if arguments.objective == "minilmv2":
                 of_teacher, of_student = (relation_heads(x, arguments.relation_heads) for x in (of_teacher, of_student))
             losses[name] = relation_kl(of_teacher, of_student, bounds)

@@ -134,6 +134,31 @@ def test_a_weight_of_zero_leaves_a_loss_out(compress):
     assert lines[0]["loss"] == pytest.approx(2 * lines[0]["key_loss"] + lines[0]["value_loss"])
 
 
+@pytest.mark.parametrize("weighting", ["none", "generalized_max"])
+def test_hidden_states_are_compared_as_they_are(compress, teacher, tmp_path, weighting, documents_file, tokenizer):
+    """The loss of the first step against what the two models give for the same pieces; the last feed-forward learns."""
+    folder = tmp_path / "weighed"
+    LongEmbedModel.from_pretrained(teacher, token_weighting=weighting).save_pretrained(folder)
+    options = f"--model_name_or_path {folder} --query_weight 0 --key_weight 0 --value_weight 0 --hidden_weight 3 "
+    options += f"--dropout 0 --student_layers 0 3 --learning_rate 1e-30 --eval_data {documents_file} --weight_decay 0 "
+    (step, evaluation), final = compress(options + "--max_steps 1 --num_train_epochs 1")
+    student = LongEmbedModel.from_pretrained(final)
+    assert student.config.token_weighting == weighting
+    squares = []
+    for line in documents_file.read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
+        for start in range(0, len(ids), 38):  # a piece of 40 tokens has two special ones
+            piece = torch.tensor([[tokenizer.cls_token_id, *ids[start : start + 38], tokenizer.sep_token_id]])
+            states = []
+            for model in (LongEmbedModel.from_pretrained(teacher), student):
+                model.token_weighting = "none"
+                states.append(model.eval()(input_ids=piece).last_hidden_state[0])
+            squares.append((states[0] - states[1]).pow(2).mean(1))
+    assert evaluation["eval_hidden_loss"] == pytest.approx(torch.cat(squares).mean().item(), rel=1e-4)
+    assert evaluation["eval_loss"] == pytest.approx(3 * evaluation["eval_hidden_loss"])
+    assert step["grad_norm"] > 0
+
+
 def test_a_student_with_another_tokenizer_is_refused_with_the_reason(compress, tmp_path, teacher):
     folder = tmp_path / "other"
     model = LongEmbedModel.from_pretrained(teacher)
@@ -153,6 +178,7 @@ def test_a_student_with_another_tokenizer_is_refused_with_the_reason(compress, t
         ("--relation_heads 5", r"--relation_heads 5: does not divide the attention's width of 32"),
         ("--student_hidden_size 17", r"the student cannot be made: .*hidden_size"),
         ("--student_num_attention_heads 2 --objective minilm", r"4 attention heads, the student 2"),
+        ("--student_hidden_size 16 --hidden_weight 1", r"--hidden_weight 1.0: hidden states of width 32 and 16"),
         ("--teacher_layer 5", r"--teacher_layer: there is no attention layer 5; this model has 1 to 4"),
         ("--sequence_length 500", r"context of 128 tokens; teacher and student must both read it"),
         ("--query_weight 0 --key_weight 0 --value_weight 0", r"one of them more"),
