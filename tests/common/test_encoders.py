@@ -122,7 +122,7 @@ class Counting:
 
     def __init__(self, identity: str = "a"):
         self.identity, self.batch_tokens, self.asked = identity, 8, []
-        self.model = type("Model", (), {"prompts": {}})
+        self.prompts: dict[str, str | None] = {}
 
     def __call__(self, texts, prompt_type):
         self.asked += texts
