@@ -1,4 +1,4 @@
-"""Tiny tasks that the tests of evaluation share."""
+"""What the tests of evaluation share: tiny tasks, and an end to the settings of a training."""
 
 from pathlib import Path
 
@@ -20,3 +20,12 @@ def make_task(tmp_path):
         return folder
 
     return make
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """For tests that train: accelerate keeps its first settings, such as the precision, as long as a process lives."""
+    from accelerate.state import AcceleratorState  # most tests here do not train
+
+    yield
+    AcceleratorState._reset_state(True)

@@ -2,16 +2,15 @@
 
 import json
 
-import numpy as np
 import pytest
 import yaml
-from accelerate.state import AcceleratorState
+from task_files import words
 
 from common.errors import UserError
 from eval import extension, perplexity, training_runs
 from training import pretraining
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 TRAINING = {
     "per_device_train_tokens": 256,
     "batch_tokens": 128,
@@ -35,17 +34,6 @@ RECIPES = {
     },
 }
 ROWS = ["repeat", "interpolate", "group", "block", "rope_start", "rope"]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """Accelerate keeps its first settings, such as the precision, for as long as a process lives."""
-    yield
-    AcceleratorState._reset_state(True)
-
-
-def words(count: int, seed: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, count))
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from scipy.stats import spearmanr
-from task_files import write_rows
+from task_files import words, write_rows
 from torch import nn
 from transformers import AutoModel
 
@@ -17,7 +16,7 @@ from eval import findings, training_runs
 from training import contrastive, one_mask
 from training.batches import pack
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 FINDING = {
     "title": "One step and two",
     "data": "questions",
@@ -36,17 +35,6 @@ FINDING = {
     },
     "rows": {"one": {"max_steps": 1}, "two": {"max_steps": 2}},
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """Accelerate keeps its first settings, such as the precision, for as long as a process lives."""
-    yield
-    AcceleratorState._reset_state(True)
-
-
-def words(count: int, seed: int) -> str:
-    return " ".join(np.random.default_rng(seed).choice(WORDS, count))
 
 
 @pytest.fixture
