@@ -11,6 +11,7 @@ docs/contrastive.md says what the numbers mean.
 """
 
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -149,7 +150,8 @@ class Finding:
             recipe |= content["training"] | own
             follow = content.get("follow", 1)
             every = max(1, recipe["max_steps"] // follow)
-            recipe |= {"save_steps": every, "save_total_limit": recipe["max_steps"] // every}
+            # Rounded up: there is a checkpoint at the end, also between two stages.
+            recipe |= {"save_steps": every, "save_total_limit": math.ceil(recipe["max_steps"] / every)}
             start, program = options["start"] or "plain", options["program"] or "contrastive"
             rows.append(Row(name, start, options["data"], program, recipe, follow))
         return cls(path.stem, content["title"], rows, content["judges"], content["plot"])

@@ -123,6 +123,37 @@ def test_missing_data_is_told_before_anything_is_trained(arguments, tmp_path):
     assert not (tmp_path / "out" / "hard_negatives").exists()
 
 
+def test_a_model_that_is_not_there_is_told_before_anything_is_written(arguments, tmp_path):
+    arguments.model_name_or_path = str(tmp_path / "none")
+    with pytest.raises(UserError, match=r"unknown model .*/none"):
+        findings.compare(arguments)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "option"), [("titles", "titles"), ("sentences", "titles"), ("documents", "documents")]
+)
+def test_a_file_of_which_nothing_is_left_to_train_on_is_told_before_training(arguments, tmp_path, data, option):
+    """Three rows, of which all that are long enough are judged."""
+    texts = [{"title": f"t{n}", "anchor": f"t{n}", "abstract": "a", "positive": words(20, n)} for n in range(3)]
+    write_rows(tmp_path / "rows.jsonl", [row | {"body": words(20, n)} for n, row in enumerate(texts)])
+    setattr(arguments, option, str(tmp_path / "rows.jsonl"))
+    arguments.judged_titles, arguments.judged_documents, arguments.document_words = 3, 3, 15
+    (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(FINDING | {"data": data}))
+    with pytest.raises(UserError, match=rf"--{option} has no row to train on .*\(--judged_{option}\)"):
+        findings.compare(arguments)
+    assert not (arguments.data / f"{data}.jsonl").exists()  # which would be taken for made, next time
+    assert not (tmp_path / "out" / "steps").exists()
+
+
+@pytest.mark.parametrize(("steps", "follow", "stages"), [(5, 2, [2, 4, 5]), (5, 3, [1, 2, 3, 4, 5])])
+def test_every_stage_of_a_row_is_kept_until_it_is_judged(arguments, tmp_path, steps, follow, stages):
+    finding = FINDING | {"follow": follow, "rows": {"row": {"max_steps": steps}}}
+    (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(finding))
+    (row,) = findings.Finding.read(tmp_path / "recipes" / "steps.yaml").rows
+    assert list(findings.make(row, tmp_path / "out" / "row", arguments)) == stages
+
+
 def test_long_documents_are_judged_apart_from_those_that_train(arguments, tmp_path):
     rows = [{"title": f"t{n}", "abstract": f"a{n}", "body": words(10 + n, n)} for n in range(20)]
     write_rows(tmp_path / "documents.jsonl", rows)
