@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
-from modeling_longembed import LongEmbedForMaskedLM
+from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pooling_longembed import token_weights
 
@@ -84,6 +84,18 @@ def test_half_precision_is_weighed_in_full(tiny_model):
         weights = token_weights(states, packed([3000]), 50.0)
     expected = token_weights(states.double(), packed([3000]), 50.0)
     torch.testing.assert_close(weights.double(), expected, atol=1e-3, rtol=0)
+
+
+def test_weights_switched_on_at_load_are_those_a_model_is_made_with(tiny_model, tmp_path):
+    ids, options = torch.randint(1, 64, (1, 40)), GENERALIZED_MAX | {"token_weighting_regularization": 2.0}
+    plain = tiny_model()
+    plain.save_pretrained(tmp_path)
+    loaded = LongEmbedModel.from_pretrained(tmp_path, **options)
+    found = loaded(ids).pooler_output
+    torch.testing.assert_close(found, tiny_model(**options)(ids).pooler_output, atol=0, rtol=0)
+    assert not torch.allclose(found, plain(ids).pooler_output, atol=1e-2)
+    loaded.save_pretrained(tmp_path)
+    assert LongEmbedModel.from_pretrained(tmp_path)(ids).pooler_output.equal(found)  # saved, it stays switched on
 
 
 def test_a_head_for_masked_words_reads_the_states_as_they_are(tiny_model):
