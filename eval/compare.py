@@ -1,6 +1,6 @@
 """What a teacher and its students cost and keep: size, speed side by side, and scores, in one table and one plot.
 
-    python eval/compare.py --model TEACHER STUDENT ... --data_dir my_tasks --output_dir runs/compare
+    python eval/compare.py TEACHER STUDENT ... --data_dir my_tasks --output_dir runs/compare
 
 The first model is what the others are compared with. Speed is measured as eval/throughput.py does it: every number in a
 fresh process, the processes of all models interleaved, so that what else the machine does falls on all alike; scores
@@ -10,6 +10,7 @@ with another model beside them the speed of all anew. A model that is not ours i
 """
 
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
@@ -192,9 +193,11 @@ def _scores(arguments: Arguments, path: str) -> dict[str, float]:
     return {task: statistics.mean(values) for task, values in by_task.items()}
 
 
-def main() -> None:
-    """The script."""
-    (arguments,) = parse(Arguments)
+def main(argv: Sequence[str] | None = None) -> None:
+    """The script; `argv` is the process's own if None."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    named = ["--model"] if argv and not argv[0].startswith("-") else []  # the models may come first, as in `cp`
+    (arguments,) = parse(Arguments, argv=[*named, *argv])
     rows = compare(arguments)
     table = as_markdown(rows)
     description = (

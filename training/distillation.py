@@ -18,6 +18,7 @@ from training.batches import PairBatch, PairBatches, PairTokenizer
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.data import Columns, Source, read_sources
 from training.encoding import pool
+from training.layer_choice import LayerArguments
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.models import HubArguments, ModelArguments, load_encoder, push, save
 from training.score_teachers import ColumnScores, CrossEncoderScores
@@ -75,8 +76,9 @@ class DistillationArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, arguments, wanted, tuning, loop_arguments, budget_arguments, hub = parse(
+    model_arguments, layers, arguments, wanted, tuning, loop_arguments, budget_arguments, hub = parse(
         ModelArguments,
+        LayerArguments,
         DistillationArguments,
         TeachingArguments,
         TuningArguments,
@@ -90,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     loop = Loop(loop_arguments)
     model, tokenizer = load_encoder(model_arguments)
+    layers.apply(model)
     tokenize = student_tokenizer(arguments, model, tokenizer)
     with loop.accelerator.main_process_first():
         train = arguments.sources(arguments.train_data, wanted)

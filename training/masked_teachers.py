@@ -11,12 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM
-from modeling_longembed.layouts_longembed import layers_of
 from training.adaptation import AdaptationArguments, load_masked_lm
 from training.documents import MaskedChunk, tokenizer_identity
 from training.losses.soft_targets import soft_targets
 from training.models import ModelArguments
-from training.students import chosen_layers
 
 
 @dataclass
@@ -35,13 +33,6 @@ class MaskedTeacherArguments:
     hard_weight: float = field(default=2.0, metadata={"help": "of masked-language modelling, if there are teachers"})
     hidden_weight: float = field(
         default=1.0, metadata={"help": "of the cosine distance of last hidden states; takes one teacher of equal width"}
-    )
-    keep_layers: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "the model begins with these of its layers: every_other, ends:3 (so many, evenly spaced from the "
-            "first to the last), or their numbers from 0; all if not given"
-        },
     )
 
     def __post_init__(self) -> None:
@@ -105,22 +96,6 @@ class MaskedTeachers:
             cosine = F.cosine_similarity(hidden_states[0].float(), outputs[0].hidden_states[-1][0].float(), dim=-1)
             terms["hidden_state_loss"] = (1 - cosine).sum()
         return terms
-
-
-def keep_layers(model: LongEmbedForMaskedLM, arguments: MaskedTeacherArguments) -> None:
-    """Leave the model the layers that it is to begin with.
-
-    Raises:
-        UserError: layers that it does not have.
-    """
-    words = arguments.keep_layers
-    if not words:
-        return
-    try:
-        model.keep_layers(chosen_layers(words, len(layers_of(model.config.sublayer_pattern))))
-    except (UserError, ValueError) as error:
-        text = " ".join(words)
-        raise UserError(f"--keep_layers {text}: {str(error).removeprefix(f'--student_layers {text}: ')}") from None
 
 
 def load_masked_teachers(

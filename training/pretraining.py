@@ -18,9 +18,10 @@ from training.adaptation import AdaptationArguments, load_masked_lm, train_new_h
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.document_arguments import DocumentArguments, documents, sequence_lengths
 from training.documents import MaskedBatches, PieceReader, SpecialTokens, epoch_batches
+from training.layer_choice import LayerArguments
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.masked_language import Evaluate, MaskedEvaluation, MaskedLanguageModel, masked_gradient
-from training.masked_teachers import MaskedTeacherArguments, keep_layers, load_masked_teachers
+from training.masked_teachers import MaskedTeacherArguments, load_masked_teachers
 from training.masking import Masking, MaskingArguments
 from training.models import HubArguments, ModelArguments, push, save
 from training.next_sentence import NextSentenceHead
@@ -40,21 +41,21 @@ class PretrainingArguments(DocumentArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, adaptation, arguments, masking, teaching, tuning, spans, loop_arguments, budget_arguments, hub = (
-        parse(
-            ModelArguments,
-            AdaptationArguments,
-            PretrainingArguments,
-            MaskingArguments,
-            MaskedTeacherArguments,
-            TuningArguments,
-            SpanArguments,
-            LoopArguments,
-            BudgetArguments,
-            HubArguments,
-            argv=argv,
-        )
+    model_arguments, adaptation, layers, arguments, masking, teaching, tuning, spans, loop_arguments, *rest = parse(
+        ModelArguments,
+        AdaptationArguments,
+        LayerArguments,
+        PretrainingArguments,
+        MaskingArguments,
+        MaskedTeacherArguments,
+        TuningArguments,
+        SpanArguments,
+        LoopArguments,
+        BudgetArguments,
+        HubArguments,
+        argv=argv,
     )
+    budget_arguments, hub = rest
     if loop_arguments.gradient_accumulation_steps > 1:
         raise UserError(
             "--gradient_accumulation_steps: give more --per_device_train_tokens instead; --batch_tokens of them are "
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     loop = Loop(loop_arguments)
     model, head_is_new = load_masked_lm(model_arguments, adaptation)
-    keep_layers(model, teaching)
+    layers.apply(model)
     read = piece_reader(arguments, masking, model.tokenizer)
     lengths = sequence_lengths(
         arguments, model.config.max_position_embeddings, "give a longer --max_position_embeddings"

@@ -8,9 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.patterns import parse_pattern
-from modeling_longembed.layerdrop_longembed import every_other
-from modeling_longembed.layouts_longembed import layers_of
 from training.documents import tokenizer_identity
+from training.layer_choice import keep_layers
 from training.models import ModelArguments, load_encoder
 
 
@@ -90,8 +89,7 @@ def make_student(
             student = type(teacher)(_fresh_config(teacher.config, arguments.fresh | model_arguments.dropouts()))
         else:
             student, _ = load_encoder(model_arguments)
-            pruned: Any = student
-            pruned.keep_layers(chosen_layers(arguments.student_layers, len(layers_of(pruned.config.sublayer_pattern))))
+            keep_layers(student, arguments.student_layers, "student_layers")
     except ValueError as error:
         raise UserError(f"the student cannot be made: {error}") from None
     student.tokenizer = tokenizer  # type: ignore[assignment] # a property of ours
@@ -105,28 +103,6 @@ def same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBa
             f"--student_name_or_path {name}: has another tokenizer than the teacher, and relations between tokens can "
             "only be learned token for token; give a student with the teacher's tokenizer, or distil embeddings"
         )
-
-
-def chosen_layers(words: list[str], num_layers: int) -> list[int]:
-    """The layers to keep, from `every_other`, `ends:3` or numbers.
-
-    Evenly spaced from the first to the last are DistilBERT's 0, 2, 4, 7, 9 and 11 of 12.
-
-    Raises:
-        UserError: words of no such form, or more layers than there are.
-    """
-    text = " ".join(words) or "every_other"
-    if text == "every_other":
-        return every_other(num_layers, 0.5)
-    kind, _, count = text.partition(":")
-    if kind == "ends" and count.isdecimal() and 0 < int(count) <= num_layers:
-        return np.linspace(0, num_layers - 1, int(count)).round().astype(int).tolist()
-    if all(word.isdecimal() and int(word) < num_layers for word in words):
-        return sorted({int(word) for word in words})
-    raise UserError(
-        f"--student_layers {text}: write every_other, ends:N with N up to {num_layers}, or numbers from 0 to "
-        f"{num_layers - 1}"
-    )
 
 
 def _given(name: str, model_arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -73,9 +73,7 @@ def test_the_numbers_are_those_of_the_evaluator_and_of_the_files(make_task, mode
     # The same command measures nothing, and writes the table and the plot.
     monkeypatch.setattr("eval.throughput.run_process", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(mteb_long.mteb, "evaluate", lambda *_, **__: pytest.fail("judged again"))
-    options = (
-        f"--model {' '.join(models)} --data_dir {given.data_dir} --output_dir {given.output_dir} --lengths 64,200 "
-    )
+    options = f"{' '.join(models)} --data_dir {given.data_dir} --output_dir {given.output_dir} --lengths 64,200 "
     options += "--repeats 1 --device cpu --max_length 64"
     monkeypatch.setattr(sys, "argv", ["compare.py", *options.split()])
     compare.main()

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training import compression
+from training.layer_choice import chosen_layers
 from training.relation_distillation import RelationArguments
-from training.students import chosen_layers
 
 pytestmark = pytest.mark.promise("D4")
 RECIPES = Path(compression.__file__).parent / "recipes" / "compression"
@@ -78,12 +78,12 @@ def test_every_recipe_trains(compress, recipe):
 
 
 def test_evenly_spaced_layers_are_those_of_distilbert():
-    assert chosen_layers(["ends:6"], 12) == [0, 2, 4, 7, 9, 11]
-    assert chosen_layers([], 6) == [0, 2, 4]
-    assert chosen_layers(["5", "0"], 6) == [0, 5]
+    assert chosen_layers(["ends:6"], 12, "student_layers") == [0, 2, 4, 7, 9, 11]
+    assert chosen_layers([], 6, "student_layers") == [0, 2, 4]
+    assert chosen_layers(["5", "0"], 6, "student_layers") == [0, 5]
     for wrong in (["ends:7"], ["6"], ["half"], ["ends:0"]):
         with pytest.raises(UserError, match=r"--student_layers .*: write every_other, ends:N with N up to 6"):
-            chosen_layers(wrong, 6)
+            chosen_layers(wrong, 6, "student_layers")
 
 
 @pytest.mark.parametrize("objective", ["minilm", "minilmv2"])

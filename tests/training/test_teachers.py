@@ -167,6 +167,15 @@ def test_a_run_reads_what_another_has_left(train_script, model_folder, calls, tm
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def test_a_student_may_begin_with_some_layers(train_script, model_folder, tmp_path):
+    train_script("distillation", "--keep_layers 1 --learning_rate 1e-30 --weight_decay 0 --max_steps 1")
+    given = AutoModel.from_pretrained(model_folder).keep_layers([1]).state_dict()
+    final = AutoModel.from_pretrained(tmp_path / "out" / "final").state_dict()
+    torch.testing.assert_close(final, given, atol=1e-29, rtol=0)  # AdamW moves by its learning rate
+    with pytest.raises(UserError, match=r"^--keep_layers 7: write every_other"):
+        train_script("distillation", f"--keep_layers 7 --output_dir {tmp_path}/another")
+
+
 def test_the_student_comes_to_its_teacher(tokenizer, tmp_path):
     """A student of another width learns, behind its projection, the directions of a chunking teacher."""
     torch.manual_seed(3)
