@@ -73,7 +73,10 @@ class PackedDocuments:
 
     @computed_once
     def lengths(self) -> list[int]:
-        """Tokens in each document, as Python integers (a device synchronisation: CPU paths only)."""
+        """Tokens in each document, as Python integers: a device synchronisation, once a forward pass.
+
+        For what goes through the documents one by one, on any device: token weights, dynamic RoPE, recurrence.
+        """
         return self.cu_seqlens.diff().tolist()
 
     @computed_once
