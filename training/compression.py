@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from common.arguments import parse
-from common.errors import run
+from common.errors import UserError, run
 from training.document_arguments import DocumentArguments, documents, sequence_lengths
 from training.documents import MaskedBatches, PieceReader, Pieces, SpecialTokens, epoch_batches
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
@@ -41,11 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         HubArguments,
         argv=argv,
     )
+    if model_arguments.layerdrop:
+        raise UserError(f"--layerdrop {model_arguments.layerdrop}: the layer that learns must not be left out")
     loop = Loop(loop_arguments)
     model, tokenizer = load_encoder(model_arguments)
     student = make_student(student_arguments, model_arguments, model, tokenizer)
     relations.check(model.config, student.config)
-    student.config.layerdrop = 0.0  # the layer that learns must not be left out
+    student.config.layerdrop = 0.0  # the teacher's own, if it was trained with it
     encoders: tuple[Any, Any] = (model, student)
     for encoder in encoders:
         encoder.token_weighting = "none"  # hidden states are compared as they are; the config, which is saved, keeps it

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -30,9 +30,21 @@ class ModelArguments:
         },
     )
 
-    def dropouts(self) -> dict[str, float]:
+    layerdrop: float | None = field(
+        default=None,
+        metadata={
+            "help": "probability that a layer is left out of a step, after which a model can lose layers (LayerDrop); "
+            "the model's own if not given"
+        },
+    )
+    layerdrop_unit: Literal["layer", "sublayer"] | None = field(
+        default=None, metadata={"help": "what LayerDrop leaves out; the model's own if not given"}
+    )
+
+    def dropouts(self) -> dict[str, Any]:
         """Fields of the model's config that are to be others."""
-        given = {"hidden_dropout_prob": self.dropout, "attention_dropout": self.attention_dropout}
+        given: dict[str, Any] = {"hidden_dropout_prob": self.dropout, "attention_dropout": self.attention_dropout}
+        given |= {"layerdrop": self.layerdrop, "layerdrop_unit": self.layerdrop_unit}
         return {name: value for name, value in given.items() if value is not None}
 
 

@@ -57,6 +57,23 @@ def test_dropout_is_of_hidden_states_and_of_attention(train_script, script, tmp_
     assert (config["hidden_dropout_prob"], config["attention_dropout"]) == (0, 0.3)
 
 
+@pytest.mark.promise("L3")
+def test_layerdrop_is_an_option_of_every_training_but_of_attention(train_script, script, tmp_path):
+    """Without dropout a first step that leaves sublayers out has another loss, and the config has what was given."""
+    options = "--dropout 0 --attention_dropout 0 --max_steps 1 --logging_steps 1"
+    left_out = f"{options} --layerdrop 0.9 --layerdrop_unit sublayer --output_dir {tmp_path}/left_out"
+    if script == "compression":
+        with pytest.raises(UserError, match=r"--layerdrop 0.9: .* must not be left out"):
+            train_script(script, left_out)
+        return
+    whole = losses(train_script(script, options))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_script(script, left_out)
+    assert losses(tmp_path / "left_out") != whole
+    config = json.loads((tmp_path / "left_out" / "final" / "config.json").read_text())
+    assert (config["layerdrop"], config["layerdrop_unit"]) == (0.9, "sublayer")
+
+
 def test_a_finished_run_that_is_started_again_ends_at_once_with_the_same_model(train_script, script):
     output = train_script(script)
     before = (output / "final" / "model.safetensors").read_bytes(), metrics(output)
