@@ -293,9 +293,12 @@ def make(row: Row, folder: Path, arguments: Arguments) -> dict[int, Path]:
         options = ["--config", str(folder / "recipe.yaml"), "--model_name_or_path", str(start)]
         train(PROGRAMS[row.program], folder, [*options, "--train_data", str(data)])
     if checkpoints.exists():
-        for path in checkpoints.iterdir():
-            if (step := int(path.name.removeprefix("step-"))) < recipe["max_steps"]:
-                save_step(start, path, folder / "steps" / str(step))
+        for path in checkpoints.glob("step-*"):
+            step = int(path.name.removeprefix("step-"))
+            saved = folder / "steps" / str(step)
+            # One that is saved may be a part of a checkpoint: a run that was stopped while it removed them.
+            if step < recipe["max_steps"] and not saved.exists():
+                save_step(start, path, saved)
         shutil.rmtree(checkpoints)  # three times the size of the model each
     steps = {int(path.name): path for path in folder.glob("steps/[0-9]*")}
     return dict(sorted(steps.items())) | {recipe["max_steps"]: final}

@@ -154,6 +154,28 @@ def test_every_stage_of_a_row_is_kept_until_it_is_judged(arguments, tmp_path, st
     assert list(findings.make(row, tmp_path / "out" / "row", arguments)) == stages
 
 
+def test_a_row_interrupted_while_its_checkpoints_are_removed_goes_on(arguments, tmp_path, monkeypatch):
+    finding = FINDING | {"follow": 3, "rows": {"row": {"max_steps": 3}}}
+    (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(finding))
+    (row,) = findings.Finding.read(tmp_path / "recipes" / "steps.yaml").rows
+    folder = tmp_path / "out" / "row"
+
+    remove = findings.shutil.rmtree
+
+    def stopping(path, **options):
+        if path.name != "checkpoints":
+            return remove(path, **options)
+        (path / ".step-3.tmp-of-a-killed-process").mkdir()
+        (path / "step-1" / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(findings.shutil, "rmtree", stopping)
+        findings.make(row, folder, arguments)
+    assert list(findings.make(row, folder, arguments)) == [1, 2, 3]
+    assert not (folder / "checkpoints").exists()
+
+
 def test_long_documents_are_judged_apart_from_those_that_train(arguments, tmp_path):
     rows = [{"title": f"t{n}", "abstract": f"a{n}", "body": words(10 + n, n)} for n in range(20)]
     write_rows(tmp_path / "documents.jsonl", rows)
