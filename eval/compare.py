@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
-from common.encoders import ModelFolder
+from common.encoders import ENCODER_PRECISIONS, ModelFolder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
 from eval import mteb_long
@@ -39,6 +39,12 @@ from modeling_longembed import LongEmbedConfig
 class Arguments(mteb_long.Arguments):
     """What is compared, and on what."""
 
+    precisions: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "rows of each model, float32 bfloat16 int8, of its speed and its scores; default: --precision"
+        },
+    )
     lengths: list[str] = field(
         default_factory=lambda: ["512,4096,8192"],
         metadata={
@@ -89,16 +95,19 @@ def compare(arguments: Arguments) -> list[Row]:
     folders = [ModelFolder.find(path) for path in arguments.model]
     if len({folder.revision for folder in folders}) < len(folders):
         raise UserError("--model: the same model is there twice; give each once")
-    names, lengths = short_names(arguments.model), parse_lengths(arguments.lengths)
-    rows = {
-        name: _cases(path, folder, lengths, arguments)
-        for name, path, folder in zip(names, arguments.model, folders, strict=True)
-    }
+    precisions = [resolve_precision(each, ENCODER_PRECISIONS) for each in arguments.precisions or [arguments.precision]]
+    lengths = parse_lengths(arguments.lengths)
+    cases, judged = dict[str, dict[int, Case]](), dict[str, tuple[ModelFolder, Arguments]]()
+    for name, path, folder in zip(short_names(arguments.model), arguments.model, folders, strict=True):
+        for precision in precisions:
+            row = f"{name} ({precision})" if len(precisions) > 1 else name
+            cases[row] = _cases(path, folder, lengths, precision, arguments)
+            judged[row] = folder, replace(arguments, model=[path], precision=precision)
     # With other models beside it a model is measured anew: numbers of one table come from one run.
     beside = sha256(" ".join(folder.revision for folder in folders).encode()).hexdigest()[:12]
     here = f"{where(resolve_device(arguments.device))}, models {beside}"
     results = Results(Path(arguments.output_dir, "speed.json"))
-    found = measure_interleaved(rows, results, here, arguments.repeats, arguments.max_seconds)
+    found = measure_interleaved(cases, results, here, arguments.repeats, arguments.max_seconds)
     curves = [Curve(name, measurements, {}) for name, measurements in found.items()]
     return [
         Row(
@@ -106,9 +115,9 @@ def compare(arguments: Arguments) -> list[Row]:
             folder.parameters,
             sum(file.stat().st_size for file in folder.path.glob("*.safetensors")) / 1e6,
             {length: length / curve.seconds(length) for length in curve.lengths},
-            _scores(arguments, path),
+            _scores(settings),
         )
-        for curve, folder, path in zip(curves, folders, arguments.model, strict=True)
+        for curve, (folder, settings) in zip(curves, judged.values(), strict=True)
     ]
 
 
@@ -168,14 +177,16 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
     save(figure, path)
 
 
-def _cases(path: str, folder: ModelFolder, lengths: list[int], arguments: Arguments) -> dict[int, Case]:
+def _cases(path: str, folder: ModelFolder, lengths: list[int], precision: str, arguments: Arguments) -> dict[int, Case]:
     try:
         config = LongEmbedConfig.from_pretrained(folder.path)
     except ValueError as error:
         raise UserError(f"--model {path}: {' '.join(str(error).split())}") from None
     if LongEmbedConfig.get_config_dict(folder.path)[0].get("model_type") != LongEmbedConfig.model_type:
         raise UserError(f"--model {path}: is none of ours; convert it with LongEmbedModel.from_encoder first")
-    workload = Workload(str(folder.path), device=arguments.device, threads=arguments.threads)
+    workload = Workload(
+        str(folder.path), mode="encoding", dtype=precision, device=arguments.device, threads=arguments.threads
+    )
     read = [length for length in lengths if length <= config.max_position_embeddings]
     if not read:
         raise UserError(
@@ -184,11 +195,11 @@ def _cases(path: str, folder: ModelFolder, lengths: list[int], arguments: Argume
     return {length: Case(workload, None, "longembed_varlen", length, length) for length in read}
 
 
-def _scores(arguments: Arguments, path: str) -> dict[str, float]:
-    """By task. A model at a time: two folders of one name are one model in a table of scores."""
+def _scores(arguments: Arguments) -> dict[str, float]:
+    """By task, of one model: two folders of one name are one model in a table of scores."""
     settings = {each.name: getattr(arguments, each.name) for each in fields(mteb_long.Arguments)}
     by_task: dict[str, list[float]] = {}
-    for score in mteb_long.judge(replace(mteb_long.Arguments(**settings), model=[path])):
+    for score in mteb_long.judge(mteb_long.Arguments(**settings)):
         by_task.setdefault(score.task, []).append(score.value)
     return {task: statistics.mean(values) for task, values in by_task.items()}
 
@@ -200,9 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse(Arguments, argv=[*named, *argv])
     rows = compare(arguments)
     table = as_markdown(rows)
-    description = (
-        f"{where(resolve_device(arguments.device))}; {arguments.threads} threads, {arguments.precision} scores"
-    )
+    device = where(resolve_device(arguments.device))
+    description = f"{device}; {arguments.threads} threads, {' '.join(arguments.precisions) or arguments.precision}"
     atomic_write(Path(arguments.output_dir, "table.md"), f"{table}\n{description}\n")
     draw(rows, Path(arguments.output_dir, "plot.png"))
     Console().print(Markdown(table))

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from common.memory import is_out_of_memory
+from common.quantization import int8_weights
 from common.step_measurement import measure_calls
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
@@ -44,8 +46,9 @@ class Workload:
     mode: str = field(
         default="forward",
         metadata={
-            "help": "forward; training: forward, backward and a step of AdamW",
-            "choices": ["forward", "training"],
+            "help": "forward; encoding: forward as `encode` does it, weights in float32; training: forward, backward "
+            "and a step of AdamW",
+            "choices": ["forward", "encoding", "training"],
         },
     )
     gradient_checkpointing: bool = field(
@@ -53,10 +56,20 @@ class Workload:
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "forward: of weights and states; training: of the autocast", "choices": list(DTYPES)},
+        metadata={
+            "help": "forward: of weights and states; encoding and training: of the autocast; int8: of the weights of "
+            "linear layers, when encoding on the CPU",
+            "choices": [*DTYPES, "int8"],
+        },
     )
     device: str = field(default="auto", metadata={"help": "cpu, cuda; auto: cuda where there is one"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
+
+    def __post_init__(self) -> None:
+        if self.dtype == "int8" and (self.mode != "encoding" or resolve_device(self.device) != "cpu"):
+            raise UserError(
+                "8 bits are for encoding on the CPU: give --mode encoding, --device cpu, or another precision"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,6 +171,21 @@ def forward_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor]
     return step
 
 
+def encoding_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor], None]:
+    """Reads `(1, S)` token ids without gradients, in the precision of `common.encoders.Encoder`."""
+    model.eval()
+    if workload.dtype == "int8":
+        int8_weights(model)
+    dtype = DTYPES.get(workload.dtype, torch.float32)
+
+    @torch.inference_mode()
+    def step(input_ids: Tensor) -> None:
+        with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
+            model(input_ids)
+
+    return step
+
+
 def training_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor], None]:
     """Forward, backward and a step of AdamW on `(1, S)` token ids, the weights in float32."""
     dtype = DTYPES[workload.dtype]
@@ -176,7 +204,7 @@ def training_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor
     return step
 
 
-STEPS = {"forward": forward_step, "training": training_step}
+STEPS = {"forward": forward_step, "encoding": encoding_step, "training": training_step}
 
 
 def measure(case: Case) -> dict:

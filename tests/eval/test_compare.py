@@ -82,6 +82,29 @@ def test_the_numbers_are_those_of_the_evaluator_and_of_the_files(make_task, mode
     assert (tmp_path / "r" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_model_has_a_row_in_each_precision(make_task, models, tmp_path, monkeypatch):
+    """Its speed and its scores are both in that precision; the scores those of the evaluator by itself."""
+    make_task("Animals", TEXTS, QUERIES)
+    given = arguments(models[:1], tmp_path, precisions=["float32", "int8"], lengths=["64"])
+    rows = compare.compare(given)
+    assert [row.name for row in rows] == ["final (float32)", "final (int8)"]
+    measured = json.loads((tmp_path / "r" / "speed.json").read_text())
+    workloads = [m["case"]["workload"] for m in measured]
+    assert [(each["mode"], each["dtype"]) for each in workloads] == [("encoding", "float32"), ("encoding", "int8")]
+    for row, precision in zip(rows, given.precisions, strict=True):
+        own = mteb_long.Arguments(
+            model=models[:1],
+            output_dir=str(tmp_path / precision),
+            data_dir=given.data_dir,
+            max_length=64,
+            precision=precision,
+        )
+        assert row.scores == pytest.approx({"Animals": judge(own)[0].value})
+    monkeypatch.setattr("eval.measurement.resolve_device", lambda device: "cuda")
+    with pytest.raises(UserError, match="8 bits are for encoding on the CPU"):
+        compare.compare(given)
+
+
 def test_the_table_and_what_is_kept(tmp_path):
     rows = [
         Row("teacher", 22_700_000, 90.9, {512: 1000.0, 4096: 500.0}, {"QARetrieval": 80.0, "Story": 60.0}),
