@@ -72,7 +72,8 @@ def test_a_student_of_some_layers_begins_as_the_slice_of_its_teacher(compress, t
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_trains(compress, recipe):
     """On a teacher smaller than those that the recipes are for, hence fewer relation heads and shorter texts."""
-    lines, final = compress(f"--config {RECIPES / recipe} --max_steps 1")
+    layers = "--student_layers 0 3" if "0, 3, 5" in (RECIPES / recipe).read_text() else ""
+    lines, final = compress(f"--config {RECIPES / recipe} --max_steps 1 {layers}")
     assert lines[0]["loss"] > 0
     assert (final / "model.safetensors").is_file()
 

@@ -239,6 +239,8 @@ def test_recipes_train(model_folder, masked_lm_folder, tmp_path, recipe):
         )
         if "contextual" in (RECIPES / f"{recipe}.yaml").read_text():
             options += f"--contextual_teacher chunk-mean:{model_folder}:16 --contextual_head_dims 8 "
+        if recipe == "three_layers":
+            options += "--keep_layers every_other "
         if recipe == "dcca":
             options += "--contextual_width 4 "
         distillation.main((options + "--per_device_train_batch_size 33").split())
