@@ -1,6 +1,7 @@
 """Models that a comparison trains: in a process of their own, stamped with what they are made from, and their cost."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,14 +43,22 @@ def train(script: Path, output_dir: Path, options: Sequence[str]) -> None:
 
 
 def run_script(script: Path, options: Sequence[str]) -> None:
-    """A script in a process of its own.
+    """A script in a process of its own, which Ctrl-C does not reach: who started it answers, and kills it.
 
     Raises:
         UserError: it failed.
     """
-    code = subprocess.run([sys.executable, str(script), *options], check=False).returncode
+    command = [sys.executable, str(script), *options]
+    # With a timeout it is asked again and again whether the script has ended: after the import of polars, which mteb
+    # needs, Ctrl-C does not end a wait, and would be answered when the script is through.
+    ended = subprocess.run(command, check=False, timeout=float("inf"), preexec_fn=_ignore_interrupts)
+    code = ended.returncode
     if code:
         raise UserError(f"{script.name} {' '.join(options[:2])} ended with exit code {code}; its message stands above")
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def training_cost(metrics: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ ROWS = ["repeat", "interpolate", "group", "block", "rope_start", "rope"]
 def arguments(tiny_model, make_task, tmp_path, monkeypatch) -> extension.Arguments:
     """An encoder of 64 positions, extended to 128; training runs in this process, which saves imports."""
 
-    def run(command, check):
+    def run(command, **options):
         assert command[1] == str(extension.SCRIPT)
         pretraining.main(command[2:])
         return type("Completed", (), {"returncode": 0})
@@ -142,6 +142,12 @@ def test_what_a_run_cost_is_read_from_its_lines(tmp_path):
         "peak_memory_gib": 1.5,
         "curve": [[100, 4.0], [200, 3.0], [270, 2.5]],
     }
+
+
+def test_only_who_started_a_script_answers_ctrl_c(tmp_path):
+    """As a terminal does it, which interrupts all processes; a script that failed of it would be a UserError here."""
+    (tmp_path / "script.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    training_runs.run_script(tmp_path / "script.py", [])
 
 
 def test_unknown_rows_and_missing_recipes_are_refused_before_training(arguments, tmp_path):

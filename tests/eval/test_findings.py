@@ -41,7 +41,7 @@ FINDING = {
 def arguments(tiny_longembed, tmp_path, monkeypatch) -> findings.Arguments:
     """Twelve questions, of which the last four are judged; training runs in this process, which saves imports."""
 
-    def run(command, check):
+    def run(command, **options):
         assert command[1] == str(findings.PROGRAMS["contrastive"])
         contrastive.main(command[2:])
         return type("Completed", (), {"returncode": 0})
