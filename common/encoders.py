@@ -108,6 +108,7 @@ class Encoder:
         precision: `float32`, `bfloat16` (autocast), or `int8`: the weights of linear layers in 8 bits, on the CPU.
         batch_tokens: token budget of a forward pass; it bounds memory and changes no vector in float32 beyond rounding.
         trust_remote_code: run code that the folder brings (our own models need none).
+        normalize: unit vectors of a model with its own `encode`; others end in what their folder says.
 
     Raises:
         UserError: the folder does not load, or `max_length` is more than the model's context.
@@ -120,6 +121,7 @@ class Encoder:
         precision: str = "float32",
         batch_tokens: int = 16384,
         trust_remote_code: bool = False,
+        normalize: bool = True,
     ):
         try:
             self.model = SentenceTransformer(str(folder.path), trust_remote_code=trust_remote_code).eval()
@@ -128,7 +130,7 @@ class Encoder:
             raise UserError(f"the model in {folder.path} does not load: {reason}") from None
         if precision == "int8":
             int8_weights(self.model.to("cpu"))
-        self.folder, self.precision, self.batch_tokens = folder, precision, batch_tokens
+        self.folder, self.precision, self.batch_tokens, self.normalize = folder, precision, batch_tokens, normalize
         core: Any = getattr(self.model[0], "auto_model", None)
         self.context = context_length(core)
         if max_length is not None and max_length > self.context:
@@ -144,7 +146,8 @@ class Encoder:
     @property
     def identity(self) -> str:
         """What the vectors depend on beside the text and its kind."""
-        return f"{self.folder.revision}:{self.max_length}:{self.precision}"
+        length = "" if self.normalize else ":not normalized"
+        return f"{self.folder.revision}:{self.max_length}:{self.precision}{length}"
 
     @property
     def dimension(self) -> int:
@@ -187,6 +190,7 @@ class Encoder:
             texts,
             prompt_name=prompt_type.value if prompt_type else None,
             batch_tokens=self.batch_tokens,
+            normalize=self.normalize,
             precision="float32" if self.precision == "int8" else self.precision,
             show_progress_bar=False,
         )

@@ -58,7 +58,7 @@ class ModelSpec:
             raise UserError(f"--model {text}: write {kind}:PATH:N with N tokens, at least 8, such as {kind}:PATH:256")
         return cls(kind, ModelFolder.find(path), int(tokens), precision)
 
-    def load_encoder(self, batch_tokens: int, trust_remote_code: bool) -> Encoder:
+    def load_encoder(self, batch_tokens: int, trust_remote_code: bool, normalize: bool = True) -> Encoder:
         """What makes vectors of texts; `bm25` has no such thing.
 
         Raises:
@@ -66,4 +66,4 @@ class ModelSpec:
         """
         assert self.folder is not None
         kind = ChunkEncoder if self.kind.startswith("chunk") else Encoder
-        return kind(self.folder, self.tokens, self.precision, batch_tokens, trust_remote_code)
+        return kind(self.folder, self.tokens, self.precision, batch_tokens, trust_remote_code, normalize)

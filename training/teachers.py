@@ -44,7 +44,7 @@ class Teacher:
         name: a folder or Hub id, `truncate:PATH:N`, `chunk-mean:PATH:N`, or `paragraph-vector:FOLDER`.
         cache: the file of the vectors.
         batch_tokens: token budget of a forward pass.
-        normalize: vectors are read at unit length.
+        normalize: vectors are read at unit length; otherwise as long as the model makes them.
         precision: `float32`, `bfloat16`, or `auto`: bfloat16 where it is fast.
 
         Raises:
@@ -57,7 +57,7 @@ class Teacher:
         self._keys, self._stream = cache_keys, stream
         self.option, self.name, self.cache, self.normalize = option, name, cache, normalize
         try:
-            self._rows = _load(name, batch_tokens, precision)
+            self._rows = _load(name, batch_tokens, precision, normalize)
         except UserError as error:
             raise UserError(f"--{option} {name}: {str(error).removeprefix(f'--model {name}: ')}") from None
         if self._rows.chunks and not normalize:
@@ -128,7 +128,7 @@ class _Rows:
         return [np.append(m.sum(0), n)[None] for m, n in zip(matrices, counts, strict=True)]
 
 
-def _load(name: str, batch_tokens: int, precision: str) -> _Rows:
+def _load(name: str, batch_tokens: int, precision: str, normalize: bool) -> _Rows:
     from mteb.types import PromptType
 
     if name.startswith(PARAGRAPH_VECTOR):
@@ -143,6 +143,6 @@ def _load(name: str, batch_tokens: int, precision: str) -> _Rows:
         raise UserError(
             f"{spec.kind} does not give one vector a text; give a model, truncate:PATH:N or chunk-mean:PATH:N"
         )
-    encoder = spec.load_encoder(batch_tokens, False)
+    encoder = spec.load_encoder(batch_tokens, False, normalize)
     chunks = spec.kind == "chunk-mean"
     return _Rows(encoder, PromptType.document, None if chunks else encoder.max_length, chunks)

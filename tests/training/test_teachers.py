@@ -1,5 +1,6 @@
 """Teachers' vectors: those of the encoders themselves, computed once, whatever happens in between."""
 
+import json
 import sqlite3
 
 import numpy as np
@@ -50,6 +51,8 @@ def teacher(name: str, cache, **options) -> Teacher:
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_and_windows_are_the_models(model_folder, source, texts, tmp_path, normalize):
+    """Also where the cache holds the other kind already."""
+    teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=not normalize).read_all([source])
     truncating = teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=normalize)
     truncating.read_all([source])
     vectors, inside = truncating(texts)
@@ -60,7 +63,8 @@ def test_vectors_and_windows_are_the_models(model_folder, source, texts, tmp_pat
         lengths.append(len(ids))
         cut = torch.tensor([ids if len(ids) <= 24 else [*ids[:23], ids[-1]]])
         with torch.no_grad():
-            pooled = F.normalize(model(cut, attention_mask=torch.ones_like(cut)).pooler_output[0], dim=0)
+            pooled = model(cut, attention_mask=torch.ones_like(cut)).pooler_output[0]
+        pooled = F.normalize(pooled, dim=0) if normalize else pooled
         torch.testing.assert_close(vector, pooled, atol=1e-5, rtol=0)
     assert inside.tolist() == [length <= 24 for length in lengths]
     assert 0 < inside.sum() < len(texts)
@@ -174,6 +178,17 @@ def test_a_student_may_begin_with_some_layers(train_script, model_folder, tmp_pa
     torch.testing.assert_close(final, given, atol=1e-29, rtol=0)  # AdamW moves by its learning rate
     with pytest.raises(UserError, match=r"^--keep_layers 7: write every_other"):
         train_script("distillation", f"--keep_layers 7 --output_dir {tmp_path}/another")
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize("lengths", ["", "--no_normalize_teacher --no_normalize_student"])
+def test_nothing_to_learn_from_oneself(train_script, model_folder, tmp_path, loss, lengths):
+    """Of unit length or not, teacher and student compute the same vectors."""
+    options = f"--model_name_or_path {model_folder} --dropout 0 "
+    options += f"--structural_teacher {model_folder} --structural_loss {loss} --contextual_weight 0 --max_length 128 "
+    train_script("distillation", f"{options} --max_steps 1 --logging_steps 1 {lengths}")
+    line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["structural_loss"] < 1e-6
 
 
 def test_the_student_comes_to_its_teacher(tokenizer, tmp_path):
