@@ -21,7 +21,7 @@ from training.relation_distillation import (
     RelationArguments,
     RelationEvaluation,
     RelationStudent,
-    Teacher,
+    RelationTeacher,
     relation_gradient,
 )
 from training.schedules import Course, RateSchedule
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoders: tuple[Any, Any] = (model, student)
     for encoder in encoders:
         encoder.token_weighting = "none"  # hidden states are compared as they are; the config, which is saved, keeps it
-    teacher = Teacher(model, relations.teacher_layer, loop.accelerator.device, loop.accelerator.autocast)
+    teacher = RelationTeacher(model, relations.teacher_layer, loop.accelerator.device, loop.accelerator.autocast)
     context = min(model.config.max_position_embeddings, student.config.max_position_embeddings)
     lengths = sequence_lengths(arguments, context, "teacher and student must both read it: give a shorter one")
     reader = PieceReader(SpecialTokens.of(tokenizer), NoMasking())

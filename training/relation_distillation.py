@@ -18,7 +18,7 @@ from training.distributed import mean_over_processes, own_share, passes_together
 from training.documents import MaskedBatch, Pieces, SpecialTokens
 from training.loop import AccumulateGradient
 from training.losses.relations import attention_kl, relation_heads, relation_kl
-from training.relations import Projections, ProjectionTap
+from training.projections import Projections, ProjectionTap
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Lesson(NamedTuple):
     hidden_states: Tensor
 
 
-class Teacher:
+class RelationTeacher:
     """A model that does not train, and what it computes.
 
     Args:
@@ -181,7 +181,7 @@ def relation_losses(teacher: Lesson, student: Lesson, arguments: RelationArgumen
     return losses
 
 
-def relation_gradient(teacher: Teacher, arguments: RelationArguments) -> AccumulateGradient:
+def relation_gradient(teacher: RelationTeacher, arguments: RelationArguments) -> AccumulateGradient:
     """The objective: the weighted sum of the losses, each the mean over the tokens of the step on all processes."""
 
     def accumulate_gradient(model: nn.Module, batch: MaskedBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
@@ -216,7 +216,12 @@ class RelationEvaluation:
     """
 
     def __init__(
-        self, pieces: Pieces, special: SpecialTokens, teacher: Teacher, arguments: RelationArguments, batch_tokens: int
+        self,
+        pieces: Pieces,
+        special: SpecialTokens,
+        teacher: RelationTeacher,
+        arguments: RelationArguments,
+        batch_tokens: int,
     ) -> None:
         self.pieces, self.special, self.batch_tokens = pieces, special, batch_tokens
         self.teacher, self.arguments = teacher, arguments

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training.losses.relations import attention_kl, relation_heads, relation_kl
-from training.relations import Projections, ProjectionTap
+from training.projections import Projections, ProjectionTap
 
 pytestmark = pytest.mark.promise("D4")
 
