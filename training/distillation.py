@@ -111,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     selected = select_parameters(model, tuning)
     candidates = len(arguments.text_columns) - 1
     widths = {role: getattr(teacher, "dimension", candidates) for role, teacher in teachers.items()}
-    objective = Teaching(wanted, selected, widths, batches.global_batch_size)
+    objective = Teaching(wanted, selected, widths)
+    objective.check_rows("--per_device_train_batch_size", batches.global_batch_size)
+    for source in held_out:
+        objective.check_rows(f"--eval_data {source.name}", min(len(source.rows), batches.global_batch_size))
     for teacher in teachers.values():
         teacher.read_all([*train, *held_out])
     evaluations = {

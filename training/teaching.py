@@ -189,7 +189,7 @@ class Structural(nn.Module):
 class Contextual(nn.Module):
     """A projection of the student's vectors is to agree with one of a teacher's."""
 
-    def __init__(self, arguments: TeachingArguments, width: int, teacher_width: int, rows: int) -> None:
+    def __init__(self, arguments: TeachingArguments, width: int, teacher_width: int) -> None:
         super().__init__()
         self.arguments, wanted = arguments, arguments.contextual_width
         # Correlations do not change under linear maps: dcca needs no projection to a common width.
@@ -198,15 +198,13 @@ class Contextual(nn.Module):
         self.teacher_head = projection(
             teacher_width, arguments.contextual_teacher_head_dims, teacher_width if wanted is None else wanted
         )
+        self.fewest_rows = 1
         self.soft_cca: SoftCCA | None = None
         if arguments.contextual_loss == "soft_cca":
             self.soft_cca = SoftCCA(out, momentum=arguments.sdl_momentum, sdl_weight=arguments.sdl_weight)
-        widest = max(out, teacher_width if wanted is None else wanted)
-        if arguments.contextual_loss == "dcca" and rows <= widest:
-            raise UserError(
-                f"--contextual_loss dcca: a batch of {rows} documents in {widest} dimensions correlates perfectly with "
-                "anything; give a --per_device_train_batch_size many times larger, or a smaller --contextual_width"
-            )
+            self.fewest_rows = 2
+        if arguments.contextual_loss == "dcca":
+            self.fewest_rows = 1 + max(out, teacher_width if wanted is None else wanted)
 
     def forward(self, student: Tensor, teacher: Tensor, inside: Tensor) -> tuple[Tensor, Metrics]:
         """Of `(n, d)` and `(n, t)`."""
@@ -251,15 +249,11 @@ class Teaching(nn.Module):
     Every process computes the whole loss of the gathered rows: the mean of the processes' gradients is that of one.
     """
 
-    def __init__(self, arguments: TeachingArguments, encoder: nn.Module, widths: dict[str, int], rows: int) -> None:
+    def __init__(self, arguments: TeachingArguments, encoder: nn.Module, widths: dict[str, int]) -> None:
         """Args:
         arguments: of the user.
         encoder: the student.
         widths: of the teachers' vectors, under `structural` and `contextual`; or candidates, under `score`.
-        rows: of a batch, over all processes.
-
-        Raises:
-            UserError: a batch that is too small for the loss.
         """
         super().__init__()
         config: Any = encoder.config
@@ -269,9 +263,27 @@ class Teaching(nn.Module):
         if "structural" in widths:
             self.parts["structural"] = Structural(arguments, config.hidden_size, widths["structural"])
         if "contextual" in widths:
-            self.parts["contextual"] = Contextual(arguments, config.hidden_size, widths["contextual"], rows)
+            self.parts["contextual"] = Contextual(arguments, config.hidden_size, widths["contextual"])
         if "score" in widths:
             self.parts["score"] = Scores(arguments)
+
+    def check_rows(self, option: str, rows: int) -> None:
+        """Refuse what would end the run at its first batch.
+
+        Args:
+            option: where the rows come from.
+            rows: that are looked at at once, over all processes.
+
+        Raises:
+            UserError: too few for the loss.
+        """
+        fewest = max(getattr(part, "fewest_rows", 1) for part in self.parts.values())
+        if rows < fewest:
+            raise UserError(
+                f"{option}: {rows} rows at once, of which --contextual_loss takes at least {fewest} (soft_cca needs a "
+                "variance; for dcca no more rows than dimensions correlate with anything); give many more, or for dcca "
+                "a smaller --contextual_width"
+            )
 
     def forward(self, student: Tensor, targets: Targets) -> tuple[Tensor, Metrics]:
         """The loss of N rows.

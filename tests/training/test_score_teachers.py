@@ -93,7 +93,7 @@ def test_a_columns_scores_are_those_of_the_row_also_after_the_file_has_changed(r
 @pytest.mark.parametrize("loss", ["kl", "margin_mse"])
 def test_the_loss_is_of_scaled_cosines(loss):
     arguments = TeachingArguments(score_column="label", score_loss=loss, score_scale=7.0, score_temperature=2.0)
-    objective = Teaching(arguments, LongEmbedModel(tiny_config()), {"score": 3}, 5)
+    objective = Teaching(arguments, LongEmbedModel(tiny_config()), {"score": 3})
     student, target = torch.randn(5, 4, 32, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     value, _ = objective(student, {"score": (target, torch.ones(5, dtype=torch.bool))})
     cosines = F.cosine_similarity(student[:, :1], student[:, 1:], dim=-1)

@@ -43,7 +43,7 @@ def objective_of(case: str, model: torch.nn.Module, **more) -> Teaching:
     torch.manual_seed(2)
     arguments = arguments_of(case, **more)
     roles = [role for role in ("structural", "contextual", "score") if getattr(arguments, f"{role}_teacher")]
-    return Teaching(arguments, model, dict.fromkeys(roles, WIDTH), ROWS).double().train()
+    return Teaching(arguments, model, dict.fromkeys(roles, WIDTH)).double().train()
 
 
 class FixedTeacher:
@@ -161,7 +161,7 @@ def test_nothing_to_learn_for_who_gives_the_teachers_vectors():
     _, _, inside = random_targets()
     vectors = F.normalize(torch.randn(ROWS, 32, dtype=torch.float64), dim=-1)
     for loss in ("mse", "cosine"):
-        objective = Teaching(arguments_of("mse", structural_loss=loss), model, {"structural": 32}, ROWS)
+        objective = Teaching(arguments_of("mse", structural_loss=loss), model, {"structural": 32})
         assert not list(objective.parameters())  # equal widths: no projection
         student = (3 * vectors[:, None]).requires_grad_()
         value, _ = objective(student, {"structural": (vectors, inside)})
@@ -183,7 +183,7 @@ def test_translations_are_asked_for_the_vector_of_the_first():
 def test_dcca_does_not_see_the_scale_of_a_dimension():
     student, vectors, inside = random_targets()
     model = LongEmbedModel(tiny_config(hidden_size=4, num_attention_heads=2))
-    objective = Teaching(arguments_of("dcca", contextual_width=None), model, {"contextual": WIDTH}, ROWS).double()
+    objective = Teaching(arguments_of("dcca", contextual_width=None), model, {"contextual": WIDTH}).double()
     student = student[:, :, :4]
     loss, _ = objective(student, {"contextual": (vectors, inside)})
     scaled, _ = objective(
@@ -211,9 +211,28 @@ def test_what_makes_no_sense_is_refused(options, complaint):
         TeachingArguments(**teacher, **options)
 
 
-def test_dcca_is_refused_before_the_teacher_reads_if_a_batch_is_too_small():
-    with pytest.raises(UserError, match="a batch of 12 documents in 32 dimensions correlates perfectly"):
-        Teaching(arguments_of("dcca", contextual_width=None), encoder(), {"contextual": WIDTH}, ROWS)
+@pytest.mark.parametrize(
+    ("loss", "fewest"), [("--contextual_loss dcca --contextual_width 8", 9), ("--contextual_loss soft_cca", 2)]
+)
+def test_too_few_rows_for_the_loss_are_refused_before_the_teacher_reads(model_folder, tmp_path, loss, fewest):
+    """As many as it takes at least are enough: the loss of training and of held-out rows is a number."""
+    rows = random_documents(20)
+    held_out = {count: write_jsonl(tmp_path / f"{count}.jsonl", rows[:count]) for count in (fewest - 1, fewest)}
+    options = f"--model_name_or_path {model_folder} --contextual_teacher truncate:{model_folder}:24 {loss} "
+    options += f"--train_data {write_jsonl(tmp_path / 'rows.jsonl', rows)} --output_dir {tmp_path}/out "
+    options += "--max_steps 1 --dataloader_num_workers 0 "
+    for few, complaint in (
+        (f"--per_device_train_batch_size {fewest - 1}", f"--per_device_train_batch_size: {fewest - 1} rows at once"),
+        (
+            f"--per_device_train_batch_size {fewest} --eval_data {held_out[fewest]} {held_out[fewest - 1]}",
+            f"--eval_data {held_out[fewest - 1]}: {fewest - 1} rows at once.* at least {fewest} ",
+        ),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            distillation.main((options + few).split())
+        assert not (tmp_path / "out" / "teachers.sqlite").exists()
+    distillation.main(f"{options} --per_device_train_batch_size {fewest} --eval_data {held_out[fewest]}".split())
+    assert (tmp_path / "out" / "final").is_dir()
 
 
 RECIPES = Path(distillation.__file__).parent / "recipes" / "distillation"
