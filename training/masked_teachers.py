@@ -1,6 +1,7 @@
 """Masked-language models as teachers of another one: their distributions, and their hidden states."""
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,11 +37,11 @@ class MaskedTeacherArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.teacher_temperature <= 0:
-            raise UserError(f"--teacher_temperature {self.teacher_temperature}: must be more than 0")
+        if not 0 < self.teacher_temperature < math.inf:
+            raise UserError(f"--teacher_temperature {self.teacher_temperature}: must be a number of more than 0")
         for name in ("soft_weight", "hard_weight", "hidden_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must not be less than 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: must be a number of at least 0")
         if len(self.masked_teachers) > 1 and self.hidden_weight:
             raise UserError("--hidden_weight: hidden states of several teachers have nothing in common; give 0")
 
@@ -81,6 +82,7 @@ class MaskedTeachers:
             L_ce and L_cos (Sanh et al. 2019, arXiv:1910.01108, section 3).
         """
         inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "labels": chunk.labels}
+        inputs["token_type_ids"] = chunk.token_type_ids
         inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
         if self.hidden:
             inputs["output_hidden_states"] = True

@@ -5,6 +5,7 @@ dburian/transformer_document_embedding): a structural teacher, which reads a sho
 to be; a contextual one, which has seen all of a document, says what can be told from it.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -125,12 +126,12 @@ class TeachingArguments:
                 "and --score_column of a query and its candidates; give one kind, and of scores one source"
             )
         for name in ("score_scale", "score_temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: must be a number of more than 0")
         weights = ("structural_weight", "contextual_weight", "score_weight", "sdl_weight")
         for name in (*weights, "structural_gamma", "dcca_regularization"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must not be less than 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} {getattr(self, name)}: must be a number of at least 0")
         for name in ("structural_head_dims", "contextual_head_dims", "contextual_teacher_head_dims"):
             if any(dim < 1 for dim in getattr(self, name)):
                 raise UserError(f"--{name} {' '.join(map(str, getattr(self, name)))}: each must be at least 1")

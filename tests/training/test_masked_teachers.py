@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from training import pretraining
 from training.documents import MaskedBatch, MaskedText, mask_batch
 from training.masked_language import MaskedLanguageModel, masked_gradient
 from training.masked_teachers import MaskedTeacherArguments, MaskedTeachers
+from training.next_sentence import NextSentenceHead
 
 TEMPERATURE = 2.0
 
@@ -27,13 +29,14 @@ def model(seed: int, **changes) -> LongEmbedForMaskedLM:
     return LongEmbedForMaskedLM(tiny_config(initializer_range=0.3, **changes)).double()
 
 
-def batch(budget: int = 40, lengths: tuple[int, ...] = (9, 21, 14)) -> MaskedBatch:
+def batch(budget: int = 40, lengths: tuple[int, ...] = (9, 21, 14), segments: bool = False) -> MaskedBatch:
+    """Random texts; with segments the last 5 tokens of each are the second one."""
     generator, texts = torch.Generator().manual_seed(0), []
     for length in lengths:
         ids = torch.randint(5, 31, (length,), generator=generator).numpy()
         labels = torch.full((length,), -100)
         labels[1 : length // 2] = torch.from_numpy(ids[1 : length // 2])
-        texts.append(MaskedText(ids, labels.numpy(), 0 * ids))
+        texts.append(MaskedText(ids, labels.numpy(), segments * (np.arange(length) >= length - 5).astype(ids.dtype)))
     return mask_batch(texts, budget, 64, 0.5)
 
 
@@ -84,10 +87,14 @@ def test_the_weighted_sum_of_three_losses_text_by_text(budget):
 
 
 @pytest.mark.promise("D2")
-def test_nothing_to_learn_from_oneself():
+@pytest.mark.parametrize("pairs", [False, True])
+def test_nothing_to_learn_from_oneself(pairs):
+    """Pairs of segments too: the teacher is told where the second begins."""
     student = model(0).train()
-    teaching = MaskedLanguageModel(student, teachers=MaskedTeachers([model(0)], TEMPERATURE, hidden=True))
-    metrics = masked_gradient(weights={"masked_lm_loss": 0.0})(teaching, batch(), 1.0, True)
+    head = NextSentenceHead(32, 0.02).double() if pairs else None
+    teaching = MaskedLanguageModel(student, head, MaskedTeachers([model(0)], TEMPERATURE, hidden=True))
+    weights = {"masked_lm_loss": 0.0, "next_sentence_loss": 0.0}
+    metrics = masked_gradient(weights=weights)(teaching, batch(segments=pairs), 1.0, True)
     assert metrics["soft_target_loss"] + metrics["hidden_state_loss"] < 1e-6
     assert max(gradient.abs().max() for gradient in gradients(student).values()) < 1e-6
 
@@ -162,7 +169,8 @@ def test_teachers_that_cannot_teach(train_script, masked_lm_folder, model_folder
         (f"--masked_teachers {saved('short', max_position_embeddings=32)}", "reads 32 tokens, fewer than the 60"),
         (f"--masked_teachers {saved('wide', hidden_size=40)}", "hidden states of width 40 and 32 cannot be compared"),
         (f"--masked_teachers {masked_lm_folder} {masked_lm_folder}", "--hidden_weight: .* nothing in common; give 0"),
-        ("--teacher_temperature 0", "--teacher_temperature 0.0: must be more than 0"),
+        ("--teacher_temperature 0", "--teacher_temperature 0.0: must be a number of more than 0"),
+        ("--soft_weight nan", "--soft_weight nan: must be a number of at least 0"),
         ("--keep_layers 7", "--keep_layers 7: "),
     ):
         with pytest.raises(UserError, match=complaint) as caught:

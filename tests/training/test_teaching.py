@@ -198,7 +198,12 @@ def test_dcca_does_not_see_the_scale_of_a_dimension():
     ("options", "complaint"),
     [
         ({}, "no teacher: give --structural_teacher"),
-        ({"structural_weight": -1.0}, "--structural_weight -1.0: must not be less than 0"),
+        ({"structural_weight": -1.0}, "--structural_weight -1.0: must be a number of at least 0"),
+        *[
+            ({name: float(value)}, f"--{name} {value}: must be a number of ")
+            for name in ("structural_gamma", "structural_weight", "contextual_weight", "sdl_weight", "score_scale")
+            for value in ("nan", "inf")
+        ],
         ({"structural_head_dims": [3, 0]}, "--structural_head_dims 3 0: each must be at least 1"),
         ({"contextual_loss": "mse", "contextual_width": 4}, "would learn to give one vector for all"),
         ({"structural_loss": "max_margin_mse", "normalize_student": False}, "without unit length .* has no minimum"),
