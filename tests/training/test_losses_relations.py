@@ -1,5 +1,6 @@
 """MiniLM and MiniLMv2 against what transformers' own BERT attends to, double loops, and what must not matter."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import BertConfig, BertModel
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from modeling_longembed.attention_pattern_longembed import AttentionInputs
 from training.losses.relations import attention_kl, relation_heads, relation_kl
 from training.projections import Projections, ProjectionTap
 
@@ -224,6 +226,97 @@ def test_relation_heads_are_stretches_of_the_width():
     assert split[1, 4].tolist() == [20, 21]
     with pytest.raises(ValueError, match="5 relation heads do not divide a width of 12"):
         relation_heads(vectors, 5)
+
+
+def dense_kl(teacher: torch.Tensor, student: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+    """KL of the softmax of scores `(heads, L, L)` by torch's own `kl_div`, in plain autograd: `(L,)`."""
+    if visible is not None:
+        teacher, student = (scores.masked_fill(~visible, -1e30) for scores in (teacher, student))
+    log = student.log_softmax(-1)
+    return torch.nn.functional.kl_div(log, teacher.softmax(-1).detach(), reduction="none").sum(-1).mean(0)
+
+
+def dense_attention_kl(teacher: AttentionInputs, student: AttentionInputs) -> torch.Tensor:
+    """Of the scores that the patterns' own definition has of a whole document."""
+    values = []
+    for start, end in BOUNDS:
+        rows = slice(start, end)
+        places = teacher.places(rows)
+        visible = teacher.mask(places, places) & student.mask(places, places)
+        values.append(dense_kl(teacher.scores(rows), student.scores(rows), visible))
+    return torch.cat(values)
+
+
+def dense_relation_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+    values = []
+    for start, end in BOUNDS:
+        pair = (vectors[start:end].transpose(0, 1) for vectors in (teacher, student))
+        values.append(dense_kl(*(each @ each.mT / each.shape[-1] ** 0.5 for each in pair)))
+    return torch.cat(values)
+
+
+@pytest.mark.parametrize("tile", [9, 2**22])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_gradient_is_that_of_plain_autograd(name, tile):
+    """Of every weight of the student, its tables of positions and biases too, and token by token: a factor shows."""
+    fields = [{"attention_patterns": {"type": "sliding", "window": 3}}, {"attention_patterns": "full"}]
+    teacher, student = (model(seed, **SCHEMES[name] | own) for seed, own in enumerate(fields))
+    of_teacher, of_student = projections(teacher), projections(student)
+    relations = [[relation_heads(each.key, 8) for each in (of_teacher, of_student)]]
+    relations += [[relation_heads(each.value, 8) for each in (of_teacher, of_student)]]
+    pairs = [(
+        attention_kl(of_teacher.attention, of_student.attention, tile),
+        dense_attention_kl(of_teacher.attention, of_student.attention),
+    )]  # fmt: skip
+    pairs += [(relation_kl(*pair, BOUNDS, tile), dense_relation_kl(*pair)) for pair in relations]
+    weights = dict(student.named_parameters())
+    each_token = torch.linspace(0.5, 2, sum(LENGTHS), dtype=torch.float64)
+    for number, pair in enumerate(pairs):
+        torch.testing.assert_close(*pair, atol=1e-10, rtol=0)
+        found, expected = (
+            torch.autograd.grad(loss @ each_token, [*weights.values()], retain_graph=True, allow_unused=True)
+            for loss in pair
+        )
+        for weight, own, plain in zip(weights, found, expected, strict=True):
+            assert (own is None) == (plain is None), weight
+            if plain is not None:
+                torch.testing.assert_close(own, plain, atol=1e-10, rtol=1e-8, msg=lambda text, w=weight: f"{w}: {text}")
+        learned = {weight for weight, plain in zip(weights, expected, strict=True) if plain is not None and plain.any()}
+        if number == 0:  # all that is in the scores of the last attention
+            assert {f"layers.2.attention.{part}_proj.weight" for part in "qk"} <= learned
+            tables = {"absolute": "embeddings.position", "relative": "distance", "buckets": "relative_attention_bias"}
+            assert name not in tables or any(tables[name] in weight for weight in learned), learned
+
+
+def widened(inputs: AttentionInputs) -> AttentionInputs:
+    """The same numbers in float32."""
+    parts = [copy.copy(part) for part in (inputs.bias, inputs.grouped)]
+    for part in filter(None, parts):
+        floats = {name: value.float() for name, value in vars(part).items() if getattr(value, "is_cpu", False)}
+        vars(part).update({name: value for name, value in floats.items() if name != "neighbours"})
+    return inputs._replace(query=inputs.query.float(), key=inputs.key.float(), bias=parts[0], grouped=parts[1])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_under_bfloat16_the_scores_are_in_float32(name):
+    """Queries, keys and values are in bfloat16, as autocast makes them; nothing after them is, in neither pass."""
+    models = [model(seed, **SCHEMES[name]).float() for seed in (0, 1)]
+    with torch.autocast("cpu", torch.bfloat16):
+        teacher, student = (projections(each) for each in models)
+        assert student.query.dtype == student.value.dtype == torch.bfloat16
+        values = [relation_heads(each.value, 8) for each in (teacher, student)]
+        found = attention_kl(teacher.attention, student.attention), relation_kl(*values, BOUNDS)
+    expected = (
+        dense_attention_kl(widened(teacher.attention), widened(student.attention)),
+        dense_relation_kl(*(each.float() for each in values)),
+    )
+    leaves = (student.attention.query, student.attention.key), (student.value,)
+    for own, plain, of in zip(found, expected, leaves, strict=True):
+        assert own.dtype == torch.float32
+        torch.testing.assert_close(own, plain, atol=1e-5, rtol=1e-4)
+        slopes = [torch.autograd.grad(loss.sum(), of, retain_graph=True) for loss in (own, plain)]
+        # One rounding to bfloat16 at the end, where those of the scores themselves would be added up.
+        torch.testing.assert_close(*slopes, atol=1e-5, rtol=2**-7)
 
 
 class LargestTensor(TorchDispatchMode):

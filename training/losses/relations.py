@@ -120,12 +120,12 @@ class _Boundary:
         return inside
 
     def cut_attributes(self, of: Any) -> Any:
-        """A copy of an object, such as a bias, whose tensors are cut."""
+        """A copy of an object, such as a bias, whose tensors are cut, and wide enough for scores."""
         if of is None:
             return None
         inner = copy.copy(of)
         names = [name for name, value in vars(of).items() if isinstance(value, Tensor) and value.is_floating_point()]
-        for name, tensor in zip(names, self.cut([getattr(of, name) for name in names]), strict=True):
+        for name, tensor in zip(names, self.cut([_wide(getattr(of, name)) for name in names]), strict=True):
             object.__setattr__(inner, name, tensor)
         return inner
 
@@ -150,10 +150,14 @@ def _attention_scores(inputs: AttentionInputs, boundary: _Boundary) -> Scores:
 
 
 def _by_document(vectors: Tensor, bounds: list[tuple[int, int]]) -> list[Tensor]:
-    """Packed `(T, A, D)` as `(A, L, D)` of each document, in at least float32: the exponentials of scores need it."""
-    wide = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    """Packed `(T, A, D)` as `(A, L, D)` of each document, wide enough for scores."""
     # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens.
-    return [part.transpose(0, 1) for part in wide.split([end - start for start, end in bounds])]
+    return [part.transpose(0, 1) for part in _wide(vectors).split([end - start for start, end in bounds])]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In at least float32: the exponentials of scores need it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _tiled(
