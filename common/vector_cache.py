@@ -21,12 +21,17 @@ class VectorCache:
         path: the file; it and its folder are made when missing.
 
     Raises:
-        UserError: the file is there and is not such a cache.
+        UserError: the file is there and is not such a cache, or cannot be made.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make {self.path.parent}, the folder of the cache of vectors ({error.strerror}); name another"
+            ) from None
         try:
             self._connection = sqlite3.connect(self.path, timeout=60)
             with self._connection:
@@ -37,14 +42,35 @@ class VectorCache:
             raise UserError(f"cannot use {self.path} as the cache of vectors ({error}); delete it") from None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """The matrices of those `keys` that are in the cache, each float32 (k, d)."""
-        found = {}
+        """The matrices of those `keys` that are in the cache, each float32 (k, d).
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        found: dict[bytes, np.ndarray] = {}
         for start in range(0, len(keys), _KEYS_A_QUERY):
             part = keys[start : start + _KEYS_A_QUERY]
             marks = ",".join("?" * len(part))
-            for key, k, data in self._connection.execute(f"SELECT * FROM vectors WHERE key IN ({marks})", part):
-                found[key] = np.frombuffer(data, dtype=np.float32).reshape(k, -1)
+            try:
+                rows = self._connection.execute(f"SELECT * FROM vectors WHERE key IN ({marks})", part).fetchall()
+            except sqlite3.Error as error:
+                raise UserError(
+                    f"cannot read {self.path}, the cache of vectors ({error}); delete it, and the same command fills "
+                    "it again"
+                ) from None
+            found |= {key: np.frombuffer(data, dtype=np.float32).reshape(k, -1) for key, k, data in rows}
         return found
+
+    def rows(self, keys: Sequence[bytes]) -> np.ndarray:
+        """The matrices of all `keys`, in their order, one below the other: float32 (sum of k, d).
+
+        Raises:
+            UserError: the file is damaged, or one is missing that was there: somebody has removed it.
+        """
+        found = self.get(keys)
+        if missing := len(set(keys) - found.keys()):
+            raise UserError(f"{self.path}: {missing} vectors or scores are gone; start the same command again")
+        return np.concatenate([found[key] for key in keys])
 
     def put(self, matrices: Mapping[bytes, np.ndarray]) -> None:
         """Store matrices (k, d), all of them or none.

@@ -109,9 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     teachers = load_teachers(arguments, wanted, loop)
     selected = select_parameters(model, tuning)
-    candidates = len(arguments.text_columns) - 1
-    widths = {role: getattr(teacher, "dimension", candidates) for role, teacher in teachers.items()}
-    objective = Teaching(wanted, selected, widths)
+    objective = Teaching(wanted, selected, {role: teacher.width for role, teacher in teachers.items()})
     objective.check_rows("--per_device_train_batch_size", batches.global_batch_size)
     for source in held_out:
         objective.check_rows(f"--eval_data {source.name}", min(len(source.rows), batches.global_batch_size))
@@ -190,10 +188,11 @@ def student_tokenizer(
 def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, loop: Loop) -> Teachers:
     """The teachers by their role, `structural` and `contextual`, or `score`."""
     cache = Path(wanted.teacher_cache) if wanted.teacher_cache else loop.output_dir / "teachers.sqlite"
+    candidates = len(arguments.text_columns) - 1
     if wanted.score_column is not None:
-        return {"score": ColumnScores(wanted.score_column, cache, arguments.train_data + arguments.eval_data)}
+        return {"score": ColumnScores(wanted.score_column, candidates)}
     if wanted.score_teacher is not None:
-        return {"score": CrossEncoderScores(wanted.score_teacher, cache, arguments.batch_tokens)}
+        return {"score": CrossEncoderScores(wanted.score_teacher, candidates, cache, arguments.batch_tokens)}
     names = {"structural": wanted.structural_teacher, "contextual": wanted.contextual_teacher}
     return {
         role: Teacher(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.vector_cache import VectorCache
+from training.batches import PairBatch
 from training.data import Source
 from training.distributed import own_share
 
@@ -25,7 +26,8 @@ class Teacher:
     Another teacher in the same file is therefore no harm, and a run that was stopped goes on with what is missing.
 
     Attributes:
-        dimension: of a vector.
+        width: of a vector.
+        identity: what the vectors depend on beside the texts.
         window: tokens that the teacher reads of a text; None: all of them.
     """
 
@@ -65,7 +67,7 @@ class Teacher:
                 f"--{option} {name}: the mean over chunks is a direction without a length; leave out "
                 "--no_normalize_teacher"
             )
-        self.dimension, self.window = self._rows.dimension, self._rows.window
+        self.width, self.identity, self.window = self._rows.dimension, self._rows.identity, self._rows.window
 
     def read_all(self, sources: Iterable[Source]) -> None:
         """Compute what the cache does not hold yet of the first column of all sources, and let go of the model.
@@ -84,22 +86,17 @@ class Teacher:
         self._rows.encoder = None
         wait_for_everyone()
 
-    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Vectors of texts that the cache holds, float32 `(n, t)`, and whether the teacher reads each to its end,
+    def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Vectors of the first texts of a batch, float32 `(n, t)`, and whether the teacher reads each to its end,
         `(n,)`.
 
         Raises:
             UserError: the cache does not hold them: somebody has removed it.
         """
-        keys = self._keys(texts, self._rows, self._rows.kind)
+        assert batch.texts is not None
+        keys = self._keys(batch.texts[0], self._rows, self._rows.kind)
         # Opened anew: SQLite forbids that a process uses what it opened before a fork.
-        found = VectorCache(self.cache).get(keys)
-        try:
-            rows = torch.from_numpy(np.concatenate([found[key] for key in keys]))
-        except KeyError:
-            raise UserError(
-                f"{self.cache}: vectors of --{self.option} are gone; start the same command again"
-            ) from None
+        rows = torch.from_numpy(VectorCache(self.cache).rows(keys))
         vectors, tokens = rows[:, :-1], rows[:, -1]
         inside = torch.ones_like(tokens, dtype=torch.bool) if self.window is None else tokens <= self.window
         return (F.normalize(vectors, dim=-1) if self.normalize else vectors), inside

@@ -6,9 +6,9 @@ to be; a contextual one, which has seen all of a document, says what can be told
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -241,7 +241,27 @@ class Scores(nn.Module):
 
 LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}
 Targets = dict[str, tuple[Tensor, Tensor]]
-Teachers = dict[str, Any]  # by role: a `Teacher`, of `score` a `ScoreTeacher`
+
+
+class TextTeacher(Protocol):
+    """What knows of every row of the data what a student is to give.
+
+    Attributes:
+        width: of what it gives: a vector's, or the candidates of a query.
+        identity: what that depends on beside the data.
+    """
+
+    width: int
+    identity: str
+
+    def read_all(self, sources: Iterable[Source]) -> None:
+        """Make ready what `read` gives of the rows of all sources; the processes share them out."""
+
+    def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Vectors or scores of a batch that holds its texts, float32 `(n, width)`, and which rows count, `(n,)`."""
+
+
+Teachers = Mapping[str, TextTeacher]  # by role: `structural` and `contextual`, or `score`
 
 
 class Teaching(nn.Module):
@@ -254,7 +274,7 @@ class Teaching(nn.Module):
         """Args:
         arguments: of the user.
         encoder: the student.
-        widths: of the teachers' vectors, under `structural` and `contextual`; or candidates, under `score`.
+        widths: of what the teachers give, by role.
         """
         super().__init__()
         config: Any = encoder.config
@@ -318,8 +338,8 @@ def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGrad
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
         device = batch.text_ids.device
         targets = {
-            role: (gather_rows(vectors), gather_rows(inside).bool())
-            for role, (vectors, inside) in _targets(batch, teachers, device).items()
+            role: (gather_rows(vectors), gather_rows(inside.float()).bool())
+            for role, (vectors, inside) in _read(batch, teachers, device).items()
         }
 
         def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
@@ -360,12 +380,12 @@ class TeachingEvaluation:
         sums: dict[str, float] = {}
         self.objective.eval()
         for number in own_share(len(self.batches)):
-            texts = self.source.texts(self.batches[number].tolist())
+            rows = self.batches[number].tolist()
+            texts = self.source.texts(rows)
             batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind=self.source.anchor_kind)
+            batch = replace(batch, texts=texts, source=self.source.name, rows=self.source.numbers(rows))
             vectors = torch.cat([embed(chunk.to(device)).float() for chunk in batch.chunks])
-            found = _read(texts, self.teachers)
-            targets = {role: (target.to(device), inside.to(device)) for role, (target, inside) in found.items()}
-            _, metrics = self.objective(by_row(vectors, batch.pairs), targets)
+            _, metrics = self.objective(by_row(vectors, batch.pairs), _read(batch, self.teachers, device))
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
         self.objective.train()
         shares = gather_object([sums])
@@ -373,15 +393,9 @@ class TeachingEvaluation:
         return {f"eval_{name}": sum(share.get(name, 0.0) for share in shares) / len(self.batches) for name in names}
 
 
-def _targets(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:
-    assert batch.texts is not None
-    found = _read(batch.texts, teachers)
-    return {role: (vectors.to(device), inside.to(device).float()) for role, (vectors, inside) in found.items()}
-
-
-def _read(columns: list[list[str]], teachers: Teachers) -> Targets:
-    """What the teachers have of some rows: of the first column its vectors, of all columns their scores."""
-    return {role: teacher(columns if role == "score" else columns[0]) for role, teacher in teachers.items()}
+def _read(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:
+    found = {role: teacher.read(batch) for role, teacher in teachers.items()}
+    return {role: (target.to(device), counts.to(device)) for role, (target, counts) in found.items()}
 
 
 def _unit(vectors: Tensor, wanted: bool) -> Tensor:

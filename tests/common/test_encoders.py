@@ -224,6 +224,20 @@ def test_a_file_that_is_no_cache_is_told(tmp_path):
         VectorCache(tmp_path / "v.sqlite")
 
 
+def test_a_cache_that_cannot_be_made_or_read_is_told(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match=r"cannot make .*file, the folder of the cache of vectors .*; name another"):
+        VectorCache(tmp_path / "file" / "v.sqlite")
+    keys = [bytes([n]) for n in range(100)]
+    VectorCache(tmp_path / "v.sqlite").put({key: np.ones((1, 200)) for key in keys})
+    with open(tmp_path / "v.sqlite", "r+b") as file:
+        file.seek(4096)  # behind the first page, which says what the file holds
+        file.write(b"\xff" * 8192)
+    for read in ("get", "rows"):
+        with pytest.raises(UserError, match=r"cannot read .*v.sqlite, the cache .*malformed.*; delete it"):
+            getattr(VectorCache(tmp_path / "v.sqlite"), read)(keys)
+
+
 def test_a_folder_that_is_no_model_is_told(tmp_path, tiny_model):
     with pytest.raises(UserError, match=r"it needs config.json and"):
         ModelFolder.find(str(tmp_path))

@@ -1,17 +1,20 @@
 """Scores of candidates: the cross-encoder's own, computed once; a column's, row by row; a student that learns them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from tiny_training import random_pairs, tiny_config, write_jsonl
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training import distillation
+from training.batches import PairBatch
 from training.data import Columns, Source, read_sources
 from training.losses.soft_targets import margin_mse, soft_targets
 from training.score_teachers import ColumnScores, CrossEncoderScores
@@ -51,14 +54,16 @@ def source(data: str, **more) -> Source:
     return read_sources([data], Columns(TEXTS, None, "texts", **more))[0]
 
 
-def texts_of(rows: list[dict]) -> list[list[str]]:
-    return [[row[name] for row in rows] for name in TEXTS]
+def batch_of(source: Source, rows: list[int]) -> PairBatch:
+    """Rows of a source by their number from 0, as batches name them."""
+    empty = PairBatch([], torch.empty(0), len(rows), 0, (), 0)
+    return replace(empty, texts=source.texts(rows), source=source.name, rows=source.numbers(rows))
 
 
 def test_a_cross_encoders_scores_are_its_logits_and_are_computed_once(cross_encoder, data, rows, tmp_path, monkeypatch):
-    teacher = CrossEncoderScores(cross_encoder, tmp_path / "cache", 4096)
-    teacher.read_all([source(data)])
-    scores, counts = teacher(texts_of(rows))
+    teacher, whole = CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096), source(data)
+    teacher.read_all([whole])
+    scores, counts = teacher.read(batch_of(whole, list(range(len(rows)))))
     assert counts.all()
     model, tokenizer = (
         AutoModelForSequenceClassification.from_pretrained(cross_encoder).eval(),
@@ -74,19 +79,54 @@ def test_a_cross_encoders_scores_are_its_logits_and_are_computed_once(cross_enco
         raise AssertionError("computed again")
 
     monkeypatch.setattr(CrossEncoderScores, "scores_of", never)
-    again = CrossEncoderScores(cross_encoder, tmp_path / "cache", 4096)
-    again.read_all([source(data)])
-    assert torch.equal(again(texts_of(rows))[0], scores)
+    again = CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096)
+    again.read_all([whole])
+    assert torch.equal(again.read(batch_of(whole, list(range(len(rows)))))[0], scores)
 
 
-def test_a_columns_scores_are_those_of_the_row_also_after_the_file_has_changed(rows, tmp_path):
-    for factor in (1.0, 2.0):
-        scaled = [row | {"label": [factor * score for score in row["label"]]} for row in rows]
-        file = str(write_jsonl(tmp_path / "rows.jsonl", scaled))
-        teacher = ColumnScores("label", tmp_path / "cache", [file])
-        teacher.read_all([source(file, numbers=("label",))])
-        found = teacher(texts_of(rows[::-1]))[0]
-        np.testing.assert_array_equal(found, [row["label"] for row in scaled[::-1]])
+@pytest.mark.parametrize("change", ["weights", "negatives"])
+def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, tmp_path, tokenizer, change):
+    """In the same cache: what a fresh one gives."""
+    first = source(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096).read_all([first])
+    if change == "weights":
+        model = BertForSequenceClassification.from_pretrained(cross_encoder)
+        torch.nn.init.normal_(model.classifier.weight)
+        cross_encoder = str(tmp_path / "other")
+        model.save_pretrained(cross_encoder)
+        tokenizer.save_pretrained(cross_encoder)
+    else:
+        rows = [row | {"negative_1": " ".join(reversed(row["anchor"].split()))} for row in rows]
+    changed, found = source(str(write_jsonl(tmp_path / "changed.jsonl", rows))), []
+    for cache in ("cache", "fresh"):
+        teacher = CrossEncoderScores(cross_encoder, 3, tmp_path / cache, 4096)
+        teacher.read_all([changed])
+        found.append(teacher.read(batch_of(changed, list(range(len(rows)))))[0])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_columns_scores_are_those_of_the_row_whatever_other_rows_and_files_say_of_its_texts(rows, tmp_path):
+    """The same texts three times, in two files, each time with other scores."""
+    scaled = [[row | {"label": [n * score for score in row["label"]]} for row in rows] for n in (1, 2, 3)]
+    files = {"first": scaled[0] + scaled[1], "second": scaled[2]}
+    sources = [
+        source(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), numbers=("label",)) for name, rows in files.items()
+    ]
+    teacher = ColumnScores("label", 3)
+    teacher.read_all(sources)
+    for of_file, given in zip(sources, files.values(), strict=True):
+        numbers = list(range(len(given)))[::-1]
+        found, counts = teacher.read(batch_of(of_file, numbers))
+        np.testing.assert_array_equal(found, [row["label"] for row in given[::-1]])
+        assert counts.all()
+
+
+@pytest.mark.parametrize("labels", [[0.5] * 10, [["much", "little", "none"]] * 10, [[True, False, True]] * 10])
+def test_a_parquet_column_of_something_else_is_a_sentence(rows, tmp_path, labels):
+    texts = {name: [row[name] for row in rows[:10]] for name in TEXTS}
+    Dataset.from_dict(texts | {"label": labels}).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet, row 1: label must hold a list of numbers"):
+        ColumnScores("label", 3).read_all([source(str(tmp_path / "rows.parquet"), numbers=("label",))])
 
 
 @pytest.mark.promise("D1")

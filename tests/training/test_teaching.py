@@ -49,14 +49,22 @@ def objective_of(case: str, model: torch.nn.Module, **more) -> Teaching:
 class FixedTeacher:
     """Vectors by the name of a text, or scores by the columns of a row, as a cache gives them."""
 
-    def __call__(self, texts: list) -> tuple[torch.Tensor, torch.Tensor]:
-        if isinstance(texts[0], list):
-            vectors, inside = self(texts[0])
-            return 5 * vectors[:, : len(texts) - 1], inside
-        generator = torch.Generator().manual_seed(0)
-        rows = F.normalize(torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
-        numbers = torch.tensor([int(text) for text in texts])
-        return rows[numbers], numbers % 3 > 0
+    def __init__(self, role: str) -> None:
+        self.role = role
+
+    def read(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        vectors, inside = fixed_vectors([int(text) for text in batch.texts[0]])
+        return (5 * vectors[:, : len(batch.texts) - 1] if self.role == "score" else vectors), inside
+
+
+def fixed_vectors(numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = F.normalize(torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+    return rows[numbers], torch.tensor(numbers) % 3 > 0
+
+
+def fixed_teachers(objective: Teaching) -> dict[str, FixedTeacher]:
+    return {role: FixedTeacher(role) for role in objective.parts}
 
 
 def batch_of(columns: int, budget: int, rows: slice = slice(None)) -> PairBatch:
@@ -83,9 +91,8 @@ def gradients(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
 def computed(case: str, columns: int, budget: int, dropout: float = 0.0) -> tuple[list, dict[str, torch.Tensor]]:
     model = encoder(dropout)
     objective = objective_of(case, model)
-    roles = dict.fromkeys(objective.parts, FixedTeacher())
     torch.manual_seed(4)
-    metrics = teaching_gradient(objective, roles)(model, batch_of(columns, budget), 1.0, True)
+    metrics = teaching_gradient(objective, fixed_teachers(objective))(model, batch_of(columns, budget), 1.0, True)
     return gradients(model, objective), metrics
 
 
@@ -108,7 +115,7 @@ def of_one_process(rank: int) -> dict:
         objective = objective_of(case, model)
         wrapped = DistributedDataParallel(model)
         rows = slice(rank * share, (rank + 1) * share)
-        gradient = teaching_gradient(objective, dict.fromkeys(objective.parts, FixedTeacher()))
+        gradient = teaching_gradient(objective, fixed_teachers(objective))
         gradient(wrapped, batch_of(3, 100 - 40 * rank, rows), 1.0, True)
         results[case] = gradients(model, objective)
     return results
@@ -126,7 +133,7 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
 
 def random_targets() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     student = torch.randn(ROWS, 1, 32, dtype=torch.float64)
-    return student, *FixedTeacher()([str(number) for number in range(ROWS)])
+    return student, *fixed_vectors(list(range(ROWS)))
 
 
 @pytest.mark.parametrize("case", ["masked max-margin", "both"])
