@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
 from common.arguments import parse
 from common.errors import UserError, run
@@ -31,6 +32,7 @@ SETTINGS, VOCABULARY, WEIGHTS, DOCUMENTS = (
     "documents.json",
 )
 WORD = re.compile(r"\w+")
+STRETCH = 10_000  # words: gensim passes over what an example has beyond them (MAX_DOCUMENT_LEN of its compiled code)
 
 
 @dataclass
@@ -67,6 +69,8 @@ class ParagraphVectorArguments:
         for name in ("vector_size", "window", "min_count", "negative", "epochs", "workers", "learning_rate"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed}: must be from 0 to {2**32 - 1}")
 
 
 class ParagraphVector:
@@ -75,6 +79,9 @@ class ParagraphVector:
     The vector of a text is inferred: it starts at random and learns with all other weights fixed. Here the start and
     all draws come from a hash of the text, so that it is the same in every process and order. (gensim's own
     `infer_vector` starts from Python's salted `hash` and goes on in the random numbers of the texts before.)
+
+    A document is read in stretches of 10,000 words, one after the other in every epoch, which train one vector: gensim
+    itself would pass over all that comes after the first. No window of words reaches from a stretch into the next.
 
     Attributes:
         settings: arguments that shape a vector.
@@ -95,9 +102,9 @@ class ParagraphVector:
         Raises:
             UserError: gensim is not installed, or no word is frequent enough.
         """
-        tagged_document = _gensim().TaggedDocument
+        _gensim()
         settings = {name: getattr(arguments, name) for name in SHAPING}
-        corpus = _Corpus(sources, lambda number, text: tagged_document(split_words(text, settings), [number]))
+        corpus = _Corpus(sources, settings)
         names = ("dm", "dbow") if arguments.architecture == "both" else (arguments.architecture,)
         models = []
         for name in names:
@@ -107,8 +114,10 @@ class ParagraphVector:
                 raise UserError(
                     f"--min_count {arguments.min_count}: no word occurs so often; give less, or more documents"
                 )
-            print(f"{name}: {model.corpus_count} documents, {len(model.wv)} words", file=sys.stderr)
-            model.train(corpus, total_examples=model.corpus_count, epochs=model.epochs)
+            print(f"{name}: {len(model.dv)} documents, {len(model.wv)} words", file=sys.stderr)
+            with tqdm(total=model.epochs, desc=f"training {name}", unit="epoch") as bar:
+                progress = _Progress(bar)
+                model.train(corpus, total_examples=model.corpus_count, epochs=model.epochs, callbacks=[progress])
             models.append(model)
         return cls(models, settings)
 
@@ -131,9 +140,9 @@ class ParagraphVector:
             raise UserError(
                 f"{folder}: is no folder of training/paragraph_vector.py, {missing} is missing; give its final/"
             ) from None
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             raise UserError(f"{folder}: is damaged ({' '.join(str(error).split())}); train it again") from None
-        hashes = "".join(sha256_file(folder / name) for name in (SETTINGS, VOCABULARY, WEIGHTS))
+        hashes = f"{STRETCH}" + "".join(sha256_file(folder / name) for name in (SETTINGS, VOCABULARY, WEIGHTS))
         return cls(models, settings, f"paragraph-vector:{hashlib.sha256(hashes.encode()).hexdigest()[:40]}")
 
     def save(self, folder: Path, document_ids: list[str]) -> None:
@@ -213,7 +222,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = read_sources(arguments.train_data, columns)
     held_out = read_sources(arguments.eval_data, Columns((arguments.text_column,), None, "documents"))
     final = Path(arguments.output_dir) / "final"
-    ParagraphVector.train(train, arguments).save(final, document_ids(train, arguments.id_column))
+    names = document_ids(train, arguments.id_column)  # before the training: they may be refused
+    ParagraphVector.train(train, arguments).save(final, names)
     model = ParagraphVector.load(final)
     report: dict[str, Any] = {"arguments": asdict(arguments)}
     for source in held_out:
@@ -244,14 +254,41 @@ def document_ids(sources: list[Source], column: str | None) -> list[str]:
 
 
 class _Corpus:
-    """All documents, again at each pass, from memory-mapped columns."""
+    """All documents as gensim's examples, again at each pass, from memory-mapped columns; a long one is several."""
 
-    def __init__(self, sources: list[Source], make: Any) -> None:
-        self.sources, self.make = sources, make
+    def __init__(self, sources: list[Source], settings: dict[str, Any]) -> None:
+        self.sources, self.settings = sources, settings
 
     def __iter__(self) -> Iterator[Any]:
         texts = (text for source in self.sources for (text,) in _rows(source))
-        return (self.make(number, text) for number, text in enumerate(texts))
+        for number, text in enumerate(texts):
+            for words in _stretches(split_words(text, self.settings)):
+                yield _gensim().TaggedDocument(words, [number])
+
+
+def _stretches(words: list[str]) -> list[list[str]]:
+    """Of a document without words the one that is empty: it has a vector too."""
+    return [words[start : start + STRETCH] for start in range(0, max(1, len(words)), STRETCH)]
+
+
+class _Progress:
+    """One of gensim's callbacks, which asks for no base class."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def on_train_begin(self, model: Any) -> None:
+        """Nothing."""
+
+    def on_train_end(self, model: Any) -> None:
+        """Nothing."""
+
+    def on_epoch_begin(self, model: Any) -> None:
+        """Nothing."""
+
+    def on_epoch_end(self, model: Any) -> None:
+        """An epoch more."""
+        self.bar.update()
 
 
 def _rows(source: Source) -> Iterator[list[str]]:
@@ -307,11 +344,12 @@ def _infer(model: Any, words: list[str]) -> np.ndarray:
         "doctags_lockf": np.ones(1, dtype=np.float32),
     }
     for rate in np.linspace(model.alpha, model.min_alpha, model.epochs):
-        if model.sg:
-            doc2vec.train_document_dbow(model, words, [0], float(rate), work, **options)
-        else:
-            sums = np.zeros(model.layer1_size, dtype=np.float32)
-            doc2vec.train_document_dm(model, words, [0], float(rate), work, sums, **options)
+        for stretch in _stretches(words):
+            if model.sg:
+                doc2vec.train_document_dbow(model, stretch, [0], float(rate), work, **options)
+            else:
+                sums = np.zeros(model.layer1_size, dtype=np.float32)
+                doc2vec.train_document_dm(model, stretch, [0], float(rate), work, sums, **options)
     return vector[0]
 
 
@@ -329,4 +367,4 @@ def _gensim() -> Any:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, after_interrupt="the same command starts from the beginning; nothing of an unfinished training is kept")

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from tiny_training import write_jsonl
 
 from common.errors import UserError
@@ -104,14 +106,85 @@ def test_inference_of_a_loaded_model_is_gensims(trained, monkeypatch):
         np.testing.assert_allclose(loaded([text])[0][0], np.concatenate(expected), atol=1e-5)
 
 
-def test_mistakes_are_sentences(trained, tmp_path):
-    with pytest.raises(UserError, match=r"paragraph_vector.json is missing; give its final/"):
-        ParagraphVector.load(trained[0])
+def long_documents(topics: list[list[str]]) -> list[str]:
+    """Of the same 10,000 words, then 2,000 of a topic."""
+    draw = random.Random(0)
+    beginning = " ".join(draw.choices(COMMON, k=10_000))
+    return [f"{beginning} {' '.join(draw.choices(topic, k=2000))}" for topic in topics]
+
+
+def test_the_end_of_a_long_document_counts(tmp_path):
+    """Long documents are nearest to short ones of the topic that they end with, by trained and by inferred vectors."""
+    draw = random.Random(1)
+    short = [" ".join(draw.choices(topic, k=300)) for topic in TOPICS[:4] for _ in range(20)]
+    texts = [*long_documents(TOPICS[:4]), *short]
+    data = write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+    options = f"--train_data {data} --output_dir {tmp_path} --vector_size 24 --epochs 5 --architecture dm"
+    paragraph_vector.main(options.split())
+    own = load_file(tmp_path / "final" / WEIGHTS)["dm.documents"]
+    for rows in (own, np.concatenate(ParagraphVector.load(tmp_path / "final")(texts))):
+        of_long, of_topic = rows[:4], rows[4:].reshape(4, 20, -1).mean(1)
+        of_long, of_topic = (part - part.mean(0) for part in (of_long, of_topic))  # what all have in common
+        near = of_long @ (of_topic / np.linalg.norm(of_topic, axis=1, keepdims=True)).T
+        assert near.argmax(1).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("architecture", ["dm", "dbow"])
+def test_stretches_of_a_document_are_examples_of_one_tag(tmp_path, architecture, monkeypatch):
+    """To the bit what gensim itself makes of two examples with one tag, and of one inference after the other."""
+    texts = long_documents(TOPICS[:2])
+    data = write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])
+    arguments = paragraph_vector.ParagraphVectorArguments(
+        [str(data)], str(tmp_path), architecture=architecture, vector_size=8, epochs=3
+    )
+    sources = paragraph_vector.read_sources([str(data)], paragraph_vector.Columns(("text",), None, "texts"))
+    vectors = ParagraphVector.train(sources, arguments)
+    model, halves = vectors.models[0], [(text.split()[:10_000], text.split()[10_000:]) for text in texts]
+    plain = paragraph_vector._new_model(vectors.settings, architecture)
+    examples = [doc2vec.TaggedDocument(half, [n]) for n, pair in enumerate(halves) for half in pair]
+    plain.build_vocab(examples)
+    plain.train(examples, total_examples=4, epochs=3)
+    assert np.array_equal(model.dv.vectors, plain.dv.vectors)
+
+    seeds = np.frombuffer(paragraph_vector.hashlib.sha256(texts[0].encode()).digest(), dtype=np.uint32)
+    expected = (np.random.default_rng(seeds).random(8, dtype=np.float32) - 0.5) / 8
+    monkeypatch.setattr(doc2vec, "pseudorandom_weak_vector", lambda *_, **__: expected)
+    plain.random.seed(seeds)
+    for rate in np.linspace(0.025, 0.0001, 3):
+        for half in halves[0]:
+            expected = plain.infer_vector(half, alpha=float(rate), epochs=1)
+    np.testing.assert_allclose(vectors(texts[:1])[0][0], expected, atol=1e-6)
+
+
+def test_names_are_checked_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(ParagraphVector, "train", lambda *_: pytest.fail("has trained"))
     twice = write_jsonl(tmp_path / "twice.jsonl", [{"text": "one two one two", "id": "a"}] * 2)
     with pytest.raises(UserError, match="two documents are called a"):
         paragraph_vector.main(f"--train_data {twice} --id_column id --output_dir {tmp_path}".split())
+
+
+def test_progress_is_shown(trained, tmp_path, capsys):
+    options = f"--train_data {trained[0]}/train.jsonl --output_dir {tmp_path} --epochs 3 --vector_size 8"
+    paragraph_vector.main(options.split())
+    assert "training dbow: 100%" in (shown := capsys.readouterr().err)
+    assert "3/3" in shown
+
+
+def test_mistakes_are_sentences(trained, tmp_path):
+    with pytest.raises(UserError, match=r"paragraph_vector.json is missing; give its final/"):
+        ParagraphVector.load(trained[0])
+    data = write_jsonl(tmp_path / "train.jsonl", [{"text": "one two one two"}])
     with pytest.raises(UserError, match="no word occurs so often"):
-        paragraph_vector.main(f"--train_data {twice} --min_count 50 --output_dir {tmp_path}".split())
+        paragraph_vector.main(f"--train_data {data} --min_count 50 --output_dir {tmp_path}".split())
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"--seed {seed}: must be from 0 to 4294967295"):
+            paragraph_vector.main(f"--train_data {data} --seed {seed} --output_dir {tmp_path}".split())
+    damaged = shutil.copytree(trained[0] / "final", tmp_path / "damaged")
+    for settings in ("[1, 2]", '{"architectures": ["dbow"]}', '"words"', "{"):
+        (damaged / "paragraph_vector.json").write_text(settings)
+        with pytest.raises(UserError, match=r"damaged: is damaged \(.*; train it again") as caught:
+            ParagraphVector.load(damaged)
+        assert "\n" not in str(caught.value)
     assert not (tmp_path / "final").exists()
 
 
