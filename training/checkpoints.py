@@ -32,7 +32,7 @@ class Progress:
         epoch: epochs of data done, whole.
         offset: batches of the current epoch done.
         world_size: processes.
-        data: what the order of the data depends on (`describe()` of the batches).
+        data: what a resumed run must agree in: `describe()` of the batches, and settings of the script.
         window: metrics of the steps since the last logged one.
         ended: the script has ended the run here, before the last step that its arguments name.
         bookmark: where the next batch is, of data that is read as it comes.

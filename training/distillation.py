@@ -115,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         objective.check_rows(f"--eval_data {source.name}", min(len(source.rows), batches.global_batch_size))
     for teacher in teachers.values():
         teacher.read_all([*train, *held_out])
+    if wanted.structural_mask and isinstance(structural := teachers.get("structural"), Teacher):
+        report_mask(structural, train, loop)
     evaluations = {
         source.name: TeachingEvaluation(
             source,
@@ -147,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             groups,
             rehearse=budget.rehearsal(gradient),
             objective=objective,
+            settings={"text_columns": arguments.text_columns} | wanted.describe(teachers),
         )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
@@ -206,6 +209,22 @@ def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, l
         for role, name in names.items()
         if name is not None
     }
+
+
+def report_mask(teacher: Teacher, train: list[Source], loop: Loop) -> None:
+    """Say how many texts `--structural_mask` leaves.
+
+    Raises:
+        UserError: none.
+    """
+    if not any(teacher.shares[source.name] for source in train):
+        raise UserError(
+            f"--structural_mask: {teacher.name} reads none of the texts to its end (its window is {teacher.window} "
+            "tokens), and so would teach nothing; give a teacher that reads more, or leave out the mask"
+        )
+    if loop.is_main:
+        for source in train:
+            print(f"{source.name}: --structural_mask leaves {teacher.shares[source.name]:.1%} of the texts")
 
 
 if __name__ == "__main__":

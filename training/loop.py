@@ -148,6 +148,7 @@ class Loop:
         ends_after: Callable[[int], bool] | None = None,
         rehearse: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
         objective: nn.Module | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> Model:
         """Train `model` to the last step, going on from the checkpoint that the arguments name.
 
@@ -162,6 +163,8 @@ class Loop:
             rehearse: called in training mode before anything is written; it leaves model and optimiser as they are.
             objective: what trains, or is remembered, beside the model: in the groups and in the checkpoints, and not in
                 what is returned. It is in evaluation mode while `rehearse` is called.
+            settings: what else a resumed run must agree in, beside what `batches` describe, by its name; of JSON's
+                types.
 
         Returns:
             The trained model, without the wrappers of distributed training; of a sharded run on the main process alone,
@@ -190,7 +193,7 @@ class Loop:
         broadcast(beside)
         trained = [parameter for part in (model, beside) for parameter in part.parameters() if parameter.requires_grad]
         tensors = _training_tensors(model) | {f"objective.{n}": t for n, t in _training_tensors(beside).items()}
-        progress = self._resume(tensors, optimizer, scheduler, batches)
+        progress = self._resume(tensors, optimizer, scheduler, batches, settings or {})
         if progress.ended:
             total = progress.step
         if rehearse is not None:
@@ -303,17 +306,20 @@ class Loop:
             print(where, file=sys.stderr)
         return checkpoint
 
-    def _resume(self, own: dict[str, Tensor], optimizer: Any, scheduler: Any, batches: Batches) -> Progress:
-        world_size, data = self.accelerator.num_processes, batches.describe()
+    def _resume(
+        self, own: dict[str, Tensor], optimizer: Any, scheduler: Any, batches: Batches, settings: dict[str, Any]
+    ) -> Progress:
+        world_size, data = self.accelerator.num_processes, batches.describe() | settings
         data["batches a step"] = self.arguments.gradient_accumulation_steps
         if self.checkpoint is None:
             return Progress(step=0, epoch=0, offset=0, world_size=world_size, data=data)
         path, progress = self.checkpoint.path, self.checkpoint.progress
-        for name, value in data.items():
-            if progress.data.get(name) != value:
+        for name in progress.data | data:
+            before, now = progress.data.get(name), data.get(name)
+            if before != now:
                 raise UserError(
-                    f"{path}: was made with {name} = {progress.data.get(name)}, now it is {value}; use the same "
-                    "arguments and data, or start anew in another --output_dir"
+                    f"{path}: was made with {name} = {before}, now it is {now}; use the same arguments and data, or "
+                    "start anew in another --output_dir"
                 )
         if progress.world_size != world_size and not self.arguments.allow_reshard:
             raise UserError(

@@ -1,8 +1,10 @@
 """Masked-language models as teachers of another one: their distributions, and their hidden states."""
 
 import copy
+import hashlib
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +54,12 @@ class MaskedTeacherArguments:
             return {}
         soft, hard, hidden = self.soft_weight, self.hard_weight, self.hidden_weight
         return {"masked_lm_loss": hard, "soft_target_loss": soft, "hidden_state_loss": hidden}
+
+    def describe(self, teachers: "MaskedTeachers | None") -> dict[str, Any]:
+        """What a resumed run must agree in: all that the objective depends on, the teachers by what they are."""
+        if teachers is None:
+            return {}
+        return asdict(self) | {"masked_teachers": [_identity(model) for model in teachers.models]}
 
 
 class MaskedTeachers:
@@ -145,3 +153,15 @@ def load_masked_teachers(
     if not teachers:
         return None
     return MaskedTeachers(teachers, arguments.teacher_temperature, arguments.hidden_weight > 0)
+
+
+def _identity(model: LongEmbedForMaskedLM) -> str:
+    """A hash of weights and configuration, wherever they were read from."""
+    config = model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:40]

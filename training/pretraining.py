@@ -110,7 +110,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         length_option="sequence_length",
     )
     with budget.answering():
-        trained = loop.run(with_heads, batches, gradient, evaluate, groups, rehearse=budget.rehearsal(gradient))
+        trained = loop.run(
+            with_heads,
+            batches,
+            gradient,
+            evaluate,
+            groups,
+            rehearse=budget.rehearsal(gradient),
+            settings=teaching.describe(teachers),
+        )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
         final = save(trained.model, tuning, output_dir, title=hub.hub_model_id or output_dir.name)

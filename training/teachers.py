@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import wait_for_everyone
+from accelerate.utils import gather_object, wait_for_everyone
 from torch import Tensor
 
 from common.errors import UserError
@@ -29,6 +29,7 @@ class Teacher:
         width: of a vector.
         identity: what the vectors depend on beside the texts.
         window: tokens that the teacher reads of a text; None: all of them.
+        shares: of each source that was read, by its name: how many of its texts the teacher reads to their end.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Teacher:
                 f"--{option} {name}: the mean over chunks is a direction without a length; leave out "
                 "--no_normalize_teacher"
             )
+        self.shares: dict[str, float] = {}
         self.width, self.identity, self.window = self._rows.dimension, self._rows.identity, self._rows.window
 
     def read_all(self, sources: Iterable[Source]) -> None:
@@ -81,8 +83,10 @@ class Teacher:
         for source in sources:
             rows = source.rows.select(own_share(len(source.rows)))
             texts: Any = rows[source.columns[0]]  # read from the disk as they are needed
-            for _ in self._stream(texts, self._rows, self._rows.kind, cache, f"--{self.option}"):
-                pass
+            inside = 0
+            for _, matrices in self._stream(texts, self._rows, self._rows.kind, cache, f"--{self.option}"):
+                inside += int(self._inside(np.concatenate(matrices)[:, -1]).sum())
+            self.shares[source.name] = sum(gather_object([inside])) / len(source.rows)
         self._rows.encoder = None
         wait_for_everyone()
 
@@ -96,10 +100,13 @@ class Teacher:
         assert batch.texts is not None
         keys = self._keys(batch.texts[0], self._rows, self._rows.kind)
         # Opened anew: SQLite forbids that a process uses what it opened before a fork.
-        rows = torch.from_numpy(VectorCache(self.cache).rows(keys))
-        vectors, tokens = rows[:, :-1], rows[:, -1]
-        inside = torch.ones_like(tokens, dtype=torch.bool) if self.window is None else tokens <= self.window
-        return (F.normalize(vectors, dim=-1) if self.normalize else vectors), inside
+        rows = VectorCache(self.cache).rows(keys)
+        vectors, tokens = torch.from_numpy(rows[:, :-1]), rows[:, -1]
+        return (F.normalize(vectors, dim=-1) if self.normalize else vectors), torch.from_numpy(self._inside(tokens))
+
+    def _inside(self, tokens: np.ndarray) -> np.ndarray:
+        """Which texts of so many tokens the teacher reads to their end, `(n,)`."""
+        return np.full(len(tokens), True) if self.window is None else tokens <= self.window
 
 
 class _Rows:

@@ -7,7 +7,7 @@ to be; a contextual one, which has seen all of a document, says what can be told
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -156,6 +156,12 @@ class TeachingArguments:
     def scores(self) -> bool:
         """Whether the columns are a query and its candidates."""
         return self.score_teacher is not None or self.score_column is not None
+
+    def describe(self, teachers: "Teachers") -> dict[str, Any]:
+        """What a resumed run must agree in: all that the objective depends on, the teachers by what they are."""
+        names = ("structural_teacher", "contextual_teacher", "score_teacher", "score_column", "teacher_cache")
+        own = {name: value for name, value in asdict(self).items() if name not in (*names, "teacher_precision")}
+        return own | {f"{role}_teacher": teacher.identity for role, teacher in teachers.items()}
 
 
 class Structural(nn.Module):

@@ -1,6 +1,7 @@
 """DistilBERT's loss by hand, a student of alternate layers, and one sentence for teachers that cannot teach."""
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -153,6 +154,28 @@ def test_a_run_with_teachers_goes_on_to_the_same_bytes(train_script, masked_lm_f
     weights = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "on")]
     torch.testing.assert_close(weights[0], weights[1], atol=0, rtol=0)
     assert losses(tmp_path / "on") == losses(tmp_path / "whole")[2:]
+
+
+def test_a_resumed_run_keeps_its_teachers_and_their_weights(train_script, masked_lm_folder, tmp_path):
+    """A teacher may have moved, and be another one under the old name."""
+    teachers = [tmp_path / name for name in ("teacher", "moved")]
+    for folder in teachers:
+        shutil.copytree(masked_lm_folder, folder)
+    options = "--save_steps 1 --resume_from_checkpoint last --max_steps {} --masked_teachers {} "
+    train_script("pretraining", options.format(1, teachers[0]))
+    torch.manual_seed(5)
+    LongEmbedForMaskedLM(tiny_config()).save_pretrained(teachers[0])
+    for changed, name in (
+        (f"--masked_teachers {teachers[0]}", "masked_teachers"),
+        (f"--masked_teachers {teachers[1]} {teachers[1]} --hidden_weight 0", "masked_teachers|hidden_weight"),
+        ("--soft_weight 1", "soft_weight"),
+        ("--teacher_temperature 3", "teacher_temperature"),
+    ):
+        with pytest.raises(UserError, match=f"step-1: was made with ({name}) = .*, now it is "):
+            train_script("pretraining", options.format(1, teachers[1]) + changed)
+    with pytest.raises(UserError, match=r"was made with \w+ = .*, now it is None"):
+        train_script("pretraining", "--resume_from_checkpoint last --max_steps 1")
+    train_script("pretraining", options.format(1, teachers[1]))
 
 
 def test_teachers_that_cannot_teach(train_script, masked_lm_folder, model_folder, tokenizer, tmp_path):

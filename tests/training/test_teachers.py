@@ -1,6 +1,7 @@
 """Teachers' vectors: those of the encoders themselves, computed once, whatever happens in between."""
 
 import json
+import shutil
 import sqlite3
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_chunks_have_no_window(model_folder, source, texts, tmp_path):
         teacher(f"chunk-mean:{model_folder}:16", tmp_path / "cache", normalize=False)
 
 
+def test_a_mask_that_leaves_nothing_is_refused_and_another_says_what_it_leaves(
+    train_script, texts, tokenizer, model_folder, tmp_path, capsys
+):
+    lengths = sorted(len(tokenizer(text)["input_ids"]) for text in texts)
+    assert lengths[0] > 8
+    assert lengths[3] < lengths[4]
+    teachers = "--structural_mask --structural_teacher truncate:{}:{} "
+    with pytest.raises(UserError, match=r"reads none of the texts to its end \(its window is 8 tokens\)"):
+        train_script("distillation", teachers.format(model_folder, 8))
+    train_script("distillation", teachers.format(model_folder, lengths[3]))
+    assert f"documents.jsonl: --structural_mask leaves {4 / len(texts):.1%} of the texts" in capsys.readouterr().out
+
+
 def test_a_text_is_read_once_and_only_by_the_teacher_that_has_not(model_folder, source, texts, calls, tmp_path):
     for name in (f"truncate:{model_folder}:24", f"truncate:{model_folder}:40"):
         expected = None
@@ -183,6 +197,33 @@ def test_a_student_may_begin_with_some_layers(train_script, model_folder, tmp_pa
     torch.testing.assert_close(final, given, atol=1e-29, rtol=0)  # AdamW moves by its learning rate
     with pytest.raises(UserError, match=r"^--keep_layers 7: write every_other"):
         train_script("distillation", f"--keep_layers 7 --output_dir {tmp_path}/another")
+
+
+def test_a_resumed_run_keeps_its_teachers_and_what_they_ask_for(train_script, model_folder, tmp_path):
+    """A teacher may have moved, and be another one under the old name."""
+    teachers = [tmp_path / name for name in ("teacher", "moved")]
+    for folder in teachers:
+        shutil.copytree(model_folder, folder)
+    options = "--save_steps 1 --resume_from_checkpoint last "
+    options += "--structural_teacher {} --contextual_teacher truncate:{}:24 "
+    train_script("distillation", options.format(teachers[0], model_folder) + "--max_steps 1")
+    torch.manual_seed(5)
+    LongEmbedModel(tiny_config()).save_pretrained(teachers[0])
+    given = options.format(teachers[1], model_folder) + "--max_steps 2 "
+    for changed, name in (
+        (f"--structural_teacher {teachers[0]}", "structural_teacher"),
+        ("--structural_loss cosine", "structural_loss"),
+        ("--contextual_loss mse", "contextual_loss"),
+        ("--structural_weight 0.5", "structural_weight"),
+        ("--no_normalize_teacher", "normalize_teacher"),
+        ("--score_loss margin_mse", "score_loss"),
+        ("--text_columns text text", "text_columns"),
+    ):
+        with pytest.raises(UserError, match=f"step-1: was made with {name} = .*, now it is .*; use the same") as caught:
+            train_script("distillation", given + changed)
+        assert "\n" not in str(caught.value)
+    train_script("distillation", given)
+    assert (tmp_path / "out" / "checkpoints" / "step-2").is_dir()
 
 
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
