@@ -1,5 +1,7 @@
 """The model of a script: how it is named, loaded, written and published."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from common.errors import UserError
 from common.files import atomic_folder
 from modeling_longembed import LongEmbedModel  # registers the Auto classes, so that our own folders need no remote code
+from training.documents import tokenizer_identity
 from training.tuning import TuningArguments, save_adapter
 
 
@@ -81,6 +84,18 @@ def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrained
         return model, AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
+
+
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that an embedding depends on, weights, config and tokenizer, wherever they were read from."""
+    of_training = {"hidden_dropout_prob", "attention_dropout", "layerdrop", "layerdrop_unit"}
+    passed_over = of_training | {"_name_or_path", "transformers_version"}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in passed_over}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(tokenizer_identity(tokenizer).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:40]
 
 
 def save(model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: Path, title: str) -> Path:

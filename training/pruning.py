@@ -29,7 +29,7 @@ from modeling_longembed.layouts_longembed import layers_of
 from training.batches import PairTokenizer
 from training.data import PAIRS, read_sources
 from training.encoding import embed
-from training.models import ModelArguments, load_encoder, save
+from training.models import ModelArguments, load_encoder, model_identity, save
 from training.tuning import TuningArguments
 from training.validation import PairRetrieval
 
@@ -147,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     output_dir = Path(arguments.output_dir).absolute()
     file = output_dir / "search.json"
-    made_by = {"unit": arguments.unit, "max_length": length, "texts": _hash_texts(retrievals), "model": _hash(model)}
+    made_by: dict[str, Any] = {"unit": arguments.unit, "max_length": length, "texts": _hash_texts(retrievals)}
+    made_by["model"] = model_identity(model, tokenizer)
     known = _read(file, made_by)
     search = Search(score, known, lambda: _write(file, made_by, known))
     path = search.greedy(count, arguments.depth)
@@ -156,13 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         assert value is not None
         print(f"{len(kept)} {arguments.unit}s: nDCG@10 {100 * value:.2f}, kept {' '.join(map(str, kept))}")
     save(pruned(model, path[-1], arguments.unit), TuningArguments(), output_dir, title=output_dir.name)
-
-
-def _hash(model: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _hash_texts(retrievals: list[PairRetrieval]) -> str:
@@ -174,15 +168,20 @@ def _read(file: Path, made_by: dict[str, Any]) -> dict[Units, float | None]:
     """The scores that are there.
 
     Raises:
-        UserError: they are of another model, or of other pairs.
+        UserError: they are of another model, or of other pairs; the file is damaged.
     """
     if not file.exists():
         return {}
-    content = json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+        before, scores = dict(content["made_by"]), content["scores"]
+        known = {tuple(map(int, entry["kept"])): entry["ndcg_at_10"] for entry in scores}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file}: is damaged ({error}); remove it, or give another --output_dir") from None
     for name, value in made_by.items():
-        if content["made_by"].get(name) != value:
+        if before.get(name) != value:
             raise UserError(f"{file}: was made with another {name}; give another --output_dir")
-    return {tuple(entry["kept"]): entry["ndcg_at_10"] for entry in content["scores"]}
+    return known
 
 
 def _write(file: Path, made_by: dict[str, Any], scores: dict[Units, float | None]) -> None:

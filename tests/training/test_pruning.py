@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_training import random_pairs, tiny_config, write_jsonl
 from torch import nn
 
@@ -41,6 +41,11 @@ def test_layers_of_additive_worth_are_found_as_by_trying_all():
     for kept in greedy.greedy(6, 1):
         best = max(itertools.combinations(range(6), len(kept)), key=lambda some: sum(worth[unit] for unit in some))
         assert kept == best
+
+
+def test_of_equal_scores_the_earlier_layers_stay():
+    greedy, _ = search(lambda kept: 1.0)
+    assert greedy.greedy(5, 2) == [(0, 1, 2, 3, 4), (0, 1, 2, 3), (0, 1, 2), (0, 1)]
 
 
 @pytest.fixture
@@ -155,3 +160,49 @@ def test_scores_of_another_length_are_not_taken(prune):
     prune("--depth 5")
     with pytest.raises(UserError, match=r"search\.json: was made with another max_length"):
         prune("--depth 5 --max_length 20")
+
+
+def in_file(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def another_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["layers.0.attention.q_proj.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+CHANGES = {
+    "weight": (another_weight, "model"),
+    "config": (lambda folder: in_file(folder / "config.json", '"pooling": "mean"', '"pooling": "cls"'), "model"),
+    "tokenizer": (lambda folder: in_file(folder / "tokenizer.json", '"river"', '"rivers"'), "model"),
+    "pairs": (lambda folder: write_jsonl(folder.parent / "pairs.jsonl", random_pairs(40, seed=5)), "texts"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_scores_of_another_model_or_of_other_pairs_are_not_taken(prune, model_with_empty_layers, change):
+    prune("--depth 6")
+    make, name = CHANGES[change]
+    make(model_with_empty_layers)
+    with pytest.raises(UserError, match=rf"search\.json: was made with another {name}; give another --output_dir"):
+        prune("--depth 6")
+
+
+def test_scores_are_those_of_a_model_that_was_moved(prune, model_with_empty_layers, monkeypatch):
+    """Or that is given another dropout, which no score depends on."""
+    prune("--depth 5")
+    moved = model_with_empty_layers.rename(model_with_empty_layers.with_name("moved"))
+    monkeypatch.setattr(pruning, "embed", lambda *_: pytest.fail("scored again"))
+    prune(f"--depth 5 --model_name_or_path {moved} --dropout 0.3")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"scores": []}', '{"made_by": {}, "scores": [{"kept": 3}]}', "null"])
+def test_a_damaged_file_is_one_sentence(prune, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "search.json").write_text(content)
+    with pytest.raises(UserError, match=r"search\.json: is damaged \(.*remove it, or give another") as caught:
+        prune("--depth 5")
+    assert "\n" not in str(caught.value)
