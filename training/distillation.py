@@ -23,7 +23,9 @@ from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.models import HubArguments, ModelArguments, load_encoder, push, save
 from training.score_teachers import ColumnScores, CrossEncoderScores
 from training.teachers import Teacher
-from training.teaching import Teachers, Teaching, TeachingArguments, TeachingEvaluation, teaching_gradient
+from training.teaching import Teaching
+from training.teaching_arguments import TeachingArguments
+from training.teaching_steps import Teachers, TeachingEvaluation, teaching_gradient
 from training.tuning import TuningArguments, parameter_groups, select_parameters
 
 
@@ -149,7 +151,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             groups,
             rehearse=budget.rehearsal(gradient),
             objective=objective,
-            settings={"text_columns": arguments.text_columns} | wanted.describe(teachers),
+            settings={
+                "text_columns": arguments.text_columns,
+                **wanted.describe(),
+                **{f"{role}_teacher": teacher.identity for role, teacher in teachers.items()},
+            },
         )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()

@@ -18,7 +18,8 @@ from training.batches import PairBatch
 from training.data import Columns, Source, read_sources
 from training.losses.soft_targets import margin_mse, soft_targets
 from training.score_teachers import ColumnScores, CrossEncoderScores
-from training.teaching import Teaching, TeachingArguments
+from training.teaching import Teaching
+from training.teaching_arguments import TeachingArguments
 
 TEXTS = ("anchor", "positive", "negative_0", "negative_1")
 COLUMNS = "--text_columns anchor positive negative_0 negative_1 "

@@ -14,7 +14,9 @@ from modeling_longembed import LongEmbedModel
 from training import distillation, pretraining
 from training.batches import PairBatch, pack
 from training.losses.correlation import dcca
-from training.teaching import Teaching, TeachingArguments, teaching_gradient
+from training.teaching import Teaching
+from training.teaching_arguments import TeachingArguments
+from training.teaching_steps import teaching_gradient
 
 ROWS, WIDTH = 12, 6
 CASES = {
