@@ -4,19 +4,20 @@ accelerate launch training/compression.py --config training/recipes/compression.
     --model_name_or_path TEACHER --train_data documents.jsonl --output_dir runs/small
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from common.arguments import parse
 from common.errors import UserError, run
+from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.document_arguments import DocumentArguments, documents, sequence_lengths
 from training.documents import MaskedBatches, PieceReader, Pieces, SpecialTokens, epoch_batches
+from training.evaluation import by_source
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.masking import NoMasking
-from training.models import HubArguments, ModelArguments, load_encoder, push, save
+from training.models import HubArguments, ModelArguments, load_encoder, model_identity, push, save
 from training.relation_distillation import (
     RelationArguments,
     RelationEvaluation,
@@ -31,18 +32,27 @@ from training.tuning import TuningArguments, select_parameters
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train; `argv` is the process's own if None."""
-    model_arguments, student_arguments, arguments, relations, tuning, loop_arguments, hub = parse(
+    model_arguments, student_arguments, arguments, relations, tuning, loop_arguments, budget_arguments, hub = parse(
         ModelArguments,
         StudentArguments,
         DocumentArguments,
         RelationArguments,
         TuningArguments,
         LoopArguments,
+        BudgetArguments,
         HubArguments,
         argv=argv,
     )
     if model_arguments.layerdrop:
         raise UserError(f"--layerdrop {model_arguments.layerdrop}: the layer that learns must not be left out")
+    if loop_arguments.gradient_accumulation_steps > 1:
+        raise UserError(
+            "--gradient_accumulation_steps: give more --per_device_train_tokens instead; --batch_tokens of them are "
+            "held at once"
+        )
+    arguments.batch_tokens = chosen_batch_tokens(
+        budget_arguments, arguments.batch_tokens, __file__, argv, loop_arguments
+    )
     loop = Loop(loop_arguments)
     model, tokenizer = load_encoder(model_arguments)
     student = make_student(student_arguments, model_arguments, model, tokenizer)
@@ -79,24 +89,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         for source in documents(arguments.eval_data, arguments, tokenizer, loop)
     }
     learner = RelationStudent(select_parameters(student, tuning), relations)
-    trained = loop.run(learner, batches, relation_gradient(teacher, relations), evaluation(held_out, loop))
+    evaluate = by_source(held_out, lambda of_source, model: of_source(model, loop.accelerator.device))
+    gradient = relation_gradient(teacher, relations)
+    budget = Budget(budget_arguments, loop, learner, batches, arguments.batch_tokens, length_option="sequence_length")
+    with budget.answering():
+        trained = loop.run(
+            learner,
+            batches,
+            gradient,
+            evaluate,
+            rehearse=budget.rehearsal(gradient),
+            settings=asdict(relations) | {"teacher": model_identity(model, tokenizer)},
+        )
     if loop.is_main:
         output_dir = Path(loop_arguments.output_dir).absolute()
         final = save(trained.model, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
         if hub.push_to_hub:
             push(final, hub.hub_model_id, hub.hub_private_repo)
-
-
-def evaluation(held_out: dict[str, RelationEvaluation], loop: Loop) -> Callable[[nn.Module], dict[str, float]] | None:
-    """The evaluation of a student on each source of `--eval_data`; None if there is none."""
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        results = {name: of_source(model, loop.accelerator.device) for name, of_source in held_out.items()}
-        if len(results) == 1:
-            return next(iter(results.values()))
-        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
-
-    return evaluate if held_out else None
 
 
 if __name__ == "__main__":

@@ -62,6 +62,9 @@ class RelationArguments:
 
     def check(self, teacher: Any, student: Any) -> None:
         """Raises `UserError` if models of these two configs have nothing that can be compared."""
+        layers = len(teacher.get_patterns())
+        if self.teacher_layer is not None and not 1 <= self.teacher_layer <= layers:
+            raise UserError(f"--teacher_layer {self.teacher_layer}: the teacher has attention layers 1 to {layers}")
         if self.hidden_weight and teacher.hidden_size != student.hidden_size:
             raise UserError(
                 f"--hidden_weight {self.hidden_weight}: hidden states of width {teacher.hidden_size} and "
@@ -80,8 +83,7 @@ class RelationArguments:
                     "a divisor of the widths of both models"
                 )
         if self.objective == "minilm" and self.attention_weight:
-            layers = teacher.get_patterns()[: self.teacher_layer or None]
-            for pattern in (layers[-1], student.get_patterns()[-1]):
+            for pattern in (teacher.get_patterns()[(self.teacher_layer or 0) - 1], student.get_patterns()[-1]):
                 if not pattern.is_mask:
                     raise UserError(
                         f"--objective minilm: the pattern {pattern.type!r} is more than a mask, its distribution "
@@ -113,14 +115,8 @@ class RelationTeacher:
         device: torch.device,
         autocast: Callable[[], AbstractContextManager],
     ) -> None:
-        """Raises:
-        UserError: there is no such layer.
-        """
-        try:
-            self.tap = ProjectionTap(model, layer)
-        except UserError as error:
-            raise UserError(f"--teacher_layer: {error}") from None
-        self.model, self.autocast = model.requires_grad_(False).eval().to(device), autocast
+        self.tap, self.autocast = ProjectionTap(model, layer), autocast
+        self.model = model.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()
     def __call__(self, texts: PackedTexts) -> Lesson:

@@ -12,6 +12,9 @@ from training.documents import tokenizer_identity
 from training.layer_choice import keep_layers
 from training.models import ModelArguments, load_encoder
 
+# Of a fresh student.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
 
 @dataclass
 class StudentArguments:
@@ -51,11 +54,13 @@ class StudentArguments:
     @property
     def fresh(self) -> dict[str, Any]:
         """What describes a fresh student, by its name without `student_`."""
-        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-        names = (*sizes, "attention_patterns", "position_embedding_type")
-        return {name: value for name in names if (value := getattr(self, f"student_{name}"))}
+        names = (*SIZES, "attention_patterns", "position_embedding_type")
+        return {name: value for name in names if (value := getattr(self, f"student_{name}")) not in (None, [])}
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            if (size := self.fresh.get(name, 1)) < 1:
+                raise UserError(f"--student_{name} {size}: must be at least 1")
         given = bool(self.student_layers) + bool(self.fresh) + (self.student_name_or_path is not None)
         if given > 1:
             raise UserError(

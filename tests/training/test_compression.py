@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from training.layer_choice import chosen_layers
 from training.relation_distillation import RelationArguments
 
 pytestmark = pytest.mark.promise("D4")
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 RECIPES = Path(compression.__file__).parent / "recipes" / "compression"
 
 
@@ -180,7 +182,14 @@ def test_a_student_with_another_tokenizer_is_refused_with_the_reason(compress, t
         ("--student_hidden_size 17", r"the student cannot be made: .*hidden_size"),
         ("--student_num_attention_heads 2 --objective minilm", r"4 attention heads, the student 2"),
         ("--student_hidden_size 16 --hidden_weight 1", r"--hidden_weight 1.0: hidden states of width 32 and 16"),
-        ("--teacher_layer 5", r"--teacher_layer: there is no attention layer 5; this model has 1 to 4"),
+        ("--teacher_layer 5", r"--teacher_layer 5: the teacher has attention layers 1 to 4"),
+        ("--teacher_layer 0", r"--teacher_layer 0: the teacher has attention layers 1 to 4"),
+        ("--teacher_layer -4 --objective minilm", r"--teacher_layer -4: the teacher has attention layers 1 to 4"),
+        ("--student_hidden_size 0", r"--student_hidden_size 0: must be at least 1"),
+        ("--student_num_hidden_layers 0", r"--student_num_hidden_layers 0: must be at least 1"),
+        ("--student_num_attention_heads -2", r"--student_num_attention_heads -2: must be at least 1"),
+        ("--student_intermediate_size 0", r"--student_intermediate_size 0: must be at least 1"),
+        ("--gradient_accumulation_steps 2", r"--gradient_accumulation_steps: give more --per_device_train_tokens"),
         ("--sequence_length 500", r"context of 128 tokens; teacher and student must both read it"),
         ("--query_weight 0 --key_weight 0 --value_weight 0", r"one of them more"),
         ("--student_name_or_path /nowhere/at-all", r"--student_name_or_path /nowhere/at-all"),
@@ -190,6 +199,38 @@ def test_a_mistake_is_one_sentence(compress, options, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         compress(options)
     assert "\n" not in str(caught.value)
+
+
+def test_a_resumed_run_has_the_same_teacher_and_learns_the_same(compress, teacher, tmp_path):
+    """What is other is named; a teacher that was moved is the same one."""
+    options = "--save_steps 1 --resume_from_checkpoint last --student_layers 1 2 --max_steps"
+    compress(f"{options} 1")
+    other = tmp_path / "other"
+    model = LongEmbedModel.from_pretrained(teacher)
+    model.layers[0].attention.q_proj.weight.data[0, 0] += 1  # no layer of the student
+    model.save_pretrained(other)
+    for change, name in (
+        ("--objective minilm", "objective = minilmv2, now it is minilm;"),
+        ("--teacher_layer 2", "teacher_layer = None, now it is 2;"),
+        ("--key_weight 0.5", "key_weight = 1.0, now it is 0.5;"),
+        ("--relation_heads 4", "relation_heads = 8, now it is 4;"),
+        (f"--model_name_or_path {other}", "teacher = "),
+    ):
+        with pytest.raises(UserError, match=f"was made with {name}"):
+            compress(f"{options} 2 {change}")
+    lines, _ = compress(f"{options} 2 --model_name_or_path {shutil.copytree(teacher, tmp_path / 'moved')}")
+    assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_a_rehearsal_changes_no_bit_and_ends_in_an_answer(compress, monkeypatch, tmp_path):
+    with_it, without = compress("--dropout 0.1"), compress("--dropout 0.1 --rehearse never", "never")
+    assert [line["loss"] for line in with_it[0]] == [line["loss"] for line in without[0]]
+    weights = [load_file(final / "model.safetensors") for _, final in (with_it, without)]
+    torch.testing.assert_close(*weights, atol=0, rtol=0)
+    monkeypatch.setattr(compression.RelationStudent, "forward", lambda *_: (_ for _ in ()).throw(OUT_OF_MEMORY))
+    with pytest.raises(UserError, match=r"with 200 tokens at once and texts of up to 40, .* use --gradient_checkpoint"):
+        compress("", "failed")
+    assert not (tmp_path / "failed" / "final").exists()
 
 
 def test_a_distribution_that_is_more_than_a_mask_cannot_be_compared(teacher):
