@@ -66,7 +66,7 @@ class Row:
         parameters: numbers in its weights.
         megabytes: of its weight files.
         speed: length -> tokens a second, the median; lengths beyond its context, or its time, are not there.
-        scores: task -> main score times 100, the mean over its splits.
+        scores: task -> main score, or the one metric that was asked for, times 100; the mean over its splits.
     """
 
     name: str
@@ -88,10 +88,12 @@ def compare(arguments: Arguments) -> list[Row]:
         arguments: as on the command line.
 
     Raises:
-        UserError: a model that is not there, is there twice, or is none of ours.
+        UserError: a model that is not there, is there twice, or is none of ours; several metrics.
     """
     if arguments.repeats < 1 or arguments.threads < 1 or arguments.max_seconds <= 0:
         raise UserError("--repeats, --threads and --max_seconds must be positive")
+    if len(arguments.metrics) > 1:
+        raise UserError(f"--metrics {' '.join(arguments.metrics)}: a mean of several says nothing; give one")
     folders = [ModelFolder.find(path) for path in arguments.model]
     if len({folder.revision for folder in folders}) < len(folders):
         raise UserError("--model: the same model is there twice; give each once")

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from common.errors import UserError
-from eval import compare, mteb_long
+from eval import compare, mteb_long, throughput
 from eval.compare import Arguments, Row, as_markdown, draw, short_names
 from eval.mteb_long import judge
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
@@ -105,6 +106,35 @@ def test_a_model_has_a_row_in_each_precision(make_task, models, tmp_path, monkey
         compare.compare(given)
 
 
+def test_another_metric_is_in_the_place_of_the_main_score(make_task, models, tmp_path, monkeypatch):
+    make_task("Animals", TEXTS, QUERIES)
+    monkeypatch.setattr(throughput, "run_process", lambda *_: {"outcome": "measured", "seconds": 1.0})
+    (row,) = compare.compare(arguments(models[:1], tmp_path, metrics=["mrr_at_3"], lengths=["64"]))
+    own = mteb_long.Arguments(
+        model=models[:1], output_dir=str(tmp_path / "own"), data_dir=str(tmp_path / "data"), max_length=64
+    )
+    main, mrr = judge(own)[0].value, judge(replace(own, metrics=["mrr_at_3"]))[0].value
+    assert row.scores == {"Animals": mrr} != {"Animals": main}
+
+
+def test_with_another_model_beside_it_a_model_is_measured_anew(make_task, models, tmp_path, monkeypatch):
+    """So that all numbers of a table come from one run, interleaved; the scores are those that are there."""
+    make_task("Animals", TEXTS, QUERIES)
+    measured = []
+
+    def counted(case, limit):
+        measured.append(case.workload.model_name_or_path)
+        return {"outcome": "measured", "seconds": 1.0}
+
+    monkeypatch.setattr(throughput, "run_process", counted)
+    alone = arguments(models[:1], tmp_path, lengths=["64"])
+    both = replace(alone, model=models)
+    for given, expected in ((alone, models[:1]), (alone, []), (both, models), (both, []), (alone, models[:1])):
+        measured.clear()
+        compare.compare(given)
+        assert measured == expected
+
+
 def test_the_table_and_what_is_kept(tmp_path):
     rows = [
         Row("teacher", 22_700_000, 90.9, {512: 1000.0, 4096: 500.0}, {"QARetrieval": 80.0, "Story": 60.0}),
@@ -132,6 +162,7 @@ def test_what_cannot_be_compared_is_refused(models, tiny_model, make_task, tmp_p
         ({"model": [models[0], str(tiny_model)]}, "is none of ours; convert it"),
         ({"lengths": ["500"]}, "has a context of 256 tokens; give one up to that"),
         ({"repeats": 0}, "must be positive"),
+        ({"metrics": ["ndcg_at_10", "mrr_at_10"]}, "--metrics ndcg_at_10 mrr_at_10: a mean of several says nothing"),
     ):
         with pytest.raises(UserError, match=complaint):
             compare.compare(arguments(given.pop("model", models), tmp_path, **given))

@@ -1,12 +1,17 @@
 """What a store of vectors in fewer bits gives back, and that evaluation judges by it."""
 
+from types import SimpleNamespace
+
 import hypothesis
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import strategies as st
+from mteb.types import PromptType
 from sentence_transformers.util import quantize_embeddings
 
 from common.errors import UserError
+from common.vector_cache import VectorCache
 from eval import mteb_long
 from eval.models import JudgedModel
 from eval.quantization import stored
@@ -58,6 +63,21 @@ def test_scores_of_fewer_bits_lie_beside_the_others(make_task, tiny_longembed, t
     assert names == ["local/tiny-longembed", *(f"local/tiny-longembed (vectors={b})" for b in ("int8", "binary"))]
     assert seen == [(5, "int8"), (5, "binary")]
     assert judge(tiny_longembed, tmp_path, vectors="int8", precision="int8")[1].value == 100.0  # BM25 has no vectors
+
+
+def test_chunk_mean_is_stored_by_its_direction(tiny_model, tmp_path):
+    """Where no text is longer than a chunk it is the model itself, in 8 bits too: the number of tokens of a text, which
+    its row is multiplied by, has no part in the steps.
+    """
+    texts = ["fox " * 3, "whale and frog " * 8, "heron", "a badger in the wood " * 5]
+    loader = SimpleNamespace(dataset=Dataset.from_dict({"text": [text.strip() for text in texts]}))
+    names = {str(tiny_model): "float32", f"chunk-mean:{tiny_model}:60": "int8"}
+    models = [JudgedModel.parse(name).storing(bits) for name, bits in names.items()]
+    cache = VectorCache(tmp_path / "v.sqlite")
+    exact, found = (each.load(cache, 400, False).encode(loader, prompt_type=PromptType.document) for each in models)
+    exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+    steps = (exact.max(0) - exact.min(0)) / 255
+    assert (np.abs(found - exact) <= 0.51 * steps + 1e-5).all()
 
 
 def test_what_cannot_be_stored_so_is_refused(make_task, tiny_longembed, tiny_model, tmp_path):
