@@ -37,6 +37,19 @@ def test_equals_numpys_canonical_correlations(first, second, components):
 
 
 @pytest.mark.promise("D7")
+@pytest.mark.parametrize("regularization", [1e-3, 0.3])
+def test_the_regularization_is_added_to_the_variances(regularization):
+    """The squares of the correlations are the eigenvalues of (S11 + rI)^-1 S12 (S22 + rI)^-1 S21."""
+    x, y = views(50, 3, 4)
+    covariance = np.cov(x.numpy(), y.numpy(), rowvar=False)
+    first, second = (covariance[part, part] for part in (slice(0, 3), slice(3, 7)))
+    first, second = (own + regularization * np.eye(len(own)) for own in (first, second))
+    product = np.linalg.solve(first, covariance[:3, 3:]) @ np.linalg.solve(second, covariance[3:, :3])
+    expected = -np.sqrt(np.linalg.eigvals(product).real).sum()
+    assert dcca(x, y, regularization=regularization)[0].item() == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.promise("D7")
 def test_equals_scikit_learn():
     x, y = views(200, 4, 5)
     a, b = CCA(n_components=1, max_iter=5000, tol=1e-12).fit_transform(x.numpy(), y.numpy())
@@ -126,6 +139,32 @@ def test_the_gradient_is_of_the_newest_batch_over_the_normalizer():
         (loss - F.mse_loss(*(F.batch_norm(v, None, None, training=True) for v in (rows, y)))).backward()
         grads.append(rows.grad)
     torch.testing.assert_close(grads[1], grads[0] / 2, atol=1e-9, rtol=0)
+
+
+def decorrelation(x: np.ndarray, past: np.ndarray, momentum: float) -> float:
+    """Of the second batch, NumPy's."""
+    z = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    covariance = (momentum * past + z.T @ z / (len(z) - 1)) / (momentum + 1)
+    return np.abs(covariance[~np.eye(len(covariance), dtype=bool)]).mean()
+
+
+@pytest.mark.promise("D6")
+def test_the_gradient_of_the_decorrelation_is_that_of_finite_differences():
+    """Of a second batch: what came before is a constant."""
+    (before, _), (x, y) = views(10, 3, 3, seed=1), views(10, 3, 3)
+    module = SoftCCA(3, momentum=0.7, sdl_weight=1.0).double()
+    module(before, y)
+    rows, past = x.clone().requires_grad_(), module.covariances[0].numpy().copy()
+    loss, _ = module(rows, y)
+    (loss - F.mse_loss(*(F.batch_norm(v, None, None, training=True) for v in (rows, y)))).backward()
+    expected = np.zeros(x.shape)
+    for place in np.ndindex(*x.shape):
+        step = np.zeros(x.shape)
+        step[place] = 1e-6
+        ends = [decorrelation(x.numpy() + sign * step, past, 0.7) for sign in (1, -1)]
+        expected[place] = (ends[0] - ends[1]) / 2e-6
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(rows.grad.numpy(), expected, atol=1e-7)
 
 
 @pytest.mark.promise("D6")

@@ -77,3 +77,11 @@ def test_margins_are_sentence_transformers(count, negatives, seed):
     loss, _ = margin_mse(student, teacher + torch.arange(count)[:, None])
     torch.testing.assert_close(loss, torch.stack(by_negative).mean(), atol=1e-12, rtol=0)
     assert margin_mse(teacher + 3, teacher)[0] < 1e-20
+
+
+@pytest.mark.parametrize("loss", [soft_targets, margin_mse])
+def test_the_teacher_gets_no_gradient(loss):
+    student, teacher = (rows.requires_grad_() for rows in logits(3, 4))
+    loss(student, teacher)[0].backward()
+    assert teacher.grad is None
+    assert student.grad.abs().max() > 0

@@ -85,6 +85,35 @@ def test_a_text_as_long_as_the_window_is_read_to_its_end(model_folder, tmp_path,
     assert read(truncating, [" ".join(["river"] * words)])[1].tolist() == [inside]
 
 
+@pytest.mark.parametrize(("words", "inside"), [(125, True), (126, False)])
+def test_the_prompt_takes_room_in_the_window(tokenizer, tmp_path, words, inside):
+    """Of 128 tokens, 2 are special and 1 is the prompt: what is read is that whose last word counts."""
+    LongEmbedModel(tiny_config(prompts={"document": "river "})).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    texts = [" ".join(["stone"] * (words - 1) + [last]) for last in ("stone", "cloud")]
+    file = write_jsonl(tmp_path / "two.jsonl", [{"text": text} for text in texts])
+    reading = teacher(str(tmp_path), tmp_path / "cache")
+    reading.read_all(read_sources([str(file)], TEXTS))
+    vectors, found = read(reading, texts)
+    assert found.tolist() == [inside, inside]
+    assert torch.equal(vectors[0], vectors[1]) != inside
+
+
+def test_a_teacher_computes_in_the_precision_asked_for(source, texts, tokenizer, tmp_path):
+    """The weights are large, so that rounding shows."""
+    torch.manual_seed(0)
+    LongEmbedModel(tiny_config(initializer_range=0.3)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, found = AutoModel.from_pretrained(tmp_path).eval(), {}
+    for precision in ("float32", "bfloat16"):
+        reading = teacher(str(tmp_path), tmp_path / "cache", precision=precision)
+        reading.read_all([source])
+        found[precision] = read(reading, texts)[0]
+        expected = model.encode(texts, prompt_name="document", precision=precision, output="torch")
+        torch.testing.assert_close(found[precision], expected, atol=1e-4, rtol=0)
+    assert (found["float32"] - found["bfloat16"]).abs().max() > 1e-3
+
+
 def test_chunks_have_no_window(model_folder, source, texts, tmp_path):
     chunking = teacher(f"chunk-mean:{model_folder}:16", tmp_path / "cache")
     chunking.read_all([source])

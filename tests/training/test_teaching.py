@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from tiny_training import random_documents, tiny_config, write_jsonl
 from torch.nn.parallel import DistributedDataParallel
 from two_processes import PROCESSES, in_two_processes
@@ -12,11 +13,14 @@ from two_processes import PROCESSES, in_two_processes
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from training import distillation, pretraining
-from training.batches import PairBatch, pack
-from training.losses.correlation import dcca
+from training.batches import PairBatch, PairTokenizer, pack
+from training.data import Source
+from training.encoding import pool
+from training.losses.correlation import SoftCCA, dcca
+from training.losses.soft_targets import margin_mse, soft_targets
 from training.teaching import Teaching
 from training.teaching_arguments import TeachingArguments
-from training.teaching_steps import teaching_gradient
+from training.teaching_steps import TeachingEvaluation, teaching_gradient
 
 ROWS, WIDTH = 12, 6
 CASES = {
@@ -186,6 +190,93 @@ def test_translations_are_asked_for_the_vector_of_the_first():
     targets = {"structural": (vectors, inside)}
     apart = [objective(column[:, None], targets)[0] for column in columns.unbind(1)]
     torch.testing.assert_close(objective(columns, targets)[0], torch.stack(apart).mean(), atol=1e-12, rtol=0)
+
+
+def unit(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+def margins(student: torch.Tensor, teacher: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Max-margin MSE row by row."""
+    rows = []
+    for i, row in enumerate(student):
+        others = [(row - other).square().mean() for j, other in enumerate(teacher) if j != i]
+        rows.append((row - teacher[i]).square().mean() - gamma * sum(others) / len(others))
+    return sum(rows) / len(rows)
+
+
+def soft_cca(student: torch.Tensor, teacher: torch.Tensor, momentum: float, weight: float) -> torch.Tensor:
+    """Of the second batch, after one in which both sides were the teacher's."""
+    loss = SoftCCA(4, momentum=momentum, sdl_weight=weight).double()
+    loss(teacher, teacher)
+    return loss(student, teacher)[0]
+
+
+def candidates(rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([F.cosine_similarity(rows[:, 0], rows[:, n]) for n in range(1, rows.shape[1])], dim=1)
+
+
+AS_LONG = {"normalize_student": False}
+OPTIONS = [  # of the user, and what the loss of student y and teacher t is then
+    ({"structural_loss": "mse", "structural_weight": 0.3}, lambda y, t: 0.3 * F.mse_loss(unit(y), t)),
+    ({"structural_loss": "mse"} | AS_LONG, lambda y, t: F.mse_loss(y, t)),
+    ({"structural_loss": "cosine"}, lambda y, t: 1 - F.cosine_similarity(y, t).mean()),
+    ({"structural_loss": "max_margin_mse", "structural_gamma": 1.4}, lambda y, t: margins(unit(y), t, 1.4)),
+    ({"structural_loss": "max_margin_mse", "structural_gamma": 0.4} | AS_LONG, lambda y, t: margins(y, t, 0.4)),
+    ({"contextual_loss": "mse", "contextual_weight": 0.3}, lambda y, t: 0.3 * F.mse_loss(unit(y), t)),
+    ({"contextual_loss": "mse"} | AS_LONG, lambda y, t: F.mse_loss(y, t)),
+    (
+        {"contextual_loss": "soft_cca", "contextual_weight": 2.0, "sdl_weight": 0.5, "sdl_momentum": 0.3},
+        lambda y, t: 2 * soft_cca(y, t, 0.3, 0.5),
+    ),
+    ({"score_loss": "kl", "score_weight": 0.3}, lambda y, t: 0.3 * soft_targets(20 * candidates(y), t)[0]),
+    (
+        {"score_loss": "kl", "score_scale": 3.0, "score_temperature": 2.0},
+        lambda y, t: soft_targets(3 * candidates(y), t, temperature=2.0)[0],
+    ),
+    ({"score_loss": "margin_mse", "score_scale": 3.0}, lambda y, t: margin_mse(3 * candidates(y), t)[0]),
+]
+
+
+@pytest.mark.parametrize(("options", "expected"), OPTIONS, ids=[str(number) for number in range(len(OPTIONS))])
+def test_options_reach_the_loss(options, expected):
+    role = next(iter(options)).split("_")[0]
+    arguments = TeachingArguments(**{f"{role}_teacher": "a teacher"}, **options)
+    model = LongEmbedModel(tiny_config(hidden_size=4, num_attention_heads=2))
+    objective = Teaching(arguments, model, {role: 4}).double()
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(ROWS, 5 if role == "score" else 1, 4, generator=generator, dtype=torch.float64)
+    teacher = unit(torch.randn(ROWS, 4, generator=generator, dtype=torch.float64))
+    targets = {role: (teacher, torch.ones(ROWS, dtype=torch.bool))}
+    if options.get("contextual_loss") == "soft_cca":
+        objective(teacher[:, None], targets)
+    loss, _ = objective(student, targets)
+    torch.testing.assert_close(loss, expected(student if role == "score" else student[:, 0], teacher))
+
+
+def test_the_evaluation_is_the_mean_over_batches(model_folder, tokenizer):
+    """Of 7 rows in batches of at least 2: 3, 2 and 2. The vectors are those of the model's own encode."""
+    texts = [row["text"] for row in random_documents(7)]
+    model = LongEmbedModel.from_pretrained(model_folder).eval()
+    vectors = unit(torch.randn(7, 32, generator=torch.Generator().manual_seed(0)))
+
+    class ByText:
+        def read(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            found = vectors[[texts.index(text) for text in batch.texts[0]]]
+            return found, torch.ones(len(found), dtype=torch.bool)
+
+    evaluation = TeachingEvaluation(
+        Source("rows", Dataset.from_dict({"text": texts}), ("text",), anchor_kind="document"),
+        PairTokenizer(tokenizer, 128, 128, {}),
+        Teaching(TeachingArguments(structural_teacher="a teacher"), model, {"structural": 32}),
+        {"structural": ByText()},
+        batch_size=2,
+        batch_tokens=100,
+    )
+    own = model.encode(texts, output="torch", precision="float32")
+    expected = [F.mse_loss(own[rows], vectors[rows]).item() for rows in (slice(0, 3), slice(3, 5), slice(5, 7))]
+    found = evaluation(lambda chunk: pool(model, chunk), torch.device("cpu"))
+    assert found["eval_loss"] == pytest.approx(sum(expected) / 3, rel=1e-4)
 
 
 @pytest.mark.promise("D7")
