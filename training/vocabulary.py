@@ -5,7 +5,8 @@ python training/vocabulary.py --model_name_or_path MODEL --train_data documents.
 In a small model most parameters are word embeddings, and a corpus of one field or one language uses a part of them. The
 texts of the corpus are cut into the same pieces as before and have the same vectors. Kept are special and added tokens,
 the pieces of the prompts, pieces that occur, and single characters, so that a word that is new is spelled. With
-`--min_count` above 1 rare pieces go too, and the texts that hold them are cut into smaller ones.
+`--min_count` above 1 rare pieces go too, and the texts that hold them are cut into smaller ones. A word that was [UNK]
+because WordPiece, taking the longest piece, came to where none fits may now be cut: another piece is the longest.
 """
 
 import json
@@ -69,7 +70,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, keep: np.ndarray) -> PreT
     """The tokenizer with the ids `keep`, which become 0, 1, ... in their order.
 
     A piece that WordPiece takes is the longest that fits, and what Unigram takes the most probable of all ways to cut a
-    word: both take the same pieces when others are gone.
+    word: both take the same pieces when others are gone. (A word that WordPiece could not cut is none of these.)
 
     Raises:
         UserError: a tokenizer of which this cannot be said, such as BPE, whose pieces are made by merging others.
@@ -129,11 +130,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = np.zeros(model.config.vocab_size, np.int64)
     output_dir = Path(arguments.output_dir).absolute()
     sources = read_sources(arguments.train_data, Columns((arguments.text_column,), None, "texts"))
-    for source in sources:
-        counts += tokenize_documents(source, tokenizer, output_dir / "tokens").token_counts(len(counts)).numpy()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=output_dir, prefix="tokens-") as folder:
+        for source in sources:
+            counts += tokenize_documents(source, tokenizer, Path(folder)).token_counts(len(counts)).numpy()
+    of_prompts = np.zeros_like(counts)
     for prompt in model.config.prompts.values():
-        counts[tokenizer(prompt, add_special_tokens=False)["input_ids"]] += arguments.min_count
-    keep = pieces_to_keep(tokenizer, counts, arguments.min_count)
+        of_prompts[tokenizer(prompt, add_special_tokens=False)["input_ids"]] = arguments.min_count
+    keep = pieces_to_keep(tokenizer, counts + of_prompts, arguments.min_count)
     trimmed = trim_tokenizer(tokenizer, keep)
     trim_embeddings(model, keep)
     model.tokenizer = trimmed

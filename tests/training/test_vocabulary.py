@@ -129,6 +129,60 @@ def test_a_word_of_rare_pieces_is_spelled_in_smaller_ones(trim, corpus):
         assert len(small.tokenizer.tokenize(text)) >= len(kept)
 
 
+def test_prompts_keep_their_pieces_and_nothing_else_is_left_behind(trim, model_folder, corpus, tmp_path, capsys):
+    """A prompt of a piece that the corpus has not, which stays, and has no part in the share of the corpus."""
+    model = LongEmbedModel.from_pretrained(model_folder)
+    used = {piece for text in corpus for piece in model.tokenizer.tokenize(text)}
+    unused = (piece.removeprefix("\u2581") for piece in sorted(model.tokenizer.get_vocab()) if piece not in used)
+    word = next(
+        each for each in unused if len(each) > 2 and each.isalpha() and len(model.tokenizer.tokenize(each)) == 1
+    )
+    model.config.prompts = {"query": f"{word} "}
+    model.save_pretrained(model_folder)
+    whole, small = trim("--min_count 2")
+    assert small.tokenizer.tokenize(f"{word} ") == whole.tokenizer.tokenize(f"{word} ") != []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["final"]
+    numbers = [number for text in corpus for number in whole.tokenizer(text, add_special_tokens=False)["input_ids"]]
+    pieces = whole.tokenizer.convert_ids_to_tokens(numbers)
+    share = sum(piece in small.tokenizer.get_vocab() for piece in pieces) / len(pieces)
+    assert share < 1
+    assert f"; {share:.2%} of the tokens of the corpus" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("processor", [processors.BertProcessing, processors.RobertaProcessing])
+def test_special_tokens_are_where_they_were(processor):
+    """In front, at the end and as padding, under their new numbers, for the processors of BERT and RoBERTa."""
+    pieces = ["aaa", "a", "b", "##a", "##b", "bb", *SPECIALS]
+    core = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    core.post_processor = processor(("[SEP]", pieces.index("[SEP]")), ("[CLS]", pieces.index("[CLS]")))
+    core.enable_padding(pad_id=pieces.index("[PAD]"), pad_token="[PAD]")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **NAMES)
+    counts = np.zeros(len(pieces), np.int64)
+    counts[pieces.index("bb")] = 1
+    small = vocabulary.trim_tokenizer(tokenizer, vocabulary.pieces_to_keep(tokenizer, counts, 1))
+    assert sorted(small.get_vocab()) == sorted(piece for piece in pieces if piece != "aaa")
+    assert small.backend_tokenizer.padding["pad_id"] == small.pad_token_id
+    for texts in (["bb a"], ["a", "bb a"]):
+        before, after = (
+            [each.convert_ids_to_tokens(row) for row in each(texts, padding=True)["input_ids"]]
+            for each in (tokenizer, small)
+        )
+        assert after == before
+
+
+def test_bytes_stay_so_that_every_character_can_be_spelled():
+    byte_pieces = [(f"<0x{number:02X}>", -20.0) for number in range(256)]
+    core = Tokenizer(
+        models.Unigram([("[UNK]", 0.0), ("abc", -2.0), ("a", -5.0), *byte_pieces], unk_id=0, byte_fallback=True)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
+    keep = vocabulary.pieces_to_keep(tokenizer, np.zeros(259, np.int64), 1)
+    small = vocabulary.trim_tokenizer(tokenizer, keep)
+    assert len(small) == 258
+    assert small.tokenize("aé") == tokenizer.tokenize("aé") == ["a", "<0xC3>", "<0xA9>"]
+
+
 def test_a_tokenizer_that_merges_is_refused(tmp_path):
     tokenizer = trained("BPE")
     with pytest.raises(UserError, match="the vocabulary of a BPE tokenizer cannot be trimmed"):
