@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import parse
@@ -18,6 +17,7 @@ from training.batches import PairBatch, PairBatches, PairTokenizer
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.data import Columns, Source, read_sources
 from training.encoding import pool
+from training.evaluation import by_source
 from training.layer_choice import LayerArguments
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.models import HubArguments, ModelArguments, load_encoder, push, save
@@ -130,14 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for source in held_out
     }
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        device = loop.accelerator.device
-        results = {name: of_source(lambda chunk: pool(model, chunk), device) for name, of_source in evaluations.items()}
-        if len(results) == 1:
-            return next(iter(results.values()))
-        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
-
+    device = loop.accelerator.device
+    evaluate = by_source(evaluations, lambda of_source, model: of_source(lambda chunk: pool(model, chunk), device))
     gradient = teaching_gradient(objective, teachers)
     decay = loop_arguments.weight_decay
     groups = [*parameter_groups(selected, decay), *parameter_groups(objective, decay)]
@@ -147,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             selected,
             batches,
             gradient,
-            evaluate if evaluations else None,
+            evaluate,
             groups,
             rehearse=budget.rehearsal(gradient),
             objective=objective,

@@ -1,6 +1,5 @@
 """Masked-language modelling of packed documents: the model under training, its objective and its evaluation."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -145,10 +144,6 @@ class MaskedEvaluation:
             for n in numbers
         ]
         return mask_batch(texts, self.batch_tokens, self.length, self.mask_rate)
-
-
-# What the loop calls to evaluate a model.
-Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 def _counts(batch: MaskedBatch) -> Tensor:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import parse
@@ -18,9 +17,10 @@ from training.adaptation import AdaptationArguments, load_masked_lm, train_new_h
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.document_arguments import DocumentArguments, documents, sequence_lengths
 from training.documents import MaskedBatches, PieceReader, SpecialTokens, epoch_batches
+from training.evaluation import Evaluate, by_source
 from training.layer_choice import LayerArguments
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.masked_language import Evaluate, MaskedEvaluation, MaskedLanguageModel, masked_gradient
+from training.masked_language import MaskedEvaluation, MaskedLanguageModel, masked_gradient
 from training.masked_teachers import MaskedTeacherArguments, load_masked_teachers
 from training.masking import Masking, MaskingArguments
 from training.models import HubArguments, ModelArguments, push, save
@@ -156,14 +156,7 @@ def evaluation(
         )
         for source in documents(arguments.eval_data, arguments, tokenizer, loop)
     }
-
-    def evaluate(model: nn.Module) -> dict[str, float]:
-        results = {name: of_source(model, loop.accelerator.device) for name, of_source in evaluations.items()}
-        if len(results) == 1:
-            return next(iter(results.values()))
-        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
-
-    return evaluate if evaluations else None
+    return by_source(evaluations, lambda of_source, model: of_source(model, loop.accelerator.device))
 
 
 if __name__ == "__main__":

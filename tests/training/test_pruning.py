@@ -206,3 +206,31 @@ def test_a_damaged_file_is_one_sentence(prune, tmp_path, content):
     with pytest.raises(UserError, match=r"search\.json: is damaged \(.*remove it, or give another") as caught:
         prune("--depth 5")
     assert "\n" not in str(caught.value)
+
+
+def far_from_whole_when_pruned(layerdrop: float) -> float:
+    """Mean squared distance of a model's vectors from those of its every other layer, after the same training."""
+    torch.manual_seed(0)
+    fields = {"norm_placement": "pre", "final_norm": True, "initializer_range": 0.2, "hidden_dropout_prob": 0.0}
+    model = LongEmbedModel(tiny_config(num_hidden_layers=4, layerdrop=layerdrop, **fields)).train()
+    ids = torch.randint(5, 30, (64, 8), generator=torch.Generator().manual_seed(1))
+    wanted = torch.nn.functional.normalize(torch.randn(25, 32, generator=torch.Generator().manual_seed(2)), dim=1)
+    wanted = torch.nn.functional.normalize(wanted[ids - 5].mean(1), dim=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        loss = (torch.nn.functional.normalize(model(ids).pooler_output, dim=1) - wanted).square().sum(1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    whole, half = (
+        torch.nn.functional.normalize(each(ids).pooler_output, dim=1)
+        for each in (model, pruned(model, (0, 2), "layer"))
+    )
+    return (whole - half).square().sum(1).mean().item()
+
+
+@pytest.mark.promise("L3")
+def test_a_model_trained_with_layerdrop_can_lose_layers_without_finetuning():
+    """Half of its layers give what all of them give, far more nearly than in a model trained without."""
+    assert far_from_whole_when_pruned(0.5) < 0.25 * far_from_whole_when_pruned(0.0)
