@@ -124,8 +124,9 @@ def compare(arguments: Arguments) -> list[Row]:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The ends of paths that tell them apart: `runs/a/final` and `runs/b/final` are `a/final` and `b/final`."""
-    parts = [Path(path).parts for path in paths]
+    """The ends of paths that tell them apart, without the `final` of trainings: `runs/a/final` is `a`."""
+    folders = [Path(path) for path in paths]
+    parts = [(folder.parent if folder.name == "final" else folder).parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(some[-count:]) for some in parts]
         if len(set(names)) == len(names):

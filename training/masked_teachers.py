@@ -1,8 +1,6 @@
 """Masked-language models as teachers of another one: their distributions, and their hidden states."""
 
 import copy
-import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +15,7 @@ from modeling_longembed import LongEmbedForMaskedLM
 from training.adaptation import AdaptationArguments, load_masked_lm
 from training.documents import MaskedChunk, tokenizer_identity
 from training.losses.soft_targets import soft_targets
-from training.models import ModelArguments
+from training.models import ModelArguments, model_identity
 
 
 @dataclass
@@ -59,7 +57,7 @@ class MaskedTeacherArguments:
         """What a resumed run must agree in: all that the objective depends on, the teachers by what they are."""
         if teachers is None:
             return {}
-        return asdict(self) | {"masked_teachers": [_identity(model) for model in teachers.models]}
+        return asdict(self) | {"masked_teachers": [model_identity(model, model.tokenizer) for model in teachers.models]}
 
 
 class MaskedTeachers:
@@ -153,15 +151,3 @@ def load_masked_teachers(
     if not teachers:
         return None
     return MaskedTeachers(teachers, arguments.teacher_temperature, arguments.hidden_weight > 0)
-
-
-def _identity(model: LongEmbedForMaskedLM) -> str:
-    """A hash of weights and configuration, wherever they were read from."""
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:40]

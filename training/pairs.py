@@ -13,6 +13,7 @@ from training.batches import PairBatch, PairBatches, PairTokenizer
 from training.data import PAIRS, read_sources
 from training.distributed import gather_rows, own_rows
 from training.encoding import embed, pool
+from training.evaluation import by_source
 from training.gradient_cache import cached_backward
 from training.guide import Guide
 from training.loop import AccumulateGradient, Loop
@@ -120,17 +121,11 @@ def pair_retrieval(
         for source in read_sources(arguments.eval_data, arguments.renamed(PAIRS))
     }
 
-    def evaluate(model: nn.Module) -> dict[str, float]:
+    def evaluate(retrieval: PairRetrieval, model: nn.Module) -> dict[str, float]:
         device = loop.accelerator.device
-        results = {
-            name: retrieval(lambda chunk: embed(model, chunk.to(device)), float(objective.temperature()))
-            for name, retrieval in retrievals.items()
-        }
-        if len(results) == 1:
-            return next(iter(results.values()))
-        return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
+        return retrieval(lambda chunk: embed(model, chunk.to(device)), float(objective.temperature()))
 
-    return evaluate if retrievals else None
+    return by_source(retrievals, evaluate)
 
 
 def load_guide(arguments: ContrastiveArguments, objective: ObjectiveArguments) -> Guide | None:

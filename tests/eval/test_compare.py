@@ -48,7 +48,7 @@ def test_the_numbers_are_those_of_the_evaluator_and_of_the_files(make_task, mode
     make_task("Hidden", TEXTS, QUERIES, split="test_128")
     given = arguments(models, tmp_path)
     rows = compare.compare(given)
-    assert [row.name for row in rows] == ["teacher/final", "student/final"]
+    assert [row.name for row in rows] == ["teacher", "student"]
     for row, path in zip(rows, models, strict=True):
         model = LongEmbedModel.from_pretrained(path)
         assert row.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
@@ -88,7 +88,7 @@ def test_a_model_has_a_row_in_each_precision(make_task, models, tmp_path, monkey
     make_task("Animals", TEXTS, QUERIES)
     given = arguments(models[:1], tmp_path, precisions=["float32", "int8"], lengths=["64"])
     rows = compare.compare(given)
-    assert [row.name for row in rows] == ["final (float32)", "final (int8)"]
+    assert [row.name for row in rows] == ["teacher (float32)", "teacher (int8)"]
     measured = json.loads((tmp_path / "r" / "speed.json").read_text())
     workloads = [m["case"]["workload"] for m in measured]
     assert [(each["mode"], each["dtype"]) for each in workloads] == [("encoding", "float32"), ("encoding", "int8")]
@@ -151,7 +151,7 @@ def test_the_table_and_what_is_kept(tmp_path):
 
 
 def test_names_tell_models_apart():
-    assert short_names(["runs/a/final", "runs/b/final"]) == ["a/final", "b/final"]
+    assert short_names(["runs/a/final", "runs/b/final"]) == ["a", "b"]
     assert short_names(["x/minilm", "org/small"]) == ["minilm", "small"]
 
 
