@@ -169,8 +169,8 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
             label = row.name if length == lengths[0] else None
             axis.scatter(row.speed[length], row.mean, s=size, color=f"C{number % 10}", alpha=0.8, label=label)
         axis.set_xlabel(f"tokens a second at {length:,}")
-        axis.set_xlim(left=0)
-        axis.margins(x=0.15, y=0.2)
+        axis.set_xlim(0, 1.15 * max(row.speed[length] for row in rows))
+        axis.margins(y=0.2)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("mean score x 100")
     if lengths:
