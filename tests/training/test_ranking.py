@@ -23,7 +23,8 @@ class Random:
 
     def __init__(self, similarity: str = "cosine"):
         self.identity = similarity
-        self.model = SimpleNamespace(prompts={}, similarity_fn_name=similarity)
+        self.prompts: dict[str, str | None] = {}
+        self.model = SimpleNamespace(similarity_fn_name=similarity)
 
     def __call__(self, texts, prompt_type):
         made = []
