@@ -46,7 +46,7 @@ def launch(inputs):
         command += f"--dropout 0 --learning_rate 1e-3 --logging_steps 1 --max_steps 4 --save_steps 2 {own.size}".split()
         command += [str(own.sizes[0] // processes), "--output_dir", str(folder), *options.split()]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
         return done.stderr
 
     return run
