@@ -6,7 +6,6 @@ accelerate launch training/compression.py --config training/recipes/compression.
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from common.arguments import parse
@@ -17,7 +16,7 @@ from training.documents import MaskedBatches, PieceReader, Pieces, SpecialTokens
 from training.evaluation import by_source
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.masking import NoMasking
-from training.models import HubArguments, ModelArguments, load_encoder, model_identity, push, save
+from training.models import HubArguments, ModelArguments, load_encoder, model_identity, save_and_push
 from training.relation_distillation import (
     RelationArguments,
     RelationEvaluation,
@@ -102,10 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings=asdict(relations) | {"teacher": model_identity(model, tokenizer)},
         )
     if loop.is_main:
-        output_dir = Path(loop_arguments.output_dir).absolute()
-        final = save(trained.model, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
-        if hub.push_to_hub:
-            push(final, hub.hub_model_id, hub.hub_private_repo)
+        save_and_push(trained.model, tuning, loop_arguments.output_dir, hub)
 
 
 if __name__ == "__main__":

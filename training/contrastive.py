@@ -5,7 +5,6 @@ accelerate launch training/contrastive.py --config training/recipes/contrastive.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,7 +13,7 @@ from common.arguments import parse
 from common.errors import run
 from training.budget import Budget, BudgetArguments, chosen_batch_tokens
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.models import HubArguments, ModelArguments, load_encoder, push, save
+from training.models import HubArguments, ModelArguments, load_encoder, save_and_push
 from training.nonlinguistic import FeatureArguments, feature_task
 from training.objectives import ObjectiveArguments, build_objective, objective_groups
 from training.pairs import (
@@ -68,10 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             selected, data, gradient, evaluate, groups, rehearse=budget.rehearsal(gradient), objective=beside
         )
     if loop.is_main:
-        output_dir = Path(loop_arguments.output_dir).absolute()
-        final = save(trained, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
-        if hub.push_to_hub:
-            push(final, hub.hub_model_id, hub.hub_private_repo)
+        save_and_push(trained, tuning, loop_arguments.output_dir, hub)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from training.encoding import pool
 from training.evaluation import by_source
 from training.layer_choice import LayerArguments
 from training.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.models import HubArguments, ModelArguments, load_encoder, push, save
+from training.models import HubArguments, ModelArguments, load_encoder, save_and_push, text_length
 from training.score_teachers import ColumnScores, CrossEncoderScores
 from training.teachers import Teacher
 from training.teaching import Teaching
@@ -152,10 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             },
         )
     if loop.is_main:
-        output_dir = Path(loop_arguments.output_dir).absolute()
-        final = save(trained, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
-        if hub.push_to_hub:
-            push(final, hub.hub_model_id, hub.hub_private_repo)
+        save_and_push(trained, tuning, loop_arguments.output_dir, hub)
 
 
 class TaughtBatches(PairBatches):
@@ -178,13 +175,7 @@ def student_tokenizer(
     Raises:
         UserError: its context is shorter than asked for.
     """
-    context = model.config.max_position_embeddings
-    length = context if arguments.max_length is None else arguments.max_length
-    if not tokenizer.num_special_tokens_to_add() < length <= context:
-        raise UserError(
-            f"--max_length {length}: must be at most {context}, the context of {model.name_or_path} in tokens, and "
-            "leave room for text"
-        )
+    length = text_length("max_length", arguments.max_length, model, tokenizer)
     return PairTokenizer(tokenizer, length, length, model.config.prompts)
 
 

@@ -98,6 +98,33 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return digest.hexdigest()[:40]
 
 
+def text_length(option: str, wanted: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens at which a model cuts texts off: its context if no number is wanted.
+
+    Raises:
+        UserError: the context is shorter, or there is no room for text; names the option.
+    """
+    context = model.config.max_position_embeddings
+    length = context if wanted is None else wanted
+    if not tokenizer.num_special_tokens_to_add() < length <= context:
+        raise UserError(
+            f"--{option} {length}: must be at most {context}, the context of {model.name_or_path} in tokens, and "
+            "leave room for text"
+        )
+    return length
+
+
+def save_and_push(
+    model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: str, hub: HubArguments
+) -> None:
+    """Write what a training ends with, and publish it where that is asked for."""
+    folder = Path(output_dir).absolute()
+    final = save(model, tuning, folder, title=hub.hub_model_id or folder.name)
+    if hub.push_to_hub:
+        assert hub.hub_model_id  # HubArguments has checked it
+        push(final, hub.hub_model_id, hub.hub_private_repo)
+
+
 def save(model: PreTrainedModel | PeftModel, tuning: TuningArguments, output_dir: Path, title: str) -> Path:
     """Write the model to `output_dir/final`; a LoRA one merged, and its adapter to `output_dir/adapter`."""
     if isinstance(model, PeftModel):

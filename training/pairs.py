@@ -17,6 +17,7 @@ from training.evaluation import by_source
 from training.gradient_cache import cached_backward
 from training.guide import Guide
 from training.loop import AccumulateGradient, Loop
+from training.models import text_length
 from training.objectives import GatheredBatch, Objective, ObjectiveArguments
 from training.pair_sources import PairArguments, read_pairs, stream_pairs
 from training.spans import Penalty
@@ -59,15 +60,10 @@ def pair_tokenizer(
     Raises:
         UserError: its context is shorter than asked for.
     """
-    context = model.config.max_position_embeddings
-    max_length = context if arguments.max_length is None else arguments.max_length
-    query_max_length = max_length if arguments.query_max_length is None else arguments.query_max_length
-    for option, length in (("max_length", max_length), ("query_max_length", query_max_length)):
-        if not tokenizer.num_special_tokens_to_add() < length <= context:
-            raise UserError(
-                f"--{option} {length}: must be at most {context}, the context of {model.name_or_path} in tokens, and "
-                "leave room for text"
-            )
+    max_length = text_length("max_length", arguments.max_length, model, tokenizer)
+    query_max_length = max_length
+    if arguments.query_max_length is not None:
+        query_max_length = text_length("query_max_length", arguments.query_max_length, model, tokenizer)
     return PairTokenizer(tokenizer, max_length, query_max_length, model.config.prompts)
 
 

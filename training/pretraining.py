@@ -6,7 +6,6 @@ accelerate launch training/pretraining.py --config training/recipes/pretraining.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from training.loop import HOW_TO_RESUME, Loop, LoopArguments
 from training.masked_language import MaskedEvaluation, MaskedLanguageModel, masked_gradient
 from training.masked_teachers import MaskedTeacherArguments, load_masked_teachers
 from training.masking import Masking, MaskingArguments
-from training.models import HubArguments, ModelArguments, push, save
+from training.models import HubArguments, ModelArguments, save_and_push
 from training.next_sentence import NextSentenceHead
 from training.schedules import Course, RateSchedule
 from training.spans import SpanArguments, span_groups, span_penalty
@@ -120,10 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             settings=teaching.describe(teachers),
         )
     if loop.is_main:
-        output_dir = Path(loop_arguments.output_dir).absolute()
-        final = save(trained.model, tuning, output_dir, title=hub.hub_model_id or output_dir.name)
-        if hub.push_to_hub:
-            push(final, hub.hub_model_id, hub.hub_private_repo)
+        save_and_push(trained.model, tuning, loop_arguments.output_dir, hub)
 
 
 def piece_reader(

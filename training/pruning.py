@@ -29,7 +29,7 @@ from modeling_longembed.layouts_longembed import layers_of
 from training.batches import PairTokenizer
 from training.data import PAIRS, read_sources
 from training.encoding import embed
-from training.models import ModelArguments, load_encoder, model_identity, save
+from training.models import ModelArguments, load_encoder, model_identity, save, text_length
 from training.tuning import TuningArguments
 from training.validation import PairRetrieval
 
@@ -122,12 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded, tokenizer = load_encoder(model_arguments)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model: Any = loaded.eval().to(device)
-    context = model.config.max_position_embeddings
-    length = context if arguments.max_length is None else arguments.max_length
-    if not tokenizer.num_special_tokens_to_add() < length <= context:
-        raise UserError(
-            f"--max_length {length}: must be at most {context}, the model's context, and leave room for text"
-        )
+    length = text_length("max_length", arguments.max_length, model, tokenizer)
     layout = model.config.sublayer_pattern
     count = len(layers_of(layout)) if arguments.unit == "layer" else len(layout)
     if arguments.depth > count:
