@@ -13,7 +13,7 @@ help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(VENV)/.stamp-demo ## convert, train, judge and publish a real model; goes on where it was stopped
-	$(BIN)/python eval/demo.py
+	$(BIN)/python experiments/demo.py
 
 test: lint ## lint, then all tests, then what each promise came to
 	$(BIN)/python -m pytest -q --promises $(PARALLEL)

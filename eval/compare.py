@@ -28,9 +28,9 @@ from common.encoders import ENCODER_PRECISIONS, ModelFolder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
 from eval import mteb_long
-from eval.growth import Curve
-from eval.measurement import Case, Workload, resolve_device
 from eval.plot import save
+from eval.speed.growth import Curve
+from eval.speed.measurement import Case, Workload, resolve_device
 from eval.throughput import Results, measure_interleaved, parse_lengths, where
 from modeling_longembed import LongEmbedConfig
 

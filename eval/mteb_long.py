@@ -23,10 +23,10 @@ from common.encoders import ENCODER_PRECISIONS, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
 from common.vector_cache import VectorCache
-from eval.models import JudgedModel
-from eval.quantization import VECTORS
-from eval.results import AtomicResultCache, Score, as_markdown, as_table
-from eval.tasks import get_tasks, load
+from eval.models.judged import JudgedModel
+from eval.models.quantization import VECTORS
+from eval.report.results import AtomicResultCache, Score, as_markdown, as_table
+from eval.tasks.retrieval import get_tasks, load
 
 
 @dataclass

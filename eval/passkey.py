@@ -39,10 +39,10 @@ from common.arguments import parse
 from common.encoders import Encoder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from eval.language_models import LanguageModel
-from eval.models import JudgedModel
+from eval.models.judged import JudgedModel
+from eval.models.language_models import LanguageModel
 from eval.plot import save
-from eval.records import Records
+from eval.report.records import Records
 from eval.synthetic import FILLER, MOST_DOCUMENTS, Haystack, Needle, passkey_needles, read_haystack
 from eval.throughput import parse_lengths
 
@@ -116,7 +116,7 @@ def accuracy(scores: np.ndarray) -> float:
 
 
 def similarities(encoder: Encoder, kind: str, questions: list[np.ndarray], documents: list[np.ndarray]) -> np.ndarray:
-    """Scores `(n, m)` of matrices of questions and documents, `(k, d)` each, as eval/models.py compares them."""
+    """Scores `(n, m)` of matrices of questions and documents, `(k, d)` each, as eval/models/judged.py compares them."""
     vectors = torch.from_numpy(np.stack([rows.sum(0) for rows in questions]))
     if kind == "chunk-max":
         vectors = torch.nn.functional.normalize(vectors)

@@ -49,12 +49,12 @@ from common.arguments import parse
 from common.encoders import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from eval.language_models import LanguageModel
+from eval.models.language_models import LanguageModel
+from eval.models.token_losses import masked_losses, window_losses
 from eval.plot import save
-from eval.records import Records
+from eval.report.records import Records
 from eval.synthetic import read_texts
 from eval.throughput import parse_lengths
-from eval.token_losses import masked_losses, window_losses
 
 
 @dataclass

@@ -17,14 +17,15 @@ from matplotlib.figure import Figure
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
-from eval.results import Score, read_scores
+from eval.report.results import Score, read_scores
 
 
 def draw(scores: Sequence[Score], path: str | Path, labels: Mapping[str, str] | None = None) -> None:
     """One PNG with a panel for every task with context lengths and one for all the others together.
 
     Args:
-        scores: what `eval.results.read_scores` or `eval.mteb_long.judge` returns; colours follow the models' order.
+        scores: what `read_scores` of eval.report.results or `judge` of eval.mteb_long returns; colours follow
+            the models' order.
         path: the PNG file, written whole or not at all.
         labels: model name -> what the legend says; models that are not in it keep their name.
 

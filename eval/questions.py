@@ -15,7 +15,7 @@ from pathlib import Path
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, write_jsonl
-from eval.tasks import read_rows
+from eval.tasks.retrieval import read_rows
 
 
 @dataclass

@@ -34,7 +34,7 @@ from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
 from eval import mteb_long
-from eval.tasks import read_objects, string
+from eval.tasks.retrieval import read_objects, string
 
 # SimCSE's seven. https://arxiv.org/abs/2104.08821, table 5
 TASKS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark", "SICK-R")

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, write_jsonl
-from eval.tasks import read_rows
+from eval.tasks.retrieval import read_rows
 
 FILLER = (
     "The tide comes in and the tide goes out. The bread is in the oven. Rain falls on the roof all afternoon. "

@@ -4,11 +4,12 @@
         --lengths 4096,8192,16384,32768,65536 --output_dir runs/throughput
 
 With --training it compares steps of contrastive training with sentence-transformers' instead, see
-eval/training_throughput.py.
+experiments/training_throughput.py.
 
-Every number comes from a fresh process (eval/measurement.py says what it measures). The processes of the repeats are
-interleaved, so that what else the machine does falls on all patterns alike; tables show medians, and half the range as
-the spread. What is measured stands in `<output_dir>/results.json` at once, beside `table.md` and `plot.png`: the same
+Every number comes from a fresh process (eval/speed/measurement.py says what it measures). The processes of the
+repeats are interleaved, so that what else the machine does falls on all patterns alike; tables show medians, and half
+the range as the spread. What is measured stands in `<output_dir>/results.json` at once, beside `table.md` and
+`plot.png`: the same
 command again measures only what is missing, or was measured with other code of the model or on another machine.
 
 A growth exponent is the slope of the least-squares line through log(value) against log(length). The values are the
@@ -37,10 +38,10 @@ from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
 from common.patterns import parse_pattern
-from eval.flops import model_flops, peak_flops
-from eval.growth import GB, Curve, as_markdown, draw
-from eval.measurement import Case, Measurement, Workload, resolve_device
-from eval.training_throughput import TrainingThroughputArguments, compare_training
+from eval.speed.flops import model_flops, peak_flops
+from eval.speed.growth import GB, Curve, as_markdown, draw
+from eval.speed.measurement import Case, Measurement, Workload, resolve_device
+from experiments.training_throughput import TrainingThroughputArguments, compare_training
 from modeling_longembed.attention_longembed import check_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,7 +120,7 @@ def run_process(case: Case, limit: float) -> dict:
     """
     threads = str(case.workload.threads)
     environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [sys.executable, "-m", "eval.measurement", json.dumps(asdict(case))]
+    command = [sys.executable, "-m", "eval.speed.measurement", json.dumps(asdict(case))]
     try:
         process = subprocess.run(
             command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=limit, check=False

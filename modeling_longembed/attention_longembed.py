@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention_pattern_longembed import AttentionInputs, AttentionPattern, Places, chunked_attention
-from .kernels_longembed import attend, masked_softmax, segment_attention
+from .attention_kernels_longembed import attend, masked_softmax, segment_attention
 from .packing_longembed import PackedDocuments
-from .positions_longembed import RopePlan, ScoreBias
-from .recurrence_longembed import Stream
-from .relative_longembed import DistanceAttention, DistanceEmbeddings
+from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, chunked_attention
+from .pattern_memory_longembed import Stream
+from .position_relative_longembed import DistanceAttention, DistanceEmbeddings
+from .position_schemes_longembed import RopePlan, ScoreBias
 from .tensor_parallel_longembed import heads_here
 
 try:

@@ -12,9 +12,9 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import strict  # without it nothing is validated
 
-from .layouts_longembed import expand_layout
-from .patterns_longembed import build_pattern
-from .positions_longembed import EXTENSIONS
+from .layout_registry_longembed import expand_layout
+from .pattern_registry_longembed import build_pattern
+from .position_schemes_longembed import EXTENSIONS
 from .tensor_parallel_longembed import tensor_parallel_plan
 
 # Parameters of each extension method besides those that all share, with their defaults (None: derived or required).
@@ -63,7 +63,7 @@ class LongEmbedConfig(PretrainedConfig):
             the feed-forwards after it, or `sublayer`.
         scaled_initialization: Megatron's: output projections start at `initializer_range / sqrt(sublayers)`.
         attention_patterns: which keys a query sees, one entry an attention sublayer (or one entry for all): a name or
-            `{"type": name, **parameters}`, see `patterns_longembed`.
+            `{"type": name, **parameters}`, see `pattern_registry_longembed`.
         training_attention_patterns: what the same weights use while they train (S2-Attn of LongLoRA: train `shifted`,
             serve `full`); None: the same.
         is_causal: no token sees a later one.
@@ -85,7 +85,7 @@ class LongEmbedConfig(PretrainedConfig):
         hidden_act, feed_forward_gated: activation; gated: `down(act(up(x)) * gate(x))`, ModernBERT's GeGLU.
         pooling: how a document becomes one vector: `mean`, `cls`, `last`, `weighted_mean` (weights 1..L).
         token_weighting: `generalized_max` weighs the token states of a document before a mean, so that what it says
-            over and over does not drown what it says once; see `token_weights` in `pooling_longembed`.
+            over and over does not drown what it says once; see `token_weights` in `output_pooling_longembed`.
         token_weighting_regularization: how often a token may come before it counts less; the larger, the nearer to
             plain pooling.
         prompts: text put before an input of a kind; evaluation and serving use the names `query` and `document`.

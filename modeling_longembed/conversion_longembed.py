@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
-from .extension_longembed import default_method
-from .families_longembed import FAMILIES, ROBERTA, Family, refuse
+from .conversion_families_longembed import FAMILIES, ROBERTA, Family, refuse
 from .hub_longembed import ST_POOLINGS, find_file
-from .landmark_longembed import landmark_size
-from .patterns_longembed import build_pattern
-from .positions_longembed import extended_position_table
+from .pattern_landmark_longembed import landmark_size
+from .pattern_registry_longembed import build_pattern
+from .position_extension_longembed import default_method
+from .position_schemes_longembed import extended_position_table
 
 # Any one of these is a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .output_pooling_longembed import pool
 from .packing_longembed import split_documents
-from .pooling_longembed import pool
 
 logger = logging.get_logger(__name__)
 

@@ -14,20 +14,22 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
 
-from .adaptive_span_longembed import AdaptiveSpanMixin
 from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, ResidualLinear, check_kernel
 from .configuration_longembed import LongEmbedConfig
 from .conversion_longembed import FromEncoderMixin
 from .encoding_longembed import EncodeMixin
-from .export_longembed import ExportMixin
-from .extension_longembed import ExtendContextMixin
+from .export_native_longembed import ToNativeMixin
+from .export_onnx_longembed import ExportMixin
 from .hub_longembed import HubMixin
-from .landmark_longembed import Landmarks, landmark_size
-from .layerdrop_longembed import PruneMixin, draw_layers, no_contribution
-from .native_longembed import ToNativeMixin
+from .layout_layerdrop_longembed import PruneMixin, draw_layers, no_contribution
+from .output_pooling_longembed import pool, token_weights
 from .packing_longembed import PackedDocuments
-from .pooling_longembed import pool, token_weights
-from .positions_longembed import (
+from .pattern_adaptive_span_longembed import AdaptiveSpanMixin
+from .pattern_landmark_longembed import Landmarks, landmark_size
+from .pattern_memory_longembed import Memory, Stream
+from .position_extension_longembed import ExtendContextMixin
+from .position_relative_longembed import DistanceAttention, DistanceEmbeddings
+from .position_schemes_longembed import (
     AlibiBias,
     BucketBias,
     RopePlan,
@@ -38,9 +40,7 @@ from .positions_longembed import (
     rope_plan,
     sinusoidal_embeddings,
 )
-from .recurrence_longembed import Memory, Stream
-from .relative_longembed import DistanceAttention, DistanceEmbeddings
-from .switching_longembed import SwitchPositionsMixin
+from .position_switching_longembed import SwitchPositionsMixin
 from .tensor_parallel_longembed import check_parallelism
 
 

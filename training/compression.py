@@ -1,6 +1,6 @@
 """Compression of a LongEmbed model: a smaller student learns the self-attention of its teacher (MiniLM, MiniLMv2).
 
-accelerate launch training/compression.py --config training/recipes/compression.yaml \\
+accelerate launch training/compression.py --config training/recipes/compression/default.yaml \\
     --model_name_or_path TEACHER --train_data documents.jsonl --output_dir runs/small
 """
 
@@ -10,23 +10,23 @@ from typing import Any
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.budget import Budget, BudgetArguments, chosen_batch_tokens
-from training.document_arguments import DocumentArguments, documents, sequence_lengths
-from training.documents import MaskedBatches, PieceReader, Pieces, SpecialTokens, epoch_batches
-from training.evaluation import by_source
-from training.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.masking import NoMasking
-from training.models import HubArguments, ModelArguments, load_encoder, model_identity, save_and_push
-from training.relation_distillation import (
+from training.data.curriculum import Course, RateSchedule
+from training.data.document_arguments import DocumentArguments, documents, sequence_lengths
+from training.data.masked_batches import MaskedBatches, PieceReader, Pieces, SpecialTokens, epoch_batches
+from training.data.masking import NoMasking
+from training.engine.held_out import by_source
+from training.engine.loop import HOW_TO_RESUME, Loop, LoopArguments
+from training.engine.rehearsal import Budget, BudgetArguments, chosen_batch_tokens
+from training.models.load_save import HubArguments, ModelArguments, load_encoder, model_identity, save_and_push
+from training.models.students import StudentArguments, make_student
+from training.models.tuning import TuningArguments, select_parameters
+from training.teachers.relations import (
     RelationArguments,
     RelationEvaluation,
     RelationStudent,
     RelationTeacher,
     relation_gradient,
 )
-from training.schedules import Course, RateSchedule
-from training.students import StudentArguments, make_student
-from training.tuning import TuningArguments, select_parameters
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Contrastive training of a LongEmbed model on pairs of texts.
 
-accelerate launch training/contrastive.py --config training/recipes/contrastive.yaml \\
+accelerate launch training/contrastive.py --config training/recipes/contrastive/default.yaml \\
     --model_name_or_path MODEL --train_data pairs.jsonl --output_dir runs/mine
 """
 
@@ -11,12 +11,12 @@ from torch import nn
 
 from common.arguments import parse
 from common.errors import run
-from training.budget import Budget, BudgetArguments, chosen_batch_tokens
-from training.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.models import HubArguments, ModelArguments, load_encoder, save_and_push
-from training.nonlinguistic import FeatureArguments, feature_task
-from training.objectives import ObjectiveArguments, build_objective, objective_groups
-from training.pairs import (
+from training.engine.loop import HOW_TO_RESUME, Loop, LoopArguments
+from training.engine.rehearsal import Budget, BudgetArguments, chosen_batch_tokens
+from training.models.load_save import HubArguments, ModelArguments, load_encoder, save_and_push
+from training.models.tuning import TuningArguments, select_parameters
+from training.objectives.contrastive import ObjectiveArguments, build_objective, objective_groups
+from training.objectives.pair_step import (
     ContrastiveArguments,
     load_guide,
     pair_batches,
@@ -24,8 +24,8 @@ from training.pairs import (
     pair_retrieval,
     pair_tokenizer,
 )
-from training.spans import SpanArguments, span_groups, span_penalty
-from training.tuning import TuningArguments, select_parameters
+from training.objectives.second_modality import FeatureArguments, feature_task
+from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,20 +13,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.batches import PairBatch, PairBatches, PairTokenizer
-from training.budget import Budget, BudgetArguments, chosen_batch_tokens
-from training.data import Columns, Source, read_sources
-from training.encoding import pool
-from training.evaluation import by_source
-from training.layer_choice import LayerArguments
-from training.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.models import HubArguments, ModelArguments, load_encoder, save_and_push, text_length
-from training.score_teachers import ColumnScores, CrossEncoderScores
-from training.teachers import Teacher
-from training.teaching import Teaching
-from training.teaching_arguments import TeachingArguments
-from training.teaching_steps import Teachers, TeachingEvaluation, teaching_gradient
-from training.tuning import TuningArguments, parameter_groups, select_parameters
+from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer
+from training.data.sources import Columns, Source, read_sources
+from training.engine.held_out import by_source
+from training.engine.loop import HOW_TO_RESUME, Loop, LoopArguments
+from training.engine.rehearsal import Budget, BudgetArguments, chosen_batch_tokens
+from training.models.layer_choice import LayerArguments
+from training.models.load_save import HubArguments, ModelArguments, load_encoder, save_and_push, text_length
+from training.models.tuning import TuningArguments, parameter_groups, select_parameters
+from training.objectives.embed import pool
+from training.teachers.arguments import TeachingArguments
+from training.teachers.embedding_teachers import Teacher
+from training.teachers.objective import Teaching
+from training.teachers.score_teachers import ColumnScores, CrossEncoderScores
+from training.teachers.step import Teachers, TeachingEvaluation, teaching_gradient
 
 
 @dataclass

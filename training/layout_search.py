@@ -1,10 +1,10 @@
 """Search for a layout: which sublayer of an encoder should be attention, which feed-forward, which none at all.
 
-accelerate launch training/layout_search.py --config training/recipes/layout_search.yaml \\
+accelerate launch training/layout_search.py --config training/recipes/layout_search/default.yaml \\
     --model_name_or_path MODEL --train_data pairs.jsonl --output_dir runs/layout
 
 The supernet of Mandava et al. 2020, "Pay Attention when Required" (arXiv:2009.04534): every position of the model's
-layout is a Gumbel-softmax mixture of attention, feed-forward and identity (training/supernet.py), here under the
+layout is a Gumbel-softmax mixture of attention, feed-forward and identity (training/models/supernet.py), here under the
 contrastive objective of training/contrastive.py. The schedule is the paper's, read as follows:
 
 1. For `--weight_steps` steps the weights train alone, and the architecture (the logits of the mixtures) stays bitwise.
@@ -36,11 +36,13 @@ from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
 from modeling_longembed import LongEmbedModel
-from training.batches import PairBatch
-from training.loop import HOW_TO_RESUME, AccumulateGradient, Loop, LoopArguments
-from training.models import ModelArguments, load_encoder
-from training.objectives import ObjectiveArguments, build_objective, objective_groups
-from training.pairs import (
+from training.data.pair_batches import PairBatch
+from training.engine.loop import HOW_TO_RESUME, AccumulateGradient, Loop, LoopArguments
+from training.models.load_save import ModelArguments, load_encoder
+from training.models.supernet import KINDS, Supernet
+from training.models.tuning import parameter_groups
+from training.objectives.contrastive import ObjectiveArguments, build_objective, objective_groups
+from training.objectives.pair_step import (
     ContrastiveArguments,
     load_guide,
     pair_batches,
@@ -48,8 +50,6 @@ from training.pairs import (
     pair_retrieval,
     pair_tokenizer,
 )
-from training.supernet import KINDS, Supernet
-from training.tuning import parameter_groups
 
 
 @dataclass

@@ -21,8 +21,8 @@ from common.errors import UserError, run
 from common.files import write_jsonl
 from common.model_spec import ModelSpec
 from common.vector_cache import VectorCache
-from training.data import TEXTS, read_sources
-from training.ranking import load_ranker
+from training.data.ranking import load_ranker
+from training.data.sources import TEXTS, read_sources
 
 
 @dataclass

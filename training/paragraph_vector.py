@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write, sha256_file
-from training.data import Columns, Source, read_sources
+from training.data.sources import Columns, Source, read_sources
 
 SETTINGS, VOCABULARY, WEIGHTS, DOCUMENTS = (
     "paragraph_vector.json",

@@ -1,6 +1,6 @@
 """Continued masked-language-model training of an encoder on long documents: what new positions and patterns mean.
 
-accelerate launch training/pretraining.py --config training/recipes/pretraining.yaml \\
+accelerate launch training/pretraining.py --config training/recipes/pretraining/default.yaml \\
     --model_name_or_path MODEL --train_data documents.jsonl --output_dir runs/adapted
 """
 
@@ -12,21 +12,21 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.adaptation import AdaptationArguments, load_masked_lm, train_new_head
-from training.budget import Budget, BudgetArguments, chosen_batch_tokens
-from training.document_arguments import DocumentArguments, documents, sequence_lengths
-from training.documents import MaskedBatches, PieceReader, SpecialTokens, epoch_batches
-from training.evaluation import Evaluate, by_source
-from training.layer_choice import LayerArguments
-from training.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.masked_language import MaskedEvaluation, MaskedLanguageModel, masked_gradient
-from training.masked_teachers import MaskedTeacherArguments, load_masked_teachers
-from training.masking import Masking, MaskingArguments
-from training.models import HubArguments, ModelArguments, save_and_push
-from training.next_sentence import NextSentenceHead
-from training.schedules import Course, RateSchedule
-from training.spans import SpanArguments, span_groups, span_penalty
-from training.tuning import TuningArguments, select_parameters
+from training.data.curriculum import Course, RateSchedule
+from training.data.document_arguments import DocumentArguments, documents, sequence_lengths
+from training.data.masked_batches import MaskedBatches, PieceReader, SpecialTokens, epoch_batches
+from training.data.masking import Masking, MaskingArguments
+from training.data.next_sentence import NextSentenceHead
+from training.engine.held_out import Evaluate, by_source
+from training.engine.loop import HOW_TO_RESUME, Loop, LoopArguments
+from training.engine.rehearsal import Budget, BudgetArguments, chosen_batch_tokens
+from training.models.adaptation import AdaptationArguments, load_masked_lm, train_new_head
+from training.models.layer_choice import LayerArguments
+from training.models.load_save import HubArguments, ModelArguments, save_and_push
+from training.models.tuning import TuningArguments, select_parameters
+from training.objectives.masked_lm import MaskedEvaluation, MaskedLanguageModel, masked_gradient
+from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
+from training.teachers.masked_teachers import MaskedTeacherArguments, load_masked_teachers
 
 
 @dataclass(kw_only=True)

@@ -25,13 +25,13 @@ from tqdm import tqdm
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
-from modeling_longembed.layouts_longembed import layers_of
-from training.batches import PairTokenizer
-from training.data import PAIRS, read_sources
-from training.encoding import embed
-from training.models import ModelArguments, load_encoder, model_identity, save, text_length
-from training.tuning import TuningArguments
-from training.validation import PairRetrieval
+from modeling_longembed.layout_registry_longembed import layers_of
+from training.data.pair_batches import PairTokenizer
+from training.data.sources import PAIRS, read_sources
+from training.models.load_save import ModelArguments, load_encoder, model_identity, save, text_length
+from training.models.tuning import TuningArguments
+from training.objectives.embed import embed
+from training.objectives.pair_retrieval import PairRetrieval
 
 
 @dataclass

@@ -24,10 +24,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.data import Columns, read_sources
-from training.documents import tokenize_documents
-from training.models import ModelArguments, load_encoder, save
-from training.tuning import TuningArguments
+from training.data.masked_batches import tokenize_documents
+from training.data.sources import Columns, read_sources
+from training.models.load_save import ModelArguments, load_encoder, save
+from training.models.tuning import TuningArguments
 
 # What is left of a piece without the marks of a word's start or middle.
 _BARE = re.compile(r"^(?:##|\u2581)?(.*)$", re.DOTALL)

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from task_files import write_rows
+
+from tests.eval.task_files import write_rows
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_a_model_has_a_row_in_each_precision(make_task, models, tmp_path, monkey
             precision=precision,
         )
         assert row.scores == pytest.approx({"Animals": judge(own)[0].value})
-    monkeypatch.setattr("eval.measurement.resolve_device", lambda device: "cuda")
+    monkeypatch.setattr("eval.speed.measurement.resolve_device", lambda device: "cuda")
     with pytest.raises(UserError, match="8 bits are for encoding on the CPU"):
         compare.compare(given)
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from common.encoders import ModelFolder
 from common.errors import UserError
 from eval import mteb_long, passkey
-from eval.language_models import LanguageModel
+from eval.models.language_models import LanguageModel
 from eval.passkey import (
     GARBAGE,
     Arguments,

@@ -12,9 +12,9 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT
 
 from common.errors import UserError
 from eval import perplexity
-from eval.language_models import LanguageModel
+from eval.models.language_models import LanguageModel
+from eval.models.token_losses import masked_losses, masked_pieces, window_losses
 from eval.perplexity import Arguments, Point, as_markdown, judge
-from eval.token_losses import masked_losses, masked_pieces, window_losses
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 30522}

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from eval.mteb_long import Arguments, judge
-from eval.tasks import get_tasks, load
+from eval.tasks.retrieval import get_tasks, load
 
 DEVELOPMENT = Path(os.environ.get("LONGEMBED_DEV_DATA", Path(__file__).parents[3] / "shared" / "data" / "dev"))
 

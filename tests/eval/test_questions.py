@@ -14,7 +14,7 @@ from sklearn.metrics import top_k_accuracy_score
 from common.errors import UserError, run
 from eval import mteb_long, questions
 from eval.questions import Arguments, write_task
-from eval.tasks import local_task, read_rows
+from eval.tasks.retrieval import local_task, read_rows
 
 ANIMALS = "fox whale frog heron badger otter salmon eagle beetle mole".split()  # noqa: SIM905
 ROWS = [

@@ -11,12 +11,12 @@ import pytest
 from scipy.stats import rankdata, spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
-from task_files import write_rows
 
 from common.errors import UserError, run
 from eval import sts
-from eval.models import OneVector
+from eval.models.judged import OneVector
 from eval.sts import Arguments, get_tasks, judge, local_task
+from tests.eval.task_files import write_rows
 
 DEVELOPMENT = Path(os.environ.get("LONGEMBED_DEV_DATA", Path(__file__).parents[3] / "shared" / "data" / "dev"))
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905

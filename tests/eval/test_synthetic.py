@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from eval.synthetic import MOST_DOCUMENTS, NEEDLES, Haystack, Needle, read_haystack, write_task
-from eval.tasks import local_task, read_rows
+from eval.tasks.retrieval import local_task, read_rows
 
 ESSAY = "".join(
     f"Sentence number {i} of the essay tells of the sea, of ships, and of day {i * 7 % 31}. " for i in range(300)

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common.errors import UserError
 from eval import throughput
-from eval.flops import PEAKS, model_flops, peak_flops
-from eval.growth import as_markdown, draw, growth_exponent
-from eval.measurement import Case, Workload
+from eval.speed.flops import PEAKS, model_flops, peak_flops
+from eval.speed.growth import as_markdown, draw, growth_exponent
+from eval.speed.measurement import Case, Workload
 from eval.throughput import Arguments, compare, parse_lengths, run_process
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
@@ -286,7 +286,7 @@ def test_pairs_are_counted_by_the_predicate(causal):
 def test_utilisation_is_told_of_known_devices_alone(tmp_path, monkeypatch, stand_in):
     assert peak_flops("NVIDIA H200", "bfloat16") == 989e12
     for device in ("cpu", "NVIDIA A100-SXM4-80GB MIG 1g.10gb"):
-        with pytest.raises(UserError, match=f"^there is no peak for '{device}' in eval/flops.py"):
+        with pytest.raises(UserError, match=f"^there is no peak for '{device}' in eval/speed/flops.py"):
             peak_flops(device, "bfloat16")
     monkeypatch.setattr(throughput, "run_process", never)
     monkeypatch.setattr("sys.argv", ["throughput.py", "--flops", "--device", "cpu", "--output_dir", str(tmp_path)])

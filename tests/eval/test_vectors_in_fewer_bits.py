@@ -13,8 +13,8 @@ from sentence_transformers.util import quantize_embeddings
 from common.errors import UserError
 from common.vector_cache import VectorCache
 from eval import mteb_long
-from eval.models import JudgedModel
-from eval.quantization import stored
+from eval.models.judged import JudgedModel
+from eval.models.quantization import stored
 
 TEXTS = [f"A story about one {animal} in the wood. " * 8 for animal in ("fox", "whale", "frog", "heron", "badger")]
 QUERIES = [f"Which story is about the {animal}?" for animal in ("fox", "whale", "frog", "heron", "badger")]
@@ -58,7 +58,7 @@ def test_scores_of_fewer_bits_lie_beside_the_others(make_task, tiny_longembed, t
         seen.append((vectors.shape[0], precision))
         return stored(vectors, precision)
 
-    monkeypatch.setattr("eval.models.stored", recording)
+    monkeypatch.setattr("eval.models.judged.stored", recording)
     names = [judge(tiny_longembed, tmp_path, vectors=bits)[0].model for bits in ("float32", "int8", "binary")]
     assert names == ["local/tiny-longembed", *(f"local/tiny-longembed (vectors={b})" for b in ("int8", "binary"))]
     assert seen == [(5, "int8"), (5, "binary")]

@@ -1,4 +1,4 @@
-"""Imports point one way: eval, training -> common -> modeling_longembed; no file of a script folder hides a library."""
+"""Imports point one way, from experiments down to the model, and no file of a script folder hides a library."""
 
 import ast
 import sys
@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "modeling_longembed": {"modeling_longembed"},
     "training": {"training", "common", "modeling_longembed"},
     "eval": {"eval", "common", "modeling_longembed"},
+    "experiments": {"experiments", "eval", "training", "common", "modeling_longembed"},
 }
 
 
@@ -38,7 +39,7 @@ def test_imports_point_one_way(folder):
     assert not wrong
 
 
-@pytest.mark.parametrize("folder", ["training", "eval"])
+@pytest.mark.parametrize("folder", ["training", "eval", "experiments"])
 def test_no_script_folder_hides_a_library(folder):
     # `python training/x.py` puts training/ first on sys.path: training/logging.py would then be everybody's `logging`.
     # A folder without __init__.py (training/accelerate/) hides nothing: Python takes the library that comes later.

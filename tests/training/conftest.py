@@ -6,7 +6,6 @@ import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny_training import SCRIPTS, SPECIALS, WORDS, random_documents, random_pairs, tiny_config, write_jsonl
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -14,6 +13,15 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
+from tests.training.tiny_training import (
+    SCRIPTS,
+    SPECIALS,
+    WORDS,
+    random_documents,
+    random_pairs,
+    tiny_config,
+    write_jsonl,
+)
 
 
 @pytest.fixture

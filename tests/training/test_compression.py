@@ -9,14 +9,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_training import random_documents, tiny_config, write_jsonl
 from transformers import AutoTokenizer
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from tests.training.tiny_training import random_documents, tiny_config, write_jsonl
 from training import compression
-from training.layer_choice import chosen_layers
-from training.relation_distillation import RelationArguments
+from training.models.layer_choice import chosen_layers
+from training.teachers.relations import RelationArguments
 
 pytestmark = pytest.mark.promise("D4")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_training import losses, tiny_config
 from torch import nn
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
+from tests.training.tiny_training import losses, tiny_config
 from training import layout_search
+from training.engine.loop import Loop, LoopArguments
 from training.layout_search import SearchArguments, alternate, cycle_end, main, search_groups
-from training.loop import Loop, LoopArguments
-from training.supernet import KINDS, MixedSublayer, Supernet
+from training.models.supernet import KINDS, MixedSublayer, Supernet
 
 SCHEDULE = "--weight_steps 3 --cycle_steps 5 --architecture_share 0.4 --max_steps 18 --changed_share 0"
 SHARED = {"final_norm": True, "hidden_act": "gelu"}
@@ -381,7 +381,7 @@ def test_a_batch_is_embedded_by_one_mixture_whatever_the_token_budget(search):
 
 
 def test_the_recipe_is_one(model_folder, pairs_file, tmp_path):
-    recipe = Path(layout_search.__file__).parent / "recipes" / "layout_search.yaml"
+    recipe = Path(layout_search.__file__).parent / "recipes" / "layout_search" / "default.yaml"
     options = f"--config {recipe} --model_name_or_path {model_folder} --train_data {pairs_file} "
     options += f"--output_dir {tmp_path}/out --per_device_train_batch_size 4 {SCHEDULE} --max_steps 8"
     main(options.split())

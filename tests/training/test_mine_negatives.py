@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from mteb.types import PromptType
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
-from tiny_training import WORDS, write_jsonl
 
 from common.bm25 import BM25Index
 from common.encoders import Encoder, ModelFolder
 from common.errors import run
+from tests.training.tiny_training import WORDS, write_jsonl
 from training import contrastive, mine_negatives
 from training.mine_negatives import Arguments, Thresholds, mine
 

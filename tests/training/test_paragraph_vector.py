@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_training import write_jsonl
 
 from common.errors import UserError
+from tests.training.tiny_training import write_jsonl
 from training import paragraph_vector
 from training.paragraph_vector import WEIGHTS, ParagraphVector, split_words
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_training import random_pairs, tiny_config, write_jsonl
 from torch import nn
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from training import pruning
 from training.pruning import Search, pruned
 

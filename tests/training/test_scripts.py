@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny_training import SCRIPTS, losses, random_documents, random_pairs, write_jsonl
 
 from common.errors import UserError
+from tests.training.tiny_training import SCRIPTS, losses, random_documents, random_pairs, write_jsonl
 
 TRAINING = Path(__file__).parents[2] / "training"
 
@@ -152,7 +152,7 @@ def test_exit_code_and_stderr_of_the_script_itself(script, inputs, tmp_path):
 
 def test_the_recipe_is_one(script, inputs, tmp_path):
     model, data = inputs[script]
-    options = f"--config {TRAINING}/recipes/{script}.yaml --model_name_or_path {model} --train_data {data} "
+    options = f"--config {TRAINING}/recipes/{script}/default.yaml --model_name_or_path {model} --train_data {data} "
     options += (
         f"--output_dir {tmp_path}/out --max_steps 2 --logging_steps 1 {SCRIPTS[script].options.format(model=model)} "
     )

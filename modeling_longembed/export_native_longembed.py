@@ -1,0 +1,287 @@
+"""Native export: a model whose choices an architecture of transformers can say too is written as that architecture.
+
+Such a folder holds no code: software that serves a fixed list of architectures serves it as it stands. What can be said
+is found by saying it: the config is written in the other's words and read back, and every field must mean the same.
+"""
+
+import copy
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+
+from .attention_longembed import DEFAULT_KERNEL
+from .conversion_families_longembed import FAMILIES, Family, rope_by_layer
+from .conversion_longembed import COMPARED_LENGTH, TOLERANCE, largest_difference
+from .hub_longembed import ST_POOLINGS, summarize_patterns
+from .packing_longembed import PackedDocuments
+from .pattern_registry_longembed import build_pattern
+from .position_schemes_longembed import (
+    extended_rope_parameters,
+    position_ids,
+    sinusoidal_embeddings,
+    unscaled_rope_theta,
+)
+
+# The architectures that servers know best, and what they are called; in this order.
+NATIVE = {"bert": "BERT", "modernbert": "ModernBERT", "nomic_bert": "NomicBERT"}
+# Fields that no output depends on in evaluation, or that stand in files of their own.
+SILENT = (
+    "attribute_map",
+    "layer_types",  # derived from attention_patterns
+    "training_attention_patterns",
+    "layerdrop",
+    "layerdrop_unit",
+    "scaled_initialization",
+    "hidden_dropout_prob",
+    "attention_dropout",
+    "initializer_range",
+    "pad_token_id",
+    "pooling",
+    "prompts",
+    "original_model",
+    "license",
+)
+OF_THE_HEAD = ("mlm_head_bias", "tie_word_embeddings")
+# The special tokens that a config may name -> those of the tokenizer, the first that it has.
+SPECIAL_TOKENS = {"bos": ("bos", "cls"), "eos": ("eos", "sep"), "cls": ("cls", "bos"), "sep": ("sep", "eos")}
+
+CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- feature-extraction
+{license}---
+
+# {title}
+
+A long-document embedding model with the architecture of {architecture}: one vector for a document of up to {context:,}
+tokens, pooling `{pooling}`.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{title}")
+documents = model.encode(["a long document ..."], prompt_name="document")
+queries = model.encode(["a question"], prompt_name="query")
+```
+
+There is no code in this repository. It was written by longembed's `to_native`.
+"""
+
+
+def without_extension(config):
+    """A copy that says the same positions without `position_extension`, where every document is read alike.
+
+    There a position is a row of a learned table, or an angle of one rotation, whatever the length of the document.
+    """
+    config = copy.deepcopy(config)
+    extension, length = config.position_extension, config.max_position_embeddings
+    applies = extension is not None and extension["original_max_position_embeddings"] < length
+    depends_on_length = applies and extension["keep_short"]
+    if config.position_embedding_type in ("absolute", "sinusoidal"):
+        if not depends_on_length or extension["method"] in ("repeat", "restart"):
+            config.position_embedding_type, config.position_extension = "absolute", None
+    elif extension is not None and not depends_on_length:
+        if not extension["keep_short"]:
+            if extension["method"] not in ("linear", "yarn", "ntk", "theta"):
+                return config
+            config.rope_parameters = {
+                kind: stretched_rotation(config, parameters)
+                for kind, parameters in zip(config.layer_types, rope_by_layer(config), strict=True)
+            }
+        config.position_extension = None
+    return config
+
+
+def stretched_rotation(config, parameters: dict) -> dict:
+    """The parameters of the stretched rotation in transformers' words, which have no name for `ntk` and `theta`."""
+    parameters = extended_rope_parameters(config.position_extension, parameters, config.max_position_embeddings)
+    if parameters["rope_type"] in ("ntk", "theta"):
+        return {"rope_type": "default", "rope_theta": unscaled_rope_theta(parameters, config.head_dim)}
+    return parameters
+
+
+def position_table(encoder) -> Tensor:
+    """The vector that is added at each place of a document, `(max_position_embeddings, d)`."""
+    config, length = encoder.config, encoder.config.max_position_embeddings
+    documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
+    places = position_ids(config, documents, torch.arange(length))
+    if config.position_embedding_type == "sinusoidal":
+        return sinusoidal_embeddings(places, config.hidden_size).to(encoder.dtype)
+    return encoder.embeddings.position_embeddings.weight[places]
+
+
+def meaning(config) -> dict[str, Any]:
+    """Field -> value, such that two configs with the same values are the same model in evaluation."""
+    fields = {name: getattr(config, name) for name in type(config).__annotations__ if name not in SILENT}
+    length = config.max_position_embeddings
+    fields["attention_patterns"] = [
+        # A window that no document outgrows is none.
+        build_pattern("full") if x.is_mask and not x.own_weights and x.sees_all(length) else x
+        for x in config.get_patterns()
+    ]
+    fields["rope_parameters"] = rope_by_layer(config)
+    return fields
+
+
+def unsayable(config, native_config, family: Family, with_head: bool) -> list[str]:
+    """Fields of our config that mean something else when they are read back from the native one."""
+    ours, theirs = meaning(config), meaning(type(config)(**family.fields(native_config)))
+    if theirs["type_vocab_size"] == 1 and not ours["type_vocab_size"]:
+        del ours["type_vocab_size"]  # one row of zeros
+    return [name for name in ours if ours[name] != theirs[name] and (with_head or name not in OF_THE_HEAD)]
+
+
+def native_config_of(config, with_head: bool):
+    """The config of the first architecture that can say all of ours.
+
+    Raises:
+        ValueError: there is none; names the fields that the nearest one cannot say.
+    """
+    if config.pooling not in ST_POOLINGS:
+        known = ", ".join(ST_POOLINGS)
+        raise ValueError(f"to_native: sentence-transformers has no pooling={config.pooling!r}; it has {known}")
+    plain, nearest = without_extension(config), None
+    for model_type in NATIVE:
+        family = FAMILIES[model_type]
+        try:
+            native_config = AutoConfig.for_model(model_type, **family.native_fields(plain))
+            fields = unsayable(plain, native_config, family, with_head)
+        except Exception as error:
+            # There is no rotation of an odd head_dim, and in older releases no ModernBERT with one kind of layers.
+            if not isinstance(error, ValueError) and not isinstance(error.__cause__, (TypeError, ValueError)):
+                raise
+            continue
+        if not fields:
+            for name, value in family.older_names(plain).items():
+                setattr(native_config, name, value)
+            return native_config
+        if nearest is None or len(fields) < len(nearest[1]):
+            nearest = NATIVE[model_type], fields
+    values = {name: repr(getattr(config, name)) for name in nearest[1]}
+    if "attention_patterns" in values:
+        values["attention_patterns"] = summarize_patterns(config.attention_patterns)
+    unsaid = " and ".join(f"{name}={value}" for name, value in values.items())
+    raise ValueError(
+        f"to_native: {nearest[0]}, the nearest architecture of transformers, has no {unsaid}; "
+        "publish this model with save_pretrained, which adds the code that it needs"
+    )
+
+
+def native_weights(model, family: Family) -> dict[str, Tensor]:
+    """State dict of the native base model: the inverse of `converted_weights`."""
+    ours = model.state_dict()
+    if "embeddings.position_embeddings" in family.outside:
+        ours["embeddings.position_embeddings.weight"] = position_table(model)
+    if "embeddings.token_type_embeddings" in family.outside:
+        none = ours["embeddings.word_embeddings.weight"].new_zeros(1, model.config.hidden_size)
+        ours.setdefault("embeddings.token_type_embeddings.weight", none)
+    return renamed(ours, family.modules(model.config.num_hidden_layers))
+
+
+def renamed(ours: dict[str, Tensor], modules: dict) -> dict[str, Tensor]:
+    """Tensors under the names that `modules` (our module -> theirs) gives them, parts of a projection put together."""
+    pieces: dict[str, list[Tensor]] = {}
+    for mine, theirs in sorted(modules.items(), key=lambda item: item[1][1:] if isinstance(item[1], tuple) else ()):
+        name = theirs[0] if isinstance(theirs, tuple) else theirs
+        for suffix in ("weight", "bias"):
+            if f"{mine}.{suffix}" in ours:
+                pieces.setdefault(f"{name}.{suffix}", []).append(ours[f"{mine}.{suffix}"])
+    return {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
+def native_class(model_type: str, with_head: bool) -> tuple[type, dict]:
+    """The Auto class that makes the native model, and its options."""
+    # BERT's dense layer over the first token is no part of the embedding.
+    options = {"add_pooling_layer": False} if model_type == "bert" and not with_head else {}
+    return AutoModelForMaskedLM if with_head else AutoModel, options
+
+
+class ToNativeMixin:
+    """Adds `to_native` to the models."""
+
+    @torch.no_grad()
+    def to_native(self, path: str | Path) -> None:
+        """Writes the model as BERT, ModernBERT or NomicBERT, whichever can say every choice of its config.
+
+        The folder holds no code and needs no `trust_remote_code`: weights, config, tokenizer, the files of
+        sentence-transformers (pooling, normalisation, prompts) and a short card. What was written is loaded and
+        compared with this model, and the largest difference is printed.
+
+        Args:
+            path: a folder that is new or empty.
+
+        Raises:
+            ValueError: a choice that none of the three can say (named), a folder with something in it, or outputs that
+                differ; nothing is left behind.
+        """
+        path = Path(path).absolute()
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise ValueError(f"to_native: {path} exists and is no empty folder; give a new one")
+        with_head = self._tied_weights_keys is not None
+        native_config = native_config_of(self.config, with_head)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place, so that under the name there is all or nothing.
+        folder = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+        folder.mkdir()
+        try:
+            with torch.random.fork_rng(devices=[]):  # the weights that it starts with are drawn, then overwritten
+                self._native_model(native_config, with_head).save_pretrained(folder)
+            self._write_tokenizer(folder)
+            (folder / "README.md").write_text(self._native_card(path.name, native_config), encoding="utf-8")
+            length = min(self.config.max_position_embeddings, COMPARED_LENGTH)
+            difference = self._difference_from_native(folder, native_config.model_type, with_head, length)
+            if not difference <= TOLERANCE:
+                raise ValueError(
+                    f"to_native: what was written changes the outputs by {difference:.1e}, more than {TOLERANCE:.0e}: "
+                    "the model has a feature that was not recognised; please report it with its config.json"
+                )
+            os.replace(folder, path)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        architecture = NATIVE[native_config.model_type]
+        print(
+            f"longembed: {path} written as {architecture}; largest difference from this model on documents of up to "
+            f"{length} tokens: {difference:.1e}"
+        )
+
+    def _native_model(self, native_config, with_head: bool):
+        """The native model in memory, with our weights."""
+        if self.has_tokenizer():
+            for name, choices in SPECIAL_TOKENS.items():
+                tokens = (getattr(self.tokenizer, f"{choice}_token_id") for choice in choices)
+                if hasattr(native_config, f"{name}_token_id"):
+                    setattr(native_config, f"{name}_token_id", next((x for x in tokens if x is not None), None))
+        auto, options = native_class(native_config.model_type, with_head)
+        native = auto.from_config(native_config, dtype=self.dtype, **options)
+        family, prefix = FAMILIES[native_config.model_type], f"{native.base_model_prefix}." if with_head else ""
+        weights = {f"{prefix}{name}": x for name, x in native_weights(self.base_model, family).items()}
+        if with_head:
+            weights |= renamed(self.head.state_dict(), family.head)
+        native.load_state_dict(weights, strict=False)
+        return native
+
+    def _difference_from_native(self, folder: Path, model_type: str, with_head: bool, length: int) -> float:
+        """Largest difference between this model and what stands in the folder, on CPU and in fp32 at least."""
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        ours = copy.deepcopy(self).to("cpu", dtype).eval()
+        ours.set_attn_implementation(DEFAULT_KERNEL)
+        auto, options = native_class(model_type, with_head)
+        native = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+        return largest_difference(native, ours, length)
+
+    def _native_card(self, title: str, native_config) -> str:
+        return CARD.format(
+            license=f"license: {self.config.license}\n" if self.config.license else "",
+            title=title,
+            architecture=NATIVE[native_config.model_type],
+            context=self.config.max_position_embeddings,
+            pooling=self.config.pooling,
+        )

@@ -1,0 +1,97 @@
+"""LayerDrop (Fan et al. 2020, arXiv:1909.11556): train with some layers left out, then keep the depth that is needed.
+
+A sublayer that is left out is the identity: the residual stream goes on, nothing is rescaled. All are used in
+evaluation.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .layout_registry_longembed import layers_of
+
+
+def draw_layers(sublayer_pattern: str, rate: float, unit: str) -> list[bool]:
+    """Which sublayers take part in one forward pass of training.
+
+    The draw comes from torch's CPU generator, outside of what gradient checkpointing recomputes, and is the same again
+    when gradient caching restores that generator.
+
+    Args:
+        rate: probability to leave one out, 0 to 1.
+        unit: `layer` leaves out whole layers (an `s` and the `f`s after it), `sublayer` single sublayers.
+
+    Returns:
+        a bool for each sublayer.
+    """
+    layers = layers_of(sublayer_pattern)
+    group_of = {index: number for number, layer in enumerate(layers) for index in layer}
+    draws = torch.rand(len(layers) if unit == "layer" else len(sublayer_pattern)) >= rate
+    kept = draws.tolist()
+    return [kept[group_of[index] if unit == "layer" else index] for index in range(len(sublayer_pattern))]
+
+
+def no_contribution(layer: nn.Module) -> Tensor:
+    """Zero, as a function of the parameters of a layer that is left out: their gradient is zero, not missing.
+
+    Data parallelism waits for the gradient of every parameter, and where several forward passes share one all-reduce
+    (accumulation, gradient caching) it would not average those that the last pass has left out.
+    """
+    trained = [parameter.sum() for parameter in layer.parameters() if parameter.requires_grad]
+    return 0.0 * torch.stack(trained).sum() if trained else torch.zeros(())
+
+
+def every_other(num_layers: int, rate: float) -> list[int]:
+    """The layers to keep at the pruning rate `rate`: layer l goes where `l mod floor(1 / rate) = 0` (section 3.3).
+
+    Raises:
+        ValueError: a rate that is not between 0 and 1/2 (0 keeps all).
+    """
+    if not 0 <= rate <= 0.5:
+        raise ValueError(f"rate={rate}: 'every other' prunes between none and half of the layers; give 0 to 0.5")
+    step = int(1 / rate) if rate else num_layers + 1
+    # Counted from 1, so that the first layer stays: at 1/2 every second one goes, at 1/3 every third.
+    return [layer for layer in range(num_layers) if (layer + 1) % step]
+
+
+class PruneMixin:
+    """Adds `keep_sublayers` and `keep_layers` to the models."""
+
+    def keep_layers(self, layers: list[int]):
+        """Keeps these layers (an `s` and the `f`s after it), in place; returns the model. See `keep_sublayers`."""
+        groups = layers_of(self.config.sublayer_pattern)
+        if unknown := sorted(set(layers) - set(range(len(groups)))):
+            raise ValueError(f"keep_layers: there is no layer {unknown[0]}; this model has 0 to {len(groups) - 1}")
+        return self.keep_sublayers([index for layer in sorted(set(layers)) for index in groups[layer]])
+
+    def keep_sublayers(self, sublayers: list[int]):
+        """Keeps these sublayers with their weights and drops the others, in place.
+
+        Args:
+            sublayers: their numbers, letters of `config.sublayer_pattern`; the order stays that of the model.
+
+        Returns:
+            the model, its config telling the layout that is left.
+
+        Raises:
+            ValueError: no such sublayer, or no attention left.
+        """
+        config, kept = self.config, sorted(set(sublayers))
+        if unknown := [index for index in kept if not 0 <= index < len(config.sublayer_pattern)]:
+            raise ValueError(
+                f"keep_sublayers: there is no sublayer {unknown[0]}; this model has 0 to "
+                f"{len(config.sublayer_pattern) - 1}"
+            )
+        pattern = "".join(config.sublayer_pattern[index] for index in kept)
+        if "s" not in pattern:
+            raise ValueError("keep_sublayers: no attention sublayer is left; keep at least one")
+        attention = [index for index, kind in enumerate(config.sublayer_pattern) if kind == "s"]
+        places = [place for place, index in enumerate(attention) if index in kept]
+        for name in ("attention_patterns", "training_attention_patterns", "layer_types"):
+            if (entries := getattr(config, name)) is not None:
+                setattr(config, name, [entries[place] for place in places])
+        if kept[0] != 0:  # the first sublayer left has a norm, whether or not the model's first had one
+            config.first_attention_norm = True
+        config.sublayer_pattern, config.num_hidden_layers = pattern, len(places)
+        encoder = self.base_model
+        encoder.layers = nn.ModuleList(encoder.layers[index] for index in kept)
+        return self

@@ -1,0 +1,249 @@
+"""What an attention pattern is: a definition that every kernel is tested against, and a path at the pattern's own cost.
+
+A pattern that is a mask needs nothing but its predicate `visible`; `attend` makes it fast. One that is more than a mask
+(own projections, learned spans, hashing, memory) also says what it computes in `dense`, and prepares its own tensors.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention_kernels_longembed import masked_softmax, online_attention
+from .packing_longembed import PackedDocuments
+from .position_schemes_longembed import GroupedRotary, ScoreBias
+
+
+def parameter(default: int | None, least: int = 1) -> Any:
+    """A whole-number parameter of a pattern: its default (None: the class derives it) and its smallest value."""
+    return field(default=default, metadata={"least": least})
+
+
+def switch(default: bool) -> Any:
+    """A parameter of a pattern that is on or off."""
+    return field(default=default, metadata={"least": None})
+
+
+@dataclass(frozen=True)
+class Places:
+    """Tokens as a predicate sees them; tensors that broadcast against those of other tokens."""
+
+    index: Tensor  # int64, place in the document from 0
+    length: Tensor  # int64, length of the document
+    is_global: Tensor  # bool, marked as one that sees and is seen everywhere
+
+    def at(self, index) -> "Places":
+        """The tokens `index`, or the same ones in another shape."""
+        return Places(self.index[index], self.length[index], self.is_global[index])
+
+
+class AttentionInputs(NamedTuple):
+    """What one attention call reads. T packed tokens, H heads, D head size."""
+
+    query: Tensor  # (T, H, D), rotated
+    key: Tensor  # (T, H, D), rotated
+    value: Tensor  # (T, H, D)
+    pattern: "AttentionPattern"
+    documents: PackedDocuments
+    scaling: float
+    dropout: float
+    bias: ScoreBias | None = None
+    grouped: GroupedRotary | None = None  # Self-Extend
+    causal: bool = False  # no query sees a later key
+    training: bool = False
+    own: Any = None  # what `pattern.prepare` returned
+    first_head: int = 0  # number of the first head here: tensor parallelism gives a process some of the model's heads
+    num_heads: int | None = None  # heads of the model; H if None
+
+    def heads(self, heads: slice) -> "AttentionInputs":
+        """The same for some of the heads."""
+        return self._replace(
+            query=self.query[:, heads],
+            key=self.key[:, heads],
+            value=self.value[:, heads],
+            bias=self.bias and self.bias.heads(heads),
+            grouped=self.grouped and self.grouped.heads(heads),
+            first_head=self.first_head + heads.indices(self.query.shape[1])[0],
+            num_heads=self.model_heads,
+        )
+
+    @property
+    def model_heads(self) -> int:
+        """Heads of the model, of which `first_head` and the H - 1 after it are here."""
+        return self.query.shape[1] if self.num_heads is None else self.num_heads
+
+    @property
+    def head_numbers(self) -> Tensor:
+        """`(H, 1, 1)` int64: the numbers of the heads here among those of the model."""
+        first, heads = self.first_head, self.query.shape[1]
+        return torch.arange(first, first + heads, device=self.query.device)[:, None, None]
+
+    def places(self, rows: slice) -> Places:
+        """The tokens of one document, packed rows `rows`, each field `(L,)`."""
+        index = torch.arange(rows.stop - rows.start, device=self.query.device)
+        marked = self.documents.is_global
+        marked = torch.zeros_like(index, dtype=torch.bool) if marked is None else marked[rows]
+        return Places(index, torch.full_like(index, len(index)), marked)
+
+    def mask(self, query: Places, key: Places) -> Tensor:
+        """Which keys `(..., K)` the queries `(..., Q)` of one document see: bool, `(..., 1 or H, Q, K)`."""
+        head = self.head_numbers if self.pattern.per_head else self.head_numbers[:1]
+        query, key = query.at((..., None, slice(None), None)), key.at((..., None, None, slice(None)))
+        visible = self.pattern.visible(query, key, head, self.model_heads)
+        return visible & (key.index <= query.index) if self.causal else visible
+
+    def scores(self, rows: slice) -> Tensor:
+        """Scores of one document before the mask, positions and bias in them: `(H, L, L)`."""
+        query, key = (x[rows].transpose(0, 1) for x in (self.query, self.key))
+        index = torch.arange(query.shape[1], device=query.device)
+        scores = query @ key.transpose(1, 2)
+        if self.grouped is not None:
+            scores = self.grouped[rows].merge(scores, index, index)
+        scores = scores * self.scaling
+        return scores if self.bias is None else scores + self.bias.dense(query, index, index)
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """Base of all patterns. The fields of a subclass are its parameters in `config.attention_patterns`."""
+
+    type: ClassVar[str]
+    layer_type: ClassVar[str]  # the nearest name that transformers' strict `layer_types` knows
+    per_head: ClassVar[bool] = False  # whether the predicate looks at the head
+    shares_query_key: ClassVar[bool] = False  # one projection gives both query and key
+
+    def __post_init__(self):
+        for parameter in fields(self):
+            value, least = getattr(self, parameter.name), parameter.metadata["least"]
+            if least is None and type(value) is not bool:
+                raise ValueError(
+                    f"attention_patterns: {parameter.name!r} of the pattern {self.type!r} is {value!r}; "
+                    "give true or false"
+                )
+            if least is not None and (type(value) is not int or value < least):
+                raise ValueError(
+                    f"attention_patterns: {parameter.name!r} of the pattern {self.type!r} is {value!r}; "
+                    f"give a whole number of at least {least}"
+                )
+
+    def check(self, config):
+        """Raises ValueError, naming the fields and the remedy, if `config` has what cannot be combined with this."""
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether `visible` alone defines the pattern, so that every kernel that takes a mask can compute it."""
+        return True
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether the weights of a model are others with this pattern than with a mask."""
+        return False
+
+    @property
+    def at_start(self) -> "AttentionPattern":
+        """What the pattern computes while its own weights are as `initialize` leaves them, as a mask if that is one."""
+        return self
+
+    def visible(self, query: Places, key: Places, head: Tensor, num_heads: int) -> Tensor:
+        """The definition: may the query see the key, both of one document? (A causal mask comes on top.)
+
+        Args:
+            query, key: the tokens; all tensors broadcast against each other.
+            head: int64, number of the head; looked at if `per_head`.
+            num_heads: heads of the model.
+
+        Returns:
+            bool, broadcast shape. Made of elementwise operations, so that it serves as flex_attention's `mask_mod`.
+        """
+        raise NotImplementedError
+
+    def sees_all(self, length: int) -> bool:
+        """Whether in a document of `length` tokens every token sees every other, as under full attention."""
+        raise NotImplementedError
+
+    def reach(self, documents: PackedDocuments) -> int:
+        """Largest distance in tokens of a query and a key that it may see."""
+        return max(0, documents.max_seqlen - 1)
+
+    def segments(self, documents: PackedDocuments) -> tuple[Tensor, int, int] | None:
+        """How a variable-length flash kernel computes the pattern; None if it cannot.
+
+        Returns:
+            `(N + 1,)` int32 cumulative lengths of what is attended to, the longest of them, and the window on each
+            side (-1: no window).
+        """
+        return None
+
+    def dense(self, inputs: AttentionInputs, rows: slice) -> tuple[Tensor, Tensor]:
+        """What the pattern computes in one document, written for the reader: L x L memory.
+
+        Returns:
+            the context `(L, H, D)` and the weights `(H, L, L)`.
+        """
+        places = inputs.places(rows)
+        weights = masked_softmax(inputs.scores(rows), inputs.mask(places, places)).to(inputs.value.dtype)
+        dropped = torch.dropout(weights, inputs.dropout, train=inputs.dropout > 0)
+        return (dropped @ inputs.value[rows].transpose(0, 1)).transpose(0, 1), weights
+
+    def attend(self, inputs: AttentionInputs) -> Tensor:
+        """The same at the pattern's own cost: packed `(T, H, D)`. Here: any predicate, in linear memory."""
+        return chunked_attention(inputs)
+
+    def build(self, config) -> nn.Module | None:
+        """Parameters of the pattern's own, one module an attention sublayer; None if it has none."""
+        return None
+
+    def initialize(self, attention: nn.Module):
+        """Start values of the parameters in `attention.own`, where the other weights of the sublayer are there.
+
+        Written with `transformers.initialization`, which leaves alone what a checkpoint has given.
+        """
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """How tensor parallelism splits what `build` returns: names in it to transformers' styles."""
+        return {}
+
+    def prepare(self, attention: nn.Module, states: Tensor, context: Any) -> Any:
+        """What `dense` and `attend` find in `inputs.own`.
+
+        Args:
+            attention: the `LongEmbedAttention`; its `own` is what `build` returned.
+            states: `(T, d)`, what the projections read.
+            context: the `LayerContext` of this forward pass.
+        """
+        return None
+
+
+def chunked_attention(inputs: AttentionInputs) -> Tensor:
+    """Any predicate in linear memory, without a fused kernel: online softmax over chunks (Rabe & Staats 2021)."""
+    contexts = []
+    for start, end in inputs.documents.bounds:
+        rows = slice(start, end)
+        places = inputs.places(rows)
+
+        def mask(query_index: Tensor, key_index: Tensor, places: Places = places) -> Tensor:
+            return inputs.mask(places.at(query_index), places.at(key_index))
+
+        contexts.append(
+            online_attention(
+                inputs.query[rows],
+                inputs.key[rows],
+                inputs.value[rows],
+                inputs.scaling,
+                inputs.dropout,
+                mask=mask,
+                bias=inputs.bias,
+                grouped=inputs.grouped and inputs.grouped[rows],
+            )
+        )
+    return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query)
+
+
+PATTERNS: dict[str, type[AttentionPattern]] = {}
+
+
+def register_pattern(cls: type[AttentionPattern]) -> type[AttentionPattern]:
+    """Class decorator: makes a pattern available under its `type` in `config.attention_patterns`."""
+    PATTERNS[cls.type] = dataclass(frozen=True)(cls)
+    return PATTERNS[cls.type]

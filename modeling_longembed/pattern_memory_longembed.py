@@ -1,0 +1,313 @@
+"""Transformer-XL's memory (Dai et al. 2019, arXiv:1901.02860, section 3.2), and documents that come in pieces.
+
+A segment reads the last states before it, to which no gradient flows. A whole document is therefore computed layer by
+layer, all segments at once, and equals the same document encoded segment by segment with `memory=`.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .attention_kernels_longembed import masked_softmax
+from .attention_past_longembed import PastKeys, Segments, past_attention
+from .output_pooling_longembed import pool_on
+from .packing_longembed import PackedDocuments
+from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, parameter, register_pattern
+from .position_schemes_longembed import RopePlan, merge_far, rope_plan
+
+
+class Past(NamedTuple):
+    """What a sublayer's queries read beside their own segment; `past_keys` puts the two together."""
+
+    stored: PastKeys | None  # of a stream: B times `memory` tokens before the piece, the youngest last
+    piece: PastKeys | None  # of the T tokens at hand, without gradient to their states; None: the ordinary keys serve
+
+
+@register_pattern
+class MemoryAttention(AttentionPattern):
+    """Segments of `size` tokens that read the last `memory` tokens before them (Transformer-XL, Dai et al. 2019).
+
+    A token sees its own segment, both ways (causal: what is earlier), and the memory, whose states are constants in
+    training (stop-gradient), so that a document may be of any length. n sublayers carry information `n * memory` tokens
+    forward, none backward beyond the segment. Cost L x (size + memory), linear in memory; in training keys and values
+    are projected twice. `memory=0` is `block`. For documents that are too long to be held at once
+    (`model.new_memory`), or when what was read before should be known but not trained through.
+    """
+
+    type = "memory"
+    layer_type = "chunked_attention"
+    size: int = parameter(256)
+    memory: int = parameter(256, least=0)
+
+    @property
+    def is_mask(self):
+        return False  # the predicate does not say where the gradient stops
+
+    def visible(self, query, key, head, num_heads):
+        start = query.index // self.size * self.size
+        before = (key.index < start) & (key.index >= start - self.memory)
+        return before | (key.index // self.size == query.index // self.size)
+
+    def sees_all(self, length):
+        return length <= self.size
+
+    def reach(self, documents):
+        furthest = self.size - 1 + self.memory
+        return furthest if documents.past is not None else max(0, min(documents.max_seqlen - 1, furthest))
+
+    def prepare(self, attention, states, context):
+        plan, stored, piece = context.rope.get(attention.layer_type), None, None
+        if context.stream is not None:
+            stored = project_past(attention, *context.stream.recall(attention, states, self.memory))
+        if torch.is_grad_enabled() and self.memory:
+            piece = project_past(attention, states.detach(), plan)
+        return Past(stored, piece)
+
+    def past_keys(self, inputs: AttentionInputs) -> PastKeys:
+        """What `Segments.past` points at: the stored tokens of all documents, then the T at hand."""
+        stored, piece = inputs.own or Past(None, None)
+        if piece is None:
+            piece = PastKeys(inputs.key, inputs.value, None if inputs.grouped is None else inputs.grouped.key)
+        if stored is None:
+            return piece
+        joined = (None if old is None else torch.cat([old, new]) for old, new in zip(stored, piece, strict=True))
+        return PastKeys(*joined)
+
+    def cut(self, documents: PackedDocuments) -> list[Segments]:
+        """The segments of all documents, those of one shape together."""
+        streamed, device = documents.past is not None, documents.cu_seqlens.device
+        seen = documents.past.tolist() if streamed else [0] * len(documents.lengths)
+        shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+        for number, (start, length) in enumerate(zip(documents.cu_seqlens.tolist(), documents.lengths, strict=False)):
+            for offset in range(0, length, self.size):
+                shape = min(self.size, length - offset), min(self.memory, seen[number] + offset)
+                shapes[shape].append((number, start, offset))
+        segments = []
+        for (length, read), members in shapes.items():
+            numbers, starts, offsets = torch.tensor(members, device=device).unbind(1)
+            past_index = torch.arange(-read, 0, device=device)
+            places = offsets[:, None] + past_index  # in the piece; negative: before it
+            past = starts[:, None] + places
+            if streamed:
+                stored = (numbers[:, None] + 1) * self.memory + places
+                past = torch.where(places < 0, stored, len(seen) * self.memory + past)
+            segments.append(Segments(length, starts + offsets, past, past_index))
+        return segments
+
+    def attend(self, inputs):
+        segments = inputs.documents.once(self, lambda: self.cut(inputs.documents))
+        return past_attention(
+            *(inputs.query, inputs.key, inputs.value),
+            self.past_keys(inputs),
+            segments,
+            inputs.scaling,
+            inputs.dropout,
+            inputs.bias,
+            inputs.grouped,
+            inputs.causal,
+        )
+
+    def dense(self, inputs, rows):
+        """One softmax over `[past, own]`: keys of earlier segments are read from the past, those of one's own not."""
+        documents, past, device = inputs.documents, self.past_keys(inputs), inputs.query.device
+        length, first, seen = rows.stop - rows.start, 0, 0
+        past_rows = torch.arange(rows.start, rows.stop, device=device)
+        if documents.past is not None:
+            number = int(documents.document_ids[rows.start])
+            seen = min(self.memory, int(documents.past[number]))
+            first = len(documents.past) * self.memory
+            stored = torch.arange((number + 1) * self.memory - seen, (number + 1) * self.memory, device=device)
+            past_rows = torch.cat([stored, first + past_rows])
+        index = torch.arange(length, device=device)
+        key_index = torch.cat([torch.arange(-seen, length, device=device), index])
+        is_past = torch.arange(len(key_index), device=device) < seen + length
+
+        def keys(past_states: Tensor, states: Tensor) -> Tensor:
+            return torch.cat([past_states[past_rows], states[rows]]).transpose(0, 1)  # (H, seen + 2 L, D)
+
+        query, value = inputs.query[rows].transpose(0, 1), keys(past.value, inputs.value)
+        scores = query @ keys(past.key, inputs.key).transpose(1, 2)
+        if (grouped := inputs.grouped) is not None:
+            left, right = (x[rows].transpose(0, 1) for x in (grouped.query_left, grouped.query_right))
+            distance, neighbours = index[:, None] - key_index, grouped.neighbours[rows][:, None]
+            scores = merge_far(scores, left, right, keys(past.far_key, grouped.key), distance, neighbours)
+        scores = scores * inputs.scaling
+        if inputs.bias is not None:
+            scores = scores + inputs.bias.dense(query, index, key_index)
+        none = torch.zeros_like(key_index, dtype=torch.bool)
+        mask = inputs.mask(Places(index, index, none[:length]), Places(key_index, key_index, none))
+        own_segment = key_index // self.size == index[:, None] // self.size
+        weights = masked_softmax(scores, mask & (own_segment != is_past)).to(value.dtype)
+        context = torch.dropout(weights, inputs.dropout, train=inputs.dropout > 0) @ value
+        return context.transpose(0, 1), weights[..., seen : seen + length] + weights[..., seen + length :]
+
+
+def project_past(attention: Any, states: Tensor, plan: RopePlan | None) -> PastKeys:
+    """Keys and values `(P, H, D)` of states `(P, d)` at the places of `plan`."""
+    key, value = (
+        project(states).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
+    )
+    if plan is None:
+        return PastKeys(key, value)
+    return PastKeys(plan.near(key), value, None if plan.far is None else plan.far[2](key))
+
+
+@dataclass
+class Memory:
+    """What a model remembers of B documents that come in pieces; its size does not depend on how much was read.
+
+    Args:
+        states: an entry each attention sublayer, `(B, M, d)` with M its `memory` (0: a block sublayer): the last M
+            states as the projections read them, the youngest last, without gradient.
+        seen: `(B,)` int64, tokens read of each document.
+        pooled: `(B, d)`, the embedding of what was read of each document, without gradient.
+    """
+
+    states: tuple[Tensor, ...]
+    seen: Tensor
+    pooled: Tensor
+
+    @classmethod
+    def empty(cls, config, batch_size: int, training: bool, dtype: torch.dtype, device: torch.device) -> "Memory":
+        """Nothing read yet of `batch_size` documents; refused like a piece if the model cannot go on from there."""
+        sizes = [remembered(pattern) for pattern in streaming_patterns(config, training)]
+        return cls(
+            tuple(torch.zeros(batch_size, size, config.hidden_size, dtype=dtype, device=device) for size in sizes),
+            torch.zeros(batch_size, dtype=torch.long, device=device),
+            torch.zeros(batch_size, config.hidden_size, dtype=dtype, device=device),
+        )
+
+    def reset(self, documents: Tensor) -> "Memory":
+        """The same with nothing read of the `documents` `(B,)` bool: new ones take their places."""
+        return Memory(
+            tuple(states.masked_fill(documents[:, None, None], 0.0) for states in self.states),
+            self.seen.masked_fill(documents, 0),
+            self.pooled.masked_fill(documents[:, None], 0.0),
+        )
+
+
+def remembered(pattern: AttentionPattern) -> int:
+    """States that a sublayer of this pattern remembers."""
+    return pattern.memory if isinstance(pattern, MemoryAttention) else 0
+
+
+class Stream:
+    """One piece of every document on its way through the model: what is remembered, and what will be.
+
+    Args:
+        config: of the model.
+        attentions: the attention sublayers' modules, in order.
+        memory: what is remembered of the documents.
+        documents: the piece; its places go on from the past from here on.
+        training: which patterns are used.
+
+    Raises:
+        ValueError: a model that cannot be computed in pieces, or a piece that does not fit the memory.
+    """
+
+    def __init__(
+        self, config, attentions: Iterable[nn.Module], memory: Memory, documents: PackedDocuments, training: bool
+    ):
+        check_piece(config, streaming_patterns(config, training), memory, documents)
+        self.config, self.memory, self.documents = config, memory, replace(documents, past=memory.seen, cache={})
+        self.attentions = list(attentions)
+        self.states = dict(zip(self.attentions, memory.states, strict=True))
+        self.next_states: dict[nn.Module, Tensor] = {}
+
+    def recall(self, attention: nn.Module, states: Tensor, size: int) -> tuple[Tensor, RopePlan | None]:
+        """What a sublayer remembers, `(B * size, d)`, and its rotation; its last states `(T, d)` are kept for later."""
+        documents, stored = self.documents, self.states[attention].flatten(0, 1)
+        last, plan = documents.once(("recall", attention.layer_type, size), lambda: self._places(attention, size))
+        kept = torch.cat([stored, states.detach()])[last]
+        self.next_states[attention] = kept.unflatten(0, (*self.memory.seen.shape, size))
+        return stored, plan
+
+    def _places(self, attention: nn.Module, size: int) -> tuple[Tensor, RopePlan | None]:
+        """Rows of `[stored, piece]` that are the last `size` of each document, and the rotation of what is stored."""
+        documents, config = self.documents, self.config
+        seen, batch = documents.past[:, None], len(documents.past)
+        number = torch.arange(batch, device=seen.device)[:, None]
+        lengths = documents.cu_seqlens.diff().long()[:, None]
+        place = lengths + torch.arange(-size, 0, device=seen.device)  # (B, size), in the piece; negative: before it
+        first = documents.cu_seqlens[:-1, None] + batch * size  # row of the piece's first token
+        last = torch.where(place < 0, (number + 1) * size + place, first + place)
+        if config.position_embedding_type != "rope":
+            return last.flatten(), None
+        cu_seqlens = size * torch.arange(batch + 1, dtype=torch.int32, device=seen.device)
+        stored = PackedDocuments(cu_seqlens, size, past=documents.past - size)
+        parameters = config.rope_parameters
+        of_type = parameters.get(attention.layer_type, parameters)
+        return last.flatten(), rope_plan(config, of_type, stored, stored.token_index)
+
+    def finish(self, hidden_states: Tensor) -> tuple[Tensor, Memory]:
+        """The embedding `(B, d)` of all that was read, and the memory for the next piece, given the last states."""
+        cu_seqlens, memory = self.documents.cu_seqlens, self.memory
+        pooled = pool_on(memory.pooled, memory.seen, hidden_states, cu_seqlens, self.config.pooling)
+        states = tuple(self.next_states.get(attention, self.states[attention]) for attention in self.attentions)
+        return pooled, Memory(states, memory.seen + cu_seqlens.diff(), pooled.detach())
+
+
+def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
+    """The patterns of the attention sublayers; ValueError if a model of this config cannot be computed in pieces."""
+    patterns = config.get_training_patterns() if training else config.get_patterns()
+    for pattern in patterns:
+        if pattern.type not in (MemoryAttention.type, "block"):
+            raise ValueError(
+                f"memory: a sublayer of the pattern {pattern.type!r} reads the whole document at once; leave memory "
+                "out, or use attention_patterns 'memory' and 'block' alone"
+            )
+    if config.token_weighting != "none":
+        raise ValueError(
+            f"memory: token_weighting={config.token_weighting!r} weighs a token by the whole document, which a piece "
+            "does not tell; use token_weighting='none'"
+        )
+    extension = config.position_extension
+    if extension is not None and extension["method"] not in ("repeat", "restart"):
+        if extension["method"] == "dynamic":
+            raise ValueError(
+                "memory: position_extension 'dynamic' depends on the length of the document, which a piece does not "
+                "tell; use 'yarn' with keep_short=false"
+            )
+        if extension["keep_short"]:
+            raise ValueError(
+                f"memory: position_extension {extension['method']!r} with keep_short=true depends on the length of "
+                "the document, which a piece does not tell; set keep_short=false"
+            )
+    if training and config.layerdrop:
+        raise ValueError(
+            f"memory: layerdrop={config.layerdrop} leaves out sublayers whose states the next piece needs; set "
+            "layerdrop=0, or train on whole documents without memory"
+        )
+    return patterns
+
+
+def check_piece(config, patterns: list[AttentionPattern], memory: Memory, documents: PackedDocuments):
+    """Raises ValueError if the piece cannot follow what is remembered."""
+    batch, lengths = len(memory.seen), documents.lengths
+    if len(lengths) != batch:
+        raise ValueError(
+            f"memory is of {batch} documents, the input of {len(lengths)}; give a piece of each, of no tokens where "
+            "a document has ended"
+        )
+    if [states.shape[1] for states in memory.states] != [remembered(pattern) for pattern in patterns]:
+        raise ValueError("memory is not of this model's attention_patterns; begin with model.new_memory(batch_size)")
+    size = lcm(*(pattern.size for pattern in patterns))
+    table = None
+    if config.position_embedding_type == "absolute" and (config.position_extension or {}).get("method") != "restart":
+        table = config.max_position_embeddings
+    for number, (seen, length) in enumerate(zip(memory.seen.tolist(), lengths, strict=True)):
+        if length and seen % size:
+            raise ValueError(
+                f"memory: document {number} goes on after {seen} tokens, which is no multiple of {size}, the size of "
+                f"its segments; only its last piece may be other than a multiple of {size} tokens"
+            )
+        if length and table is not None and seen + length > table:
+            raise ValueError(
+                f"memory: document {number} has {seen + length} tokens with this piece, and the table of positions "
+                f"(max_position_embeddings) has {table} rows; extend the context, or use a scheme without a table"
+            )

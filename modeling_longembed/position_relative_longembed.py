@@ -1,0 +1,74 @@
+"""Transformer-XL's relative positions (Dai et al. 2019, section 3.3), both ways as an encoder needs them.
+
+The score of query i and key j is `(q_i + u) . k_j + (q_i + v) . (W_r R_{i - j})` with sinusoids R and learned u and v
+per head. Every attention sublayer has its own W_r, u and v (XLNet's form).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .position_schemes_longembed import ScoreBias, sinusoidal_embeddings
+from .tensor_parallel_longembed import heads_here, read_by_heads
+
+
+class DistanceEmbeddings(NamedTuple):
+    """Sinusoids of all distances `query - key` that a forward pass may need."""
+
+    table: Tensor  # (2 * reach + 1, d), of the distances -reach to reach
+    reach: int
+
+    @classmethod
+    def up_to(cls, reach: int, width: int, like: Tensor) -> "DistanceEmbeddings":
+        distances = torch.arange(-reach, reach + 1, device=like.device)
+        return cls(sinusoidal_embeddings(distances, width).to(like.dtype), reach)
+
+
+class DistanceAttention(nn.Module):
+    """W_r, u and v of one attention sublayer."""
+
+    def __init__(self, config):
+        super().__init__()
+        heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.r_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.content_bias = nn.Parameter(torch.zeros(heads, self.head_dim))  # u
+        self.distance_bias = nn.Parameter(torch.zeros(heads, self.head_dim))  # v
+
+    def forward(self, query: Tensor, distances: DistanceEmbeddings, reach: int) -> tuple[Tensor, "DistanceBias"]:
+        """The query with u added `(T, H, D)`, and the bias for distances up to `reach` that goes with it."""
+        near = slice(distances.reach - reach, distances.reach + reach + 1)
+        keys = self.r_proj(distances.table[near]).unflatten(-1, (-1, self.head_dim))  # (2 * reach + 1, H, D)
+        here = heads_here(self.r_proj, keys.shape[1], len(self.content_bias))
+        u, v = (read_by_heads(x, self.r_proj)[here] for x in (self.content_bias, self.distance_bias))
+        return query + u, DistanceBias(keys.transpose(0, 1), v - u, self.scaling)
+
+
+class DistanceBias(ScoreBias):
+    """`(q_i + v) . (W_r R_{i - j})`, scaled, for queries that carry u instead of v.
+
+    Args:
+        keys: `(H, 2 * reach + 1, D)`, W_r R of the distances -reach to reach.
+        shift: `(H, D)`, v - u.
+        scaling: what the scores are multiplied by.
+    """
+
+    reads_query = True
+
+    def __init__(self, keys: Tensor, shift: Tensor, scaling: float):
+        self.keys, self.shift, self.scaling = keys, shift, scaling
+
+    def heads(self, heads):
+        return DistanceBias(self.keys[heads], self.shift[heads], self.scaling)
+
+    def dense(self, query, query_index, key_index):
+        reach = self.keys.shape[1] // 2
+        distance = query_index[:, None] - key_index[None, :]  # (Q, K)
+        # Pairs further apart than the reach are masked by the pattern: any finite number will do.
+        low, high = int(distance.min().clamp(min=-reach)), int(distance.max().clamp(max=reach))
+        if low > high:  # all of them
+            low = high = reach if low > reach else -reach
+        scores = (query + self.shift[:, None]) @ self.keys[:, reach + low : reach + high + 1].transpose(1, 2)
+        column = (distance.clamp(low, high) - low).expand(*scores.shape[:-1], -1)
+        return scores.gather(-1, column) * self.scaling

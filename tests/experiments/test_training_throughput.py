@@ -1,0 +1,90 @@
+"""eval/throughput.py --training: both sides compute the same, and what the table makes of their times."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from common.errors import UserError
+from eval import throughput
+from experiments import training_throughput
+from experiments.training_throughput import OURS, PUBLISHED, Row, TrainingThroughputArguments, compare_training
+from modeling_longembed import LongEmbedModel
+
+LENGTH = 48
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    """A tiny random BERT with its tokenizer and dropout, of 32 positions."""
+    folder = tmp_path_factory.mktemp("bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=32).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=len(words), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
+def arguments(bert: str, **changes) -> TrainingThroughputArguments:
+    fields = {"training": True, "base_model": bert, "pair_count": 3, "batch_tokens": [1, 100]}
+    return TrainingThroughputArguments(**fields | changes)
+
+
+def compare(arguments, output, patterns=("full",)) -> str:
+    return compare_training(arguments, list(patterns), [LENGTH], repeats=1, threads=1, output=output)
+
+
+def test_both_sides_measure_the_same_step(bert, tmp_path, capsys):
+    """The oracle of our step is sentence-transformers' loss; real processes, each of them twice."""
+    compare(arguments(bert, batch_tokens=[100]), tmp_path, ["full", "block:size=16"])
+    said = capsys.readouterr().out
+    assert said.count("loss differs by") == 2
+    assert said.count("repeat 1, ours") == said.count("repeat 1, sentence-transformers") == 2
+    assert not list(tmp_path.glob("gradients*"))
+
+
+def test_sides_that_differ_are_not_timed(bert, tmp_path):
+    """The same step with one number of one side's weights changed."""
+    models = training_throughput._models(bert, "full", LENGTH, tmp_path)
+    weights = load_file(f"{models[PUBLISHED]}/model.safetensors")
+    name = "encoder.layer.1.output.dense.bias"
+    save_file(
+        weights | {name: weights[name] + 0.05 * torch.arange(32)},
+        f"{models[PUBLISHED]}/model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(UserError, match=r"^full at 48 tokens: loss or gradients differ by more than 0\.0001, nothing"):
+        compare(arguments(bert), tmp_path)
+
+
+def test_dropout_is_off_on_both_sides(bert, tmp_path):
+    models = training_throughput._models(bert, "full", LENGTH, tmp_path)
+    ours = LongEmbedModel.from_pretrained(models[OURS]).config
+    published = BertConfig.from_pretrained(models[PUBLISHED])
+    assert ours.hidden_dropout_prob == ours.attention_dropout == 0
+    assert published.hidden_dropout_prob == published.attention_probs_dropout_prob == 0
+
+
+def test_the_fastest_within_the_memory_is_compared():
+    """Ours is fastest where it takes too much; what fits is twice as fast as the best of the others."""
+    figures = {(OURS, 1): (2.0, 3e9), (OURS, 9): (1.0, 8e9), (PUBLISHED, 1): (8.0, 2e9), (PUBLISHED, 9): (4.0, 5e9)}
+    measured = {
+        Row(who, "full", LENGTH, tokens, "", "", 1): [{"seconds": seconds, "peak": peak}] * 3
+        for (who, tokens), (seconds, peak) in figures.items()
+    }
+    table = training_throughput._table(measured, pairs=4, counts={LENGTH: 200})
+    assert "| full | 48 | 200 | ours | 1 | 2 ± 0% | 3.00 |" in table
+    assert "2.00 times the pairs/s of sentence-transformers' fastest setting, at 3.00 GB against 5.00 GB" in table
+
+
+def test_what_is_asked_for_wrongly(bert, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^--training needs --base_model"):
+        compare(arguments(bert, base_model=None), tmp_path)
+    (tmp_path / "pairs.jsonl").write_text('{"anchor": "a b", "positive": "c d e"}\n')
+    with pytest.raises(UserError, match=r"pairs.jsonl: has 1 pairs, --pair_count asks for 3$"):
+        compare(arguments(bert, pairs=str(tmp_path / "pairs.jsonl")), tmp_path)
+    monkeypatch.setattr("sys.argv", ["throughput.py", "--training", "--lengths", "8", "--output_dir", str(tmp_path)])
+    with pytest.raises(UserError, match=r"^--training needs --base_model"):
+        throughput.main()

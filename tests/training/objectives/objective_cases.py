@@ -1,0 +1,85 @@
+"""Every objective with the options that its tests run it with, and batches whose texts are token ids."""
+
+import torch
+
+from modeling_longembed import LongEmbedModel
+from tests.training.tiny_training import tiny_config
+from training.data.pair_batches import PairBatch, pack
+from training.objectives.contrastive import Objective, ObjectiveArguments, build_objective
+
+# A name, and behind it the options of a case. Queues are longer than a batch and no multiple of it.
+CASES = {
+    "info_nce": {"learnable_temperature": True, "symmetric": True, "negative_weight": -0.5},
+    "info_nce masked": {"false_negative_margin": 0.02},
+    "info_nce auxiliary": {"spread_out_weight": 0.5, "debias_weight": 2.0},
+    "info_nce matryoshka": {"matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5]},
+    "simcse": {"temperature": 0.1},
+    "nt_xent": {"learnable_temperature": True, "head_dims": [16, 8]},
+    "nt_xent matryoshka": {"matryoshka_dims": [32, 8]},
+    "sup_con": {},
+    "sup_con matryoshka": {"matryoshka_dims": [16, 8]},
+    "vicreg": {"head_dims": [24, 16]},
+    "momentum": {"queue_size": 15, "momentum": 0.8, "learnable_temperature": True},
+    "momentum matryoshka": {"queue_size": 15, "momentum": 0.8, "matryoshka_dims": [32, 8]},
+}
+COLUMNS = {"simcse": 1, "nt_xent": 2, "vicreg": 2, "momentum": 2}  # of texts; info_nce and sup_con take three
+
+
+def arguments_of(case: str) -> ObjectiveArguments:
+    return ObjectiveArguments(objective=case.split()[0], **CASES[case])
+
+
+def double_encoder(dropout: float = 0.0) -> LongEmbedModel:
+    torch.manual_seed(1)
+    return LongEmbedModel(tiny_config(hidden_dropout_prob=dropout)).double().train()
+
+
+def double_objective(case: str, encoder: torch.nn.Module, rows: int, options: dict | None = None) -> Objective:
+    torch.manual_seed(2)
+    arguments = ObjectiveArguments(objective=case.split()[0], **(CASES[case] | (options or {})))
+    wide_enough = max(rows, 2)
+    if arguments.objective == "simcse":
+        # The check of the dropout has a test of its own; exactness is tested without dropout too.
+        rate, encoder.config.hidden_dropout_prob = encoder.config.hidden_dropout_prob, 0.1
+        objective = build_objective(arguments, encoder, wide_enough)
+        encoder.config.hidden_dropout_prob = rate
+    else:
+        objective = build_objective(arguments, encoder, wide_enough)
+    return objective.double().train()
+
+
+def batch_of(case: str, pairs: int, budget: int, seed: int = 0, rows: slice = slice(None)) -> PairBatch:
+    """Random texts of 1 to 40 tokens, one of them twice; `rows` of it as a process of a distributed run has them."""
+    name = case.split()[0]
+    count = COLUMNS.get(name, 3)
+    generator = torch.Generator().manual_seed(seed)
+
+    def text() -> list[int]:
+        length = int(torch.randint(1, 41, (), generator=generator))
+        return torch.randint(5, 31, (length,), generator=generator).tolist()
+
+    columns = [[text() for _ in range(pairs)] for _ in range(count)]
+    ids = 1000 * seed + torch.arange(count * pairs).view(count, pairs)
+    if count > 1:
+        columns[1][2], ids[1, 2] = columns[1][0], ids[1, 0]
+    if name == "simcse":
+        columns, ids = columns * 2, ids.repeat(2, 1)
+    own = [column[rows] for column in columns]
+    texts = [text for column in own for text in column]
+    classes = {name: (torch.arange(pairs) % 3)[rows] for name in ("label", "group")}
+    return PairBatch(
+        pack(texts, budget), ids[:, rows].flatten(), len(own[0]), sum(map(len, texts)), (40,) * len(own), 0, classes
+    )
+
+
+def gradients(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+    """What has been accumulated, by name; it is taken away."""
+    taken = []
+    for module in modules:
+        taken.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+        module.zero_grad()
+    return taken
+
+
+def state_of(objective: Objective) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in objective.named_buffers()}

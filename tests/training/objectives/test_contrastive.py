@@ -1,0 +1,372 @@
+"""Objectives against their losses written out by hand; their cached gradients against the plain backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common.errors import UserError
+from modeling_longembed import LongEmbedModel
+from tests.training.objectives.objective_cases import (
+    CASES,
+    arguments_of,
+    batch_of,
+    double_encoder,
+    double_objective,
+    gradients,
+    state_of,
+)
+from tests.training.tiny_training import tiny_config
+from training.data.pair_batches import pack
+from training.engine.loop import _enable_gradient_checkpointing
+from training.models.tuning import TuningArguments, select_parameters
+from training.objectives import contrastive as objectives
+from training.objectives import pair_step
+from training.objectives.contrastive import OBJECTIVES, GatheredBatch, ObjectiveArguments, build_objective
+from training.objectives.embed import embed, pool
+from training.objectives.heads import ProjectionHead
+from training.objectives.losses.contrastive import info_nce
+from training.objectives.losses.momentum import momentum_contrast
+from training.objectives.losses.regularizers import debias, spread_out
+from training.objectives.losses.simclr import nt_xent
+from training.objectives.losses.supcon import sup_con
+from training.objectives.losses.vicreg import vicreg
+from training.objectives.pair_step import pair_gradient
+
+PAIRS = 6
+
+
+def test_every_objective_has_a_case():
+    assert {case.split()[0] for case in CASES} == set(OBJECTIVES)
+
+
+def random_batch(columns: int, **more) -> GatheredBatch:
+    generator = torch.Generator().manual_seed(3)
+    embeddings = 3 * torch.randn(PAIRS, columns, 32, dtype=torch.float64, generator=generator)
+    classes = {name: torch.arange(PAIRS) % 3 for name in ("label", "group")}
+    return GatheredBatch(embeddings, torch.arange(PAIRS * columns).view(PAIRS, columns), slice(None), classes, **more)
+
+
+def unit(rows):
+    return F.normalize(rows, dim=-1)
+
+
+def by_hand_info_nce(objective, batch):
+    q, p, first, second = unit(batch.embeddings).unbind(1)
+    return info_nce(
+        q,
+        p,
+        torch.cat([first, second]),
+        temperature=objective.temperature(),
+        symmetric=True,
+        negative_weight=-0.5,
+        negative_row=torch.arange(2 * PAIRS) % PAIRS,
+    )[0]
+
+
+def by_hand_masked(objective, batch):
+    """A cross entropy over what is at most 0.02 more like the query than its positive is."""
+    q, p, *negatives = unit(batch.embeddings).unbind(1)
+    scores = q @ torch.cat([p, *negatives]).T
+    own = scores.diagonal()[:, None]
+    return F.cross_entropy(scores.masked_fill(scores > own + 0.02, -torch.inf) / 0.05, torch.arange(PAIRS))
+
+
+def by_hand_auxiliary(objective, batch):
+    q, p, *negatives = unit(batch.embeddings).unbind(1)
+    spread = (spread_out(q)[0] + spread_out(p)[0]) / 2
+    return info_nce(q, p, torch.cat(negatives))[0] + 0.5 * spread + 2.0 * debias(p, batch.classes["group"])[0]
+
+
+def by_hand_matryoshka(objective, batch):
+    def at(dim):
+        q, p, *negatives = unit(batch.embeddings[..., :dim]).unbind(1)
+        return info_nce(q, p, torch.cat(negatives))[0]
+
+    return at(32) + 0.5 * at(8)
+
+
+def by_hand_simcse(objective, batch):
+    first, second = unit(batch.embeddings).unbind(1)
+    return F.cross_entropy(first @ second.T / 0.1, torch.arange(PAIRS))
+
+
+def through_head(head: ProjectionHead, rows, dims=32):
+    """The head by its formula, with the columns of the first layer that read the first dimensions alone."""
+    first, norm, _, last = head.layers
+    inner = rows[:, :dims] @ first.weight[:, :dims].T + first.bias
+    inner = (inner - inner.mean(0)) / (inner.var(0, correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
+    return inner.clamp(min=0) @ last.weight.T
+
+
+def by_hand_nt_xent(objective, batch, dims=32):
+    first, second = unit(through_head(objective.head, torch.cat(batch.embeddings.unbind(1)), dims)).chunk(2)
+    return nt_xent(first, second, temperature=objective.temperature())[0]
+
+
+def by_hand_sup_con(objective, batch, dims=32):
+    views = unit(batch.embeddings[..., :dims]).unbind(1)
+    return sup_con(torch.cat(views), (torch.arange(PAIRS) % 3).repeat(len(views)), temperature=0.07)[0]
+
+
+def by_hand_vicreg(objective, batch):
+    return vicreg(*(through_head(objective.head, view) for view in batch.embeddings.unbind(1)))[0]
+
+
+def by_hand_momentum(objective, batch, dims=32):
+    shorter = (unit(rows[..., :dims]) for rows in (batch.embeddings[:, 0], batch.key, batch.queue))
+    return momentum_contrast(*shorter, temperature=objective.temperature())[0]
+
+
+BY_HAND = {
+    "info_nce": (4, by_hand_info_nce),
+    "info_nce masked": (4, by_hand_masked),
+    "info_nce auxiliary": (4, by_hand_auxiliary),
+    "info_nce matryoshka": (4, by_hand_matryoshka),
+    "simcse": (2, by_hand_simcse),
+    "nt_xent": (2, by_hand_nt_xent),
+    "nt_xent matryoshka": (2, lambda o, b: by_hand_nt_xent(o, b) + by_hand_nt_xent(o, b, 8)),
+    "sup_con": (3, by_hand_sup_con),
+    "sup_con matryoshka": (3, lambda o, b: by_hand_sup_con(o, b, 16) + by_hand_sup_con(o, b, 8)),
+    "vicreg": (2, by_hand_vicreg),
+    "momentum": (1, by_hand_momentum),
+    "momentum matryoshka": (1, lambda o, b: by_hand_momentum(o, b) + by_hand_momentum(o, b, 8)),
+}
+
+
+@pytest.mark.parametrize("rows_at_once", [512, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_is_the_loss_by_hand(case, rows_at_once, monkeypatch):
+    monkeypatch.setattr(objectives, "ROWS_AT_ONCE", rows_at_once)
+    objective = double_objective(case, double_encoder(0.1), PAIRS)
+    columns, by_hand = BY_HAND[case]
+    batch = random_batch(columns)
+    if case.startswith("momentum"):
+        keys = unit(torch.randn(2 * PAIRS, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
+        batch = random_batch(2, key=keys[:PAIRS])  # ids of texts: two columns; embeddings: the anchors
+        batch = GatheredBatch(batch.embeddings[:, :1], batch.text_ids, slice(None), batch.classes, key=keys[:PAIRS])
+        objective.remember(keys[PAIRS:], torch.arange(1000, 1000 + PAIRS))
+        object.__setattr__(batch, "queue", keys[PAIRS:])
+    loss, metrics = objective(batch)
+    torch.testing.assert_close(loss, by_hand(objective, batch), atol=1e-10, rtol=1e-10)
+    if "auxiliary" not in case:
+        torch.testing.assert_close(metrics["loss"], loss.detach(), atol=0, rtol=0)
+
+
+def test_a_guide_decides_instead_of_the_own_scores():
+    """What the guide finds more like the query than the positive leaves the cross entropy."""
+    objective = build_objective(ObjectiveArguments(guide_model="somewhere"), double_encoder(), PAIRS)
+    guide = unit(torch.randn(PAIRS, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    batch = random_batch(3, guide=guide)
+    (q, p, n), (gq, gp, gn) = unit(batch.embeddings).unbind(1), guide.unbind(1)
+    by_guide = gq @ torch.cat([gp, gn]).T
+    nearer = by_guide > by_guide.diagonal()[:, None]
+    assert nearer.any()
+    scores = (q @ torch.cat([p, n]).T).masked_fill(nearer, -torch.inf) / 0.05
+    loss, metrics = objective(batch)
+    torch.testing.assert_close(loss, F.cross_entropy(scores, torch.arange(PAIRS)), atol=1e-10, rtol=0)
+    assert metrics["false_negative_share"].item() == pytest.approx(nearer.sum().item() / (PAIRS * (2 * PAIRS - 1)))
+
+
+def plain_backward(model, chunks, embed, loss, *, synchronize=True):
+    """All chunks with their graph at once: the definition of what the cache computes."""
+    value, metrics = loss(torch.cat([embed(chunk) for chunk in chunks]))
+    value.backward()
+    return metrics
+
+
+def two_steps(case, encoder, tuning, budget, options=None):
+    """Losses, gradients and what is remembered of two batches, by what trains."""
+    objective = double_objective(case, encoder, PAIRS, options)
+    accumulate = pair_gradient(objective)
+    torch.manual_seed(7)
+    results = []
+    for seed in (0, 1):
+        metrics = accumulate(encoder, batch_of(case, PAIRS, budget, seed), 1.0, True)
+        results.append((metrics["loss"], gradients(encoder, objective), state_of(objective)))
+    return results
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_of_rows_change_no_gradient_and_no_metric(case, monkeypatch):
+    def step():
+        encoder = double_encoder()
+        objective = double_objective(case, encoder, PAIRS)
+        accumulate = pair_gradient(objective)
+        metrics = [accumulate(encoder, batch_of(case, PAIRS, 100, seed), 1.0, True) for seed in (0, 1)]
+        return metrics, gradients(encoder, objective)
+
+    whole = step()
+    monkeypatch.setattr(objectives, "ROWS_AT_ONCE", 4)
+    torch.testing.assert_close(step(), whole, atol=1e-10, rtol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("case", ["info_nce", "info_nce masked", "nt_xent", "sup_con"])
+def test_scores_take_memory_in_proportion_to_the_rows(case):
+    """What autograd keeps for the backward pass, for twice the rows: twice, not four times, as much."""
+    objective = double_objective(case, double_encoder(), PAIRS)
+
+    def kept(rows: int) -> int:
+        sizes = {}
+        embeddings = torch.randn(rows, 2, 32, dtype=torch.float64, requires_grad=True)
+        batch = GatheredBatch(
+            embeddings, torch.arange(2 * rows).view(rows, 2), slice(None), {"label": torch.arange(rows) // 2}
+        )
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = objective(batch)[0]  # alive, so that no two tensors have the same place
+        assert loss.requires_grad
+        return sum(sizes.values())
+
+    assert kept(8 * objectives.ROWS_AT_ONCE) < 2.5 * kept(4 * objectives.ROWS_AT_ONCE)
+
+
+@pytest.mark.promise("C8")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("tuning", ["full", "lora with checkpointing"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_cached_gradient_is_the_plain_one(case, tuning, dropout, monkeypatch):
+    def encoder():
+        model = double_encoder(dropout)
+        if tuning == "full":
+            return model
+        adapted = select_parameters(model, TuningArguments(tuning="lora")).double().train()
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # it starts at zero, and A has no gradient then
+                torch.nn.init.normal_(parameter, std=0.1)
+        _enable_gradient_checkpointing(adapted)
+        return adapted
+
+    cached = two_steps(case, encoder(), tuning, budget=60)
+    monkeypatch.setattr(pair_step, "cached_backward", plain_backward)
+    plain = two_steps(case, encoder(), tuning, budget=60)
+    torch.testing.assert_close(cached, plain, atol=1e-10, rtol=1e-8)
+    if not dropout:  # and then the chunks do not matter
+        torch.testing.assert_close(two_steps(case, encoder(), tuning, budget=10**6), cached, atol=1e-10, rtol=1e-8)
+
+
+def test_in_evaluation_mode_nothing_is_remembered():
+    """As the rehearsal of the heaviest batch needs it."""
+    encoder = double_encoder()
+    objective = double_objective("momentum", encoder, PAIRS).eval()
+    with torch.no_grad():
+        encoder.embeddings.word_embeddings.weight.mul_(2)
+    before = state_of(objective)
+    pair_gradient(objective)(encoder, batch_of("momentum", PAIRS, 100), 1.0, False)
+    torch.testing.assert_close(state_of(objective), before, atol=0, rtol=0)
+
+
+@pytest.mark.promise("C5")
+def test_the_momentum_encoder_is_an_average_of_weights_and_its_keys_are_theirs():
+    """Closed form after weights 1 and 2 on top of 0: m^2 w0 + m (1 - m) w1 + (1 - m) w2."""
+    encoder = double_encoder()
+    objective = double_objective("momentum", encoder, PAIRS, {"momentum": 0.75})
+    start = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
+    batch = batch_of("momentum", PAIRS, 100)
+    weights = [start]
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        weights.append({name: parameter.detach().clone() for name, parameter in encoder.named_parameters()})
+        keys = objective.keys(encoder, batch)
+    expected = {
+        name: 0.75**2 * start[name] + 0.75 * 0.25 * weights[1][name] + 0.25 * weights[2][name] for name in start
+    }
+    torch.testing.assert_close(objective.momentum_encoder.weights(), expected, atol=1e-12, rtol=0)
+    encoder.load_state_dict(expected, strict=False)
+    with torch.no_grad():
+        own = torch.cat([embed(encoder, chunk) for chunk in batch.column_chunks(1)])
+    torch.testing.assert_close(keys, own, atol=1e-10, rtol=0)
+
+
+@pytest.mark.promise("C5")
+def test_the_queue_holds_the_keys_of_the_last_batches_with_their_texts():
+    encoder = double_encoder()
+    objective = double_objective("momentum", encoder, PAIRS, {"momentum": 1.0, "queue_size": 2 * PAIRS})
+    batches = [batch_of("momentum", PAIRS, 100, seed) for seed in range(2)]
+    for batch in batches:
+        pair_gradient(objective)(encoder, batch, 1.0, True)
+    keys, ids = objective.queue.filled()
+    with torch.no_grad():
+        expected = [embed(encoder, chunk) for batch in batches for chunk in batch.column_chunks(1)]
+    torch.testing.assert_close(keys, torch.cat(expected), atol=1e-10, rtol=0)
+    assert ids.tolist() == [number for batch in batches for number in batch.text_ids[PAIRS:].tolist()]
+
+
+def test_under_lora_the_momentum_encoder_holds_the_adapters_alone():
+    adapted = select_parameters(double_encoder(), TuningArguments(tuning="lora"))
+    objective = build_objective(arguments_of("momentum"), adapted, PAIRS)
+    held = sum(weight.numel() for weight in objective.momentum_encoder.weights().values())
+    assert held == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert all("lora_" in name for name in objective.momentum_encoder.weights())
+
+
+@pytest.mark.promise("C2")
+def test_twins_differ_in_training_alone():
+    text = [5, 9, 7, 20]
+    encoder = double_encoder(0.1)
+    first, second = embed(encoder, pack([text, text], 100)[0])
+    assert F.cosine_similarity(first, second, dim=0) < 0.999
+    first, second = embed(encoder.eval(), pack([text, text], 100)[0])
+    torch.testing.assert_close(first, second, atol=1e-12, rtol=0)
+
+
+@pytest.mark.promise("C2")
+def test_simcse_without_dropout_is_refused():
+    with pytest.raises(UserError, match="has no dropout, so that a text and its twin are one vector"):
+        build_objective(ObjectiveArguments(objective="simcse"), LongEmbedModel(tiny_config()), PAIRS)
+    build_objective(ObjectiveArguments(objective="simcse"), LongEmbedModel(tiny_config(attention_dropout=0.1)), PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"matryoshka_dims": [64, 8]}, "--matryoshka_dims 64: must be from 1 to 32, the width of the model"),
+        ({"matryoshka_dims": [8], "matryoshka_weights": [1.0, 2.0]}, "2 weights for 1 --matryoshka_dims"),
+        ({"objective": "vicreg", "symmetric": True}, "--symmetric: --objective vicreg does not take it, but info_nce"),
+        ({"objective": "simcse", "negative_weight": 1.0}, "--negative_weight: --objective simcse does not take it"),
+        ({"objective": "nt_xent", "head_dims": [8, 0]}, "--head_dims 8 0: each must be at least 1"),
+        ({"false_negative_relative": True}, "give --guide_model or --false_negative_margin as well"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
+        ({"objective": "momentum", "momentum": 1.5}, "--momentum 1.5: must be from 0 to 1"),
+        ({"spread_out_weight": -1.0}, "--spread_out_weight -1.0: must not be less than 0"),
+    ],
+)
+def test_a_mistake_is_one_sentence(options, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        build_objective(ObjectiveArguments(**options), LongEmbedModel(tiny_config(hidden_dropout_prob=0.1)), PAIRS)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nt_xent", "vicreg", "sup_con"])
+def test_a_batch_of_one_is_refused_where_rows_are_compared(name):
+    with pytest.raises(UserError, match="compares the rows of a batch, which has 1"):
+        build_objective(ObjectiveArguments(objective=name, **CASES[name]), double_encoder(), 1)
+
+
+def test_a_learned_temperature_stays_at_one_hundredth_or_above():
+    arguments = ObjectiveArguments(learnable_temperature=True, temperature=0.001)
+    objective = build_objective(arguments, double_encoder(), PAIRS)
+    loss, metrics = objective(random_batch(2))
+    assert metrics["temperature"].item() == pytest.approx(0.01)
+    loss.backward()
+    assert objective.log_scale.grad is not None
+
+
+def test_without_a_head_the_embedding_itself_is_compared():
+    objective = build_objective(ObjectiveArguments(objective="vicreg", head_dims=[0]), double_encoder(), PAIRS)
+    batch = random_batch(2)
+    torch.testing.assert_close(objective(batch)[0], vicreg(*batch.embeddings.unbind(1))[0], atol=1e-12, rtol=0)
+    assert not list(objective.parameters())
+
+
+def test_pool_is_what_embed_normalises():
+    chunk = pack([[5, 6], [7, 8, 9]], 10)[0]
+    encoder = double_encoder()
+    torch.testing.assert_close(embed(encoder, chunk), unit(pool(encoder, chunk)), atol=0, rtol=0)

@@ -1,0 +1,114 @@
+"""The training script as a user meets it: what it writes, and one sentence for every mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from common.errors import UserError
+from modeling_longembed import LongEmbedModel
+from tests.training.tiny_training import tiny_config
+from training.contrastive import main
+from training.models.tuning import WHOLE_WEIGHTS, load_adapter
+
+
+@pytest.fixture
+def train(model_folder, pairs_file, tmp_path):
+    """Run the script in this process; options that are given again win. Returns the default output folder."""
+
+    def run(options: str = "") -> Path:
+        output = tmp_path / "out"
+        given = f"--model_name_or_path {model_folder} --train_data {pairs_file} --output_dir {output} --max_steps 4 "
+        main((given + "--per_device_train_batch_size 8 --dataloader_num_workers 0 " + options).split())
+        return output
+
+    return run
+
+
+def metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_learns_and_reports(train, pairs_file):
+    output = train(
+        "--max_steps 40 --learning_rate 3e-3 --warmup_ratio 0.1 --logging_steps 10 --eval_steps 20 --dropout 0 "
+        f"--eval_data {pairs_file} --batch_tokens 200"
+    )
+    lines = metrics(output)
+    training, evaluation = [line for line in lines if "loss" in line], [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in training] == [10, 20, 30, 40]
+    assert [line["step"] for line in evaluation] == [20, 40]
+    assert training[-1]["loss"] < 0.7 * training[0]["loss"]
+    assert evaluation[-1]["eval_ndcg_at_10"] > evaluation[0]["eval_ndcg_at_10"]
+    reported = {"learning_rate", "tokens_per_second", "pairs_per_second", "padding_share", "peak_memory_gib"}
+    assert all(reported <= line.keys() for line in training)
+    assert all(line["padding_share"] == 0 < line["padding_share_if_padded"] for line in training)
+    assert list((output / "tensorboard").glob("events.out.tfevents.*"))
+    # The warm-up of 4 steps, then linear to zero: the rate of the last step is one step above zero.
+    assert training[-1]["learning_rate"] == pytest.approx(3e-3 / 36)
+    loaded = LongEmbedModel.from_pretrained(output / "final")
+    vectors = loaded.encode(["river stone", "seven night"], output="torch")
+    assert vectors.shape == (2, 32)
+    card = (output / "final" / "README.md").read_text()
+    assert "# out\n" in card
+    assert ".tmp" not in card  # the folder that it was written in
+
+
+@pytest.mark.parametrize("tuning", ["lora", "longlora"])
+def test_the_final_model_is_the_adapter_merged(train, model_folder, tuning):
+    output = train(f"--tuning {tuning} --learning_rate 1e-2 --gradient_checkpointing")
+    adapted = load_adapter(LongEmbedModel.from_pretrained(model_folder), output / "adapter").merge_and_unload()
+    final = LongEmbedModel.from_pretrained(output / "final")
+    torch.testing.assert_close(dict(final.state_dict()), dict(adapted.state_dict()), atol=1e-6, rtol=0)
+    before = load_file(model_folder / "model.safetensors")
+    moved = {name for name, tensor in final.state_dict().items() if not tensor.equal(before[name])}
+    assert ("embeddings.word_embeddings.weight" in moved) == (tuning == "longlora")
+    assert "layers.0.attention.q_proj.weight" in moved
+    assert (output / "adapter" / WHOLE_WEIGHTS).exists() == (tuning == "longlora")
+
+
+def test_the_final_tokenizer_does_not_cut_off(train, model_folder):
+    """Training cuts texts off at --max_length, and a tokenizer remembers such a thing."""
+    output = train("--max_length 32")
+    final, original = (
+        json.loads((folder / "tokenizer.json").read_text()) for folder in (output / "final", model_folder)
+    )
+    assert final == original
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--max_length 129", r"--max_length 129: must be at most 128, the context of"),
+        ("--query_max_length 2", r"--query_max_length 2: must be"),
+        ("--temperature 0", r"--temperature 0.0: must be more than 0"),
+        ("--temprature 1", r"unknown argument --temprature .*did you mean temperature"),
+    ],
+)
+def test_a_mistake_is_one_sentence(train, tmp_path, options, complaint):
+    with pytest.raises(UserError, match=complaint) as caught:
+        train(options)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "final").exists()
+
+
+def test_models_that_cannot_be_trained_so(train, tmp_path, tokenizer):
+    sizes = {
+        "vocab_size": 99,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+    }
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
+    LongEmbedModel(tiny_config(position_embedding_type="alibi")).save_pretrained(tmp_path / "alibi")
+    for name in ("bert", "alibi"):
+        tokenizer.save_pretrained(tmp_path / name)
+    for dropouts in ("", "--dropout 0.1 --attention_dropout 0"):  # BERT has another name for the second
+        with pytest.raises(UserError, match="is a bert model; convert it"):
+            train(f"--model_name_or_path {tmp_path}/bert {dropouts}")
+    with pytest.raises(UserError, match="no position table"):
+        train(f"--model_name_or_path {tmp_path}/alibi --tuning positions")

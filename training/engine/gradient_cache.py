@@ -1,0 +1,92 @@
+"""Gradient caching: the exact gradient of a large contrastive batch in the memory of a small one."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from training.engine.distributed import passes_together, synchronizing
+
+Chunk = TypeVar("Chunk")
+Metrics = dict[str, Tensor]
+
+
+class RandomState:
+    """The state of the random generators that dropout draws from, to be drawn from again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        self.cpu_state = torch.get_rng_state()
+        self.device_states = [torch.cuda.get_rng_state(device) for device in self.devices]
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Inside, random numbers repeat from this state; outside, the generators go on as if nothing had happened."""
+        with torch.random.fork_rng(self.devices):
+            torch.set_rng_state(self.cpu_state)
+            for device, state in zip(self.devices, self.device_states, strict=True):
+                torch.cuda.set_rng_state(state, device)
+            yield
+
+
+def cached_backward(
+    model: nn.Module,
+    chunks: Sequence[Chunk],
+    embed: Callable[[Chunk], Tensor],
+    loss: Callable[[Tensor], tuple[Tensor, Metrics]],
+    *,
+    synchronize: bool = True,
+) -> Metrics:
+    """Accumulate the gradient of `loss(embeddings of all chunks)` while the activations of one chunk are alive.
+
+    Gao et al. 2021 (arXiv:2101.06983), section 3: (1) embed every chunk without a graph; (2) the loss of the detached
+    embeddings, in float32 whatever the model computes in, and its gradient with respect to them; (3) embed every chunk
+    again with the same random numbers and continue the backward pass from the cached gradient. It is exact for a model
+    in which texts do not see each other, and costs a second forward pass; a batch of one chunk is computed directly.
+
+    Args:
+        model: the module that `embed` calls; if it is a DDP or FSDP module its gradients are reduced once, in the last
+            chunk.
+        chunks: what `embed` takes; concatenated, their embeddings are the batch.
+        embed: a chunk to its embeddings `(n_i, d)`.
+        loss: all embeddings `(sum n_i, d)` to a scalar and detached metrics. It may gather over processes; parameters
+            of its own receive their gradient in step 2.
+        synchronize: False while gradients are accumulated over several batches: no all-reduce at all.
+
+    Returns:
+        The metrics.
+    """
+    passes = passes_together(model, len(chunks))
+    if passes == 1:
+        with synchronizing(model, synchronize):
+            value, metrics = loss(_in_full_precision(embed(chunks[0])))
+            value.backward()
+        return metrics
+
+    device = next(model.parameters()).device
+    padded = [*chunks, *[chunks[-1]] * (passes - len(chunks))]
+    states, embeddings = [], []
+    with torch.no_grad():
+        for chunk in padded:
+            states.append(RandomState(device))
+            embeddings.append(embed(chunk))
+
+    cached = _in_full_precision(torch.cat(embeddings)).requires_grad_()
+    value, metrics = loss(cached[: sum(map(len, embeddings[: len(chunks)]))])
+    value.backward()  # not autograd.grad: a loss with parameters of its own (a temperature) gets its gradient here
+    assert cached.grad is not None
+    gradients = cached.grad.split([len(rows) for rows in embeddings])
+
+    for index, (chunk, state, gradient) in enumerate(zip(padded, states, gradients, strict=True)):
+        last = index == passes - 1
+        with state.replay(), synchronizing(model, synchronize and last):
+            rows = embed(chunk)
+            rows.backward(gradient.to(rows.dtype))
+    return metrics
+
+
+def _in_full_precision(embeddings: Tensor) -> Tensor:
+    """At least float32: the exponentials of similarities at a low temperature need it."""
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -1,0 +1,172 @@
+"""A masked-language model to adapt: one of ours or any encoder that converts, with other positions and patterns."""
+
+from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from common.errors import UserError
+from common.patterns import parse_pattern
+from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
+from modeling_longembed.conversion_longembed import MissingHeadError
+from training.models.load_save import ModelArguments
+
+
+@dataclass
+class AdaptationArguments:
+    """What of the model is changed before it trains."""
+
+    max_position_embeddings: int | None = field(
+        default=None, metadata={"help": "the new context in tokens; the model's own if not given"}
+    )
+    position_extension: str | None = field(
+        default=None,
+        metadata={
+            "help": "how positions reach the new context: a method such as repeat, interpolate, group, yarn, or with "
+            "parameters restart:period=254; default: the model's usual one"
+        },
+    )
+    position_embedding_type: str | None = field(
+        default=None,
+        metadata={"help": "another position scheme, which the model has to learn anew: rope, alibi, sinusoidal, ..."},
+    )
+    rope_theta: float | None = field(default=None, metadata={"help": "base of the rotation of a new rope scheme"})
+    attention_patterns: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "one for all attention sublayers, or one for each: full sliding:window=128 block:size=254; the "
+            "model's own if not given"
+        },
+    )
+    training_attention_patterns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "the same, in training alone, such as shifted:size=512; default: no others"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.position_embedding_type and self.position_extension:
+            raise UserError(
+                "--position_extension: a new --position_embedding_type has no trained context to extend; leave it out"
+            )
+        if self.rope_theta is not None and self.position_embedding_type != "rope":
+            raise UserError("--rope_theta: is the base of a new rope scheme; add --position_embedding_type rope")
+
+    def patterns(self) -> dict[str, list[dict]]:
+        """The attention patterns that were given, as fields of the config."""
+        names = ("attention_patterns", "training_attention_patterns")
+        return {
+            name: [parse_pattern(text, option=name) for text in getattr(self, name)]
+            for name in names
+            if getattr(self, name)
+        }
+
+    def extension(self) -> dict[str, Any] | None:
+        """The method of extension and its parameters, as the config's field."""
+        if self.position_extension is None:
+            return None
+        return parse_pattern(self.position_extension, option="position_extension", key="method")
+
+
+def load_masked_lm(
+    model_arguments: ModelArguments, arguments: AdaptationArguments
+) -> tuple[LongEmbedForMaskedLM, bool]:
+    """The masked-language model, with its tokenizer as `model.tokenizer`, and whether its head is new.
+
+    Raises:
+        UserError: there is no such model, it cannot be converted or changed so, or it has no tokenizer.
+    """
+    name = model_arguments.model_name_or_path
+    options: dict[str, Any] = {
+        "revision": model_arguments.model_revision,
+        "trust_remote_code": model_arguments.trust_remote_code,
+    }
+    try:
+        ours = AutoConfig.from_pretrained(name, **options).model_type == LongEmbedModel.config_class.model_type
+        # The usual method of an extension depends on the patterns: they are there before it. Those that reach beyond
+        # the old context can only come after it.
+        now, later = arguments.patterns(), dict[str, Any]()
+        if arguments.max_position_embeddings is not None:
+            switches = arguments.position_embedding_type is not None
+            if switches or (ours and not _is_valid(name, now, options)):
+                now, later = later, now
+        model, head_is_new = (_load_ours if ours else _convert)(
+            name, arguments, options, model_arguments.dropouts() | now
+        )
+        if arguments.position_embedding_type is not None:
+            model.switch_positions(
+                arguments.position_embedding_type, arguments.max_position_embeddings, arguments.rope_theta
+            )
+        has_tokenizer = model.has_tokenizer()
+        if later and has_tokenizer:
+            tokenizer = model.tokenizer
+            with TemporaryDirectory() as folder:
+                model.save_pretrained(folder)
+                model, _ = _load(folder, trust_remote_code=model_arguments.trust_remote_code, **later)
+            model.tokenizer, model.name_or_path = tokenizer, name
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
+    if not has_tokenizer:
+        raise UserError(f"--model_name_or_path {name}: has no tokenizer; save one beside the model")
+    return model, head_is_new
+
+
+def _is_valid(name: str, patterns: dict[str, Any], options: dict[str, Any]) -> bool:
+    try:
+        AutoConfig.from_pretrained(name, **options, **patterns)
+    except ValueError:
+        return False
+    return True
+
+
+def _load(path: str, **choices: Any) -> tuple[Any, dict[str, Any]]:
+    return AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **choices)
+
+
+def _load_ours(
+    name: str, arguments: AdaptationArguments, options: dict[str, Any], overrides: dict[str, Any]
+) -> tuple[LongEmbedForMaskedLM, bool]:
+    model, loading = _load(name, **options, **overrides)
+    wanted, extension = arguments.max_position_embeddings, arguments.extension() or {}
+    if arguments.position_embedding_type is None and (wanted is not None or extension):
+        method = extension.pop("method", None)
+        model.extend_context(wanted, method, **extension)
+    return model, any(name.startswith("head.dense") for name in loading["missing_keys"])
+
+
+def _convert(
+    name: str, arguments: AdaptationArguments, options: dict[str, Any], overrides: dict[str, Any]
+) -> tuple[LongEmbedForMaskedLM, bool]:
+    choices = overrides | {"revision": options["revision"]}
+    if arguments.position_embedding_type is None:
+        choices |= {
+            "max_position_embeddings": arguments.max_position_embeddings,
+            "position_extension": arguments.extension(),
+        }
+    try:
+        return LongEmbedForMaskedLM.from_encoder(name, **choices), False
+    except MissingHeadError:
+        encoder = LongEmbedModel.from_encoder(name, **choices)
+    model = LongEmbedForMaskedLM(encoder.config)
+    model.model, model.tokenizer = encoder, encoder.tokenizer
+    model.tie_weights()
+    return model, True
+
+
+def train_new_head(model: LongEmbedForMaskedLM, word_counts: Tensor) -> None:
+    """Let a head that starts new train under every tuning: frozen, it would be noise for ever.
+
+    It starts by guessing words as often as they occur: from a bias of zeros the first hundred thousand tokens would
+    teach it no more than that, with gradients that spoil the encoder meanwhile. The projection to the vocabulary is the
+    table of word embeddings and stays with that.
+
+    Args:
+        word_counts: `(vocab_size,)`, how often each token occurs in the training documents.
+    """
+    with torch.no_grad():
+        counts = word_counts.double() + 1
+        model.head.decoder.bias.copy_((counts / counts.sum()).log())
+    for parameter in (*model.head.dense.parameters(), *model.head.norm.parameters(), model.head.decoder.bias):
+        parameter.requires_grad_(True)

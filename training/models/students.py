@@ -1,0 +1,139 @@
+"""The student that a teacher is compressed into: some of its layers, a fresh model of other sizes, or a given one."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.errors import UserError
+from common.patterns import parse_pattern
+from training.data.masked_batches import tokenizer_identity
+from training.models.layer_choice import keep_layers
+from training.models.load_save import ModelArguments, load_encoder
+
+# Of a fresh student.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+@dataclass
+class StudentArguments:
+    """The student."""
+
+    student_layers: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "the student is these layers of the teacher: every_other, ends:3 (so many, evenly spaced from the "
+            "first to the last), or their numbers from 0; every_other if no student is described otherwise"
+        },
+    )
+    student_hidden_size: int | None = field(
+        default=None, metadata={"help": "the student is fresh, of this width; any of the sizes below may be left out"}
+    )
+    student_num_hidden_layers: int | None = field(
+        default=None, metadata={"help": "attention layers of a fresh student"}
+    )
+    student_num_attention_heads: int | None = field(
+        default=None, metadata={"help": "attention heads of a fresh student"}
+    )
+    student_intermediate_size: int | None = field(
+        default=None,
+        metadata={"help": "feed-forward width of a fresh student; in the teacher's proportion if left out"},
+    )
+    student_attention_patterns: list[str] = field(
+        default_factory=list,
+        metadata={"help": "of a fresh student, one for all layers or one for each; the teacher's if left out"},
+    )
+    student_position_embedding_type: str | None = field(
+        default=None, metadata={"help": "position scheme of a fresh student; the teacher's if left out"}
+    )
+    student_name_or_path: str | None = field(
+        default=None, metadata={"help": "the student is this LongEmbed model, such as one trained from an assistant"}
+    )
+
+    @property
+    def fresh(self) -> dict[str, Any]:
+        """What describes a fresh student, by its name without `student_`."""
+        names = (*SIZES, "attention_patterns", "position_embedding_type")
+        return {name: value for name in names if (value := getattr(self, f"student_{name}")) not in (None, [])}
+
+    def __post_init__(self) -> None:
+        for name in SIZES:
+            if (size := self.fresh.get(name, 1)) < 1:
+                raise UserError(f"--student_{name} {size}: must be at least 1")
+        given = bool(self.student_layers) + bool(self.fresh) + (self.student_name_or_path is not None)
+        if given > 1:
+            raise UserError(
+                "--student_layers, sizes of a fresh student and --student_name_or_path are three ways to a student; "
+                "give one"
+            )
+
+
+def make_student(
+    arguments: StudentArguments,
+    model_arguments: ModelArguments,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> PreTrainedModel:
+    """The student, with the teacher's tokenizer.
+
+    Args:
+        arguments: of the user.
+        model_arguments: of the teacher, and the dropout of the student.
+        teacher, tokenizer: what `model_arguments` load.
+
+    Raises:
+        UserError: layers or sizes that cannot be, a model that cannot be loaded, or whose tokens are others.
+    """
+    if arguments.student_name_or_path is not None:
+        student, own_tokenizer = _given(arguments.student_name_or_path, model_arguments)
+        same_tokens(tokenizer, own_tokenizer, arguments.student_name_or_path)
+        return student
+    try:
+        if arguments.fresh:
+            student = type(teacher)(_fresh_config(teacher.config, arguments.fresh | model_arguments.dropouts()))
+        else:
+            student, _ = load_encoder(model_arguments)
+            keep_layers(student, arguments.student_layers, "student_layers")
+    except ValueError as error:
+        raise UserError(f"the student cannot be made: {error}") from None
+    student.tokenizer = tokenizer  # type: ignore[assignment] # a property of ours
+    return student
+
+
+def same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises `UserError` if two models do not read the same tokens: relations are between the tokens of a text."""
+    if tokenizer_identity(teacher) != tokenizer_identity(student):
+        raise UserError(
+            f"--student_name_or_path {name}: has another tokenizer than the teacher, and relations between tokens can "
+            "only be learned token for token; give a student with the teacher's tokenizer, or distil embeddings"
+        )
+
+
+def _given(name: str, model_arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        return load_encoder(replace(model_arguments, model_name_or_path=name, model_revision="main"))
+    except UserError as error:
+        raise UserError(str(error).replace("--model_name_or_path", "--student_name_or_path")) from None
+
+
+def _fresh_config(teacher: Any, wanted: dict[str, Any]) -> Any:
+    """The teacher's config with other sizes."""
+    fields = teacher.to_dict() | wanted
+    fields["head_dim"] = None
+    if "intermediate_size" not in wanted:
+        fields["intermediate_size"] = fields["hidden_size"] * teacher.intermediate_size // teacher.hidden_size
+    layers, of_teacher = fields["num_hidden_layers"], teacher.num_hidden_layers
+    if layers != of_teacher:
+        fields["sublayer_pattern"] = None
+    if layers != of_teacher or "attention_patterns" in wanted:
+        fields |= {"layer_types": None, "training_attention_patterns": None}
+    if "attention_patterns" in wanted:
+        texts = wanted["attention_patterns"]
+        fields["attention_patterns"] = [parse_pattern(text, option="student_attention_patterns") for text in texts]
+    elif layers != of_teacher:
+        spaced = np.linspace(0, of_teacher - 1, layers).round().astype(int)
+        fields["attention_patterns"] = [teacher.attention_patterns[number] for number in spaced]
+    if fields["position_embedding_type"] != teacher.position_embedding_type:
+        fields |= {"position_extension": None, "rope_parameters": None}
+    return type(teacher).from_dict(fields)

@@ -1,0 +1,168 @@
+"""Which parameters train: all, LoRA, LoRA with embeddings and norms (LongLoRA), or the position table alone."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.errors import UserError
+from modeling_longembed.position_schemes_longembed import extension_factor
+
+TUNING = "tuning.json"
+WHOLE_WEIGHTS = "train_embed_norm.safetensors"
+
+
+@dataclass
+class TuningArguments:
+    """What trains."""
+
+    tuning: Literal["full", "lora", "longlora", "positions"] = field(
+        default="full",
+        metadata={
+            "help": "full: every parameter; lora: low-rank updates of the attention; longlora: these, and embeddings "
+            "and norms whole; positions: the position table alone, of an extended table only its new rows"
+        },
+    )
+    lora_r: int = field(default=8, metadata={"help": "rank of the LoRA updates"})
+    lora_alpha: int = field(default=16, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the LoRA updates"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={"help": "names of the linear layers that LoRA updates"},
+    )
+
+
+def select_parameters(model: PreTrainedModel, arguments: TuningArguments) -> PreTrainedModel | PeftModel:
+    """Choose what trains, in place.
+
+    - `lora`: Hu et al. 2021 (arXiv:2106.09685), through peft.
+    - `longlora`: Chen et al. 2023 (arXiv:2309.12307), section 3.3: LoRA, and every parameter whose name contains
+      `embed` or `norm` trains whole. (peft's own "LoRA+" is another thing: learning rates for A and B.)
+    - `positions`: only the rows of the position table that the extension has added (E5-Base-4k, Zhu et al. 2024,
+      arXiv:2404.12096); the rows of the original model stay bitwise. A table without added rows trains whole.
+
+    Returns:
+        `model`, wrapped by peft if the tuning is a LoRA one.
+
+    Raises:
+        UserError: the model has no position table, or no module that LoRA could update.
+    """
+    if arguments.tuning == "positions":
+        _train_positions(model)
+    elif arguments.tuning in ("lora", "longlora"):
+        return _add_lora(model, arguments)
+    return model
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Optimiser groups: matrices decay, biases, norms and embedding tables do not.
+
+    Tables do not because AdamW's decay also pulls rows that no text has used, or that are frozen, to zero.
+    """
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for name, parameter in trained if parameter.ndim > 1 and "embed" not in name.lower()]
+    plain = [parameter for name, parameter in trained if parameter.ndim <= 1 or "embed" in name.lower()]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def save_adapter(model: PeftModel, tuning: str, folder: Path) -> None:
+    """Write a LoRA adapter to `folder`, and beside it what trained whole, which peft does not save: the embeddings and
+    norms of `longlora`, and a head that was new.
+    """
+    model.save_pretrained(str(folder))
+    whole = {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.get_base_model().named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    if whole:
+        save_file(whole, folder / WHOLE_WEIGHTS)
+    (folder / TUNING).write_text(json.dumps({"tuning": tuning, "whole_parameters": sorted(whole)}))
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put an adapter that `save_adapter` wrote on the model that it was trained on.
+
+    Raises:
+        UserError: the file with the parameters that trained whole is missing: without them the adapter is another
+            model.
+    """
+    whole = json.loads((folder / TUNING).read_text())["whole_parameters"]
+    adapted = PeftModel.from_pretrained(model, str(folder))
+    if whole:
+        if not (folder / WHOLE_WEIGHTS).is_file():
+            raise UserError(f"{folder}: {WHOLE_WEIGHTS} is missing; copy it beside the adapter, it was trained too")
+        weights = load_file(folder / WHOLE_WEIGHTS)
+        with torch.no_grad():
+            for name in whole:
+                adapted.get_base_model().get_parameter(name).copy_(weights[name])
+    return adapted
+
+
+def _add_lora(model: PreTrainedModel, arguments: TuningArguments) -> PeftModel:
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules,
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"--lora_target_modules {' '.join(arguments.lora_target_modules)}: {' '.join(str(error).split())}"
+        ) from None
+    if arguments.tuning == "longlora":
+        for _, parameter in _embeddings_and_norms(adapted.get_base_model()):
+            parameter.requires_grad_(True)
+    return adapted
+
+
+def _embeddings_and_norms(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """By name, whatever the case: BERT writes `LayerNorm`. An adapter's own parameters are none of them."""
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if ("embed" in name.lower() or "norm" in name.lower()) and "lora_" not in name
+    ]
+
+
+def _train_positions(model: PreTrainedModel) -> None:
+    table = getattr(model.base_model.embeddings, "position_embeddings", None)
+    if table is None:
+        raise UserError(
+            f"--tuning positions: this model has no position table "
+            f"(position_embedding_type={model.config.position_embedding_type!r}); use lora or full"
+        )
+    model.requires_grad_(False)
+    table.weight.requires_grad_(True)
+    frozen = original_rows(model)
+    if frozen.any():
+        # On the incoming gradient: masking rows commutes with DDP's mean, and clipping then sees only what trains.
+        # A row whose gradient is always zero has zero moments, so AdamW without decay leaves it bitwise alone.
+        table.weight.register_hook(lambda gradient: gradient.masked_fill(frozen.to(gradient.device)[:, None], 0.0))
+
+
+def original_rows(model: PreTrainedModel) -> Tensor:
+    """Which rows of a position table are the original model's: `(rows,)` bool, all False if it was not extended.
+
+    `repeat` puts the P old rows first, `interpolate` at the multiples of its factor.
+    """
+    rows = len(model.base_model.get_parameter("embeddings.position_embeddings.weight"))
+    extension = model.config.position_extension or {}
+    old = extension.get("original_max_position_embeddings", rows)
+    place = torch.arange(rows)
+    if old >= rows:
+        return torch.zeros(rows, dtype=torch.bool)
+    if extension["method"] == "interpolate":
+        factor = math.ceil(extension_factor(extension, model.config.max_position_embeddings))
+        return (place % factor == 0) & (place < factor * old)
+    return place < old

@@ -1,0 +1,106 @@
+"""What the loop calls: the gradient of what teachers ask for on a batch of texts, and the same of held-out texts."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from training.data.pair_batches import PackedTexts, PairBatch, PairTokenizer, collate_pairs
+from training.data.sources import Source
+from training.engine.distributed import gather_rows, own_share
+from training.engine.gradient_cache import cached_backward
+from training.engine.loop import AccumulateGradient
+from training.objectives.embed import pool
+from training.objectives.pair_step import by_row
+from training.teachers.objective import Metrics, Targets, Teaching
+
+
+class TextTeacher(Protocol):
+    """What knows of every row of the data what a student is to give.
+
+    Attributes:
+        width: of what it gives: a vector's, or the candidates of a query.
+        identity: what that depends on beside the data.
+    """
+
+    width: int
+    identity: str
+
+    def read_all(self, sources: Iterable[Source]) -> None:
+        """Make ready what `read` gives of the rows of all sources; the processes share them out."""
+
+    def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Vectors or scores of a batch that holds its texts, float32 `(n, width)`, and which rows count, `(n,)`."""
+
+
+Teachers = Mapping[str, TextTeacher]  # by role: `structural` and `contextual`, or `score`
+
+
+def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGradient:
+    """The gradient of an objective over the batches of all processes, which hold their texts."""
+
+    def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
+        device = batch.text_ids.device
+        targets = {
+            role: (gather_rows(vectors), gather_rows(inside.float()).bool())
+            for role, (vectors, inside) in _read(batch, teachers, device).items()
+        }
+
+        def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
+            value, metrics = objective(gather_rows(by_row(embeddings, batch.pairs)), targets)
+            return value * scale, metrics
+
+        metrics = cached_backward(model, batch.chunks, lambda chunk: pool(model, chunk), loss, synchronize=synchronize)
+        return metrics | batch.measures()
+
+    return accumulate_gradient
+
+
+class TeachingEvaluation:
+    """Held-out texts of one source, in batches as large as those of training, which the processes share."""
+
+    def __init__(
+        self,
+        source: Source,
+        tokenize: PairTokenizer,
+        objective: Teaching,
+        teachers: Teachers,
+        *,
+        batch_size: int,
+        batch_tokens: int,
+    ) -> None:
+        """Args:
+        batch_size: rows of a batch, or all that there are; the rest is shared out over the batches.
+        batch_tokens: tokens of one packed chunk.
+        """
+        self.source, self.tokenize, self.objective, self.teachers = source, tokenize, objective, teachers
+        rows = np.arange(len(source.rows))
+        self.batches = np.array_split(rows, max(1, len(rows) // batch_size))
+        self.batch_tokens = batch_tokens
+
+    @torch.no_grad()
+    def __call__(self, embed: Callable[[PackedTexts], Tensor], device: torch.device) -> dict[str, float]:
+        """The metrics of the objective as `eval_*`: means over the batches."""
+        sums: dict[str, float] = {}
+        self.objective.eval()
+        for number in own_share(len(self.batches)):
+            rows = self.batches[number].tolist()
+            texts = self.source.texts(rows)
+            batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind=self.source.anchor_kind)
+            batch = replace(batch, texts=texts, source=self.source.name, rows=self.source.numbers(rows))
+            vectors = torch.cat([embed(chunk.to(device)).float() for chunk in batch.chunks])
+            _, metrics = self.objective(by_row(vectors, batch.pairs), _read(batch, self.teachers, device))
+            sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
+        self.objective.train()
+        shares = gather_object([sums])
+        names = next(share for share in shares if share)
+        return {f"eval_{name}": sum(share.get(name, 0.0) for share in shares) / len(self.batches) for name in names}
+
+
+def _read(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:
+    found = {role: teacher.read(batch) for role, teacher in teachers.items()}
+    return {role: (target.to(device), counts.to(device)) for role, (target, counts) in found.items()}
