@@ -1,117 +1,34 @@
-"""How texts become vectors: one a text as the model does it itself, or one a chunk of it for the chunking baselines."""
+"""Encoders of texts: one vector per text from the model itself, or one per chunk for the chunking baselines."""
 
 import contextlib
-import hashlib
-import json
-import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from mteb.types import PromptType
-from safetensors import SafetensorError, safe_open
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize
-from sentence_transformers.util import get_device_name
-from tqdm.auto import tqdm
+from safetensors import SafetensorError
 
+import modeling_longembed  # noqa: F401  (our folders then load without trust_remote_code)
 from common.errors import UserError
-from common.files import sha256_file
+from common.model_folder import ModelFolder
 from common.quantization import int8_weights
-from common.vector_cache import VectorCache
-
-# The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
-from modeling_longembed.encoding_longembed import is_fast_in_bfloat16
-
-PRECISIONS = ("auto", "float32", "bfloat16")
-ENCODER_PRECISIONS = (*PRECISIONS, "int8")
-_CHARACTERS_A_TOKEN = 16  # of a window of texts: four times what a token has, so that a window holds several batches
-
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """A model's files: a local folder, or the Hub's snapshot of a commit.
-
-    Attributes:
-        path: the folder.
-        name: `org/model`; `local/<folder name>` for a local one.
-        revision: the Hub's commit, or the hash of everything in the folder that shapes a vector.
-    """
-
-    path: Path
-    name: str
-    revision: str
-
-    @classmethod
-    def find(cls, name_or_path: str) -> "ModelFolder":
-        """The files of a model by path or by Hub id (downloaded when the Hub can be reached).
-
-        Raises:
-            UserError: no such folder or model, or a folder that holds none.
-        """
-        path = Path(name_or_path)
-        if path.is_dir():
-            return cls._local(path)
-        try:
-            snapshot = Path(
-                snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.py"])
-            )
-        except (OSError, HFValidationError) as error:
-            reason = re.sub(r"\s+", " ", str(error))[:120]
-            raise UserError(
-                f"unknown model {name_or_path}: there is no such folder, and the Hub or its cache has none ({reason})"
-            ) from None
-        return cls(snapshot, name_or_path, snapshot.name)
-
-    @classmethod
-    def _local(cls, path: Path) -> "ModelFolder":
-        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            raise UserError(f"the folder {path} is not a model: it needs config.json and *.safetensors weights")
-        digest = hashlib.sha256()
-        for file in sorted(path.rglob("*")):
-            relative = file.relative_to(path)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if file.suffix in (".safetensors", ".json", ".txt", ".model", ".py") and not hidden:
-                digest.update(f"{relative.as_posix()}:{sha256_file(file)}\n".encode())
-        return cls(path, f"local/{path.resolve().name}", digest.hexdigest()[:40])
-
-    @cached_property
-    def parameters(self) -> int:
-        """How many numbers the weight files hold, read from their headers.
-
-        Raises:
-            UserError: a file that is no safetensors file.
-        """
-        total = 0
-        for file in self.path.glob("*.safetensors"):
-            try:
-                with safe_open(file, framework="numpy") as weights:
-                    total += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
-            except SafetensorError as error:
-                raise UserError(f"{file} is damaged: {error}; copy or download it again") from None
-        return total
+from common.text_vectors import PromptType
 
 
 class Encoder:
-    """One vector a text, by the model itself: by its own `encode` where it brings one, else by sentence-transformers.
+    """Encode each text as one vector, with the model's own `encode` if it has one, else with sentence-transformers.
 
     Args:
         folder: the model's files.
-        max_length: tokens of a text that are read, the rest is cut off; None: what the model is set to.
+        max_length: number of tokens that are read of a text, the rest is cut off; None: the model's own setting.
         precision: `float32`, `bfloat16` (autocast), or `int8`: the weights of linear layers in 8 bits, on the CPU.
-        batch_tokens: token budget of a forward pass; it bounds memory and changes no vector in float32 beyond rounding.
-        trust_remote_code: run code that the folder brings (our own models need none).
-        normalize: unit vectors of a model with its own `encode`; others end in what their folder says.
+        batch_tokens: token budget of a forward pass; it bounds memory and changes float32 vectors by rounding only.
+        trust_remote_code: run the code in the folder (our own models need none).
+        normalize: scale the vectors of a model with its own `encode` to unit length; for other models the folder says.
 
     Raises:
-        UserError: the folder does not load, or `max_length` is more than the model's context.
+        UserError: sentence-transformers is not installed, the model does not load, or `max_length` exceeds its context.
     """
 
     def __init__(
@@ -123,6 +40,10 @@ class Encoder:
         trust_remote_code: bool = False,
         normalize: bool = True,
     ):
+        try:
+            from sentence_transformers import SentenceTransformer  # slow to import, and part of the extra 'eval' only
+        except ImportError as error:
+            raise UserError(f"encoding texts needs the extra 'eval' ({error.name} is missing)") from None
         try:
             self.model = SentenceTransformer(str(folder.path), trust_remote_code=trust_remote_code).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -145,33 +66,33 @@ class Encoder:
 
     @property
     def identity(self) -> str:
-        """What the vectors depend on beside the text and its kind."""
+        """A string of all that the vectors depend on besides the text, its type and the prompts."""
         length = "" if self.normalize else ":not normalized"
         return f"{self.folder.revision}:{self.max_length}:{self.precision}{length}"
 
     @property
     def dimension(self) -> int:
-        """Width of a vector."""
+        """The width d of a vector."""
         return int(self.model.get_embedding_dimension() or 0)
 
     @property
     def prompts(self) -> dict[str, str | None]:
-        """What the model wants before texts, by their kind."""
+        """The prompts that the model puts in front of texts, by their name."""
         return self.model.prompts
 
-    def prompt_ids(self, prompt_type: Any) -> list[int]:
-        """Tokens of the prompt that the model wants before texts of this kind."""
+    def prompt_ids(self, prompt_type: PromptType | None) -> list[int]:
+        """Return the token ids of the prompt that the model puts in front of texts of this type."""
         prompts = self.prompts
-        names = ("query",) if prompt_type == PromptType.query else ("document", "passage", "corpus")
+        names = ("query",) if prompt_type == "query" else ("document", "passage", "corpus")
         prompt = next((prompts[name] for name in names if prompts.get(name)), "")
         return self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
 
     @torch.inference_mode()
-    def __call__(self, texts: list[str], prompt_type: Any) -> list[np.ndarray]:
-        """A matrix (1, d) for each text; `prompt_type` is MTEB's `PromptType` or None."""
+    def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
+        """Return a matrix `(1, d)` for each text."""
         if self.own is not None:
             return list(self._encode_by_itself(texts, prompt_type)[:, None])
-        encode = self.model.encode_query if prompt_type == PromptType.query else self.model.encode_document
+        encode = self.model.encode_query if prompt_type == "query" else self.model.encode_document
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
         for batch in token_batches([len(ids) for ids in self._tokenize(texts)], self.batch_tokens):
             with self._autocast():
@@ -180,7 +101,7 @@ class Encoder:
                 vectors[i] = vector[None]
         return vectors
 
-    def _encode_by_itself(self, texts: list[str], prompt_type: Any) -> np.ndarray:
+    def _encode_by_itself(self, texts: list[str], prompt_type: PromptType | None) -> np.ndarray:
         if self.max_length < self.context:
             cut = self.own.tokenizer(
                 texts, truncation=True, max_length=self.max_length, return_offsets_mapping=True
@@ -188,7 +109,7 @@ class Encoder:
             texts = [text[: max((end for _, end in spans), default=0)] for text, spans in zip(texts, cut, strict=True)]
         return self.own.encode(
             texts,
-            prompt_name=prompt_type.value if prompt_type else None,
+            prompt_name=prompt_type,
             batch_tokens=self.batch_tokens,
             normalize=self.normalize,
             precision="float32" if self.precision == "int8" else self.precision,
@@ -205,11 +126,12 @@ class Encoder:
 
 
 class ChunkEncoder(Encoder):
-    """A vector for every chunk of `max_length` tokens (special tokens and prompt included), without overlap.
+    """Encode each text as one vector per chunk of `max_length` tokens, without overlap.
 
-    A chunk's row is the model's pooled vector before any normalisation, times the chunk's number of tokens: with mean
-    pooling the sum of its token vectors. The sum of a text's rows is then the direction of the token-weighted mean over
-    its chunks, and each row that of its chunk, so that both chunking baselines share the same rows.
+    The special tokens and the prompt count towards `max_length`. The row of a chunk is the model's pooled vector before
+    any normalization, times the number of tokens in the chunk: with mean pooling, the sum of its token vectors. The sum
+    of the rows of a text then has the direction of the token-weighted mean over its chunks, and each row has the
+    direction of its chunk, so that both chunking baselines share the same rows.
     """
 
     @property
@@ -217,8 +139,10 @@ class ChunkEncoder(Encoder):
         return f"{super().identity}:chunks"
 
     @torch.inference_mode()
-    def __call__(self, texts: list[str], prompt_type: Any) -> list[np.ndarray]:
-        """A matrix (chunks, d) for each text."""
+    def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
+        """Return a matrix `(chunks, d)` for each text."""
+        from sentence_transformers.sentence_transformer.modules import Normalize
+
         tokenizer = self.model.tokenizer
         prompt = self.prompt_ids(prompt_type)
         encoded = tokenizer(
@@ -249,75 +173,15 @@ class ChunkEncoder(Encoder):
         return [rows[owners == i] for i in range(len(texts))]
 
 
-class TextEncoder(Protocol):
-    """What `stream` asks of whatever makes vectors of texts."""
-
-    @property
-    def identity(self) -> str: ...
-
-    @property
-    def prompts(self) -> dict[str, str | None]: ...
-
-    @property
-    def batch_tokens(self) -> int: ...
-
-    def __call__(self, texts: list[str], prompt_type: Any) -> list[np.ndarray]: ...
-
-
-def cache_keys(texts: Iterable[str], encoder: TextEncoder, prompt_type: Any) -> list[bytes]:
-    """Under which key the matrix of each text is cached: all that it depends on, hashed."""
-    head = f"{encoder.identity}:{prompt_type}:{json.dumps(encoder.prompts, sort_keys=True)}:".encode()
-    return [hashlib.sha256(head + text.encode()).digest() for text in texts]
-
-
-def stream(
-    texts: Sequence[str], encoder: TextEncoder, prompt_type: Any, cache: VectorCache, label: str
-) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """The matrices of all texts, a window at a time, longest texts first: what does not fit in memory fails at once.
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Batch the indices of texts, longest first, so that the padded size of a batch stays within a budget.
 
     Args:
-        texts: any sequence, also a column of a table on disk: only a window of texts and matrices is in memory.
-        encoder: texts -> matrices (k, d).
-        prompt_type: the kind of the texts.
-        cache: where finished matrices are and go; a killed run goes on there.
-        label: what the progress bar says.
+        lengths: number of tokens of each text.
+        batch_tokens: the most tokens of a batch, padding included. A longer text is a batch of its own.
 
     Yields:
-        Indices into `texts` and their matrices, each text once.
-    """
-    keys, sizes = cache_keys(texts, encoder, prompt_type), [len(text) for text in texts]
-    with tqdm(total=sum(sizes), desc=label, unit="char", unit_scale=True) as progress:
-        for window in _windows(sizes, _CHARACTERS_A_TOKEN * encoder.batch_tokens):
-            matrices = cache.get([keys[i] for i in window])
-            missing = {keys[i]: texts[i] for i in window if keys[i] not in matrices}
-            if missing:
-                new = dict(zip(missing, encoder(list(missing.values()), prompt_type), strict=True))
-                cache.put(new)
-                matrices |= new
-            yield window, [matrices[keys[i]] for i in window]
-            progress.update(sum(sizes[i] for i in window))
-
-
-def vectors_of(texts: Sequence[str], encoder: Encoder, prompt_type: Any, cache: VectorCache) -> np.ndarray:
-    """One vector for each text, float32 `(n, d)`: the sum of its rows, whose direction is what counts.
-
-    Args:
-        texts: n of them, as in `stream`.
-        encoder: texts -> matrices (k, d).
-        prompt_type: the kind of the texts.
-        cache: where finished matrices are and go.
-    """
-    vectors = np.empty((len(texts), encoder.dimension), np.float32)
-    label = "queries" if prompt_type == PromptType.query else "documents"
-    for window, matrices in stream(texts, encoder, prompt_type, cache, label):
-        vectors[window] = [matrix.sum(0) for matrix in matrices]
-    return vectors
-
-
-def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches, longest first, whose padded size `len(batch) * longest` stays within `batch_tokens`.
-
-    A text longer than the budget is a batch of its own.
+        Indices into `lengths`.
     """
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -329,31 +193,8 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[in
         yield batch
 
 
-def resolve_precision(precision: str, choices: Sequence[str] = PRECISIONS) -> str:
-    """`auto` as what it means on this machine: bfloat16 where the processor multiplies in it, else float32."""
-    if precision not in choices:
-        raise UserError(f"--precision {precision} is not one of {', '.join(choices)}")
-    if precision != "auto":
-        return precision
-    return "bfloat16" if is_fast_in_bfloat16(torch.device(get_device_name())) else "float32"
-
-
-def _windows(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Indices in groups, longest first, that sum to at most `budget` (a single larger one is a group of its own)."""
-    window: list[int] = []
-    total = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if window and total + sizes[i] > budget:
-            yield window
-            window, total = [], 0
-        window.append(i)
-        total += sizes[i]
-    if window:
-        yield window
-
-
 def context_length(core: Any) -> int:
-    """How many tokens a model can read, as its position table says; 2**31 for one without any limit (T5)."""
+    """Return how many tokens a model can read according to its position table; 2**31 if there is no limit (T5)."""
     limit = getattr(getattr(core, "config", None), "max_position_embeddings", None)
     if core is None or limit is None:
         return 1 << 31

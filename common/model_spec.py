@@ -14,8 +14,9 @@ Queries are treated like documents, but for chunk-max, where a query is one vect
 from dataclasses import dataclass
 from typing import TypeVar
 
-from common.encoders import ChunkEncoder, Encoder, ModelFolder
+from common.encoders import ChunkEncoder, Encoder
 from common.errors import UserError
+from common.model_folder import ModelFolder
 
 _Spec = TypeVar("_Spec", bound="ModelSpec")
 

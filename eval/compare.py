@@ -24,9 +24,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
-from common.encoders import ENCODER_PRECISIONS, ModelFolder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.model_folder import ModelFolder
+from common.precision import ENCODER_PRECISIONS, resolve_precision
 from eval import mteb_long
 from eval.plot import save
 from eval.speed.growth import Curve

@@ -19,9 +19,9 @@ from mteb.models.model_meta import ModelMeta
 from rich.console import Console
 
 from common.arguments import parse
-from common.encoders import ENCODER_PRECISIONS, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.precision import ENCODER_PRECISIONS, resolve_precision
 from common.vector_cache import VectorCache
 from eval.models.judged import JudgedModel
 from eval.models.quantization import VECTORS

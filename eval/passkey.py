@@ -30,15 +30,15 @@ matplotlib.use("Agg")  # a script draws into a file; it needs no display
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from mteb.types import PromptType
 from rich.console import Console
 from rich.markdown import Markdown
 from tqdm.auto import tqdm
 
 from common.arguments import parse
-from common.encoders import Encoder, resolve_precision
+from common.encoders import Encoder
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.precision import resolve_precision
 from eval.models.judged import JudgedModel
 from eval.models.language_models import LanguageModel
 from eval.plot import save
@@ -140,7 +140,7 @@ class Retrieval:
     def __init__(self, spec: JudgedModel, encoder: Encoder, haystack: str | None):
         self.kind, self.encoder, self.identity = spec.kind, encoder, f"{spec.kind}:{encoder.identity}"
         self.source = Haystack(haystack or FILLER * REPEATS, encoder.model.tokenizer)
-        self.room = len(encoder.prompt_ids(PromptType.document))
+        self.room = len(encoder.prompt_ids("document"))
 
     def lengths(self, lengths: Sequence[int]) -> list[int]:
         """All: what is beyond the model's context is cut off, and that is the answer."""
@@ -150,8 +150,8 @@ class Retrieval:
         """The accuracy of a cell."""
         needles = passkey_needles(trials, seed=seed + length)
         documents = passkey_documents(self.source, needles, length - self.room, depth, seed)
-        found = self.encoder(documents, PromptType.document)
-        asked = self.encoder([needle.question for needle in needles], PromptType.query)
+        found = self.encoder(documents, "document")
+        asked = self.encoder([needle.question for needle in needles], "query")
         return accuracy(similarities(self.encoder, self.kind, asked, found))
 
 

@@ -30,9 +30,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
-from common.encoders import ModelFolder, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
+from common.model_folder import ModelFolder
+from common.precision import resolve_precision
 from eval import mteb_long, perplexity
 from eval.plot import save
 from eval.report.records import Records

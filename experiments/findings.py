@@ -32,9 +32,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from common.arguments import parse
-from common.encoders import ModelFolder
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write, sha256_file, write_jsonl
+from common.model_folder import ModelFolder
 from common.sentences import SENTENCE_END
 from eval import mteb_long, questions, sts
 from eval.plot import save

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write, sha256_file
+from common.text_vectors import PromptType
 from training.data.sources import Columns, Source, read_sources
 
 SETTINGS, VOCABULARY, WEIGHTS, DOCUMENTS = (
@@ -165,7 +166,7 @@ class ParagraphVector:
             (temporary / DOCUMENTS).write_text(json.dumps(document_ids, ensure_ascii=False), encoding="utf-8")
             save_file(weights, temporary / WEIGHTS)
 
-    def __call__(self, texts: list[str], prompt_type: Any = None) -> list[np.ndarray]:
+    def __call__(self, texts: list[str], prompt_type: PromptType | None = None) -> list[np.ndarray]:
         """A matrix (1, d) for each text."""
         return [
             np.concatenate([_infer(model, split_words(text, self.settings)) for model in self.models])[None]

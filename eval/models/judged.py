@@ -15,9 +15,10 @@ from mteb.similarity_functions import cos_sim
 from mteb.types import PromptType
 
 from common.bm25 import BM25Index
-from common.encoders import ChunkEncoder, Encoder, stream, vectors_of
+from common.encoders import ChunkEncoder, Encoder
 from common.errors import UserError
 from common.model_spec import ModelSpec
+from common.text_vectors import stream, vectors_of
 from common.vector_cache import VectorCache
 from eval.models.quantization import stored
 
@@ -114,7 +115,8 @@ class OneVector(AbsEncoder):
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
         """Vectors (n, d) of the n texts of MTEB's data loader."""
-        vectors = vectors_of(inputs.dataset["text"], self.encoder, prompt_type, self.cache)
+        kind = prompt_type.value if prompt_type else None
+        vectors = vectors_of(inputs.dataset["text"], self.encoder, kind, self.cache)
         if self.vectors == "float32" or prompt_type == PromptType.query:
             return vectors
         if isinstance(self.encoder, ChunkEncoder):  # their lengths are numbers of tokens, which no store would keep
@@ -141,12 +143,12 @@ class ChunkMax:
         """The `top_k` documents of each query with their scores."""
         query_texts = _texts(queries, task_metadata, PromptType.query)
         vectors = torch.nn.functional.normalize(
-            torch.from_numpy(vectors_of(query_texts, self.encoder, PromptType.query, self.cache))
+            torch.from_numpy(vectors_of(query_texts, self.encoder, "query", self.cache))
         )
         best = torch.full((len(vectors), 0), -torch.inf)
         indices = torch.zeros((len(vectors), 0), dtype=torch.long)
         texts = _texts(self.corpus, task_metadata, PromptType.document)
-        for window, matrices in stream(texts, self.encoder, PromptType.document, self.cache, "documents"):
+        for window, matrices in stream(texts, self.encoder, "document", self.cache, "documents"):
             chunks = torch.nn.functional.normalize(torch.from_numpy(np.concatenate(matrices)))
             nearest = [s.amax(1) for s in (vectors @ chunks.T).split([len(m) for m in matrices], dim=1)]
             best = torch.cat([best, torch.stack(nearest, dim=1)], dim=1)

@@ -16,9 +16,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 # The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
-from common.encoders import ModelFolder, context_length
+from common.encoders import context_length
 from common.errors import UserError
 from common.files import sha256_file
+from common.model_folder import ModelFolder
 
 _OURS = "LongEmbedForMaskedLM"
 

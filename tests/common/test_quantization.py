@@ -6,7 +6,8 @@ import torch
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as Int8Linear
 
-from common.encoders import Encoder, ModelFolder
+from common.encoders import Encoder
+from common.model_folder import ModelFolder
 from common.quantization import int8_weights
 from modeling_longembed.attention_longembed import ResidualLinear
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from mteb.types import PromptType
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
 
 from common.bm25 import BM25Index
-from common.encoders import Encoder, ModelFolder
+from common.encoders import Encoder
 from common.errors import run
+from common.model_folder import ModelFolder
 from tests.training.tiny_training import WORDS, write_jsonl
 from training import contrastive, mine_negatives
 from training.mine_negatives import Arguments, Thresholds, mine
@@ -63,10 +63,10 @@ class Known:
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def encode_query(self, texts, **kwargs):
-        return self._encode(texts, PromptType.query)
+        return self._encode(texts, "query")
 
     def encode_document(self, texts, **kwargs):
-        return self._encode(texts, PromptType.document)
+        return self._encode(texts, "document")
 
 
 def read(path) -> list[dict[str, str]]:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from mteb.types import PromptType
 
 from common.bm25 import BM25Index
-from common.encoders import Encoder, stream, vectors_of
+from common.encoders import Encoder
 from common.errors import UserError
 from common.model_spec import ModelSpec
+from common.text_vectors import stream, vectors_of
 from common.vector_cache import VectorCache
 
 _QUERIES_AT_ONCE = 1024
@@ -87,11 +87,11 @@ class VectorRanker:
     ):
         # The length of a row of a chunk is its number of tokens, and says nothing: `every_row` is always by cosine.
         self._by_dot = encoder.model.similarity_fn_name == "dot" and not every_row
-        self._queries = self._prepared(vectors_of(queries, encoder, PromptType.query, cache))
+        self._queries = self._prepared(vectors_of(queries, encoder, "query", cache))
         self._index = _new_index(index, encoder.dimension)
         self._rows = np.empty((len(documents), 2), np.int64)  # first row of each document, and how many it has
         owners: list[np.ndarray] = []
-        for window, matrices in stream(documents, encoder, PromptType.document, cache, "documents"):
+        for window, matrices in stream(documents, encoder, "document", cache, "documents"):
             if not every_row:
                 matrices = [matrix.sum(0, keepdims=True) for matrix in matrices]
             counts = np.array([len(matrix) for matrix in matrices])

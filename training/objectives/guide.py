@@ -1,14 +1,13 @@
 """Another model that tells which texts of a batch are no negatives."""
 
-from functools import cached_property
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.encoders import Encoder
 from common.errors import UserError
+from common.model_folder import ModelFolder
 
 
 class Guide:
@@ -24,23 +23,12 @@ class Guide:
         UserError: there is no such model, or what loads it is not installed.
         """
         try:
-            from common.encoders import Encoder, ModelFolder
-        except ImportError as error:
-            raise UserError(f"--guide_model needs the extra 'eval' ({error.name} is missing)") from None
-        try:
             self.encoder = Encoder(ModelFolder.find(name), batch_tokens=batch_tokens)
         except UserError as error:
             raise UserError(f"--guide_model {name}: {error}") from None
 
-    @cached_property
-    def _kinds(self) -> tuple[Any, Any]:
-        from mteb.types import PromptType
-
-        return PromptType.query, PromptType.document
-
     def __call__(self, columns: list[list[str]], device: torch.device) -> Tensor:
         """Unit vectors of the texts of n rows, queries in the first column: `(n, columns, g)`."""
-        query, document = self._kinds
-        vectors = [self.encoder(texts, document if number else query) for number, texts in enumerate(columns)]
+        vectors = [self.encoder(texts, "document" if number else "query") for number, texts in enumerate(columns)]
         rows = torch.from_numpy(np.stack([np.concatenate(column) for column in vectors], axis=1))
         return F.normalize(rows.float(), dim=-1).to(device)

@@ -11,6 +11,9 @@ from accelerate.utils import gather_object, wait_for_everyone
 from torch import Tensor
 
 from common.errors import UserError
+from common.model_spec import ModelSpec
+from common.precision import resolve_precision
+from common.text_vectors import PromptType, cache_keys, stream
 from common.vector_cache import VectorCache
 from training.data.pair_batches import PairBatch
 from training.data.sources import Source
@@ -53,11 +56,6 @@ class Teacher:
         Raises:
             UserError: there is no such teacher, or what loads it is not installed.
         """
-        try:
-            from common.encoders import cache_keys, stream
-        except ImportError as error:
-            raise UserError(f"--{option} needs the extra 'eval' ({error.name} is missing)") from None
-        self._keys, self._stream = cache_keys, stream
         self.option, self.name, self.cache, self.normalize = option, name, cache, normalize
         try:
             self._rows = _load(name, batch_tokens, precision, normalize)
@@ -84,7 +82,7 @@ class Teacher:
             rows = source.rows.select(own_share(len(source.rows)))
             texts: Any = rows[source.columns[0]]  # read from the disk as they are needed
             inside = 0
-            for _, matrices in self._stream(texts, self._rows, self._rows.kind, cache, f"--{self.option}"):
+            for _, matrices in stream(texts, self._rows, self._rows.kind, cache, f"--{self.option}"):
                 inside += int(self._inside(np.concatenate(matrices)[:, -1]).sum())
             self.shares[source.name] = sum(gather_object([inside])) / len(source.rows)
         self._rows.encoder = None
@@ -98,7 +96,7 @@ class Teacher:
             UserError: the cache does not hold them: somebody has removed it.
         """
         assert batch.texts is not None
-        keys = self._keys(batch.texts[0], self._rows, self._rows.kind)
+        keys = cache_keys(batch.texts[0], self._rows, self._rows.kind)
         # Opened anew: SQLite forbids that a process uses what it opened before a fork.
         rows = VectorCache(self.cache).rows(keys)
         vectors, tokens = torch.from_numpy(rows[:, :-1]), rows[:, -1]
@@ -113,16 +111,16 @@ class _Rows:
     """An encoder that gives one row a text: its vector, and behind it how many tokens the text has.
 
     Attributes:
-        kind: of texts, as encoders take it.
+        kind: whether the texts are queries or documents.
         chunks: a vector is a sum over chunks, of which the direction counts.
     """
 
-    def __init__(self, encoder: Any, kind: Any, window: int | None, chunks: bool) -> None:
+    def __init__(self, encoder: Any, kind: PromptType, window: int | None, chunks: bool) -> None:
         self.encoder, self.kind, self.window, self.chunks = encoder, kind, window, chunks
         self.dimension, self.batch_tokens, self.prompts = encoder.dimension, encoder.batch_tokens, encoder.prompts
         self.identity = f"{encoder.identity}:with length"
 
-    def __call__(self, texts: list[str], prompt_type: Any) -> list[np.ndarray]:
+    def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
         counts = [0] * len(texts)
         if self.window is not None:
             tokenizer = self.encoder.model.tokenizer
@@ -133,15 +131,10 @@ class _Rows:
 
 
 def _load(name: str, batch_tokens: int, precision: str, normalize: bool) -> _Rows:
-    from mteb.types import PromptType
-
     if name.startswith(PARAGRAPH_VECTOR):
         from training.paragraph_vector import ParagraphVector
 
-        return _Rows(ParagraphVector.load(Path(name.removeprefix(PARAGRAPH_VECTOR))), PromptType.document, None, False)
-    from common.encoders import resolve_precision
-    from common.model_spec import ModelSpec
-
+        return _Rows(ParagraphVector.load(Path(name.removeprefix(PARAGRAPH_VECTOR))), "document", None, False)
     spec = ModelSpec.parse(name, precision=resolve_precision(precision))
     if spec.kind in ("bm25", "chunk-max"):
         raise UserError(
@@ -149,4 +142,4 @@ def _load(name: str, batch_tokens: int, precision: str, normalize: bool) -> _Row
         )
     encoder = spec.load_encoder(batch_tokens, False, normalize)
     chunks = spec.kind == "chunk-mean"
-    return _Rows(encoder, PromptType.document, None if chunks else encoder.max_length, chunks)
+    return _Rows(encoder, "document", None if chunks else encoder.max_length, chunks)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.errors import UserError
+from common.model_folder import ModelFolder
 from common.vector_cache import VectorCache
 from training.data.pair_batches import PairBatch
 from training.data.sources import Source, check_numbers
@@ -92,8 +93,6 @@ class CrossEncoderScores:
         """
         try:
             from sentence_transformers import CrossEncoder
-
-            from common.encoders import ModelFolder
         except ImportError as error:
             raise UserError(f"--score_teacher needs the extra 'eval' ({error.name} is missing)") from None
         try:

@@ -8,7 +8,6 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from mteb.types import PromptType
 
 from common.errors import UserError
 from common.model_spec import ModelSpec
@@ -30,7 +29,7 @@ class Random:
         made = []
         for text in texts:
             rows, seed = map(int, text.split())
-            made.append(np.random.default_rng([seed, prompt_type == PromptType.query]).standard_normal((rows, 6)))
+            made.append(np.random.default_rng([seed, prompt_type == "query"]).standard_normal((rows, 6)))
         return made
 
 
@@ -42,8 +41,8 @@ def brute_force(queries, documents, every_row, similarity):
     """The scores of all documents for all queries."""
     encode = Random()
     scores = np.empty((len(queries), len(documents)))
-    for i, query in enumerate(encode(queries, PromptType.query)):
-        for j, document in enumerate(encode(documents, PromptType.document)):
+    for i, query in enumerate(encode(queries, "query")):
+        for j, document in enumerate(encode(documents, "document")):
             vector, rows = query.sum(0), document if every_row else document.sum(0, keepdims=True)
             if similarity == "cosine" or every_row:
                 vector, rows = unit(vector), unit(rows)

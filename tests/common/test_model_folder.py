@@ -1,0 +1,36 @@
+"""The files of a model: which folders are one, and what their revision depends on."""
+
+import shutil
+
+import pytest
+from transformers import BertConfig
+
+from common.encoders import Encoder
+from common.errors import UserError
+from common.model_folder import ModelFolder
+
+
+def test_a_folder_that_is_no_model_is_told(tmp_path, tiny_model):
+    with pytest.raises(UserError, match=r"it needs config.json and"):
+        ModelFolder.find(str(tmp_path))
+    for name in (str(tmp_path / "nowhere"), "nobody/nothing", "no such model"):
+        with pytest.raises(UserError, match="unknown model"):
+            ModelFolder.find(name)
+    BertConfig(hidden_size=32, num_attention_heads=2).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 16)
+    with pytest.raises(UserError, match="does not load"):
+        Encoder(ModelFolder.find(str(tmp_path)))
+    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
+        _ = ModelFolder.find(str(tmp_path)).parameters
+
+
+def test_the_revision_of_a_folder_changes_with_what_shapes_a_vector(tiny_model, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    original = ModelFolder.find(str(tiny_model)).revision
+    assert ModelFolder.find(str(copy)).revision == original
+    (copy / "README.md").write_text("another card")
+    assert ModelFolder.find(str(copy)).revision == original
+    settings = copy / "config.json"
+    settings.write_text(settings.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-5'))
+    assert ModelFolder.find(str(copy)).revision != original
