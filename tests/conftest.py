@@ -1,4 +1,4 @@
-"""What every test stands on: fixed seeds, one thread, no network; and `--promises`, the report of the promises kept."""
+"""Settings and fixtures of all tests: fixed seeds, one thread, no network; and `--promises`, a report per promise."""
 
 import os
 import tempfile
@@ -49,14 +49,14 @@ def minilm() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(minilm):
+def minilm_tokenizer(minilm):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(minilm)
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tokenizer, tmp_path_factory) -> Path:
+def tiny_sentence_transformer(minilm_tokenizer, tmp_path_factory) -> Path:
     """A sentence-transformers folder: a random BERT of 2 layers, 64 positions, mean pooling, prompts, normalised."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
@@ -73,7 +73,7 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
         initializer_range=0.5,  # far from zero, so that different texts have clearly different vectors
     )
     BertModel(config).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
+    minilm_tokenizer.save_pretrained(folder / "bert")
     transformer = Transformer(str(folder / "bert"))
     transformer.max_seq_length = 64
     model = SentenceTransformer(
@@ -84,7 +84,7 @@ def tiny_model(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_longembed(tokenizer, tmp_path_factory) -> Path:
+def tiny_longembed(minilm_tokenizer, tmp_path_factory) -> Path:
     """A folder of ours: a random encoder of 2 layers with a context of 256 tokens."""
     from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
@@ -100,9 +100,35 @@ def tiny_longembed(tokenizer, tmp_path_factory) -> Path:
         prompts={"query": "ask: "},
     )
     model = LongEmbedModel(config)
-    model.tokenizer = tokenizer
+    model.tokenizer = minilm_tokenizer
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make_task(tmp_path):
+    """Return a function that writes a task folder below `tmp_path / "data"`; document i is relevant for query i."""
+    from tests.eval.task_files import write_rows
+
+    def make(name: str, documents, queries, split: str = "", suffix: str = ".jsonl", qrels=None) -> Path:
+        folder = tmp_path / "data" / name
+        where = folder / split if split else folder
+        write_rows(where / f"corpus{suffix}", [{"doc_id": f"d{i}", "text": t} for i, t in enumerate(documents)])
+        write_rows(where / f"queries{suffix}", [{"qid": f"q{i}", "text": t} for i, t in enumerate(queries)])
+        pairs = [(i, i) for i in range(len(queries))] if qrels is None else qrels
+        write_rows(where / f"qrels{suffix}", [{"qid": f"q{q}", "doc_id": f"d{d}"} for q, d in pairs])
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def fresh_accelerator():
+    """For tests that train: forget accelerate's first settings, such as the precision, that it keeps for a process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_addoption(parser):

@@ -23,9 +23,9 @@ def random_texts(count: int, longest: int, seed: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("max_length", [None, 24])
 @pytest.mark.parametrize("prompt_type", ["query", "document"])
-def test_one_vector_a_text_equals_sentence_transformers(tiny_model, max_length, prompt_type):
-    encoder = Encoder(ModelFolder.find(str(tiny_model)), max_length, batch_tokens=200)
-    reference = SentenceTransformer(str(tiny_model), device="cpu")
+def test_one_vector_a_text_equals_sentence_transformers(tiny_sentence_transformer, max_length, prompt_type):
+    encoder = Encoder(ModelFolder.find(str(tiny_sentence_transformer)), max_length, batch_tokens=200)
+    reference = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
     reference.max_seq_length = max_length or 64
     texts = random_texts(12, 100)
     encode = reference.encode_query if prompt_type == "query" else reference.encode_document
@@ -35,29 +35,29 @@ def test_one_vector_a_text_equals_sentence_transformers(tiny_model, max_length, 
 
 @hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(texts=texts_of_words, size=st.sampled_from([8, 31, 64]))
-def test_the_sum_of_chunks_is_the_sum_of_all_token_vectors(tiny_model, tokenizer, texts, size):
+def test_the_sum_of_chunks_is_the_sum_of_all_token_vectors(tiny_sentence_transformer, minilm_tokenizer, texts, size):
     """By hand: cut the ids, put [CLS] and [SEP] around each piece, add up BERT's last hidden states."""
-    bert = BertModel.from_pretrained(tiny_model).eval()
-    rows = ChunkEncoder(ModelFolder.find(str(tiny_model)), size, batch_tokens=300)(texts, "document")
+    bert = BertModel.from_pretrained(tiny_sentence_transformer).eval()
+    rows = ChunkEncoder(ModelFolder.find(str(tiny_sentence_transformer)), size, batch_tokens=300)(texts, "document")
     for text, matrix in zip(texts, rows, strict=True):
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = minilm_tokenizer(text, add_special_tokens=False)["input_ids"]
         pieces = [ids[i : i + size - 2] for i in range(0, max(1, len(ids)), size - 2)]
         assert len(matrix) == len(pieces)
         for piece, row in zip(pieces, matrix, strict=True):
             with torch.no_grad():
                 states = bert(
-                    torch.tensor([[tokenizer.cls_token_id, *piece, tokenizer.sep_token_id]])
+                    torch.tensor([[minilm_tokenizer.cls_token_id, *piece, minilm_tokenizer.sep_token_id]])
                 ).last_hidden_state
             np.testing.assert_allclose(row, states[0].sum(0), rtol=1e-4, atol=1e-3)
 
 
-def test_a_prompt_is_in_front_of_every_chunk_and_within_its_size(tiny_model, tokenizer):
-    encoder = ChunkEncoder(ModelFolder.find(str(tiny_model)), 16)
+def test_a_prompt_is_in_front_of_every_chunk_and_within_its_size(tiny_sentence_transformer, minilm_tokenizer):
+    encoder = ChunkEncoder(ModelFolder.find(str(tiny_sentence_transformer)), 16)
     prompt, text = "ask: ", " ".join(WORDS * 3)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    room = 16 - 2 - len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    by_hand = [prompt + tokenizer.decode(ids[i : i + room]) for i in range(0, len(ids), room)]
-    unprompted = Encoder(ModelFolder.find(str(tiny_model)), 64)(by_hand, "document")
+    ids = minilm_tokenizer(text, add_special_tokens=False)["input_ids"]
+    room = 16 - 2 - len(minilm_tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    by_hand = [prompt + minilm_tokenizer.decode(ids[i : i + room]) for i in range(0, len(ids), room)]
+    unprompted = Encoder(ModelFolder.find(str(tiny_sentence_transformer)), 64)(by_hand, "document")
     (rows,) = encoder([text], "query")
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(unit, np.concatenate(unprompted), atol=1e-5)
@@ -73,21 +73,23 @@ def test_a_model_with_its_own_encode_does_it_itself(tiny_longembed):
         np.testing.assert_allclose(np.concatenate(encoder(texts, prompt_type)), expected, atol=1e-5)
 
 
-def test_max_length_cuts_what_a_model_with_its_own_encode_reads(tiny_longembed, tokenizer):
+def test_max_length_cuts_what_a_model_with_its_own_encode_reads(tiny_longembed, minilm_tokenizer):
     encoder = Encoder(ModelFolder.find(str(tiny_longembed)), 20)
     texts = random_texts(6, 120)
-    ids = [tokenizer(text, truncation=True, max_length=20, add_special_tokens=True)["input_ids"] for text in texts]
-    cut = [tokenizer.decode(row, skip_special_tokens=True) for row in ids]
+    ids = [
+        minilm_tokenizer(text, truncation=True, max_length=20, add_special_tokens=True)["input_ids"] for text in texts
+    ]
+    cut = [minilm_tokenizer.decode(row, skip_special_tokens=True) for row in ids]
     assert any(len(row) == 20 for row in ids)
     expected = AutoModel.from_pretrained(tiny_longembed).eval().encode(cut, prompt_name="document", precision="float32")
     np.testing.assert_allclose(np.concatenate(encoder(texts, "document")), expected, atol=1e-5)
 
 
-def test_a_length_beyond_the_context_is_refused(tiny_model, tiny_longembed, tokenizer, tmp_path):
+def test_a_length_beyond_the_context_is_refused(tiny_sentence_transformer, tiny_longembed, minilm_tokenizer, tmp_path):
     # RoBERTa has two rows more than positions: its table of 66 reads 64 tokens.
     RobertaModel(
         RobertaConfig(
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=minilm_tokenizer.vocab_size,
             hidden_size=32,
             num_hidden_layers=1,
             num_attention_heads=2,
@@ -95,8 +97,8 @@ def test_a_length_beyond_the_context_is_refused(tiny_model, tiny_longembed, toke
             max_position_embeddings=66,
         )
     ).save_pretrained(tmp_path / "roberta")
-    tokenizer.save_pretrained(tmp_path / "roberta")
-    for folder, context in ((tiny_model, 64), (tiny_longembed, 256), (tmp_path / "roberta", 64)):
+    minilm_tokenizer.save_pretrained(tmp_path / "roberta")
+    for folder, context in ((tiny_sentence_transformer, 64), (tiny_longembed, 256), (tmp_path / "roberta", 64)):
         found = ModelFolder.find(str(folder))
         assert Encoder(found, context).max_length == context
         with pytest.raises(UserError, match=f"{context + 1} tokens are more than the context .* at most {context}"):

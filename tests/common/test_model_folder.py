@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.model_folder import ModelFolder
 
 
-def test_a_folder_that_is_no_model_is_told(tmp_path, tiny_model):
+def test_a_folder_that_is_no_model_is_told(tmp_path, tiny_sentence_transformer):
     with pytest.raises(UserError, match=r"it needs config.json and"):
         ModelFolder.find(str(tmp_path))
     for name in (str(tmp_path / "nowhere"), "nobody/nothing", "no such model"):
@@ -24,10 +24,10 @@ def test_a_folder_that_is_no_model_is_told(tmp_path, tiny_model):
         _ = ModelFolder.find(str(tmp_path)).parameters
 
 
-def test_the_revision_of_a_folder_changes_with_what_shapes_a_vector(tiny_model, tmp_path):
+def test_the_revision_of_a_folder_changes_with_what_shapes_a_vector(tiny_sentence_transformer, tmp_path):
     copy = tmp_path / "copy"
-    shutil.copytree(tiny_model, copy)
-    original = ModelFolder.find(str(tiny_model)).revision
+    shutil.copytree(tiny_sentence_transformer, copy)
+    original = ModelFolder.find(str(tiny_sentence_transformer)).revision
     assert ModelFolder.find(str(copy)).revision == original
     (copy / "README.md").write_text("another card")
     assert ModelFolder.find(str(copy)).revision == original

@@ -33,7 +33,7 @@ def test_a_weight_is_within_half_a_step_of_its_row():
     assert nn.functional.cosine_similarity(layers(inputs), before).min() > 0.99
 
 
-@pytest.mark.parametrize("name", ["tiny_model", "tiny_longembed"])
+@pytest.mark.parametrize("name", ["tiny_sentence_transformer", "tiny_longembed"])
 def test_an_encoder_of_8_bits_says_nearly_the_same(request, name):
     """A model of sentence-transformers and one of ours; what is cached of one precision is not taken for another."""
     folder = ModelFolder.find(str(request.getfixturevalue(name)))

@@ -18,7 +18,7 @@ QUERIES = [f"Which story is about the {animal}?" for animal in ("fox", "whale", 
 
 
 @pytest.fixture(scope="module")
-def models(tokenizer, tmp_path_factory) -> list[str]:
+def models(minilm_tokenizer, tmp_path_factory) -> list[str]:
     """A teacher of four layers and its pruned half, both in folders called `final`; the student reads less."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("compared")
@@ -27,7 +27,7 @@ def models(tokenizer, tmp_path_factory) -> list[str]:
         initializer_range=0.5,
     )  # fmt: skip
     teacher = LongEmbedModel(config)
-    teacher.tokenizer = tokenizer
+    teacher.tokenizer = minilm_tokenizer
     teacher.save_pretrained(folder / "teacher" / "final")
     student = LongEmbedModel.from_pretrained(folder / "teacher" / "final").keep_layers([0, 2])
     student.config.max_position_embeddings = 128
@@ -155,11 +155,11 @@ def test_names_tell_models_apart():
     assert short_names(["x/minilm", "org/small"]) == ["minilm", "small"]
 
 
-def test_what_cannot_be_compared_is_refused(models, tiny_model, make_task, tmp_path):
+def test_what_cannot_be_compared_is_refused(models, tiny_sentence_transformer, make_task, tmp_path):
     make_task("Animals", TEXTS, QUERIES)
     for given, complaint in (
         ({"model": [models[0], models[0]]}, "the same model is there twice"),
-        ({"model": [models[0], str(tiny_model)]}, "is none of ours; convert it"),
+        ({"model": [models[0], str(tiny_sentence_transformer)]}, "is none of ours; convert it"),
         ({"lengths": ["500"]}, "has a context of 256 tokens; give one up to that"),
         ({"repeats": 0}, "must be positive"),
         ({"metrics": ["ndcg_at_10", "mrr_at_10"]}, "--metrics ndcg_at_10 mrr_at_10: a mean of several says nothing"),

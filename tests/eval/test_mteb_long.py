@@ -31,12 +31,19 @@ def call(monkeypatch, capsys, module, *arguments) -> tuple[int, str, str]:
     return left.value.code, out, err
 
 
-def test_models_and_baselines_side_by_side(make_task, tiny_model, tiny_longembed, tmp_path, monkeypatch, capsys):
+def test_models_and_baselines_side_by_side(
+    make_task, tiny_sentence_transformer, tiny_longembed, tmp_path, monkeypatch, capsys
+):
     make_task("Animals", TEXTS, QUERIES)
     make_task("Hidden", TEXTS, QUERIES, split="test_64")
     make_task("Hidden", TEXTS, QUERIES, split="test_128")
-    models = [tiny_longembed, tiny_model]
-    models += [f"truncate:{tiny_model}:16", f"chunk-mean:{tiny_model}:32", f"chunk-max:{tiny_model}:32", "bm25"]
+    models = [tiny_longembed, tiny_sentence_transformer]
+    models += [
+        f"truncate:{tiny_sentence_transformer}:16",
+        f"chunk-mean:{tiny_sentence_transformer}:32",
+        f"chunk-max:{tiny_sentence_transformer}:32",
+        "bm25",
+    ]
     arguments = ["--model", *models, "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "r"]
     code, out, _ = call(monkeypatch, capsys, mteb_long, *arguments)
     assert code == 0
@@ -88,7 +95,9 @@ def test_data_that_changed_are_judged_again(make_task, tmp_path, monkeypatch, ca
     assert score < 60
 
 
-def test_chunk_vectors_are_computed_once_for_mean_and_max(make_task, tiny_model, tmp_path, monkeypatch, capsys):
+def test_chunk_vectors_are_computed_once_for_mean_and_max(
+    make_task, tiny_sentence_transformer, tmp_path, monkeypatch, capsys
+):
     make_task("Animals", TEXTS, QUERIES)
     encoded = []
     original = ChunkEncoder.__call__
@@ -96,7 +105,7 @@ def test_chunk_vectors_are_computed_once_for_mean_and_max(make_task, tiny_model,
         "common.encoders.ChunkEncoder.__call__",
         lambda self, texts, kind: encoded.extend(texts) or original(self, texts, kind),
     )
-    models = [f"chunk-mean:{tiny_model}:32", f"chunk-max:{tiny_model}:32"]
+    models = [f"chunk-mean:{tiny_sentence_transformer}:32", f"chunk-max:{tiny_sentence_transformer}:32"]
     code, *_ = call(
         monkeypatch,
         capsys,
@@ -126,11 +135,13 @@ def test_chunk_vectors_are_computed_once_for_mean_and_max(make_task, tiny_model,
         ({"--data_dir": ["/no/such/folder"]}, "--data_dir /no/such/folder is not a folder"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(make_task, tiny_model, tmp_path, monkeypatch, capsys, change, words):
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    make_task, tiny_sentence_transformer, tmp_path, monkeypatch, capsys, change, words
+):
     make_task("Animals", TEXTS, QUERIES)
     settings = {"--model": ["{model}"], "--data_dir": [tmp_path / "data"], "--output_dir": [tmp_path / "r"]} | change
     arguments = [word for key, values in settings.items() for word in (key, *values)]
-    arguments = [str(word).format(model=tiny_model) for word in arguments]
+    arguments = [str(word).format(model=tiny_sentence_transformer) for word in arguments]
     code, _, err = call(monkeypatch, capsys, mteb_long, *arguments)
     told = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2
@@ -164,11 +175,11 @@ def test_synthetic_tasks_are_made_and_judged(minilm, tmp_path, monkeypatch, caps
     assert "there is no tokenizer" in err
 
 
-def test_a_killed_run_goes_on_where_it_stopped(make_task, tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_killed_run_goes_on_where_it_stopped(make_task, tiny_sentence_transformer, tmp_path, monkeypatch, capsys):
     """SIGKILL once the first of the documents are in the cache; the second run encodes only the others."""
     texts = [f"{text} {i} {'and more ' * 600}" for i in range(4) for text in TEXTS]
     make_task("Animals", texts, QUERIES)
-    arguments = ["--model", "bm25", f"chunk-mean:{tiny_model}:16", "--data_dir", tmp_path / "data"]
+    arguments = ["--model", "bm25", f"chunk-mean:{tiny_sentence_transformer}:16", "--data_dir", tmp_path / "data"]
     arguments += ["--output_dir", tmp_path / "r", "--batch_tokens", "256"]
     command = [sys.executable, "eval/mteb_long.py", *map(str, arguments)]
     cache = tmp_path / "r" / "vectors.sqlite"

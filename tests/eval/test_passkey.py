@@ -85,20 +85,20 @@ def sentence_tokens(tokenizer, text: str) -> int:
 
 @hypothesis.settings(max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(length=st.integers(80, 600), depth=st.floats(0, 1), seed=st.integers(0, 99))
-def test_documents_have_the_key_at_the_depth_and_the_length_that_are_asked_for(tokenizer, length, depth, seed):
+def test_documents_have_the_key_at_the_depth_and_the_length_that_are_asked_for(minilm_tokenizer, length, depth, seed):
     needles = passkey_needles(3, seed)
-    texts = passkey_documents(Haystack(FILLER * 5, tokenizer), needles, length, depth, seed)
-    longest = sentence_tokens(tokenizer, FILLER)
+    texts = passkey_documents(Haystack(FILLER * 5, minilm_tokenizer), needles, length, depth, seed)
+    longest = sentence_tokens(minilm_tokenizer, FILLER)
     for needle, text in zip(needles, texts, strict=True):
-        assert length - 3 <= len(tokenizer(text)["input_ids"]) <= length
+        assert length - 3 <= len(minilm_tokenizer(text)["input_ids"]) <= length
         assert text.count(needle.text.strip()) == 1
         before, after = text.split(needle.text.strip())
-        before, after = (len(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
+        before, after = (len(minilm_tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
         assert abs(before - depth * (before + after)) <= longest + 2
 
 
-def test_only_the_depth_differs_between_the_cells_of_a_length(tokenizer):
-    needles, source = passkey_needles(4, 7), Haystack(FILLER * 5, tokenizer)
+def test_only_the_depth_differs_between_the_cells_of_a_length(minilm_tokenizer):
+    needles, source = passkey_needles(4, 7), Haystack(FILLER * 5, minilm_tokenizer)
     shallow, deep = (passkey_documents(source, needles, 200, depth, 7) for depth in (0.0, 1.0))
     for needle, first, last in zip(needles, shallow, deep, strict=True):
         assert first.startswith(needle.text)
@@ -106,9 +106,9 @@ def test_only_the_depth_differs_between_the_cells_of_a_length(tokenizer):
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
-def test_prompts_are_those_of_landmark_attention(tokenizer, depth):
-    prompt = passkey_prompt(Haystack(GARBAGE * 50, tokenizer), 12345, 300, depth)
-    assert 297 <= len(tokenizer(prompt)["input_ids"]) <= 300
+def test_prompts_are_those_of_landmark_attention(minilm_tokenizer, depth):
+    prompt = passkey_prompt(Haystack(GARBAGE * 50, minilm_tokenizer), 12345, 300, depth)
+    assert 297 <= len(minilm_tokenizer(prompt)["input_ids"]) <= 300
     start, end = (
         "There is an important info hidden inside a lot of irrelevant text.",
         "\nWhat is the pass key? The pass key is",
@@ -136,24 +136,24 @@ def test_accuracy_is_the_mean_over_random_orders_of_what_is_tied(n, data):
     assert accuracy(scores + 1e-9 * np.random.default_rng(0).random((n, n))) == pytest.approx(expected)
 
 
-def test_a_model_that_reads_everything_finds_every_key(tokenizer):
-    model = Retrieval(Spec, Reader(tokenizer, 10**6), None)
+def test_a_model_that_reads_everything_finds_every_key(minilm_tokenizer):
+    model = Retrieval(Spec, Reader(minilm_tokenizer, 10**6), None)
     assert [model.judge(length, depth, TRIALS, 0) for length in (90, 400) for depth in depths(4)] == [1.0] * 8
 
 
-def test_a_model_that_reads_the_first_tokens_finds_the_keys_that_lie_in_them(tokenizer):
+def test_a_model_that_reads_the_first_tokens_finds_the_keys_that_lie_in_them(minilm_tokenizer):
     """Whose keys are read whole is counted by hand; all other documents look alike to it."""
     reach = 128
     for length in (100, 256, 512):
         for depth in depths(6):
-            reader = Reader(tokenizer, reach)
+            reader = Reader(minilm_tokenizer, reach)
             found = Retrieval(Spec, reader, None).judge(length, depth, TRIALS, 3)
             documents, questions = reader.read[:TRIALS], reader.read[TRIALS:]
             seen = []
             for text, question in zip(documents, questions, strict=True):
                 name = question.removeprefix("What is the pass key of ").removesuffix("?")
                 end = text.index(name + " is ") + len(name + " is")
-                seen.append(len(tokenizer(text[:end], add_special_tokens=False)["input_ids"]) + 1 <= reach)
+                seen.append(len(minilm_tokenizer(text[:end], add_special_tokens=False)["input_ids"]) + 1 <= reach)
             # A hidden document ties with the others that are hidden; those that are read are about somebody else.
             hidden = seen.count(False)
             assert found == pytest.approx((sum(seen) + (1.0 if hidden else 0.0)) / TRIALS)
@@ -162,27 +162,29 @@ def test_a_model_that_reads_the_first_tokens_finds_the_keys_that_lie_in_them(tok
     assert hidden == TRIALS
 
 
-def test_a_model_that_tells_nothing_apart_is_right_by_chance(tokenizer):
-    model = Retrieval(Spec, Reader(tokenizer, 2), None)
+def test_a_model_that_tells_nothing_apart_is_right_by_chance(minilm_tokenizer):
+    model = Retrieval(Spec, Reader(minilm_tokenizer, 2), None)
     assert [model.judge(200, depth, TRIALS, 0) for depth in depths(3)] == pytest.approx([1 / TRIALS] * 3)
 
 
-def test_the_models_prompt_counts_as_a_part_of_the_document(tokenizer):
-    reader = Reader(tokenizer, 10**6, prompt="search document: ")
+def test_the_models_prompt_counts_as_a_part_of_the_document(minilm_tokenizer):
+    reader = Reader(minilm_tokenizer, 10**6, prompt="search document: ")
     Retrieval(Spec, reader, None).judge(150, 0.5, TRIALS, 0)
-    lengths = [len(tokenizer("search document: " + text)["input_ids"]) for text in reader.read[:TRIALS]]
+    lengths = [len(minilm_tokenizer("search document: " + text)["input_ids"]) for text in reader.read[:TRIALS]]
     assert all(147 <= length <= 150 for length in lengths)
 
 
 @pytest.mark.parametrize("kind", ["model", "chunk-mean", "chunk-max"])
-def test_scores_are_those_that_tasks_are_judged_by(tiny_model, tokenizer, tmp_path, kind, make_task):
+def test_scores_are_those_that_tasks_are_judged_by(
+    tiny_sentence_transformer, minilm_tokenizer, tmp_path, kind, make_task
+):
     """The very documents as a task: MTEB's ranking by eval/mteb_long.py has the same share of first places."""
     haystack = tmp_path / "hay.txt"
     haystack.write_text("".join(f"On day {i} the ship met {i * 7 % 31} storms and a whale. " for i in range(300)))
-    name = str(tiny_model) if kind == "model" else f"{kind}:{tiny_model}:32"
+    name = str(tiny_sentence_transformer) if kind == "model" else f"{kind}:{tiny_sentence_transformer}:32"
     asked = Arguments([name], str(tmp_path / "out"), ["64"], depths=1, trials=40, haystack=str(haystack))
     found = judge(asked)[0].accuracy
-    needles, source = passkey_needles(40, seed=64), Haystack(haystack.read_text(), tokenizer)
+    needles, source = passkey_needles(40, seed=64), Haystack(haystack.read_text(), minilm_tokenizer)
     texts = passkey_documents(source, needles, 64, 0.5, 0)
     make_task("Keys", texts, [needle.question for needle in needles], split="test_64")
     (score,) = mteb_long.judge(mteb_long.Arguments([name], str(tmp_path / "mteb"), data_dir=str(tmp_path / "data")))
@@ -194,16 +196,16 @@ def test_scores_are_those_that_tasks_are_judged_by(tiny_model, tokenizer, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def gpt2(tokenizer, tmp_path_factory):
+def gpt2(minilm_tokenizer, tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "gpt2"
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256, "vocab_size": 30522}
     GPT2LMHeadModel(GPT2Config(**sizes, initializer_range=0.5)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    minilm_tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_a_key_is_given_if_greedy_decoding_generates_it(gpt2, tokenizer):
+def test_a_key_is_given_if_greedy_decoding_generates_it(gpt2, minilm_tokenizer):
     model = LanguageModel(str(gpt2))
     for seed in range(4):
         ids = torch.from_numpy(np.random.default_rng(seed).integers(1000, 30000, (1, 20)))
@@ -240,10 +242,10 @@ class Copier:
         return torch.stack(rows)
 
 
-def test_a_language_model_that_remembers_so_far_gives_the_keys_that_lie_so_far_back(tokenizer):
+def test_a_language_model_that_remembers_so_far_gives_the_keys_that_lie_so_far_back(minilm_tokenizer):
     """In "The pass key is K. Remember it. K is the pass key." the first K is what "key is" asks for."""
     for reach in (10**6, 150):
-        model = Generation(Copier(tokenizer, reach), None)
+        model = Generation(Copier(minilm_tokenizer, reach), None)
         for length in (130, 400):
             for depth in depths(5):
                 back = (1 - depth) * (length - 60)
@@ -252,8 +254,8 @@ def test_a_language_model_that_remembers_so_far_gives_the_keys_that_lie_so_far_b
                     assert model.judge(length, depth, 3, 0) == expected, (reach, length, depth)
 
 
-def test_a_masked_model_generates_nothing(tokenizer):
-    model = Copier(tokenizer, 9)
+def test_a_masked_model_generates_nothing(minilm_tokenizer):
+    model = Copier(minilm_tokenizer, 9)
     model.is_causal = False
     with pytest.raises(UserError, match="generate:copier is a masked language model"):
         Generation(model, None)
@@ -262,10 +264,10 @@ def test_a_masked_model_generates_nothing(tokenizer):
 # All of it ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_script(tiny_longembed, tiny_model, gpt2, tmp_path, monkeypatch, capsys):
+def test_the_script(tiny_longembed, tiny_sentence_transformer, gpt2, tmp_path, monkeypatch, capsys):
     """Three kinds of models side by side; the second time from what stands there, to the same bytes."""
-    command = f"passkey.py --model {tiny_longembed} truncate:{tiny_model}:32 generate:{gpt2} --labels ours cut gpt2"
-    command += f" --output_dir {tmp_path} --lengths 128,512 --depths 3 --trials 4"
+    command = f"passkey.py --model {tiny_longembed} truncate:{tiny_sentence_transformer}:32 generate:{gpt2}"
+    command += f" --labels ours cut gpt2 --output_dir {tmp_path} --lengths 128,512 --depths 3 --trials 4"
     monkeypatch.setattr("sys.argv", command.split())
     passkey.main()
     table = (tmp_path / "table.md").read_text()

@@ -26,7 +26,7 @@ def words(count: int, seed: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def folders(tokenizer, tmp_path_factory):
+def folders(minilm_tokenizer, tmp_path_factory):
     """Random models of two layers: those of transformers, and ours looking both ways and back alone."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("language_models")
@@ -42,7 +42,7 @@ def folders(tokenizer, tmp_path_factory):
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        minilm_tokenizer.save_pretrained(folder / name)
     return folder
 
 
@@ -64,7 +64,7 @@ def surprise(logits, token) -> float:
 
 @pytest.mark.promise("E2")
 @pytest.mark.parametrize("name", ["bert", "ours"])
-def test_pseudo_perplexity_masks_each_token_alone(folders, tokenizer, name):
+def test_pseudo_perplexity_masks_each_token_alone(folders, minilm_tokenizer, name):
     """Salazar et al. 2020, written out: one forward of transformers a token, in one piece and in pieces of it."""
     model = loaded(folders / name)
     plain = model.model
@@ -73,8 +73,8 @@ def test_pseudo_perplexity_masks_each_token_alone(folders, tokenizer, name):
         expected = []
         for place, token in enumerate(ids):
             start = place // (length - 2) * (length - 2)
-            piece = [tokenizer.cls_token_id, *ids[start : start + length - 2], tokenizer.sep_token_id]
-            piece[1 + place - start] = tokenizer.mask_token_id
+            piece = [minilm_tokenizer.cls_token_id, *ids[start : start + length - 2], minilm_tokenizer.sep_token_id]
+            piece[1 + place - start] = minilm_tokenizer.mask_token_id
             with torch.no_grad():
                 logits = plain(torch.tensor([piece])).logits[0, 1 + place - start]
             expected.append(surprise(logits, token))
@@ -83,12 +83,12 @@ def test_pseudo_perplexity_masks_each_token_alone(folders, tokenizer, name):
 
 
 @pytest.mark.promise("E2")
-def test_tokens_that_are_masked_together_do_not_see_each_other(folders, tokenizer):
+def test_tokens_that_are_masked_together_do_not_see_each_other(folders, minilm_tokenizer):
     model = loaded(folders / "bert")
     ids = model.tokenize(words(40))[:20]
-    piece = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+    piece = [minilm_tokenizer.cls_token_id, *ids, minilm_tokenizer.sep_token_id]
     for place in (2, 3, 11):
-        piece[1 + place] = tokenizer.mask_token_id
+        piece[1 + place] = minilm_tokenizer.mask_token_id
     with torch.no_grad():
         logits = model.model(torch.tensor([piece])).logits[0]
     losses = masked_losses(model, torch.tensor(ids), [{2, 3, 11}], 22, batch_tokens=22)
@@ -124,7 +124,7 @@ def test_more_context_changes_nothing_for_a_model_that_reads_in_blocks(folders):
 @pytest.mark.promise("E2")
 @pytest.mark.parametrize("lead", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "causal"])
-def test_windows_against_a_forward_for_every_token(folders, tokenizer, name, lead):
+def test_windows_against_a_forward_for_every_token(folders, minilm_tokenizer, name, lead):
     """Both variants with windows of 12 and stride 5: each token from a forward that ends right before it."""
     model = loaded(folders / name, lead)
     ids = model.tokenize(words(60))[:41]
@@ -133,7 +133,7 @@ def test_windows_against_a_forward_for_every_token(folders, tokenizer, name, lea
     for end, window in zip(ends, losses, strict=True):
         expected = []
         for place in range(end - size + (not lead), end):
-            before = [tokenizer.cls_token_id] * lead + ids[end - size : place]
+            before = [minilm_tokenizer.cls_token_id] * lead + ids[end - size : place]
             with torch.no_grad():
                 expected.append(surprise(model.model(torch.tensor([before])).logits[0, -1], ids[place]))
         np.testing.assert_allclose(window, expected, atol=1e-6)
@@ -313,12 +313,12 @@ def test_texts_that_are_too_short_and_foreign_results_are_told(folders, books, t
         judge(arguments_of(folders, ["ours"], books, tmp_path))
 
 
-def test_a_checkpoint_without_its_head_is_refused(folders, tokenizer, tmp_path):
+def test_a_checkpoint_without_its_head_is_refused(folders, minilm_tokenizer, tmp_path):
     model = BertModel(BertConfig(**SIZES, num_hidden_layers=1, architectures=["BertForMaskedLM"]))
     model.config.architectures = ["BertForMaskedLM"]
     model.save_pretrained(tmp_path / "cut")
     config = json.loads((tmp_path / "cut" / "config.json").read_text())
     (tmp_path / "cut" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
-    tokenizer.save_pretrained(tmp_path / "cut")
+    minilm_tokenizer.save_pretrained(tmp_path / "cut")
     with pytest.raises(UserError, match=r"cut has no weights for cls\.predictions.*; train its head first"):
         LanguageModel(str(tmp_path / "cut"))

@@ -50,15 +50,17 @@ def test_each_question_finds_all_of_its_answers_among_those_of_all_rows(tmp_path
 
 
 @pytest.mark.promise("E1")
-def test_top_1_top_5_and_mrr_are_those_of_scikit_learn_and_of_the_ranks(tiny_model, tmp_path, monkeypatch, capsys):
+def test_top_1_top_5_and_mrr_are_those_of_scikit_learn_and_of_the_ranks(
+    tiny_sentence_transformer, tmp_path, monkeypatch, capsys
+):
     data = write(tmp_path / "q.jsonl", ROWS)
     write_task(Arguments(data, str(tmp_path / "data" / "Animals"), judge_from=3))
     metrics = ["hit_rate_at_1", "hit_rate_at_5", "mrr_at_10"]
     arguments = mteb_long.Arguments(
-        [str(tiny_model)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"), metrics=metrics
+        [str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"), metrics=metrics
     )
     found = {score.metric: score.value for score in mteb_long.judge(arguments)}
-    model = SentenceTransformer(str(tiny_model), device="cpu")
+    model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
     model.max_seq_length = 64
     asked = model.encode_query([row["question"] for row in ROWS[3:]])
     scores = asked @ model.encode_document([row["long_answer"].strip() for row in ROWS]).T

@@ -45,9 +45,9 @@ def cells(table: str) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def vectors(tiny_model):
+def encode_pairs(tiny_sentence_transformer):
     """The unit vectors of both sides of pairs, by sentence-transformers."""
-    model = SentenceTransformer(str(tiny_model), device="cpu")
+    model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
 
     def encode(rows):
         return [
@@ -59,26 +59,28 @@ def vectors(tiny_model):
 
 
 @pytest.mark.promise("E1")
-def test_the_table_is_that_of_sentence_transformers_and_scipy(tiny_model, vectors, tmp_path):
+def test_the_table_is_that_of_sentence_transformers_and_scipy(tiny_sentence_transformer, encode_pairs, tmp_path):
     rows = {"sts12": random_pairs(60, 1), "mine": random_pairs(40, 2)}
     for row in rows["mine"]:
         del row["subset"]
     rows["mine"].append(rows["mine"][0])  # a sentence that is there twice counts once in the uniformity
     for name, pairs in rows.items():
         write_rows(tmp_path / "data" / f"{name}.jsonl{'.gz' * (name == 'mine')}", pairs)
-    arguments = Arguments([str(tiny_model)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"))
+    arguments = Arguments([str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"))
     (found,) = cells(judge(arguments))
     (found_mean,) = cells(judge(replace(arguments, aggregation="mean")))
     expected, aligned, uniform = {}, [], []
     for name, title in (("mine", "mine"), ("sts12", "STS12")):
-        first, second = vectors(rows[name])
+        first, second = encode_pairs(rows[name])
         gold = np.array([row["score"] for row in rows[name]])
         cosines = (first * second).sum(1)
         evaluator = EmbeddingSimilarityEvaluator(
             [row["sentence1"] for row in rows[name]], [row["sentence2"] for row in rows[name]], gold.tolist(),
             main_similarity="cosine",
         )  # fmt: skip
-        expected[title] = evaluator(SentenceTransformer(str(tiny_model), device="cpu"))["spearman_cosine"]
+        expected[title] = evaluator(SentenceTransformer(str(tiny_sentence_transformer), device="cpu"))[
+            "spearman_cosine"
+        ]
         # Spearman with ties is Pearson's correlation of average ranks.
         assert expected[title] == pytest.approx(np.corrcoef(rankdata(gold), rankdata(cosines))[0, 1], abs=1e-6)
         parts = 2 if "subset" in rows[name][0] else 1
@@ -97,10 +99,15 @@ def test_the_table_is_that_of_sentence_transformers_and_scipy(tiny_model, vector
 
 
 def test_whatever_has_one_vector_is_judged_and_the_rest_is_refused(
-    tiny_model, tiny_longembed, tmp_path, monkeypatch, capsys
+    tiny_sentence_transformer, tiny_longembed, tmp_path, monkeypatch, capsys
 ):
     write_rows(tmp_path / "data" / "sickr.jsonl", random_pairs(30))
-    models = [tiny_longembed, tiny_model, f"truncate:{tiny_model}:8", f"chunk-mean:{tiny_model}:8"]
+    models = [
+        tiny_longembed,
+        tiny_sentence_transformer,
+        f"truncate:{tiny_sentence_transformer}:8",
+        f"chunk-mean:{tiny_sentence_transformer}:8",
+    ]
     argv = ["sts", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "r", "--model"]
     monkeypatch.setattr(sys, "argv", [str(word) for word in (*argv, *models)])
     with pytest.raises(SystemExit) as left:
@@ -110,7 +117,7 @@ def test_whatever_has_one_vector_is_judged_and_the_rest_is_refused(
     names = ["tiny-longembed", "tiny", "tiny-truncate-8", "tiny-chunk-mean-8"]
     assert [row["model"] for row in rows] == [f"local/{name}" for name in names]
     assert len({row["SICK-R"] for row in rows}) == 4
-    for name in ("bm25", f"chunk-max:{tiny_model}:8"):
+    for name in ("bm25", f"chunk-max:{tiny_sentence_transformer}:8"):
         monkeypatch.setattr(sys, "argv", [str(word) for word in (*argv, name)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
@@ -120,13 +127,13 @@ def test_whatever_has_one_vector_is_judged_and_the_rest_is_refused(
 
 
 @pytest.mark.parametrize(("value", "words"), [(1.0, "it has collapsed"), (np.nan, "zero, NaN or infinite")])
-def test_vectors_that_cannot_order_pairs_are_told(tiny_model, tmp_path, monkeypatch, value, words):
+def test_vectors_that_cannot_order_pairs_are_told(tiny_sentence_transformer, tmp_path, monkeypatch, value, words):
     write_rows(tmp_path / "data" / "mine.jsonl", random_pairs(10))
     monkeypatch.setattr(
         OneVector, "encode", lambda self, inputs, **_: np.full((len(inputs.dataset), 4), value, np.float32)
     )
     with pytest.raises(UserError, match=rf"local/tiny gives .* mine.*{words}"):
-        judge(Arguments([str(tiny_model)], str(tmp_path / "r"), data_dir=str(tmp_path / "data")))
+        judge(Arguments([str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data")))
     assert not list((tmp_path / "r").rglob("mine.json"))
 
 

@@ -24,8 +24,8 @@ def bytes_of(folder):
 
 
 @pytest.mark.parametrize(("kind", "haystack"), [("passkey", None), ("needle", ESSAY)])
-def test_a_task_is_as_long_and_as_deep_as_it_says(tokenizer, tmp_path, kind, haystack):
-    write_task(tmp_path / "Task", kind, tokenizer, [96, 700], queries=10, documents=30, haystack=haystack)
+def test_a_task_is_as_long_and_as_deep_as_it_says(minilm_tokenizer, tmp_path, kind, haystack):
+    write_task(tmp_path / "Task", kind, minilm_tokenizer, [96, 700], queries=10, documents=30, haystack=haystack)
     assert list(local_task(tmp_path / "Task").eval_splits) == ["test_96", "test_700"]
     for length in (96, 700):
         split = tmp_path / "Task" / f"test_{length}"
@@ -35,7 +35,7 @@ def test_a_task_is_as_long_and_as_deep_as_it_says(tokenizer, tmp_path, kind, hay
         assert (len(documents), len(queries), len(qrels)) == (30, 10, 10)
         assert len(set(documents.values())) == 30
         for text in documents.values():
-            assert length - 3 <= len(tokenizer(text)["input_ids"]) <= length
+            assert length - 3 <= len(minilm_tokenizer(text)["input_ids"]) <= length
         needles = NEEDLES[kind](30, seed=length)
         depths = []
         for query, document in qrels.items():
@@ -51,9 +51,9 @@ def test_a_task_is_as_long_and_as_deep_as_it_says(tokenizer, tmp_path, kind, hay
             assert all(any(abs(depth - tenth / 10) < 0.1 for depth in depths) for tenth in range(11))
 
 
-def test_the_seed_decides_every_byte(tokenizer, tmp_path):
+def test_the_seed_decides_every_byte(minilm_tokenizer, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        write_task(tmp_path / name, "passkey", tokenizer, [64, 128], queries=5, documents=12, seed=seed)
+        write_task(tmp_path / name, "passkey", minilm_tokenizer, [64, 128], queries=5, documents=12, seed=seed)
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
     assert not set(bytes_of(tmp_path / "a").values()) & set(bytes_of(tmp_path / "c").values())
 
@@ -74,7 +74,7 @@ def byte_pairs():
     return PreTrainedTokenizerFast(tokenizer_object=model._tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "byte_pairs"])
+@pytest.mark.parametrize("kind", ["minilm_tokenizer", "byte_pairs"])
 @hypothesis.settings(max_examples=40, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     text=st.lists(
@@ -105,10 +105,10 @@ def test_any_text_gives_documents_of_any_length(request, kind, text, tokens, dep
         ({"lengths": [128, 16]}, "16 tokens have no room for"),
     ],
 )
-def test_numbers_that_make_no_task_are_told_and_leave_nothing(tokenizer, tmp_path, arguments, words):
+def test_numbers_that_make_no_task_are_told_and_leave_nothing(minilm_tokenizer, tmp_path, arguments, words):
     settings = {"kind": "passkey", "lengths": [64], "queries": 2, "documents": 4} | arguments
     with pytest.raises(UserError, match=words):
-        write_task(tmp_path / "Task", tokenizer=tokenizer, **settings)
+        write_task(tmp_path / "Task", tokenizer=minilm_tokenizer, **settings)
     assert not list(tmp_path.iterdir())
 
 

@@ -65,13 +65,13 @@ def test_scores_of_fewer_bits_lie_beside_the_others(make_task, tiny_longembed, t
     assert judge(tiny_longembed, tmp_path, vectors="int8", precision="int8")[1].value == 100.0  # BM25 has no vectors
 
 
-def test_chunk_mean_is_stored_by_its_direction(tiny_model, tmp_path):
+def test_chunk_mean_is_stored_by_its_direction(tiny_sentence_transformer, tmp_path):
     """Where no text is longer than a chunk it is the model itself, in 8 bits too: the number of tokens of a text, which
     its row is multiplied by, has no part in the steps.
     """
     texts = ["fox " * 3, "whale and frog " * 8, "heron", "a badger in the wood " * 5]
     loader = SimpleNamespace(dataset=Dataset.from_dict({"text": [text.strip() for text in texts]}))
-    names = {str(tiny_model): "float32", f"chunk-mean:{tiny_model}:60": "int8"}
+    names = {str(tiny_sentence_transformer): "float32", f"chunk-mean:{tiny_sentence_transformer}:60": "int8"}
     models = [JudgedModel.parse(name).storing(bits) for name, bits in names.items()]
     cache = VectorCache(tmp_path / "v.sqlite")
     exact, found = (each.load(cache, 400, False).encode(loader, prompt_type=PromptType.document) for each in models)
@@ -80,11 +80,11 @@ def test_chunk_mean_is_stored_by_its_direction(tiny_model, tmp_path):
     assert (np.abs(found - exact) <= 0.51 * steps + 1e-5).all()
 
 
-def test_what_cannot_be_stored_so_is_refused(make_task, tiny_longembed, tiny_model, tmp_path):
+def test_what_cannot_be_stored_so_is_refused(make_task, tiny_longembed, tiny_sentence_transformer, tmp_path):
     make_task("Animals", TEXTS, QUERIES)
     with pytest.raises(UserError, match="--vectors int4 is not one of float32, int8, binary"):
         judge(tiny_longembed, tmp_path, vectors="int4")
     with pytest.raises(UserError, match="--precision int4 is not one of auto, float32, bfloat16, int8"):
         judge(tiny_longembed, tmp_path, precision="int4")
     with pytest.raises(UserError, match="chunk-max has a vector a chunk"):
-        JudgedModel.parse(f"chunk-max:{tiny_model}:32").storing("int8")
+        JudgedModel.parse(f"chunk-max:{tiny_sentence_transformer}:32").storing("int8")

@@ -12,7 +12,7 @@ from experiments import demo
 
 
 @pytest.fixture
-def trained(tmp_path):
+def finished_folder(tmp_path):
     """A folder as the training leaves it, with the real encoder, and scores as the judging gives them."""
     settings = demo.Settings(context=1024)
     (tmp_path / "training").mkdir()
@@ -21,8 +21,8 @@ def trained(tmp_path):
     return tmp_path, [demo.Score(name, "PasskeyRetrieval", "test_256", 75.0) for name in names]
 
 
-def test_the_published_folder_loads_where_the_repository_cannot_be_imported(trained):
-    folder, scores = trained
+def test_the_published_folder_loads_where_the_repository_cannot_be_imported(finished_folder):
+    folder, scores = finished_folder
     demo.publish(folder, scores)
     assert demo.load_elsewhere(folder) <= 1e-6
     card = (folder / "model" / "README.md").read_text()
@@ -30,20 +30,20 @@ def test_the_published_folder_loads_where_the_repository_cannot_be_imported(trai
     assert card.count("Passkey 256") == 1
 
 
-def test_a_broken_folder_is_not_taken_for_a_published_one(trained):
-    folder, scores = trained
+def test_a_broken_folder_is_not_taken_for_a_published_one(finished_folder):
+    folder, scores = finished_folder
     demo.publish(folder, scores)
     (folder / "model" / "output_pooling_longembed.py").unlink()
     with pytest.raises(RuntimeError, match="does not load on its own"):
         demo.load_elsewhere(folder)
 
 
-def test_the_converted_model_is_the_encoder_block_by_block(trained):
+def test_the_converted_model_is_the_encoder_block_by_block(finished_folder):
     """Oracle: the original encoder on each block, special tokens where the document has them; a ridge regression."""
     from sklearn.linear_model import Ridge
     from transformers import AutoModel
 
-    model = AutoModel.from_pretrained(trained[0] / "training" / "final")
+    model = AutoModel.from_pretrained(finished_folder[0] / "training" / "final")
     original = AutoModel.from_pretrained(demo.minilm())
     ids = torch.tensor(model.tokenize(["all the president's men " * 200])[0])
     block = demo.Settings().block

@@ -38,7 +38,7 @@ ROWS = ["repeat", "interpolate", "group", "block", "rope_start", "rope"]
 
 
 @pytest.fixture
-def arguments(tiny_model, make_task, tmp_path, monkeypatch) -> extension.Arguments:
+def extension_arguments(tiny_sentence_transformer, make_task, tmp_path, monkeypatch) -> extension.Arguments:
     """An encoder of 64 positions, extended to 128; training runs in this process, which saves imports."""
 
     def run(command, **options):
@@ -55,7 +55,7 @@ def arguments(tiny_model, make_task, tmp_path, monkeypatch) -> extension.Argumen
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     make_task("Toy", [words(100, seed) for seed in range(5)], [words(5, seed) for seed in range(5)])
     return extension.Arguments(
-        model_name_or_path=str(tiny_model),
+        model_name_or_path=str(tiny_sentence_transformer),
         train_data=[str(tmp_path / "train.jsonl")],
         text_column="body",
         eval_data=str(tmp_path / "held-out.jsonl"),
@@ -71,7 +71,7 @@ def arguments(tiny_model, make_task, tmp_path, monkeypatch) -> extension.Argumen
     )
 
 
-def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(arguments, tmp_path, monkeypatch):
+def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(extension_arguments, tmp_path, monkeypatch):
     judge, stop_at = perplexity.measure, "rope"
 
     def stopping(model, label, *rest):
@@ -81,12 +81,12 @@ def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(arguments, tmp_pa
 
     monkeypatch.setattr(perplexity, "measure", stopping)
     with pytest.raises(KeyboardInterrupt):
-        extension.compare(arguments)
+        extension.compare(extension_arguments)
     written = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [result["row"] for result in written] == ["base", *ROWS[:-1]]
 
     stop_at = ""
-    results = {result["row"]: result for result in extension.compare(arguments)}
+    results = {result["row"]: result for result in extension.compare(extension_arguments)}
     assert list(results) == ["base", *ROWS]
     values = {
         name: {length: point["value"] for length, point in result["perplexity"]["masked"].items()}
@@ -118,12 +118,12 @@ def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(arguments, tmp_pa
     monkeypatch.setattr(extension, "train", not_again)
     monkeypatch.setattr(perplexity, "score", not_again)
     monkeypatch.setattr(extension.mteb_long.mteb, "evaluate", not_again)
-    assert {result["row"]: result for result in extension.compare(arguments)} == results
+    assert {result["row"]: result for result in extension.compare(extension_arguments)} == results
 
     path = tmp_path / "recipes" / "rope.yaml"
     path.write_text(path.read_text() + "seed: 1\n")
     with pytest.raises(UserError, match=r"rows/rope.* was made from another model, recipe or data; remove it"):
-        extension.compare(arguments)
+        extension.compare(extension_arguments)
 
 
 def test_what_a_run_cost_is_read_from_its_lines(tmp_path):
@@ -151,13 +151,13 @@ def test_only_who_started_a_script_answers_ctrl_c(tmp_path):
     training_runs.run_script(tmp_path / "script.py", [])
 
 
-def test_unknown_rows_and_missing_recipes_are_refused_before_training(arguments, tmp_path):
-    arguments.rows = ["ropes"]
+def test_unknown_rows_and_missing_recipes_are_refused_before_training(extension_arguments, tmp_path):
+    extension_arguments.rows = ["ropes"]
     with pytest.raises(UserError, match="--rows: there is no ropes; choose of base repeat"):
-        extension.compare(arguments)
-    arguments.rows = ["alibi"]
+        extension.compare(extension_arguments)
+    extension_arguments.rows = ["alibi"]
     with pytest.raises(UserError, match=r"alibi.yaml cannot be read"):
-        extension.compare(arguments)
+        extension.compare(extension_arguments)
     assert not (tmp_path / "out" / "rows").exists()
 
 

@@ -38,7 +38,7 @@ FINDING = {
 
 
 @pytest.fixture
-def arguments(tiny_longembed, tmp_path, monkeypatch) -> findings.Arguments:
+def findings_arguments(tiny_longembed, tmp_path, monkeypatch) -> findings.Arguments:
     """Twelve questions, of which the last four are judged; training runs in this process, which saves imports."""
 
     def run(command, **options):
@@ -80,11 +80,11 @@ def judged_by_hand(folder, tmp_path) -> tuple[float, float]:
     return 100 * first.mean(), 100 * correlation
 
 
-def test_two_trainings_are_judged_as_by_hand_and_made_once(arguments, tmp_path, monkeypatch):
-    results = findings.compare(arguments)["steps"]
+def test_two_trainings_are_judged_as_by_hand_and_made_once(findings_arguments, tmp_path, monkeypatch):
+    results = findings.compare(findings_arguments)["steps"]
     assert [result["row"] for result in results] == ["start", "one", "two"]
     folder = tmp_path / "out" / "steps"
-    models = [arguments.model_name_or_path, folder / "one" / "final", folder / "two" / "final"]
+    models = [findings_arguments.model_name_or_path, folder / "one" / "final", folder / "two" / "final"]
     for result, model in zip(results, models, strict=True):
         found = [result["scores"][column] for column in ("Questions top 1", "Spearman")]
         assert found == pytest.approx(judged_by_hand(model, tmp_path), abs=0.01)
@@ -104,57 +104,59 @@ def test_two_trainings_are_judged_as_by_hand_and_made_once(arguments, tmp_path, 
 
     monkeypatch.setattr(findings, "train", not_again)
     monkeypatch.setattr(findings.mteb_long.mteb, "evaluate", not_again)
-    assert findings.compare(arguments)["steps"] == results
+    assert findings.compare(findings_arguments)["steps"] == results
 
     changed = FINDING | {"rows": {"one": {"max_steps": 1, "seed": 1}}}
     (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(changed))
     with pytest.raises(UserError, match=r"steps/one was made from another model, recipe or data"):
-        findings.compare(arguments)
+        findings.compare(findings_arguments)
 
 
-def test_missing_data_is_told_before_anything_is_trained(arguments, tmp_path):
-    arguments.findings = ["hard_negatives"]
-    arguments.recipes = str(findings.FINDINGS)
+def test_missing_data_is_told_before_anything_is_trained(findings_arguments, tmp_path):
+    findings_arguments.findings = ["hard_negatives"]
+    findings_arguments.recipes = str(findings.FINDINGS)
     with pytest.raises(UserError, match="--teacher is needed"):
-        findings.compare(arguments)
-    arguments.findings = ["nothing"]
+        findings.compare(findings_arguments)
+    findings_arguments.findings = ["nothing"]
     with pytest.raises(UserError, match=r"nothing.yaml cannot be read"):
-        findings.compare(arguments)
+        findings.compare(findings_arguments)
     assert not (tmp_path / "out" / "hard_negatives").exists()
 
 
-def test_a_model_that_is_not_there_is_told_before_anything_is_written(arguments, tmp_path):
-    arguments.model_name_or_path = str(tmp_path / "none")
+def test_a_model_that_is_not_there_is_told_before_anything_is_written(findings_arguments, tmp_path):
+    findings_arguments.model_name_or_path = str(tmp_path / "none")
     with pytest.raises(UserError, match=r"unknown model .*/none"):
-        findings.compare(arguments)
+        findings.compare(findings_arguments)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("data", "option"), [("titles", "titles"), ("sentences", "titles"), ("documents", "documents")]
 )
-def test_a_file_of_which_nothing_is_left_to_train_on_is_told_before_training(arguments, tmp_path, data, option):
+def test_a_file_of_which_nothing_is_left_to_train_on_is_told_before_training(
+    findings_arguments, tmp_path, data, option
+):
     """Three rows, of which all that are long enough are judged."""
     texts = [{"title": f"t{n}", "anchor": f"t{n}", "abstract": "a", "positive": words(20, n)} for n in range(3)]
     write_rows(tmp_path / "rows.jsonl", [row | {"body": words(20, n)} for n, row in enumerate(texts)])
-    setattr(arguments, option, str(tmp_path / "rows.jsonl"))
-    arguments.judged_titles, arguments.judged_documents, arguments.document_words = 3, 3, 15
+    setattr(findings_arguments, option, str(tmp_path / "rows.jsonl"))
+    findings_arguments.judged_titles, findings_arguments.judged_documents, findings_arguments.document_words = 3, 3, 15
     (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(FINDING | {"data": data}))
     with pytest.raises(UserError, match=rf"--{option} has no row to train on .*\(--judged_{option}\)"):
-        findings.compare(arguments)
-    assert not (arguments.data / f"{data}.jsonl").exists()  # which would be taken for made, next time
+        findings.compare(findings_arguments)
+    assert not (findings_arguments.data / f"{data}.jsonl").exists()  # which would be taken for made, next time
     assert not (tmp_path / "out" / "steps").exists()
 
 
 @pytest.mark.parametrize(("steps", "follow", "stages"), [(5, 2, [2, 4, 5]), (5, 3, [1, 2, 3, 4, 5])])
-def test_every_stage_of_a_row_is_kept_until_it_is_judged(arguments, tmp_path, steps, follow, stages):
+def test_every_stage_of_a_row_is_kept_until_it_is_judged(findings_arguments, tmp_path, steps, follow, stages):
     finding = FINDING | {"follow": follow, "rows": {"row": {"max_steps": steps}}}
     (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(finding))
     (row,) = findings.Finding.read(tmp_path / "recipes" / "steps.yaml").rows
-    assert list(findings.make(row, tmp_path / "out" / "row", arguments)) == stages
+    assert list(findings.make(row, tmp_path / "out" / "row", findings_arguments)) == stages
 
 
-def test_a_row_interrupted_while_its_checkpoints_are_removed_goes_on(arguments, tmp_path, monkeypatch):
+def test_a_row_interrupted_while_its_checkpoints_are_removed_goes_on(findings_arguments, tmp_path, monkeypatch):
     finding = FINDING | {"follow": 3, "rows": {"row": {"max_steps": 3}}}
     (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(finding))
     (row,) = findings.Finding.read(tmp_path / "recipes" / "steps.yaml").rows
@@ -171,19 +173,24 @@ def test_a_row_interrupted_while_its_checkpoints_are_removed_goes_on(arguments, 
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(findings.shutil, "rmtree", stopping)
-        findings.make(row, folder, arguments)
-    assert list(findings.make(row, folder, arguments)) == [1, 2, 3]
+        findings.make(row, folder, findings_arguments)
+    assert list(findings.make(row, folder, findings_arguments)) == [1, 2, 3]
     assert not (folder / "checkpoints").exists()
 
 
-def test_long_documents_are_judged_apart_from_those_that_train(arguments, tmp_path):
+def test_long_documents_are_judged_apart_from_those_that_train(findings_arguments, tmp_path):
     rows = [{"title": f"t{n}", "abstract": f"a{n}", "body": words(10 + n, n)} for n in range(20)]
     write_rows(tmp_path / "documents.jsonl", rows)
-    arguments.documents, arguments.document_words, arguments.judged_documents = str(tmp_path / "documents.jsonl"), 15, 4
-    path = findings.data_file("documents", arguments)
+    findings_arguments.documents, findings_arguments.document_words, findings_arguments.judged_documents = (
+        str(tmp_path / "documents.jsonl"),
+        15,
+        4,
+    )
+    path = findings.data_file("documents", findings_arguments)
     trained = [json.loads(line)["abstract"] for line in path.read_text().splitlines()]
     queries, corpus = (
-        findings.read_rows(arguments.data / "Documents" / f"{name}.jsonl.gz", "text") for name in ("queries", "corpus")
+        findings.read_rows(findings_arguments.data / "Documents" / f"{name}.jsonl.gz", "text")
+        for name in ("queries", "corpus")
     )
     judged = [text for _, (text,) in queries]
     bodies = {row["abstract"]: row["body"] for row in rows}

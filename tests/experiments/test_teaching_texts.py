@@ -12,7 +12,7 @@ from tests.eval.task_files import write_rows
 
 
 @pytest.fixture
-def arguments(tmp_path) -> list[str]:
+def script_options(tmp_path) -> list[str]:
     data = tmp_path / "data"
     for name in teaching_texts.DOCUMENTS:
         bodies = [" ".join(f"{name} {row} says {number}." for number in range(300)) for row in range(3)]
@@ -34,9 +34,9 @@ def texts_of(path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
-def test_texts_are_not_of_what_judges_and_the_same_again(arguments, tmp_path):
+def test_texts_are_not_of_what_judges_and_the_same_again(script_options, tmp_path):
     for name in ("one", "two"):
-        teaching_texts.main([*arguments, "--output_dir", str(tmp_path / name)])
+        teaching_texts.main([*script_options, "--output_dir", str(tmp_path / name)])
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["documents.jsonl", "held-out-documents.jsonl", "held-out-passages.jsonl", "passages.jsonl"]
     for file in files:
@@ -74,7 +74,7 @@ def test_a_passage_is_of_whole_sentences_and_as_long_as_drawn():
     assert teaching_texts.passages(" \n", 3, random.Random(1)) == []
 
 
-def test_a_file_that_is_not_there_is_one_sentence(arguments, tmp_path):
+def test_a_file_that_is_not_there_is_one_sentence(script_options, tmp_path):
     with pytest.raises(UserError, match=r"clinical/documents\.jsonl\.gz cannot be read"):
-        teaching_texts.main(["--data_dir", str(tmp_path), *arguments[2:], "--output_dir", str(tmp_path / "out")])
+        teaching_texts.main(["--data_dir", str(tmp_path), *script_options[2:], "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

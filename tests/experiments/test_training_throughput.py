@@ -15,7 +15,7 @@ LENGTH = 48
 
 
 @pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> str:
+def bert_folder(tmp_path_factory) -> str:
     """A tiny random BERT with its tokenizer and dropout, of 32 positions."""
     folder = tmp_path_factory.mktemp("bert")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
@@ -36,18 +36,18 @@ def compare(arguments, output, patterns=("full",)) -> str:
     return compare_training(arguments, list(patterns), [LENGTH], repeats=1, threads=1, output=output)
 
 
-def test_both_sides_measure_the_same_step(bert, tmp_path, capsys):
+def test_both_sides_measure_the_same_step(bert_folder, tmp_path, capsys):
     """The oracle of our step is sentence-transformers' loss; real processes, each of them twice."""
-    compare(arguments(bert, batch_tokens=[100]), tmp_path, ["full", "block:size=16"])
+    compare(arguments(bert_folder, batch_tokens=[100]), tmp_path, ["full", "block:size=16"])
     said = capsys.readouterr().out
     assert said.count("loss differs by") == 2
     assert said.count("repeat 1, ours") == said.count("repeat 1, sentence-transformers") == 2
     assert not list(tmp_path.glob("gradients*"))
 
 
-def test_sides_that_differ_are_not_timed(bert, tmp_path):
+def test_sides_that_differ_are_not_timed(bert_folder, tmp_path):
     """The same step with one number of one side's weights changed."""
-    models = training_throughput._models(bert, "full", LENGTH, tmp_path)
+    models = training_throughput._models(bert_folder, "full", LENGTH, tmp_path)
     weights = load_file(f"{models[PUBLISHED]}/model.safetensors")
     name = "encoder.layer.1.output.dense.bias"
     save_file(
@@ -56,11 +56,11 @@ def test_sides_that_differ_are_not_timed(bert, tmp_path):
         {"format": "pt"},
     )
     with pytest.raises(UserError, match=r"^full at 48 tokens: loss or gradients differ by more than 0\.0001, nothing"):
-        compare(arguments(bert), tmp_path)
+        compare(arguments(bert_folder), tmp_path)
 
 
-def test_dropout_is_off_on_both_sides(bert, tmp_path):
-    models = training_throughput._models(bert, "full", LENGTH, tmp_path)
+def test_dropout_is_off_on_both_sides(bert_folder, tmp_path):
+    models = training_throughput._models(bert_folder, "full", LENGTH, tmp_path)
     ours = LongEmbedModel.from_pretrained(models[OURS]).config
     published = BertConfig.from_pretrained(models[PUBLISHED])
     assert ours.hidden_dropout_prob == ours.attention_dropout == 0
@@ -79,12 +79,12 @@ def test_the_fastest_within_the_memory_is_compared():
     assert "2.00 times the pairs/s of sentence-transformers' fastest setting, at 3.00 GB against 5.00 GB" in table
 
 
-def test_what_is_asked_for_wrongly(bert, tmp_path, monkeypatch):
+def test_what_is_asked_for_wrongly(bert_folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^--training needs --base_model"):
-        compare(arguments(bert, base_model=None), tmp_path)
+        compare(arguments(bert_folder, base_model=None), tmp_path)
     (tmp_path / "pairs.jsonl").write_text('{"anchor": "a b", "positive": "c d e"}\n')
     with pytest.raises(UserError, match=r"pairs.jsonl: has 1 pairs, --pair_count asks for 3$"):
-        compare(arguments(bert, pairs=str(tmp_path / "pairs.jsonl")), tmp_path)
+        compare(arguments(bert_folder, pairs=str(tmp_path / "pairs.jsonl")), tmp_path)
     monkeypatch.setattr("sys.argv", ["throughput.py", "--training", "--lengths", "8", "--output_dir", str(tmp_path)])
     with pytest.raises(UserError, match=r"^--training needs --base_model"):
         throughput.main()

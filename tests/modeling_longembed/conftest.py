@@ -16,7 +16,7 @@ SIZES = {
 
 
 @pytest.fixture(scope="session")
-def tiny_model():
+def build_tiny_model():
     """`build(cls, attn_implementation, **config_fields)`: the same weights whenever their shapes are the same."""
 
     def build(cls=LongEmbedModel, attn_implementation=None, **fields):

@@ -5,7 +5,6 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -25,12 +24,12 @@ from tests.training.tiny_training import (
 
 
 @pytest.fixture
-def tiny_model() -> LongEmbedModel:
+def tiny_encoder() -> LongEmbedModel:
     return LongEmbedModel(tiny_config())
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = [*SPECIALS, *WORDS, *map(str, range(10))]
     core = Tokenizer(WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     core.pre_tokenizer = Whitespace()
@@ -40,22 +39,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, tokenizer) -> Path:
+def model_folder(tmp_path_factory, word_tokenizer) -> Path:
     """A saved tiny model, with dropout."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     LongEmbedModel(tiny_config(hidden_dropout_prob=0.1)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def masked_lm_folder(tmp_path_factory, tokenizer) -> Path:
+def masked_lm_folder(tmp_path_factory, word_tokenizer) -> Path:
     """A saved tiny masked-language model, with dropout."""
     folder = tmp_path_factory.mktemp("masked-lm")
     torch.manual_seed(0)
     LongEmbedForMaskedLM(tiny_config(hidden_dropout_prob=0.1)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -105,7 +104,5 @@ def _own_dataset_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """Accelerate keeps its settings for the life of a process; each test starts without them."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+def _fresh_accelerator(fresh_accelerator):
+    """Give every test of training an accelerate without the settings of the tests before it."""

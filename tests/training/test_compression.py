@@ -24,12 +24,12 @@ RECIPES = Path(compression.__file__).parent / "recipes" / "compression"
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory, tokenizer):
+def teacher(tmp_path_factory, word_tokenizer):
     """Four layers whose attention is far from uniform, so that there is something to learn."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher")
     model = LongEmbedModel(tiny_config(num_hidden_layers=4, initializer_range=0.2, layerdrop=0.5))
-    model.tokenizer = tokenizer
+    model.tokenizer = word_tokenizer
     model.save_pretrained(folder)
     return folder
 
@@ -138,7 +138,7 @@ def test_a_weight_of_zero_leaves_a_loss_out(compress):
 
 
 @pytest.mark.parametrize("weighting", ["none", "generalized_max"])
-def test_hidden_states_are_compared_as_they_are(compress, teacher, tmp_path, weighting, documents_file, tokenizer):
+def test_hidden_states_are_compared_as_they_are(compress, teacher, tmp_path, weighting, documents_file, word_tokenizer):
     """The loss of the first step against what the two models give for the same pieces; the last feed-forward learns."""
     folder = tmp_path / "weighed"
     LongEmbedModel.from_pretrained(teacher, token_weighting=weighting).save_pretrained(folder)
@@ -149,9 +149,9 @@ def test_hidden_states_are_compared_as_they_are(compress, teacher, tmp_path, wei
     assert student.config.token_weighting == weighting
     squares = []
     for line in documents_file.read_text().splitlines():
-        ids = tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
+        ids = word_tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
         for start in range(0, len(ids), 38):  # a piece of 40 tokens has two special ones
-            piece = torch.tensor([[tokenizer.cls_token_id, *ids[start : start + 38], tokenizer.sep_token_id]])
+            piece = torch.tensor([[word_tokenizer.cls_token_id, *ids[start : start + 38], word_tokenizer.sep_token_id]])
             states = []
             for model in (LongEmbedModel.from_pretrained(teacher), student):
                 model.token_weighting = "none"

@@ -16,7 +16,7 @@ from training.models.tuning import WHOLE_WEIGHTS, load_adapter
 
 
 @pytest.fixture
-def train(model_folder, pairs_file, tmp_path):
+def train_contrastive(model_folder, pairs_file, tmp_path):
     """Run the script in this process; options that are given again win. Returns the default output folder."""
 
     def run(options: str = "") -> Path:
@@ -32,8 +32,8 @@ def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_learns_and_reports(train, pairs_file):
-    output = train(
+def test_learns_and_reports(train_contrastive, pairs_file):
+    output = train_contrastive(
         "--max_steps 40 --learning_rate 3e-3 --warmup_ratio 0.1 --logging_steps 10 --eval_steps 20 --dropout 0 "
         f"--eval_data {pairs_file} --batch_tokens 200"
     )
@@ -58,8 +58,8 @@ def test_learns_and_reports(train, pairs_file):
 
 
 @pytest.mark.parametrize("tuning", ["lora", "longlora"])
-def test_the_final_model_is_the_adapter_merged(train, model_folder, tuning):
-    output = train(f"--tuning {tuning} --learning_rate 1e-2 --gradient_checkpointing")
+def test_the_final_model_is_the_adapter_merged(train_contrastive, model_folder, tuning):
+    output = train_contrastive(f"--tuning {tuning} --learning_rate 1e-2 --gradient_checkpointing")
     adapted = load_adapter(LongEmbedModel.from_pretrained(model_folder), output / "adapter").merge_and_unload()
     final = LongEmbedModel.from_pretrained(output / "final")
     torch.testing.assert_close(dict(final.state_dict()), dict(adapted.state_dict()), atol=1e-6, rtol=0)
@@ -70,9 +70,9 @@ def test_the_final_model_is_the_adapter_merged(train, model_folder, tuning):
     assert (output / "adapter" / WHOLE_WEIGHTS).exists() == (tuning == "longlora")
 
 
-def test_the_final_tokenizer_does_not_cut_off(train, model_folder):
+def test_the_final_tokenizer_does_not_cut_off(train_contrastive, model_folder):
     """Training cuts texts off at --max_length, and a tokenizer remembers such a thing."""
-    output = train("--max_length 32")
+    output = train_contrastive("--max_length 32")
     final, original = (
         json.loads((folder / "tokenizer.json").read_text()) for folder in (output / "final", model_folder)
     )
@@ -88,14 +88,14 @@ def test_the_final_tokenizer_does_not_cut_off(train, model_folder):
         ("--temprature 1", r"unknown argument --temprature .*did you mean temperature"),
     ],
 )
-def test_a_mistake_is_one_sentence(train, tmp_path, options, complaint):
+def test_a_mistake_is_one_sentence(train_contrastive, tmp_path, options, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
-        train(options)
+        train_contrastive(options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "final").exists()
 
 
-def test_models_that_cannot_be_trained_so(train, tmp_path, tokenizer):
+def test_models_that_cannot_be_trained_so(train_contrastive, tmp_path, word_tokenizer):
     sizes = {
         "vocab_size": 99,
         "hidden_size": 8,
@@ -106,9 +106,9 @@ def test_models_that_cannot_be_trained_so(train, tmp_path, tokenizer):
     BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
     LongEmbedModel(tiny_config(position_embedding_type="alibi")).save_pretrained(tmp_path / "alibi")
     for name in ("bert", "alibi"):
-        tokenizer.save_pretrained(tmp_path / name)
+        word_tokenizer.save_pretrained(tmp_path / name)
     for dropouts in ("", "--dropout 0.1 --attention_dropout 0"):  # BERT has another name for the second
         with pytest.raises(UserError, match="is a bert model; convert it"):
-            train(f"--model_name_or_path {tmp_path}/bert {dropouts}")
+            train_contrastive(f"--model_name_or_path {tmp_path}/bert {dropouts}")
     with pytest.raises(UserError, match="no position table"):
-        train(f"--model_name_or_path {tmp_path}/alibi --tuning positions")
+        train_contrastive(f"--model_name_or_path {tmp_path}/alibi --tuning positions")

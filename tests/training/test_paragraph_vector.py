@@ -34,7 +34,7 @@ def documents(count: int, seed: int) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module", params=["dm", "dbow", "both"])
-def trained(request, tmp_path_factory) -> tuple[Path, list[str]]:
+def trained_model(request, tmp_path_factory) -> tuple[Path, list[str]]:
     """The folder of a model, and texts that it has not seen."""
     folder = tmp_path_factory.mktemp("paragraph-vectors")
     data = write_jsonl(folder / "train.jsonl", documents(80, 0))
@@ -44,20 +44,22 @@ def trained(request, tmp_path_factory) -> tuple[Path, list[str]]:
     return folder, [row["text"] for row in documents(20, 1)]
 
 
-def test_held_out_documents_are_told_apart(trained):
-    report = json.loads((trained[0] / "report.json").read_text())
+def test_held_out_documents_are_told_apart(trained_model):
+    report = json.loads((trained_model[0] / "report.json").read_text())
     (held_out,) = report["held_out"].values()
     assert held_out["documents"] == 20
     assert held_out["accuracy"] > 4 * held_out["chance"]
 
 
-def test_documents_keep_their_ids(trained):
-    assert json.loads((trained[0] / "final" / "documents.json").read_text()) == [f"document {n}" for n in range(80)]
+def test_documents_keep_their_ids(trained_model):
+    assert json.loads((trained_model[0] / "final" / "documents.json").read_text()) == [
+        f"document {n}" for n in range(80)
+    ]
 
 
-def test_a_vector_is_the_same_in_every_process_and_order(trained):
+def test_a_vector_is_the_same_in_every_process_and_order(trained_model):
     """Under another salt of Python's hashes, which gensim's own inference starts from."""
-    folder, texts = trained
+    folder, texts = trained_model
     code = (
         "import sys, json; from pathlib import Path; from training.paragraph_vector import ParagraphVector; "
         "rows = ParagraphVector.load(Path(sys.argv[1]))(json.loads(sys.argv[2])); "
@@ -75,17 +77,17 @@ def test_a_vector_is_the_same_in_every_process_and_order(trained):
         assert json.loads(done.stdout)[::-1] == here
 
 
-def test_training_again_gives_the_same_bytes(trained, tmp_path):
-    report = json.loads((trained[0] / "report.json").read_text())["arguments"]
-    options = f"--train_data {trained[0]}/train.jsonl --output_dir {tmp_path} --epochs 30 --vector_size 24 "
+def test_training_again_gives_the_same_bytes(trained_model, tmp_path):
+    report = json.loads((trained_model[0] / "report.json").read_text())["arguments"]
+    options = f"--train_data {trained_model[0]}/train.jsonl --output_dir {tmp_path} --epochs 30 --vector_size 24 "
     paragraph_vector.main(f"{options} --architecture {report['architecture']}".split())
-    again, first = ((folder / "final" / WEIGHTS).read_bytes() for folder in (tmp_path, trained[0]))
+    again, first = ((folder / "final" / WEIGHTS).read_bytes() for folder in (tmp_path, trained_model[0]))
     assert again == first
 
 
-def test_inference_of_a_loaded_model_is_gensims(trained, monkeypatch):
+def test_inference_of_a_loaded_model_is_gensims(trained_model, monkeypatch):
     """gensim's `infer_vector`, its start and its draws set to ours, on a model that was never saved."""
-    folder, texts = trained
+    folder, texts = trained_model
     report = json.loads((folder / "report.json").read_text())["arguments"]
     arguments = paragraph_vector.ParagraphVectorArguments(**report)
     sources = paragraph_vector.read_sources(
@@ -163,23 +165,23 @@ def test_names_are_checked_before_the_training(tmp_path, monkeypatch):
         paragraph_vector.main(f"--train_data {twice} --id_column id --output_dir {tmp_path}".split())
 
 
-def test_progress_is_shown(trained, tmp_path, capsys):
-    options = f"--train_data {trained[0]}/train.jsonl --output_dir {tmp_path} --epochs 3 --vector_size 8"
+def test_progress_is_shown(trained_model, tmp_path, capsys):
+    options = f"--train_data {trained_model[0]}/train.jsonl --output_dir {tmp_path} --epochs 3 --vector_size 8"
     paragraph_vector.main(options.split())
     assert "training dbow: 100%" in (shown := capsys.readouterr().err)
     assert "3/3" in shown
 
 
-def test_mistakes_are_sentences(trained, tmp_path):
+def test_mistakes_are_sentences(trained_model, tmp_path):
     with pytest.raises(UserError, match=r"paragraph_vector.json is missing; give its final/"):
-        ParagraphVector.load(trained[0])
+        ParagraphVector.load(trained_model[0])
     data = write_jsonl(tmp_path / "train.jsonl", [{"text": "one two one two"}])
     with pytest.raises(UserError, match="no word occurs so often"):
         paragraph_vector.main(f"--train_data {data} --min_count 50 --output_dir {tmp_path}".split())
     for seed in (-1, 2**32):
         with pytest.raises(UserError, match=f"--seed {seed}: must be from 0 to 4294967295"):
             paragraph_vector.main(f"--train_data {data} --seed {seed} --output_dir {tmp_path}".split())
-    damaged = shutil.copytree(trained[0] / "final", tmp_path / "damaged")
+    damaged = shutil.copytree(trained_model[0] / "final", tmp_path / "damaged")
     for settings in ("[1, 2]", '{"architectures": ["dbow"]}', '"words"', "{"):
         (damaged / "paragraph_vector.json").write_text(settings)
         with pytest.raises(UserError, match=r"damaged: is damaged \(.*; train it again") as caught:

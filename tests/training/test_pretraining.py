@@ -115,7 +115,7 @@ def test_rows_beyond_the_first_length_have_no_gradient_before_the_switch():
 
 
 @pytest.fixture
-def train(train_script):
+def pretrain(train_script):
     return lambda options="": train_script("pretraining", "--report_to none --logging_steps 1 " + options)
 
 
@@ -123,13 +123,13 @@ def lines(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_learns_and_its_model_loads_as_encoder_and_as_masked_language_model(train, tmp_path):
+def test_learns_and_its_model_loads_as_encoder_and_as_masked_language_model(pretrain, tmp_path):
     rows = [{"text": "river stone cloud table green seven night paper " * 6} for _ in range(12)]
     data = write_jsonl(tmp_path / "data.jsonl", rows)
     options = (
         f"--train_data {data} --eval_data {data} --eval_steps 75 --max_steps 150 --learning_rate 1e-2 --dropout 0 "
     )
-    output = train(options + " --mask_unit token --mask_rate 0.2 --sequence_length 16 --batch_tokens 1000")
+    output = pretrain(options + " --mask_unit token --mask_rate 0.2 --sequence_length 16 --batch_tokens 1000")
     training = [line for line in lines(output) if "loss" in line]
     evaluation = [line for line in lines(output) if "eval_loss" in line]
     assert training[-1]["masked_lm_loss"] < 0.5 * training[0]["masked_lm_loss"]
@@ -147,8 +147,8 @@ def test_learns_and_its_model_loads_as_encoder_and_as_masked_language_model(trai
 
 
 @pytest.mark.promise("M3")
-def test_optimiser_and_schedule_go_on_across_the_switch_of_lengths(train):
-    output = train("--max_steps 6 --sequence_length 16:0.5 60:0.5 --learning_rate 1e-3 --save_steps 3")
+def test_optimiser_and_schedule_go_on_across_the_switch_of_lengths(pretrain):
+    output = pretrain("--max_steps 6 --sequence_length 16:0.5 60:0.5 --learning_rate 1e-3 --save_steps 3")
     steps = lines(output)
     assert [line["sequence_length"] for line in steps] == [16] * 3 + [60] * 3
     assert [line["learning_rate"] for line in steps] == pytest.approx([1e-3 * (6 - n) / 6 for n in range(6)])
@@ -161,8 +161,8 @@ def test_optimiser_and_schedule_go_on_across_the_switch_of_lengths(train):
 
 
 @pytest.mark.promise("M3")
-def test_rows_beyond_the_first_length_stay_bitwise_before_the_switch(train, masked_lm_folder):
-    output = train("--max_steps 6 --sequence_length 16:0.5 60:0.5 --learning_rate 1e-3 --save_steps 3")
+def test_rows_beyond_the_first_length_stay_bitwise_before_the_switch(pretrain, masked_lm_folder):
+    output = pretrain("--max_steps 6 --sequence_length 16:0.5 60:0.5 --learning_rate 1e-3 --save_steps 3")
     tensors, _ = find_checkpoint(output / "checkpoints", str(output / "checkpoints" / "step-3")).load()
     start = load_file(masked_lm_folder / "model.safetensors")[TABLE]
     moved = (tensors["model." + TABLE] != start).any(dim=1)
@@ -170,11 +170,11 @@ def test_rows_beyond_the_first_length_stay_bitwise_before_the_switch(train, mask
     assert not moved[16:].any()
 
 
-def test_held_out_texts_are_masked_in_the_same_way_in_every_run(train, documents_file, tmp_path):
+def test_held_out_texts_are_masked_in_the_same_way_in_every_run(pretrain, documents_file, tmp_path):
     """A learning rate of next to nothing: the evaluations differ by the masks, or not at all."""
     options = f"--eval_data {documents_file} --learning_rate 1e-12 --dropout 0 --max_steps 2 --eval_steps 1 "
-    first = [line["eval_loss"] for line in lines(train(options)) if "eval_loss" in line]
-    train(options + f"--seed 7 --batch_tokens 1000 --output_dir {tmp_path}/other")
+    first = [line["eval_loss"] for line in lines(pretrain(options)) if "eval_loss" in line]
+    pretrain(options + f"--seed 7 --batch_tokens 1000 --output_dir {tmp_path}/other")
     second = [line for line in lines(tmp_path / "other") if "eval_loss" in line]
     assert first == pytest.approx([first[0]] * 2, rel=1e-5)
     # The next-sentence head of another seed starts otherwise; the masked-language model does not.
@@ -184,9 +184,9 @@ def test_held_out_texts_are_masked_in_the_same_way_in_every_run(train, documents
 
 @pytest.mark.parametrize("tuning", ["lora", "longlora"])
 @pytest.mark.parametrize("start", ["with its head", "encoder alone"])
-def test_the_final_model_is_the_adapter_merged(train, inputs, capsys, tuning, start):
+def test_the_final_model_is_the_adapter_merged(pretrain, inputs, capsys, tuning, start):
     folder = inputs["pretraining" if start == "with its head" else "contrastive"][0]
-    output = train(f"--model_name_or_path {folder} --tuning {tuning} --learning_rate 1e-2 --gradient_checkpointing")
+    output = pretrain(f"--model_name_or_path {folder} --tuning {tuning} --learning_rate 1e-2 --gradient_checkpointing")
     said = [line for line in capsys.readouterr().out.splitlines() if "no masked-language-model head" in line]
     assert len(said) == (start == "encoder alone")
     base = LongEmbedForMaskedLM.from_pretrained(folder)
@@ -196,11 +196,11 @@ def test_the_final_model_is_the_adapter_merged(train, inputs, capsys, tuning, st
     assert (output / "adapter" / WHOLE_WEIGHTS).exists() == (tuning == "longlora" or start == "encoder alone")
 
 
-def test_new_rows_of_a_longer_table_are_all_that_positions_tuning_moves(train, tokenizer, tmp_path):
+def test_new_rows_of_a_longer_table_are_all_that_positions_tuning_moves(pretrain, word_tokenizer, tmp_path):
     torch.manual_seed(0)
     LongEmbedForMaskedLM(tiny_config(attention_patterns="full", max_position_embeddings=32)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    output = train(
+    word_tokenizer.save_pretrained(tmp_path)
+    output = pretrain(
         f"--model_name_or_path {tmp_path} --max_position_embeddings 128 --position_extension repeat --tuning positions "
         "--learning_rate 1e-2 --sequence_length 60 --attention_patterns full "
         "--training_attention_patterns block:size=32"
@@ -215,7 +215,7 @@ def test_new_rows_of_a_longer_table_are_all_that_positions_tuning_moves(train, t
 
 
 @pytest.fixture
-def bert(tmp_path, tokenizer):
+def save_bert(tmp_path, word_tokenizer):
     """A folder of transformers' own BERT, with its head or without."""
 
     def save(kind) -> Path:
@@ -225,17 +225,19 @@ def bert(tmp_path, tokenizer):
         kind(BertConfig(**sizes, intermediate_size=64, max_position_embeddings=64, hidden_act="gelu")).save_pretrained(
             folder
         )
-        tokenizer.save_pretrained(folder)
+        word_tokenizer.save_pretrained(folder)
         return folder
 
     return save
 
 
 @pytest.mark.parametrize("kind", [BertForMaskedLM, BertModel])
-def test_an_encoder_of_transformers_is_converted_on_the_way(train, bert, capsys, kind):
-    folder = bert(kind)
+def test_an_encoder_of_transformers_is_converted_on_the_way(pretrain, save_bert, capsys, kind):
+    folder = save_bert(kind)
     options = f"--model_name_or_path {folder} --max_position_embeddings 256 --attention_patterns block:size=32 "
-    output = train(options + "--position_extension restart:period=32 --dropout 0 --learning_rate 1e-12 --max_steps 1")
+    output = pretrain(
+        options + "--position_extension restart:period=32 --dropout 0 --learning_rate 1e-12 --max_steps 1"
+    )
     assert ("has no masked-language-model head: a new one" in capsys.readouterr().out) == (kind is BertModel)
     final = LongEmbedForMaskedLM.from_pretrained(output / "final").eval()
     assert final.config.attention_patterns == [{"type": "block", "size": 32}] * 2
@@ -246,19 +248,19 @@ def test_an_encoder_of_transformers_is_converted_on_the_way(train, bert, capsys,
     torch.testing.assert_close(ours, original, atol=1e-4, rtol=0)
 
 
-def test_a_new_head_guesses_words_as_often_as_they_occur(train, bert, documents_file, tokenizer):
+def test_a_new_head_guesses_words_as_often_as_they_occur(pretrain, save_bert, documents_file, word_tokenizer):
     """One step at a rate of nothing: the bias is the logarithm of the shares, counted here by the tokenizer alone."""
-    output = train(f"--model_name_or_path {bert(BertModel)} --learning_rate 1e-12 --max_steps 1 --dropout 0")
+    output = pretrain(f"--model_name_or_path {save_bert(BertModel)} --learning_rate 1e-12 --max_steps 1 --dropout 0")
     texts = [json.loads(line)["text"] for line in documents_file.read_text().splitlines()]
-    counts = Counter(token for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids)
+    counts = Counter(token for ids in word_tokenizer(texts, add_special_tokens=False)["input_ids"] for token in ids)
     bias = LongEmbedForMaskedLM.from_pretrained(output / "final").head.decoder.bias.double()
     expected = torch.tensor([counts[token] + 1.0 for token in range(len(bias))]).double()
     torch.testing.assert_close(bias.exp(), expected / expected.sum(), atol=1e-6, rtol=1e-5)
 
 
-def test_a_table_gives_way_to_another_scheme(train, bert):
-    options = f"--model_name_or_path {bert(BertForMaskedLM)} --position_embedding_type rope --rope_theta 5000 "
-    output = train(options + "--max_position_embeddings 128")
+def test_a_table_gives_way_to_another_scheme(pretrain, save_bert):
+    options = f"--model_name_or_path {save_bert(BertForMaskedLM)} --position_embedding_type rope --rope_theta 5000 "
+    output = pretrain(options + "--max_position_embeddings 128")
     final = LongEmbedForMaskedLM.from_pretrained(output / "final")
     assert final.config.position_embedding_type == "rope"
     assert final.config.rope_parameters["rope_theta"] == 5000
@@ -268,9 +270,9 @@ def test_a_table_gives_way_to_another_scheme(train, bert):
 
 @pytest.mark.parametrize("scheme", ["absolute", "rope"])
 @pytest.mark.parametrize("kind", ["ours", "an encoder to convert"])
-def test_patterns_may_reach_as_far_as_the_new_context(train, bert, tmp_path, scheme, kind):
+def test_patterns_may_reach_as_far_as_the_new_context(pretrain, save_bert, tmp_path, scheme, kind):
     """Bert's context is 64 tokens: windows and groups of more only make sense once it is longer."""
-    start = bert(BertForMaskedLM)
+    start = save_bert(BertForMaskedLM)
     if kind == "ours":
         LongEmbedForMaskedLM.from_encoder(str(start)).save_pretrained(tmp_path / "ours")
         start = tmp_path / "ours"
@@ -278,7 +280,7 @@ def test_patterns_may_reach_as_far_as_the_new_context(train, bert, tmp_path, sch
     options += "--training_attention_patterns shifted:size=128 "
     if scheme == "rope":
         options += "--position_embedding_type rope"
-    final = LongEmbedForMaskedLM.from_pretrained(train(options) / "final")
+    final = LongEmbedForMaskedLM.from_pretrained(pretrain(options) / "final")
     assert final.config.max_position_embeddings == 256
     assert final.config.position_embedding_type == scheme
     assert [entry["window"] for entry in final.config.attention_patterns] == [70, 70]
@@ -305,18 +307,18 @@ def test_patterns_may_reach_as_far_as_the_new_context(train, bert, tmp_path, sch
         ("--span_penalty_weight 1", r"--span_penalty_weight 1.0: no attention pattern"),
     ],
 )
-def test_a_mistake_is_one_sentence(train, tmp_path, options, complaint):
+def test_a_mistake_is_one_sentence(pretrain, tmp_path, options, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
-        train(options)
+        pretrain(options)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "final").exists()
 
 
-def test_a_tokenizer_that_cannot_mask_is_refused(train, tokenizer, tmp_path):
+def test_a_tokenizer_that_cannot_mask_is_refused(pretrain, word_tokenizer, tmp_path):
     torch.manual_seed(0)
     LongEmbedForMaskedLM(tiny_config()).save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token=SPECIALS[1]).save_pretrained(
+    PreTrainedTokenizerFast(tokenizer_object=word_tokenizer.backend_tokenizer, unk_token=SPECIALS[1]).save_pretrained(
         tmp_path / "model"
     )
     with pytest.raises(UserError, match="has no mask token"):
-        train(f"--model_name_or_path {tmp_path}/model")
+        pretrain(f"--model_name_or_path {tmp_path}/model")

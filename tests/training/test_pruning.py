@@ -49,7 +49,7 @@ def test_of_equal_scores_the_earlier_layers_stay():
 
 
 @pytest.fixture
-def model_with_empty_layers(tmp_path, tokenizer) -> Path:
+def model_with_empty_layers(tmp_path, word_tokenizer) -> Path:
     """Six layers of which three do nothing at all: their outputs are zero, before norms that come first."""
     torch.manual_seed(0)
     fields = {"norm_placement": "pre", "final_norm": True, "initializer_range": 0.3}
@@ -59,7 +59,7 @@ def model_with_empty_layers(tmp_path, tokenizer) -> Path:
             last = sublayer.attention.o_proj if sublayer.attention is not None else sublayer.feed_forward.down_proj
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
-    model.tokenizer = tokenizer
+    model.tokenizer = word_tokenizer
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 

@@ -50,7 +50,7 @@ def trained(kind: str) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(params=["WordPiece", "Unigram"])
-def model_folder(request, tmp_path):
+def subword_model_folder(request, tmp_path):
     tokenizer = trained(request.param)
     torch.manual_seed(0)
     model = LongEmbedModel(
@@ -67,12 +67,14 @@ def corpus() -> list[str]:
 
 
 @pytest.fixture
-def trim(model_folder, corpus, tmp_path):
+def trim(subword_model_folder, corpus, tmp_path):
     def run(options: str = ""):
         data = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in corpus])
-        given = f"--model_name_or_path {model_folder} --train_data {data} --output_dir {tmp_path}/out "
+        given = f"--model_name_or_path {subword_model_folder} --train_data {data} --output_dir {tmp_path}/out "
         vocabulary.main((given + options).split())
-        return LongEmbedModel.from_pretrained(model_folder), LongEmbedModel.from_pretrained(tmp_path / "out" / "final")
+        return LongEmbedModel.from_pretrained(subword_model_folder), LongEmbedModel.from_pretrained(
+            tmp_path / "out" / "final"
+        )
 
     return run
 
@@ -129,16 +131,18 @@ def test_a_word_of_rare_pieces_is_spelled_in_smaller_ones(trim, corpus):
         assert len(small.tokenizer.tokenize(text)) >= len(kept)
 
 
-def test_prompts_keep_their_pieces_and_nothing_else_is_left_behind(trim, model_folder, corpus, tmp_path, capsys):
+def test_prompts_keep_their_pieces_and_nothing_else_is_left_behind(
+    trim, subword_model_folder, corpus, tmp_path, capsys
+):
     """A prompt of a piece that the corpus has not, which stays, and has no part in the share of the corpus."""
-    model = LongEmbedModel.from_pretrained(model_folder)
+    model = LongEmbedModel.from_pretrained(subword_model_folder)
     used = {piece for text in corpus for piece in model.tokenizer.tokenize(text)}
     unused = (piece.removeprefix("\u2581") for piece in sorted(model.tokenizer.get_vocab()) if piece not in used)
     word = next(
         each for each in unused if len(each) > 2 and each.isalpha() and len(model.tokenizer.tokenize(each)) == 1
     )
     model.config.prompts = {"query": f"{word} "}
-    model.save_pretrained(model_folder)
+    model.save_pretrained(subword_model_folder)
     whole, small = trim("--min_count 2")
     assert small.tokenizer.tokenize(f"{word} ") == whole.tokenizer.tokenize(f"{word} ") != []
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["final"]

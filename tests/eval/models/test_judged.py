@@ -38,8 +38,8 @@ def search(model, queries: list[str], documents: list[str], top_k: int) -> list[
 
 
 @pytest.mark.parametrize("top_k", [3, 1000])
-def test_chunk_max_is_the_best_cosine_over_chunks(tiny_model, tmp_path, top_k):
-    model = model_of(f"chunk-max:{tiny_model}:16", tmp_path)
+def test_chunk_max_is_the_best_cosine_over_chunks(tiny_sentence_transformer, tmp_path, top_k):
+    model = model_of(f"chunk-max:{tiny_sentence_transformer}:16", tmp_path)
     documents, queries = random_texts(30, 90, 0), random_texts(5, 20, 1)
     found = search(model, queries, documents, top_k)
     chunks, asked = (
@@ -54,19 +54,23 @@ def test_chunk_max_is_the_best_cosine_over_chunks(tiny_model, tmp_path, top_k):
         np.testing.assert_allclose([scores[f"t{i}"] for i in best], exact[best], atol=1e-5)
 
 
-def test_chunks_of_a_whole_text_are_the_model_itself(tiny_model, tmp_path):
+def test_chunks_of_a_whole_text_are_the_model_itself(tiny_sentence_transformer, tmp_path):
     """Where nothing is longer than a chunk, all baselines over one model are that model."""
     documents, queries = random_texts(12, 12, 0), random_texts(4, 8, 1)
     loaders = [SimpleNamespace(dataset=as_dataset(texts)) for texts in (queries, documents)]
     scores = []
-    for name in (f"{tiny_model}", f"truncate:{tiny_model}:40", f"chunk-mean:{tiny_model}:40"):
+    for name in (
+        f"{tiny_sentence_transformer}",
+        f"truncate:{tiny_sentence_transformer}:40",
+        f"chunk-mean:{tiny_sentence_transformer}:40",
+    ):
         model = model_of(name, tmp_path)
         vectors = [
             model.encode(loader, prompt_type=kind)
             for loader, kind in zip(loaders, (mteb.types.PromptType.query, mteb.types.PromptType.document), strict=True)
         ]
         scores.append(np.asarray(model.similarity(*vectors)))
-    found = search(model_of(f"chunk-max:{tiny_model}:40", tmp_path), queries, documents, 100)
+    found = search(model_of(f"chunk-max:{tiny_sentence_transformer}:40", tmp_path), queries, documents, 100)
     scores.append(np.array([[row[f"t{i}"] for i in range(len(documents))] for row in found]))
     for other in scores[1:]:
         np.testing.assert_allclose(other, scores[0], atol=1e-5)
@@ -88,9 +92,9 @@ def test_bm25_is_lucenes_formula(tmp_path):
 
 
 @pytest.mark.promise("E1")
-def test_passkey_is_all_for_an_oracle_and_one_in_a_hundred_for_chance(tokenizer, tmp_path):
+def test_passkey_is_all_for_an_oracle_and_one_in_a_hundred_for_chance(minilm_tokenizer, tmp_path):
     """BM25 sees the name of the person wherever it is; MTEB's random encoder sees nothing."""
-    write_task(tmp_path / "Passkey", "passkey", tokenizer, [128, 256, 512, 1024])
+    write_task(tmp_path / "Passkey", "passkey", minilm_tokenizer, [128, 256, 512, 1024])
     task = local_task(tmp_path / "Passkey")
     load(task)
     means = []
@@ -102,25 +106,29 @@ def test_passkey_is_all_for_an_oracle_and_one_in_a_hundred_for_chance(tokenizer,
 
 
 @pytest.mark.parametrize("name", ["{}", "chunk-mean:{}:16", "chunk-max:{}:16", "bm25"])
-def test_mtebs_own_check_of_models_passes(tiny_model, tmp_path, name):
+def test_mtebs_own_check_of_models_passes(tiny_sentence_transformer, tmp_path, name):
     from mteb.mocks.mock_run import mock_run
 
-    results = mock_run(model_of(name.format(tiny_model), tmp_path))
+    results = mock_run(model_of(name.format(tiny_sentence_transformer), tmp_path))
     failed = {task: result for task, result in results.task_results.items() if type(result).__name__ == "TaskError"}
     assert not failed
     assert any(type(result).__name__ == "TaskResult" for result in results.task_results.values())
 
 
-def test_settings_that_change_vectors_change_where_results_lie(tiny_model):
+def test_settings_that_change_vectors_change_where_results_lie(tiny_sentence_transformer):
     names = [
-        str(tiny_model),
-        *(f"{kind}:{tiny_model}:{n}" for kind in ("truncate", "chunk-mean", "chunk-max") for n in (16, 32)),
+        str(tiny_sentence_transformer),
+        *(
+            f"{kind}:{tiny_sentence_transformer}:{n}"
+            for kind in ("truncate", "chunk-mean", "chunk-max")
+            for n in (16, 32)
+        ),
     ]
     metas = [JudgedModel.parse(name).meta for name in [*names, "bm25"]]
     metas += [JudgedModel.parse(names[0], max_length=16).meta, JudgedModel.parse(names[0], precision="bfloat16").meta]
     places = {(meta.name, meta.revision, meta.experiment_name) for meta in metas}
     assert len(places) == len(metas)
-    assert metas[0].n_parameters == sum(p.numel() for p in _bert(tiny_model).parameters())
+    assert metas[0].n_parameters == sum(p.numel() for p in _bert(tiny_sentence_transformer).parameters())
 
 
 def _bert(folder) -> torch.nn.Module:

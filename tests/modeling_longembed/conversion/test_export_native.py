@@ -72,11 +72,11 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture
-def built(tiny_model):
+def built(build_tiny_model):
     """`built(**fields)`: a random model of these choices, every parameter away from its initial value."""
 
     def build(cls=LongEmbedModel, **fields):
-        model = tiny_model(cls, **{"max_position_embeddings": CONTEXT} | fields)
+        model = build_tiny_model(cls, **{"max_position_embeddings": CONTEXT} | fields)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -190,9 +190,9 @@ def test_global_projections_of_another_checkpoint_start_as_copies(tmp_path, caps
 
 @pytest.mark.parametrize("remote", [False, True], ids=["here", "remote code"])
 def test_a_folder_whose_config_was_edited_starts_new_weights_as_copies_and_names_them(
-    tiny_model, tmp_path, caplog, remote
+    build_tiny_model, tmp_path, caplog, remote
 ):
-    model = tiny_model(attention_patterns={"type": "sliding", "window": 8})
+    model = build_tiny_model(attention_patterns={"type": "sliding", "window": 8})
     model.save_pretrained(tmp_path / "edited")
     config = json.loads((tmp_path / "edited" / "config.json").read_text())
     for entry in config["attention_patterns"]:

@@ -28,14 +28,14 @@ LONG = [random_text(n, seed=n) for n in (70, 3, LIMIT - 2, 0, 45, 38, 39, 100)]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def bert_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
     return folder, save_checkpoint(folder, "bert")
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return LongEmbedModel.from_encoder(checkpoint[0], LIMIT, prompts={"query": "w1 w2 ", "document": "w3 "})
+def prompted_model(bert_checkpoint):
+    return LongEmbedModel.from_encoder(bert_checkpoint[0], LIMIT, prompts={"query": "w1 w2 ", "document": "w3 "})
 
 
 def random_model(**fields) -> LongEmbedModel:
@@ -55,49 +55,49 @@ def one_sentence(error):
     assert str(error.value).startswith("encode: ")
 
 
-def test_vectors_are_the_originals_masked_means_in_the_order_of_the_texts(model, checkpoint):
-    _, original = checkpoint
+def test_vectors_are_the_originals_masked_means_in_the_order_of_the_texts(prompted_model, bert_checkpoint):
+    _, original = bert_checkpoint
     batch = tiny_tokenizer(0)(SHORT, padding=True, return_tensors="pt")
     with torch.no_grad():
         states = original(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
     means = (states * mask).sum(1) / mask.sum(1)
-    torch.testing.assert_close(vectors_of(model, SHORT, normalize=False), means, atol=1e-5, rtol=0)
-    torch.testing.assert_close(vectors_of(model, SHORT), normalize(means), atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors_of(prompted_model, SHORT, normalize=False), means, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vectors_of(prompted_model, SHORT), normalize(means), atol=1e-5, rtol=0)
 
 
-def test_shapes_and_types(model):
+def test_shapes_and_types(prompted_model):
     for output, kind, dtype in (("numpy", np.ndarray, np.float32), ("torch", torch.Tensor, torch.float32)):
         for texts, shape in ((SHORT, (6, 32)), (SHORT[:1], (1, 32)), ("w1", (32,)), ("", (32,)), ([], (0, 32))):
             for precision in ("float32", "bfloat16", "auto"):
-                vectors = model.encode(texts, output=output, precision=precision)
+                vectors = prompted_model.encode(texts, output=output, precision=precision)
                 assert isinstance(vectors, kind)
                 assert vectors.dtype == dtype
                 assert vectors.shape == shape
-    assert model.encode([], truncate_dim=8).shape == (0, 8)
-    assert model.encode([], late_chunk_tokens=8) == []
-    assert not vectors_of(model, SHORT).requires_grad
+    assert prompted_model.encode([], truncate_dim=8).shape == (0, 8)
+    assert prompted_model.encode([], late_chunk_tokens=8) == []
+    assert not vectors_of(prompted_model, SHORT).requires_grad
 
 
-def test_every_kind_of_sequence_of_strings(model):
-    expected = vectors_of(model, SHORT)
+def test_every_kind_of_sequence_of_strings(prompted_model):
+    expected = vectors_of(prompted_model, SHORT)
     for texts in (tuple(SHORT), np.array(SHORT), iter(SHORT)):
-        assert torch.equal(vectors_of(model, texts), expected)
-    assert torch.equal(vectors_of(model, SHORT[0]), vectors_of(model, SHORT[:1])[0])
+        assert torch.equal(vectors_of(prompted_model, texts), expected)
+    assert torch.equal(vectors_of(prompted_model, SHORT[0]), vectors_of(prompted_model, SHORT[:1])[0])
 
 
-def test_prompts_go_before_the_texts(model):
+def test_prompts_go_before_the_texts(prompted_model):
     for name, prompt in (("query", "w1 w2 "), ("document", "w3 ")):
-        expected = vectors_of(model, [prompt + text for text in SHORT])
-        assert torch.equal(vectors_of(model, SHORT, prompt_name=name), expected)
-    assert not torch.allclose(vectors_of(model, SHORT, prompt_name="query"), vectors_of(model, SHORT))
+        expected = vectors_of(prompted_model, [prompt + text for text in SHORT])
+        assert torch.equal(vectors_of(prompted_model, SHORT, prompt_name=name), expected)
+    assert not torch.allclose(vectors_of(prompted_model, SHORT, prompt_name="query"), vectors_of(prompted_model, SHORT))
 
 
-def test_fewer_dimensions_are_the_first_ones_at_unit_length(model):
-    expected = normalize(vectors_of(model, SHORT, normalize=False)[:, :8])
-    torch.testing.assert_close(vectors_of(model, SHORT, truncate_dim=8), expected)
-    raw = vectors_of(model, SHORT, truncate_dim=8, normalize=False)
-    assert torch.equal(raw, vectors_of(model, SHORT, normalize=False)[:, :8])
+def test_fewer_dimensions_are_the_first_ones_at_unit_length(prompted_model):
+    expected = normalize(vectors_of(prompted_model, SHORT, normalize=False)[:, :8])
+    torch.testing.assert_close(vectors_of(prompted_model, SHORT, truncate_dim=8), expected)
+    raw = vectors_of(prompted_model, SHORT, truncate_dim=8, normalize=False)
+    assert torch.equal(raw, vectors_of(prompted_model, SHORT, normalize=False)[:, :8])
 
 
 # --- neighbours -----------------------------------------------------------------------------------------------------
@@ -146,16 +146,16 @@ def test_batches_hold_every_document_once_and_keep_to_the_budget(lengths, budget
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 130, 10_000])
-def test_forward_passes_hold_real_tokens_only_and_keep_to_the_budget(model, batch_tokens):
+def test_forward_passes_hold_real_tokens_only_and_keep_to_the_budget(prompted_model, batch_tokens):
     passes = []
 
     def note(module, arguments, keywords):
         assert keywords.get("attention_mask") is None
         passes.append((arguments[0].shape, len(keywords["cu_seq_lens_q"]) - 1))
 
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    handle = prompted_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        model.encode(LONG, batch_tokens=batch_tokens)
+        prompted_model.encode(LONG, batch_tokens=batch_tokens)
     finally:
         handle.remove()
     real = sum(len(ids) for ids in tiny_tokenizer(0)(LONG)["input_ids"])
@@ -168,35 +168,35 @@ def test_forward_passes_hold_real_tokens_only_and_keep_to_the_budget(model, batc
 # --- too long -------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_cut_off_is_counted_and_said_once(model, caplog):
+def test_what_is_cut_off_is_counted_and_said_once(prompted_model, caplog):
     texts = [random_text(n, seed=n) for n in (LIMIT + 5, 3, 2 * LIMIT, LIMIT - 2)]
     cut = (LIMIT + 5 + 2 - LIMIT) + (2 * LIMIT + 2 - LIMIT)
     total = LIMIT + 5 + 3 + 2 * LIMIT + LIMIT - 2 + 4 * 2
     with caplog.at_level(logging.WARNING):
-        vectors = vectors_of(model, texts, batch_tokens=50)
+        vectors = vectors_of(prompted_model, texts, batch_tokens=50)
     (record,) = caplog.records
     assert f"2 of 4 texts are longer than the context of {LIMIT} tokens" in record.message
     assert f"{cut} of {total} tokens were cut off" in record.message
     # what remains is what the tokenizer itself would leave, its closing token included
     kept = tiny_tokenizer(0)(texts, truncation=True, max_length=LIMIT)["input_ids"]
-    assert model.tokenize(texts) == kept
+    assert prompted_model.tokenize(texts) == kept
     words = [tiny_tokenizer(0).decode(ids, skip_special_tokens=True) for ids in kept]
     caplog.clear()
-    assert torch.equal(vectors_of(model, words), vectors)
+    assert torch.equal(vectors_of(prompted_model, words), vectors)
     assert not caplog.records
 
 
-def test_the_prompt_counts_and_a_document_that_fits_is_whole(model, caplog):
+def test_the_prompt_counts_and_a_document_that_fits_is_whole(prompted_model, caplog):
     exact = random_text(LIMIT - 2)
-    model.encode([exact], overflow="error")
+    prompted_model.encode([exact], overflow="error")
     assert not caplog.records
     with pytest.raises(ValueError, match=f"1 of 1 texts .* 1 of {LIMIT + 1} tokens would be cut off"):
-        model.encode([exact], prompt_name="document", overflow="error")
+        prompted_model.encode([exact], prompt_name="document", overflow="error")
 
 
-def test_too_long_is_refused_where_it_must_not_be_cut(model):
+def test_too_long_is_refused_where_it_must_not_be_cut(prompted_model):
     with pytest.raises(ValueError, match=r"1 of 2 texts .* would be cut off; split") as error:
-        model.encode(["w1", random_text(10 * LIMIT)], overflow="error")
+        prompted_model.encode(["w1", random_text(10 * LIMIT)], overflow="error")
     assert "\n" not in str(error.value)
 
 
@@ -216,17 +216,17 @@ def test_a_tokenizer_without_special_tokens():
 
 
 @pytest.mark.parametrize("size", [1, 7, 40, 500])
-def test_late_chunks_are_pooled_from_states_that_read_the_whole_document(model, size):
-    parts = vectors_of(model, LONG, late_chunk_tokens=size, normalize=False, batch_tokens=150)
-    documents = vectors_of(model, LONG, normalize=False)
+def test_late_chunks_are_pooled_from_states_that_read_the_whole_document(prompted_model, size):
+    parts = vectors_of(prompted_model, LONG, late_chunk_tokens=size, normalize=False, batch_tokens=150)
+    documents = vectors_of(prompted_model, LONG, normalize=False)
     for text, passages, document in zip(LONG, parts, documents, strict=True):
         with torch.no_grad():
-            states = model(**tiny_tokenizer(0)(text, return_tensors="pt")).last_hidden_state[0]
+            states = prompted_model(**tiny_tokenizer(0)(text, return_tensors="pt")).last_hidden_state[0]
         pieces = states.split(size)
         torch.testing.assert_close(passages, torch.stack([x.mean(0) for x in pieces]), atol=1e-5, rtol=0)
         lengths = torch.tensor([float(len(x)) for x in pieces])
         torch.testing.assert_close(lengths @ passages / lengths.sum(), document, atol=1e-5, rtol=0)
-    single = vectors_of(model, LONG[0], late_chunk_tokens=size)
+    single = vectors_of(prompted_model, LONG[0], late_chunk_tokens=size)
     torch.testing.assert_close(single, normalize(parts[0]), atol=1e-5, rtol=0)
 
 
@@ -242,34 +242,34 @@ def test_late_chunks_take_the_models_pooling():
 
 
 @pytest.mark.promise("X3")
-def test_bfloat16_points_where_float32_points(model):
-    exact, fast = vectors_of(model, LONG), model.encode(LONG, precision="bfloat16", output="torch")
+def test_bfloat16_points_where_float32_points(prompted_model):
+    exact, fast = vectors_of(prompted_model, LONG), prompted_model.encode(LONG, precision="bfloat16", output="torch")
     assert torch.nn.functional.cosine_similarity(exact, fast).min() > 0.98
     assert not torch.equal(exact, fast)  # it was used
 
 
-def test_training_mode_is_put_aside_and_taken_up_again(model):
-    expected = vectors_of(model, SHORT)
+def test_training_mode_is_put_aside_and_taken_up_again(prompted_model):
+    expected = vectors_of(prompted_model, SHORT)
     try:
-        model.train()
-        assert torch.equal(vectors_of(model, SHORT), expected)  # no dropout
-        assert model.training
+        prompted_model.train()
+        assert torch.equal(vectors_of(prompted_model, SHORT), expected)  # no dropout
+        assert prompted_model.training
         with pytest.raises(ValueError, match="cut off"):
-            model.encode(random_text(LIMIT), overflow="error")
-        assert model.training
-        assert all(module.training for module in model.modules())
+            prompted_model.encode(random_text(LIMIT), overflow="error")
+        assert prompted_model.training
+        assert all(module.training for module in prompted_model.modules())
     finally:
-        model.eval()
+        prompted_model.eval()
 
 
-def test_a_progress_bar_only_where_it_is_wanted(model, capfd):
+def test_a_progress_bar_only_where_it_is_wanted(prompted_model, capfd):
     for choice, batch_tokens, shown in (
         (None, 10_000, False),
         (None, 50, True),
         (False, 50, False),
         (True, 10_000, True),
     ):
-        model.encode(LONG, batch_tokens=batch_tokens, show_progress_bar=choice)
+        prompted_model.encode(LONG, batch_tokens=batch_tokens, show_progress_bar=choice)
         captured = capfd.readouterr()
         assert captured.out == ""
         assert ("100%" in captured.err) == shown
@@ -293,14 +293,14 @@ def test_a_progress_bar_only_where_it_is_wanted(model, capfd):
     ],
     ids=str,
 )
-def test_choices_that_cannot_be_are_refused_in_one_sentence(model, choices, named):
+def test_choices_that_cannot_be_are_refused_in_one_sentence(prompted_model, choices, named):
     with pytest.raises(ValueError, match=named) as error:
-        model.encode(["w1"], **choices)
+        prompted_model.encode(["w1"], **choices)
     one_sentence(error)
 
 
 @pytest.mark.parametrize(("texts", "named"), [(["w1", None], "text 1 is a NoneType"), ([b"w1"], "text 0 is a bytes")])
-def test_what_is_no_string_is_refused_by_its_number(model, texts, named):
+def test_what_is_no_string_is_refused_by_its_number(prompted_model, texts, named):
     with pytest.raises(ValueError, match=named) as error:
-        model.encode(texts)
+        prompted_model.encode(texts)
     one_sentence(error)

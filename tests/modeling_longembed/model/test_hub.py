@@ -29,7 +29,7 @@ TORCH = ["torch", "transformers", "safetensors"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def extended_model(tmp_path_factory):
     """A model with everything that has to survive: an extension, two patterns, a pooling and prompts of its own."""
     folder = tmp_path_factory.mktemp("bert")
     save_checkpoint(folder, "bert")
@@ -40,15 +40,15 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def published(model, tmp_path_factory):
+def published(extended_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("published") / "tiny-long"
-    model.save_pretrained(folder)
+    extended_model.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def vectors(model):
-    return model.encode(TEXTS, precision="float32", prompt_name="query")
+def extended_vectors(extended_model):
+    return extended_model.encode(TEXTS, precision="float32", prompt_name="query")
 
 
 @pytest.fixture(scope="module")
@@ -94,17 +94,17 @@ def test_the_folder_holds_all_it_needs(published):
 
 
 @pytest.mark.promise("X1")
-def test_saving_and_loading_is_exact(model, published, vectors):
+def test_saving_and_loading_is_exact(extended_model, published, extended_vectors):
     loaded = LongEmbedModel.from_pretrained(published)
-    ours, theirs = dict(model.state_dict()), loaded.state_dict()
+    ours, theirs = dict(extended_model.state_dict()), loaded.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # transformers fills buffers that are not saved with garbage: there must be none
     assert not {name for name, _ in loaded.named_buffers()} - theirs.keys()
-    assert np.array_equal(loaded.encode(TEXTS, precision="float32", prompt_name="query"), vectors)
+    assert np.array_equal(loaded.encode(TEXTS, precision="float32", prompt_name="query"), extended_vectors)
 
 
-def test_the_card_is_what_it_says(model, published):
+def test_the_card_is_what_it_says(extended_model, published):
     card = ModelCard.load(published / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "sentence-similarity"
@@ -121,31 +121,33 @@ def test_the_card_is_what_it_says(model, published):
         "1 x full",
         "window 9",
     )
-    for fact in (*facts, f"{model.num_parameters():,}"):
+    for fact in (*facts, f"{extended_model.num_parameters():,}"):
         assert fact in card.text
     assert not re.search(r"[{}]", re.sub(r"```.*?```", "", card.text, flags=re.DOTALL))
     assert "None recorded" in card.text
 
 
-def test_the_card_shows_results_base_and_licence(model, tmp_path):
-    model = LongEmbedModel(LongEmbedConfig(**model.config.to_dict() | {"original_model": "org/base", "license": "mit"}))
-    model.results = [{"task": "LEMBNeedle", "metric": "nDCG@1", "score": 51.234}]
-    model.save_pretrained(tmp_path)
+def test_the_card_shows_results_base_and_licence(extended_model, tmp_path):
+    extended_model = LongEmbedModel(
+        LongEmbedConfig(**extended_model.config.to_dict() | {"original_model": "org/base", "license": "mit"})
+    )
+    extended_model.results = [{"task": "LEMBNeedle", "metric": "nDCG@1", "score": 51.234}]
+    extended_model.save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.license) == ("org/base", "mit")
     assert "| LEMBNeedle | nDCG@1 | 51.23 |" in card.text
     assert not LongEmbedModel.results
 
 
-def test_a_model_without_a_tokenizer_is_saved_without_one(model, tmp_path):
-    LongEmbedModel(model.config).save_pretrained(tmp_path)
+def test_a_model_without_a_tokenizer_is_saved_without_one(extended_model, tmp_path):
+    LongEmbedModel(extended_model.config).save_pretrained(tmp_path)
     assert not list(tmp_path.glob("tokenizer*"))
     with pytest.raises(ValueError, match="no tokenizer beside this model"):
         LongEmbedModel.from_pretrained(tmp_path).encode(["w1"])
 
 
-def test_processes_that_are_not_the_main_one_write_nothing(model, tmp_path):
-    model.save_pretrained(tmp_path, is_main_process=False, save_function=None)
+def test_processes_that_are_not_the_main_one_write_nothing(extended_model, tmp_path):
+    extended_model.save_pretrained(tmp_path, is_main_process=False, save_function=None)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".md", ".json")]
 
 
@@ -210,9 +212,9 @@ def read(environment, source, revision, folder, out, **settings):
 
 
 @pytest.mark.promise("X1")
-def test_a_local_folder_in_an_environment_of_torch_and_transformers(environment, published, vectors, tmp_path):
+def test_a_local_folder_in_an_environment_of_torch_and_transformers(environment, published, extended_vectors, tmp_path):
     theirs = read(environment, published, "", published, tmp_path)
-    np.testing.assert_array_equal(theirs, vectors)
+    np.testing.assert_array_equal(theirs, extended_vectors)
     assert {path.name for path in (tmp_path / "tuned").glob("*.py")} == CODE
     for name in CODE:
         assert (tmp_path / "tuned" / name).read_text() == (published / name).read_text()
@@ -221,7 +223,7 @@ def test_a_local_folder_in_an_environment_of_torch_and_transformers(environment,
     assert (tmp_path / "tuned" / "tokenizer.json").exists()
 
 
-def test_the_hub_offline_with_a_pinned_revision(environment, model, published, vectors, tmp_path):
+def test_the_hub_offline_with_a_pinned_revision(environment, extended_model, published, extended_vectors, tmp_path):
     first, second = "a" * 40, "b" * 40
     # A later commit: other weights, and a tokenizer without special tokens.
     other = LongEmbedModel.from_pretrained(published)
@@ -236,12 +238,12 @@ def test_the_hub_offline_with_a_pinned_revision(environment, model, published, v
         out = tmp_path / (revision or "main")
         out.mkdir()
         theirs = read(environment, "org/tiny", revision, folder, out, **settings)
-        expected = vectors if revision else other.encode(TEXTS, precision="float32", prompt_name="query")
+        expected = extended_vectors if revision else other.encode(TEXTS, precision="float32", prompt_name="query")
         np.testing.assert_allclose(theirs, expected, atol=1e-6, rtol=0)
-    assert not np.allclose(theirs, vectors, atol=1e-3)
+    assert not np.allclose(theirs, extended_vectors, atol=1e-3)
 
 
-def test_sentence_transformers_give_the_same_vectors(model, published, tmp_path_factory):
+def test_sentence_transformers_give_the_same_vectors(extended_model, published, tmp_path_factory):
     pytest.importorskip("sentence_transformers")
     folder = tmp_path_factory.mktemp("st")
     environment = CleanEnvironment(folder, [*TORCH, "sentence-transformers"])
@@ -270,11 +272,11 @@ print(json.dumps(out))
     assert said == {"dim": 32, "length": 3 * CONTEXT, "prompts": PROMPTS, "similarity": "cosine"}
     for number in range(2):
         for kind, prompt_name in (("query", "query"), ("document", "document"), ("plain", None)):
-            ours = model.encode(TEXTS, prompt_name=prompt_name, precision="float32")
+            ours = extended_model.encode(TEXTS, prompt_name=prompt_name, precision="float32")
             np.testing.assert_allclose(np.load(folder / f"{kind}{number}.npy"), ours, atol=1e-6, rtol=0)
 
 
-def test_trust_is_demanded_unless_the_package_is_installed(environment, published, vectors, tmp_path):
+def test_trust_is_demanded_unless_the_package_is_installed(environment, published, extended_vectors, tmp_path):
     without = environment.run(
         "from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)", published
     )
@@ -293,7 +295,7 @@ assert type(AutoModelForMaskedLM.from_pretrained(sys.argv[1])) is modeling_longe
 print(json.dumps(model.encode(json.loads(sys.argv[3]), prompt_name="query", precision="float32").tolist()))
 """
     theirs = succeed(environment.run(script, published, tmp_path / "wheel", json.dumps(TEXTS)))
-    np.testing.assert_allclose(np.array(theirs), vectors, atol=1e-6, rtol=0)
+    np.testing.assert_allclose(np.array(theirs), extended_vectors, atol=1e-6, rtol=0)
 
 
 # --- in this process --------------------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ def test_a_masked_language_model_loads_as_an_encoder(tmp_path):
     assert "head.decoder.weight" not in tensors  # the tied table is stored once
 
 
-def test_what_is_pushed_is_our_folder_with_our_card(model, monkeypatch):
+def test_what_is_pushed_is_our_folder_with_our_card(extended_model, monkeypatch):
     pushed = {}
 
     class Repository:
@@ -336,7 +338,7 @@ def test_what_is_pushed_is_our_folder_with_our_card(model, monkeypatch):
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: Repository())
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     monkeypatch.setattr(ModelCard, "load", no_card)
-    model.push_to_hub("org/pushed")
+    extended_model.push_to_hub("org/pushed")
     card = pushed["README.md"].decode()
     assert "automatically generated" not in card
     assert 'AutoModel.from_pretrained("org/pushed", trust_remote_code=True)' in card

@@ -22,16 +22,16 @@ def batch():
     return {"input_ids": torch.randint(1, 64, (3, 20)), "attention_mask": attention_mask}
 
 
-def build(tiny_model, cls=LongEmbedModel, **fields):
-    return tiny_model(cls, num_hidden_layers=None, hidden_dropout_prob=0.0, **fields).double()
+def build(build_tiny_model, cls=LongEmbedModel, **fields):
+    return build_tiny_model(cls, num_hidden_layers=None, hidden_dropout_prob=0.0, **fields).double()
 
 
 @pytest.mark.promise("L3")
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("unit", ["layer", "sublayer"])
-def test_evaluation_and_rate_zero_use_every_layer(tiny_model, batch, rate, unit):
-    plain = build(tiny_model, sublayer_pattern="sfsfsf")
-    dropping = build(tiny_model, sublayer_pattern="sfsfsf", layerdrop=rate, layerdrop_unit=unit)
+def test_evaluation_and_rate_zero_use_every_layer(build_tiny_model, batch, rate, unit):
+    plain = build(build_tiny_model, sublayer_pattern="sfsfsf")
+    dropping = build(build_tiny_model, sublayer_pattern="sfsfsf", layerdrop=rate, layerdrop_unit=unit)
     expected = plain(**batch).last_hidden_state
     assert torch.equal(dropping(**batch).last_hidden_state, expected)
     differs = [not torch.equal(dropping.train()(**batch).last_hidden_state, expected) for _ in range(8)]
@@ -42,9 +42,9 @@ def test_evaluation_and_rate_zero_use_every_layer(tiny_model, batch, rate, unit)
 @pytest.mark.parametrize("unit", ["layer", "sublayer"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_forward_pass_of_training_is_that_of_the_model_with_the_layers_that_were_drawn(
-    tiny_model, batch, layout, unit, monkeypatch
+    build_tiny_model, batch, layout, unit, monkeypatch
 ):
-    model = build(tiny_model, sublayer_pattern=layout, layerdrop=0.5, layerdrop_unit=unit).train()
+    model = build(build_tiny_model, sublayer_pattern=layout, layerdrop=0.5, layerdrop_unit=unit).train()
     drawn = []
 
     def record(*args):
@@ -62,7 +62,7 @@ def test_a_forward_pass_of_training_is_that_of_the_model_with_the_layers_that_we
             if not kept:  # only the embeddings are left
                 torch.testing.assert_close(output.last_hidden_state[0], states, atol=0, rtol=0)
             continue
-        part = build(tiny_model, sublayer_pattern=layout)
+        part = build(build_tiny_model, sublayer_pattern=layout)
         part.load_state_dict(model.state_dict())
         part.keep_sublayers(kept)
         torch.testing.assert_close(output.last_hidden_state, part(**batch).last_hidden_state, atol=1e-12, rtol=0)
@@ -81,8 +81,8 @@ def test_the_share_of_layers_is_one_minus_the_rate():
     assert draw_layers("sfsf", 1.0, "sublayer") == [False] * 4
 
 
-def test_the_draw_is_the_same_again_where_the_generator_is_restored(tiny_model, batch):
-    model = build(tiny_model, sublayer_pattern="sfsfsfsf", layerdrop=0.5).train()
+def test_the_draw_is_the_same_again_where_the_generator_is_restored(build_tiny_model, batch):
+    model = build(build_tiny_model, sublayer_pattern="sfsfsfsf", layerdrop=0.5).train()
     state = torch.get_rng_state()
     first = model(**batch).last_hidden_state
     torch.set_rng_state(state)
@@ -90,10 +90,10 @@ def test_the_draw_is_the_same_again_where_the_generator_is_restored(tiny_model, 
     assert not all(torch.equal(model(**batch).last_hidden_state, first) for _ in range(8))
 
 
-def test_gradient_checkpointing_recomputes_what_was_drawn(tiny_model, batch):
+def test_gradient_checkpointing_recomputes_what_was_drawn(build_tiny_model, batch):
     gradients = []
     for checkpointing in (False, True):
-        model = build(tiny_model, sublayer_pattern="sfsfsfsf", layerdrop=0.5).train()
+        model = build(build_tiny_model, sublayer_pattern="sfsfsfsf", layerdrop=0.5).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(3)
@@ -104,8 +104,8 @@ def test_gradient_checkpointing_recomputes_what_was_drawn(tiny_model, batch):
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=0)
 
 
-def test_a_layer_that_is_left_out_has_gradient_zero_not_none(tiny_model, batch):
-    model = build(tiny_model, sublayer_pattern="sfsf", layerdrop=0.5).train()
+def test_a_layer_that_is_left_out_has_gradient_zero_not_none(build_tiny_model, batch):
+    model = build(build_tiny_model, sublayer_pattern="sfsf", layerdrop=0.5).train()
     zeros = Counter()
     for _ in range(10):
         model.zero_grad(set_to_none=True)
@@ -120,10 +120,10 @@ def test_a_layer_that_is_left_out_has_gradient_zero_not_none(tiny_model, batch):
 @pytest.mark.promise("L3")
 @pytest.mark.parametrize("cls", [LongEmbedModel, LongEmbedForMaskedLM])
 @pytest.mark.parametrize("norm_placement", ["post", "pre"])
-def test_a_pruned_model_is_the_slice_and_comes_back_from_disk(tiny_model, batch, tmp_path, cls, norm_placement):
+def test_a_pruned_model_is_the_slice_and_comes_back_from_disk(build_tiny_model, batch, tmp_path, cls, norm_placement):
     fields = {"norm_placement": norm_placement, "first_attention_norm": norm_placement == "post", "layerdrop": 0.2}
     patterns = [{"type": "block", "size": 8}, "full", {"type": "sliding", "window": 3}]
-    model = build(tiny_model, cls, sublayer_pattern="sfssff", attention_patterns=patterns, **fields).eval()
+    model = build(build_tiny_model, cls, sublayer_pattern="sfssff", attention_patterns=patterns, **fields).eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.keep_sublayers([5, 2, 3])
     assert model.config.sublayer_pattern == "ssf"
@@ -133,7 +133,7 @@ def test_a_pruned_model_is_the_slice_and_comes_back_from_disk(tiny_model, batch,
 
     # The slice, by hand: a model of the short layout with the weights of those sublayers.
     short = build(
-        tiny_model, cls, sublayer_pattern="ssf", attention_patterns=patterns[1:], norm_placement=norm_placement
+        build_tiny_model, cls, sublayer_pattern="ssf", attention_patterns=patterns[1:], norm_placement=norm_placement
     )
     renamed = {}
     for name, tensor in weights.items():
@@ -153,19 +153,19 @@ def test_a_pruned_model_is_the_slice_and_comes_back_from_disk(tiny_model, batch,
 
 
 @pytest.mark.promise("L3")
-def test_every_other(tiny_model, batch):
+def test_every_other(build_tiny_model, batch):
     assert every_other(12, 0.5) == [0, 2, 4, 6, 8, 10]
     assert every_other(12, 1 / 3) == [0, 1, 3, 4, 6, 7, 9, 10]
     assert every_other(6, 0) == list(range(6))
-    model = build(tiny_model, sublayer_pattern="sfsfsfsf").keep_layers(every_other(4, 0.5))
+    model = build(build_tiny_model, sublayer_pattern="sfsfsfsf").keep_layers(every_other(4, 0.5))
     assert model.config.sublayer_pattern == "sfsf"
     for rate in (0.7, -0.1):
         with pytest.raises(ValueError, match=r"^rate=.*; give 0 to 0.5"):
             every_other(12, rate)
 
 
-def test_what_cannot_be_pruned_is_refused(tiny_model):
-    model = build(tiny_model, sublayer_pattern="sfsf")
+def test_what_cannot_be_pruned_is_refused(build_tiny_model):
+    model = build(build_tiny_model, sublayer_pattern="sfsf")
     for keep, refusal in (([4], "there is no sublayer 4"), ([1, 3], "no attention sublayer is left"), ([], "no att")):
         with pytest.raises(ValueError, match=f"^keep_sublayers: {refusal}"):
             model.keep_sublayers(keep)
@@ -191,8 +191,8 @@ def test_the_scaled_initialisation_of_what_adds_to_the_residual_stream(layout):
             assert parameter.std().item() == pytest.approx(0.02, rel=0.02)
 
 
-def test_the_scaled_initialisation_does_not_touch_loaded_weights(tiny_model, tmp_path):
-    model = build(tiny_model, sublayer_pattern="sfsf", scaled_initialization=True)
+def test_the_scaled_initialisation_does_not_touch_loaded_weights(build_tiny_model, tmp_path):
+    model = build(build_tiny_model, sublayer_pattern="sfsf", scaled_initialization=True)
     model.save_pretrained(tmp_path)
     loaded = LongEmbedModel.from_pretrained(tmp_path, dtype=torch.float64)
     for name, tensor in model.state_dict().items():
@@ -200,9 +200,11 @@ def test_the_scaled_initialisation_does_not_touch_loaded_weights(tiny_model, tmp
 
 
 @pytest.mark.parametrize("unit", ["layer", "sublayer"])
-def test_training_with_layerdrop_lowers_a_loss(tiny_model, unit):
+def test_training_with_layerdrop_lowers_a_loss(build_tiny_model, unit):
     torch.manual_seed(0)
-    model = tiny_model(sublayer_pattern="sfsf", num_hidden_layers=None, layerdrop=0.3, layerdrop_unit=unit).train()
+    model = build_tiny_model(
+        sublayer_pattern="sfsf", num_hidden_layers=None, layerdrop=0.3, layerdrop_unit=unit
+    ).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     target = torch.nn.functional.normalize(torch.randn(16, 32), dim=-1)
     data = TensorDataset(torch.randint(1, 64, (16, 12)), target)

@@ -46,10 +46,10 @@ def test_the_sandwich_of_the_paper():
 
 @pytest.mark.promise("L1")
 @pytest.mark.parametrize("k", range(PAIRS))
-def test_a_sandwich_is_a_model_of_as_many_parameters(tiny_model, k):
+def test_a_sandwich_is_a_model_of_as_many_parameters(build_tiny_model, k):
     fields = {"num_hidden_layers": None, "intermediate_size": 4 * 32}
-    plain = tiny_model(**fields, sublayer_pattern=interleaved(PAIRS))
-    model = tiny_model(**fields, sublayer_pattern=sandwich(PAIRS, k))
+    plain = build_tiny_model(**fields, sublayer_pattern=interleaved(PAIRS))
+    model = build_tiny_model(**fields, sublayer_pattern=sandwich(PAIRS, k))
     assert kinds(model) == sandwich(PAIRS, k)
     assert model.num_parameters() == plain.num_parameters()
     input_ids = torch.arange(60).view(2, 30)

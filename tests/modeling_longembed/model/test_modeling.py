@@ -77,8 +77,8 @@ def test_hidden_states_and_attentions_are_those_of_bert(bert_and_ours):
         torch.testing.assert_close(weights, kept, atol=1e-6, rtol=0)
 
 
-def test_attentions_of_a_pack_stand_on_the_diagonal(tiny_model):
-    model = tiny_model(attn_implementation="eager")
+def test_attentions_of_a_pack_stand_on_the_diagonal(build_tiny_model):
+    model = build_tiny_model(attn_implementation="eager")
     documents = torch.randint(1, 64, (1, 9))
     cu_seqlens = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
     with torch.no_grad():
@@ -90,26 +90,26 @@ def test_attentions_of_a_pack_stand_on_the_diagonal(tiny_model):
     assert all(weights.sum().isclose(torch.tensor(4.0 * 9)) for weights in packed)
 
 
-def test_attentions_need_the_eager_kernel(tiny_model):
+def test_attentions_need_the_eager_kernel(build_tiny_model):
     with pytest.raises(ValueError, match=r"attention weights exist in the eager kernel only; call model"):
-        tiny_model()(**make_batch(), output_attentions=True)
+        build_tiny_model()(**make_batch(), output_attentions=True)
 
 
-def test_the_last_hidden_state_of_pre_norm_is_the_output(tiny_model):
-    model = tiny_model(norm_placement="pre", final_norm=True)
+def test_the_last_hidden_state_of_pre_norm_is_the_output(build_tiny_model):
+    model = build_tiny_model(norm_placement="pre", final_norm=True)
     output = model(**make_batch(), output_hidden_states=True)
     assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
 
 
-def test_a_tuple_on_request(tiny_model):
-    model, batch = tiny_model(), make_batch()
+def test_a_tuple_on_request(build_tiny_model):
+    model, batch = build_tiny_model(), make_batch()
     states, pooled = model(**batch, return_dict=False)
     assert torch.equal(states, model(**batch).last_hidden_state)
     assert torch.equal(pooled, model(**batch).pooler_output)
 
 
-def test_word_vectors_and_places_can_be_given(tiny_model):
-    model, batch = tiny_model(), make_batch()
+def test_word_vectors_and_places_can_be_given(build_tiny_model):
+    model, batch = build_tiny_model(), make_batch()
     expected = model(**batch).last_hidden_state
     words = model.get_input_embeddings()(batch["input_ids"])
     places = torch.arange(words.shape[1])[None]
@@ -118,8 +118,8 @@ def test_word_vectors_and_places_can_be_given(tiny_model):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_pooling_is_that_of_sentence_transformers(tiny_model, pooling):
-    model, batch = tiny_model(pooling=pooling), make_batch()
+def test_pooling_is_that_of_sentence_transformers(build_tiny_model, pooling):
+    model, batch = build_tiny_model(pooling=pooling), make_batch()
     output = model(**batch)
     features = {"token_embeddings": output.last_hidden_state, "attention_mask": batch["attention_mask"]}
     mode = ST_POOLINGS[pooling].removesuffix("_tokens").removesuffix("_token")
@@ -131,8 +131,8 @@ def test_pooling_is_that_of_sentence_transformers(tiny_model, pooling):
 
 
 @pytest.mark.promise("X5")
-def test_the_kernel_can_be_changed_and_changed_back(tiny_model):
-    model, batch = tiny_model(attention_patterns=MIXED), make_batch()
+def test_the_kernel_can_be_changed_and_changed_back(build_tiny_model):
+    model, batch = build_tiny_model(attention_patterns=MIXED), make_batch()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         first = model(**batch).last_hidden_state
@@ -146,22 +146,22 @@ def test_the_kernel_can_be_changed_and_changed_back(tiny_model):
 
 
 @pytest.mark.promise("X5")
-def test_the_pattern_can_be_changed_at_load(tiny_model, tmp_path):
-    model = tiny_model(attention_patterns=MIXED)
+def test_the_pattern_can_be_changed_at_load(build_tiny_model, tmp_path):
+    model = build_tiny_model(attention_patterns=MIXED)
     model.save_pretrained(tmp_path)
     full = LongEmbedModel.from_pretrained(tmp_path, attention_patterns="full")
     assert all(torch.equal(tensor, full.state_dict()[name]) for name, tensor in model.state_dict().items())
     batch = make_batch()
     with torch.no_grad():
-        expected = tiny_model(attention_patterns="full")(**batch).pooler_output
+        expected = build_tiny_model(attention_patterns="full")(**batch).pooler_output
         assert torch.equal(full(**batch).pooler_output, expected)
 
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, positions, dropout):
+def test_gradient_checkpointing_gives_the_same_gradients(build_tiny_model, positions, dropout):
     patterns = "full" if positions == "rope+group" else MIXED
-    model = tiny_model(attention_patterns=patterns, hidden_dropout_prob=dropout, **POSITIONS[positions]).train()
+    model = build_tiny_model(attention_patterns=patterns, hidden_dropout_prob=dropout, **POSITIONS[positions]).train()
     batch = make_batch()
     plain = parameter_gradients(model, batch)
     model.gradient_checkpointing_enable()
@@ -192,11 +192,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_model, positions, 
     ],
     ids=str,
 )
-def test_no_tensor_of_length_times_length(tiny_model, monkeypatch, pattern, positions):
+def test_no_tensor_of_length_times_length(build_tiny_model, monkeypatch, pattern, positions):
     """Neither kept for the backward pass nor allocated on the way, forward and backward, at 4,096 tokens."""
     length, budget = 4096, 2**20
     monkeypatch.setattr(attention_kernels_longembed, "MAX_SCORES", budget)
-    model = tiny_model(
+    model = build_tiny_model(
         attention_patterns=pattern,
         num_hidden_layers=1,
         max_position_embeddings=length,
@@ -213,8 +213,8 @@ def test_no_tensor_of_length_times_length(tiny_model, monkeypatch, pattern, posi
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_inner_states_are_computed_in_pieces_on_a_cpu(tiny_model, monkeypatch, gated):
-    model = tiny_model(feed_forward_gated=gated).eval()
+def test_inner_states_are_computed_in_pieces_on_a_cpu(build_tiny_model, monkeypatch, gated):
+    model = build_tiny_model(feed_forward_gated=gated).eval()
     sublayer = next(layer.feed_forward for layer in model.layers if layer.feed_forward is not None)
     states, inner = torch.randn(103, model.config.hidden_size), model.config.intermediate_size
     whole = sublayer(states)  # with gradients: at once
@@ -228,8 +228,8 @@ def test_inner_states_are_computed_in_pieces_on_a_cpu(tiny_model, monkeypatch, g
 # The head -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_all_scores(tiny_model):
-    model, batch = tiny_model(LongEmbedForMaskedLM, attention_patterns=MIXED), make_batch()
+def test_the_loss_is_that_of_all_scores(build_tiny_model):
+    model, batch = build_tiny_model(LongEmbedForMaskedLM, attention_patterns=MIXED), make_batch()
     labels = batch["input_ids"].masked_fill(torch.rand(batch["input_ids"].shape) < 0.6, -100)
     labels[batch["attention_mask"] == 0] = -100
     output, scores = model(**batch, labels=labels), model(**batch).logits
@@ -242,8 +242,8 @@ def test_the_loss_is_that_of_all_scores(tiny_model):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
 
 
-def test_the_projection_is_tied_to_the_word_embeddings(tiny_model):
-    model = tiny_model(LongEmbedForMaskedLM)
+def test_the_projection_is_tied_to_the_word_embeddings(build_tiny_model):
+    model = build_tiny_model(LongEmbedForMaskedLM)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
@@ -252,7 +252,7 @@ def test_the_projection_is_tied_to_the_word_embeddings(tiny_model):
 
 @pytest.mark.promise("X2")
 @pytest.mark.parametrize("pattern", ["full", *MIXED], ids=["full", "sliding", "block"])
-def test_a_compiled_model_equals_the_eager_one(tiny_model, pattern):
+def test_a_compiled_model_equals_the_eager_one(build_tiny_model, pattern):
     """`aot_eager` traces forward and backward as the default compiler does, and needs no C++ compiler."""
     torch._dynamo.reset()
     input_ids = torch.arange(1, 25).view(2, 12)
@@ -260,7 +260,7 @@ def test_a_compiled_model_equals_the_eager_one(tiny_model, pattern):
     attention_mask[1, 7:] = 0
     gradients = []
     for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):
-        model = tiny_model(attention_patterns=pattern)
+        model = build_tiny_model(attention_patterns=pattern)
         output = wrap(model)(input_ids, attention_mask=attention_mask).pooler_output
         output.sin().sum().backward()
         gradients.append({"output": output.detach()} | {n: p.grad for n, p in model.named_parameters()})
@@ -272,9 +272,9 @@ def test_a_compiled_model_equals_the_eager_one(tiny_model, pattern):
     ("pattern", "positions"),
     [(pattern, name) for pattern in PATTERNS for name in POSITIONS if refused(pattern, POSITIONS[name]) is None],
 )
-def test_autocast_bfloat16_points_where_float32_does(tiny_model, pattern, positions):
+def test_autocast_bfloat16_points_where_float32_does(build_tiny_model, pattern, positions):
     # Weights of a usual size: random ones of 0.3 amplify every rounding.
-    model = tiny_model(attention_patterns=pattern, initializer_range=0.1, **POSITIONS[positions])
+    model = build_tiny_model(attention_patterns=pattern, initializer_range=0.1, **POSITIONS[positions])
     batch = make_batch((60, 33, 2))
     with torch.no_grad():
         expected = model(**batch).pooler_output
@@ -286,8 +286,11 @@ def test_autocast_bfloat16_points_where_float32_does(tiny_model, pattern, positi
 
 @pytest.mark.promise("X3")
 @pytest.mark.parametrize("kernel", CPU_KERNELS)
-def test_a_model_in_bfloat16(tiny_model, kernel):
-    model, batch = tiny_model(attention_patterns=MIXED, initializer_range=0.1, attn_implementation=kernel), make_batch()
+def test_a_model_in_bfloat16(build_tiny_model, kernel):
+    model, batch = (
+        build_tiny_model(attention_patterns=MIXED, initializer_range=0.1, attn_implementation=kernel),
+        make_batch(),
+    )
     with torch.no_grad():
         expected = model(**batch).pooler_output
         output = model.bfloat16()(**batch).pooler_output

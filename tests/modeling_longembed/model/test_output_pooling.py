@@ -44,16 +44,16 @@ def test_orthogonal_tokens_saturate_with_how_often_they_come(counts):
     torch.testing.assert_close(weights, expected)
 
 
-def test_short_documents_and_large_penalties_leave_the_mean(tiny_model):
+def test_short_documents_and_large_penalties_leave_the_mean(build_tiny_model):
     ids = torch.randint(1, 64, (1, 12))
-    mean = tiny_model()(ids)
-    weighed = tiny_model(**GENERALIZED_MAX, token_weighting_regularization=1e6)(ids)
+    mean = build_tiny_model()(ids)
+    weighed = build_tiny_model(**GENERALIZED_MAX, token_weighting_regularization=1e6)(ids)
     torch.testing.assert_close(weighed.pooler_output, mean.pooler_output, atol=1e-4, rtol=0)
-    assert not torch.allclose(tiny_model(**GENERALIZED_MAX)(ids).pooler_output, mean.pooler_output, atol=1e-2)
+    assert not torch.allclose(build_tiny_model(**GENERALIZED_MAX)(ids).pooler_output, mean.pooler_output, atol=1e-2)
 
 
-def test_padding_and_neighbours_do_not_matter_nor_for_the_gradient(tiny_model):
-    model, lengths = tiny_model(**GENERALIZED_MAX, token_weighting_regularization=2.0).double(), [5, 0, 50, 1]
+def test_padding_and_neighbours_do_not_matter_nor_for_the_gradient(build_tiny_model):
+    model, lengths = build_tiny_model(**GENERALIZED_MAX, token_weighting_regularization=2.0).double(), [5, 0, 50, 1]
     documents = [torch.randint(1, 64, (length,)) for length in lengths]
     mask = torch.arange(50) < torch.tensor(lengths)[:, None]
     padded = torch.zeros(4, 50, dtype=torch.long).masked_scatter(mask, torch.cat(documents))
@@ -78,7 +78,7 @@ def test_the_gradient_is_that_of_differences(length):
     torch.autograd.gradcheck(lambda states: token_weights(states, packed([3, length - 3]), 0.7), states)
 
 
-def test_half_precision_is_weighed_in_full(tiny_model):
+def test_half_precision_is_weighed_in_full(build_tiny_model):
     states = (torch.randn(3000, 32) + 1).to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         weights = token_weights(states, packed([3000]), 50.0)
@@ -86,19 +86,19 @@ def test_half_precision_is_weighed_in_full(tiny_model):
     torch.testing.assert_close(weights.double(), expected, atol=1e-3, rtol=0)
 
 
-def test_weights_switched_on_at_load_are_those_a_model_is_made_with(tiny_model, tmp_path):
+def test_weights_switched_on_at_load_are_those_a_model_is_made_with(build_tiny_model, tmp_path):
     ids, options = torch.randint(1, 64, (1, 40)), GENERALIZED_MAX | {"token_weighting_regularization": 2.0}
-    plain = tiny_model()
+    plain = build_tiny_model()
     plain.save_pretrained(tmp_path)
     loaded = LongEmbedModel.from_pretrained(tmp_path, **options)
     found = loaded(ids).pooler_output
-    torch.testing.assert_close(found, tiny_model(**options)(ids).pooler_output, atol=0, rtol=0)
+    torch.testing.assert_close(found, build_tiny_model(**options)(ids).pooler_output, atol=0, rtol=0)
     assert not torch.allclose(found, plain(ids).pooler_output, atol=1e-2)
     loaded.save_pretrained(tmp_path)
     assert LongEmbedModel.from_pretrained(tmp_path)(ids).pooler_output.equal(found)  # saved, it stays switched on
 
 
-def test_a_head_for_masked_words_reads_the_states_as_they_are(tiny_model):
+def test_a_head_for_masked_words_reads_the_states_as_they_are(build_tiny_model):
     ids = torch.randint(1, 64, (1, 40))
-    weighed = tiny_model(LongEmbedForMaskedLM, **GENERALIZED_MAX, token_weighting_regularization=0.1)
-    torch.testing.assert_close(weighed(ids).logits, tiny_model(LongEmbedForMaskedLM)(ids).logits)
+    weighed = build_tiny_model(LongEmbedForMaskedLM, **GENERALIZED_MAX, token_weighting_regularization=0.1)
+    torch.testing.assert_close(weighed(ids).logits, build_tiny_model(LongEmbedForMaskedLM)(ids).logits)

@@ -79,8 +79,8 @@ def run_single(model, documents):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @settings(max_examples=15)
 @given(lengths=BATCHES)
-def test_packed_equals_padded_equals_single(tiny_model, pattern, side, lengths):
-    model = tiny_model(attention_patterns={"type": pattern} | PATTERN_SETTINGS.get(pattern, {}))
+def test_packed_equals_padded_equals_single(build_tiny_model, pattern, side, lengths):
+    model = build_tiny_model(attention_patterns={"type": pattern} | PATTERN_SETTINGS.get(pattern, {}))
     documents = draw_documents(lengths)
     input_ids, attention_mask = pad_batch(documents, side)
     with torch.no_grad():
@@ -103,8 +103,8 @@ def test_packed_equals_padded_equals_single(tiny_model, pattern, side, lengths):
         if refused(entry, more) is None
     ],
 )
-def test_packed_and_padded_have_the_gradients_of_single(tiny_model, entry, more):
-    model = tiny_model(attention_patterns=entry, **more)
+def test_packed_and_padded_have_the_gradients_of_single(build_tiny_model, entry, more):
+    model = build_tiny_model(attention_patterns=entry, **more)
     documents = draw_documents([7, 1, 20, 12])
     input_ids, attention_mask = pad_batch(documents, "holes")
     gradients = []
@@ -128,8 +128,8 @@ def test_packed_and_padded_have_the_gradients_of_single(tiny_model, entry, more)
 @pytest.mark.parametrize(("scheme", "method"), EXTENDED)
 @settings(max_examples=15)
 @given(lengths=st.lists(st.sampled_from([1, 4, 5, 7, 8, 9, 15, 16, 17, 40, 63, 64]), min_size=2, max_size=4))
-def test_an_embedding_does_not_depend_on_batch_mates(tiny_model, scheme, method, lengths):
-    model = tiny_model(**position_fields(scheme, method))
+def test_an_embedding_does_not_depend_on_batch_mates(build_tiny_model, scheme, method, lengths):
+    model = build_tiny_model(**position_fields(scheme, method))
     documents = draw_documents(lengths)
     input_ids, attention_mask = pad_batch(documents)
     with torch.no_grad():
@@ -141,12 +141,12 @@ def test_an_embedding_does_not_depend_on_batch_mates(tiny_model, scheme, method,
 
 @pytest.mark.promise("P9")
 @pytest.mark.parametrize(("scheme", "method"), [pair for pair in EXTENDED if pair[1]])
-def test_an_extension_leaves_texts_within_the_original_context(tiny_model, scheme, method):
+def test_an_extension_leaves_texts_within_the_original_context(build_tiny_model, scheme, method):
     fields = position_fields(scheme, method)
     if method == "restart":
         fields["position_extension"]["period"] = ORIGINAL
-    extended = tiny_model(**fields)
-    base = tiny_model(**fields | {"position_extension": None})
+    extended = build_tiny_model(**fields)
+    base = build_tiny_model(**fields | {"position_extension": None})
     state = extended.state_dict()
     if scheme == "absolute":  # a table whose rows are those of the extended one at the places it reads
         rows = torch.arange(ORIGINAL) * (CONTEXT // ORIGINAL if method == "interpolate" else 1)
@@ -163,8 +163,8 @@ def test_an_extension_leaves_texts_within_the_original_context(tiny_model, schem
 
 
 @pytest.mark.promise("P10")
-def test_a_batch_can_be_permuted(tiny_model):
-    model = tiny_model(attention_patterns=[{"type": "block", "size": 4}, {"type": "sliding", "window": 2}])
+def test_a_batch_can_be_permuted(build_tiny_model):
+    model = build_tiny_model(attention_patterns=[{"type": "block", "size": 4}, {"type": "sliding", "window": 2}])
     documents = draw_documents([3, 24, 1, 9, 9])
     order = [3, 0, 4, 2, 1]
     input_ids, attention_mask = pad_batch(documents)
@@ -176,8 +176,8 @@ def test_a_batch_can_be_permuted(tiny_model):
     torch.testing.assert_close(packed, expected, atol=1e-6, rtol=0)
 
 
-def test_more_padding_changes_nothing(tiny_model):
-    model = tiny_model()
+def test_more_padding_changes_nothing(build_tiny_model):
+    model = build_tiny_model()
     documents = draw_documents([5, 9])
     input_ids, attention_mask = pad_batch(documents)
     wide_ids, wide_mask = (torch.nn.functional.pad(x, (0, 40)) for x in (input_ids, attention_mask))
@@ -188,8 +188,8 @@ def test_more_padding_changes_nothing(tiny_model):
     assert torch.equal(wide.pooler_output, narrow.pooler_output)
 
 
-def test_an_empty_document_in_a_pack(tiny_model):
-    model = tiny_model(attention_patterns=[{"type": "block", "size": 4}, {"type": "sliding", "window": 2}])
+def test_an_empty_document_in_a_pack(build_tiny_model):
+    model = build_tiny_model(attention_patterns=[{"type": "block", "size": 4}, {"type": "sliding", "window": 2}])
     documents = draw_documents([6, 5])
     cu_seqlens = torch.tensor([0, 0, 6, 6, 11, 11], dtype=torch.int32)
     with torch.no_grad():
@@ -199,8 +199,12 @@ def test_an_empty_document_in_a_pack(tiny_model):
     assert not pooled[[0, 2, 4]].any()
 
 
-def test_inputs_that_contradict_each_other_are_refused(tiny_model):
-    model, ids, cu_seqlens = tiny_model(), torch.ones(2, 5, dtype=torch.long), torch.tensor([0, 5], dtype=torch.int32)
+def test_inputs_that_contradict_each_other_are_refused(build_tiny_model):
+    model, ids, cu_seqlens = (
+        build_tiny_model(),
+        torch.ones(2, 5, dtype=torch.long),
+        torch.tensor([0, 5], dtype=torch.int32),
+    )
     with pytest.raises(ValueError, match="give either input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\), the input \(2, 5\); they must agree"):
@@ -244,8 +248,8 @@ def test_split_documents_cuts_each_document(lengths, size):
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_pooling_a_document_is_pooling_its_row(tiny_model, pooling):
-    model = tiny_model(pooling=pooling)
+def test_pooling_a_document_is_pooling_its_row(build_tiny_model, pooling):
+    model = build_tiny_model(pooling=pooling)
     documents = draw_documents([4, 1, 11])
     with torch.no_grad():
         output = run_packed(model, documents)

@@ -376,9 +376,9 @@ def test_a_query_that_sees_nothing_gives_zeros(kernel, bias):
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "weighted_mean"])
 @pytest.mark.parametrize("kernel", TRAINABLE_KERNELS)
 @pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
-def test_a_document_that_is_all_padding_gives_zeros(tiny_model, pattern, kernel, pooling):
+def test_a_document_that_is_all_padding_gives_zeros(build_tiny_model, pattern, kernel, pooling):
     entry = {"type": pattern.type, **vars(pattern)}
-    model = tiny_model(attention_patterns=entry, pooling=pooling, attn_implementation=kernel)
+    model = build_tiny_model(attention_patterns=entry, pooling=pooling, attn_implementation=kernel)
     input_ids = torch.randint(1, 64, (3, 9))
     for empty in ([1], [0, 2], [0, 1, 2]):
         attention_mask = torch.ones_like(input_ids)
@@ -512,10 +512,10 @@ def test_what_the_varlen_kernel_of_torch_is_asked_for(pattern, causal):
 
 
 @pytest.mark.skipif(attention_longembed.flash_attn_varlen_func is not None, reason="flash-attn is installed")
-def test_flash_attention_is_refused_where_it_is_not_installed(tiny_model):
+def test_flash_attention_is_refused_where_it_is_not_installed(build_tiny_model):
     for build in (
-        lambda: tiny_model(attn_implementation="flash_attention_2"),
-        lambda: tiny_model().set_attn_implementation("flash_attention_2"),
+        lambda: build_tiny_model(attn_implementation="flash_attention_2"),
+        lambda: build_tiny_model().set_attn_implementation("flash_attention_2"),
     ):
         with pytest.raises(
             ValueError, match=r"^attn_implementation='flash_attention_2' needs the package flash-attn, "
@@ -523,7 +523,7 @@ def test_flash_attention_is_refused_where_it_is_not_installed(tiny_model):
             build()
 
 
-def test_what_a_kernel_cannot_compute_is_refused(tiny_model):
+def test_what_a_kernel_cannot_compute_is_refused(build_tiny_model):
     with patch.object(attention_longembed, "flash_attn_varlen_func", dense_varlen):
         for scheme, refusal in (("alibi", "cannot add the position bias"), ("rope+group", "cannot compute Self-Ext")):
             with pytest.raises(ValueError, match=rf"^attn_implementation='flash_attention_2' {refusal}.*; use "):
@@ -537,11 +537,11 @@ def test_what_a_kernel_cannot_compute_is_refused(tiny_model):
         with pytest.raises(ValueError, match=r"^flash_attention_2 computes .* without global tokens; load with"):
             flash_attention(make_problem(pattern, "absolute", [9]).inputs)
     with pytest.raises(ValueError, match=r"^attn_implementation='fast' is none of ours; choose from eager, sdpa"):
-        tiny_model(attn_implementation="fast")
-    model = tiny_model(attn_implementation="flex_attention")
+        build_tiny_model(attn_implementation="fast")
+    model = build_tiny_model(attn_implementation="flex_attention")
     with pytest.raises(ValueError, match=r"^flex_attention has no backward pass on CPU; train with"):
         model(torch.ones(1, 4, dtype=torch.long))
-    model = tiny_model(attn_implementation="flex_attention", attention_dropout=0.1).train()
+    model = build_tiny_model(attn_implementation="flex_attention", attention_dropout=0.1).train()
     with torch.no_grad(), pytest.raises(ValueError, match=r"^flex_attention has no dropout; set"):
         model(torch.ones(1, 4, dtype=torch.long))
     problem = make_problem(

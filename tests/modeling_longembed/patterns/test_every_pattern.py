@@ -49,9 +49,9 @@ def batch(*lengths):
     return {"input_ids": torch.randint(1, 64, mask.shape), "attention_mask": mask}
 
 
-def build(tiny_model, entry, kernel=None, **fields):
+def build(build_tiny_model, entry, kernel=None, **fields):
     fields = {"hidden_dropout_prob": 0.0, "max_position_embeddings": 512} | fields
-    return tiny_model(attention_patterns=entry, attn_implementation=kernel, **fields).double()
+    return build_tiny_model(attention_patterns=entry, attn_implementation=kernel, **fields).double()
 
 
 def outputs_and_gradients(model, documents):
@@ -66,10 +66,10 @@ def outputs_and_gradients(model, documents):
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize(("entry", "fields"), CASES)
-def test_the_fast_path_is_the_definition_with_its_gradients(tiny_model, entry, fields, training):
+def test_the_fast_path_is_the_definition_with_its_gradients(build_tiny_model, entry, fields, training):
     documents = batch(LONGEST, 1, 17, 2)
     results = [
-        outputs_and_gradients(build(tiny_model, entry, kernel, **fields).train(training), documents)
+        outputs_and_gradients(build(build_tiny_model, entry, kernel, **fields).train(training), documents)
         for kernel in ("eager", "longembed_varlen")
     ]
     (expected, expected_gradients), (output, gradients) = results
@@ -82,8 +82,8 @@ def test_the_fast_path_is_the_definition_with_its_gradients(tiny_model, entry, f
 
 @pytest.mark.promise("P10")
 @pytest.mark.parametrize("entry", ALL_ENTRIES, ids=str)
-def test_a_document_is_read_alike_whatever_stands_beside_it(tiny_model, entry):
-    model = build(tiny_model, entry)
+def test_a_document_is_read_alike_whatever_stands_beside_it(build_tiny_model, entry):
+    model = build(build_tiny_model, entry)
     documents = batch(LONGEST, 5, 30)
     together = model(**documents).pooler_output
     for number, length in enumerate((LONGEST, 5, 30)):
@@ -92,10 +92,10 @@ def test_a_document_is_read_alike_whatever_stands_beside_it(tiny_model, entry):
 
 
 @pytest.mark.parametrize("entry", ALL_ENTRIES, ids=str)
-def test_gradient_checkpointing_changes_nothing(tiny_model, entry):
+def test_gradient_checkpointing_changes_nothing(build_tiny_model, entry):
     documents = batch(40, 9)
-    plain = outputs_and_gradients(build(tiny_model, entry).train(), documents)
-    model = build(tiny_model, entry).train()
+    plain = outputs_and_gradients(build(build_tiny_model, entry).train(), documents)
+    model = build(build_tiny_model, entry).train()
     model.gradient_checkpointing_enable()
     checkpointed = outputs_and_gradients(model, documents)
     torch.testing.assert_close(plain[0], checkpointed[0], atol=1e-12, rtol=1e-12)
@@ -109,14 +109,14 @@ def test_gradient_checkpointing_changes_nothing(tiny_model, entry):
 SURVIVES = ("sublayer_pattern", "attention_patterns", "training_attention_patterns", "layer_types")
 
 
-def survivor(tiny_model, entry):
+def survivor(build_tiny_model, entry):
     """A layout and patterns that no default would give; a second pattern where the first allows one."""
     plain = {"type": "sliding", "window": 9}
     patterns = [entry, entry if refused([entry, plain, entry], {"sublayer_pattern": "sssf"}) else plain, entry]
     own = any(build_pattern(p).own_weights for p in patterns)
     training = None if own else [{"type": "shifted", "size": 6}, plain, {"type": "block", "size": 6}]
     layout = {"num_hidden_layers": None, "sublayer_pattern": "ssffsf"}
-    return build(tiny_model, patterns, **layout, training_attention_patterns=training)
+    return build(build_tiny_model, patterns, **layout, training_attention_patterns=training)
 
 
 def assert_same(model, other, documents):
@@ -129,8 +129,8 @@ def assert_same(model, other, documents):
 
 @pytest.mark.promise("X1")
 @pytest.mark.parametrize("entry", ALL_ENTRIES, ids=str)
-def test_it_survives_disk_lora_and_pruning(tiny_model, entry, tmp_path):
-    model, documents = survivor(tiny_model, entry), batch(LONGEST, 7)
+def test_it_survives_disk_lora_and_pruning(build_tiny_model, entry, tmp_path):
+    model, documents = survivor(build_tiny_model, entry), batch(LONGEST, 7)
     model.save_pretrained(tmp_path / "saved")
     assert_same(model, LongEmbedModel.from_pretrained(tmp_path / "saved", dtype=torch.float64), documents)
 
@@ -168,11 +168,11 @@ def test_it_survives_conversion(entry, tmp_path, capsys):
 
 
 @pytest.mark.promise("X1")
-def test_every_pattern_loads_from_its_folder_where_this_package_is_not_installed(tiny_model, tmp_path):
+def test_every_pattern_loads_from_its_folder_where_this_package_is_not_installed(build_tiny_model, tmp_path):
     expected = {}
     documents = batch(LONGEST, 7)
     for number, entry in enumerate(ALL_ENTRIES):
-        model = survivor(tiny_model, entry).float()
+        model = survivor(build_tiny_model, entry).float()
         model.save_pretrained(tmp_path / "models" / str(number))
         expected[number] = model(**documents).pooler_output
     torch.save(documents, tmp_path / "documents.pt")

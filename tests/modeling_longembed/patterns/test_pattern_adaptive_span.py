@@ -86,12 +86,12 @@ def gradients(output, leaves):
 
 
 @pytest.fixture
-def model_of(tiny_model):
+def build_adaptive_span(build_tiny_model):
     """`model_of(entry, **fields)`: fp64, in the context of 64 tokens."""
 
     def build(entry, attn_implementation=None, **fields):
         fields = {"max_position_embeddings": 64, "attention_patterns": entry} | fields
-        return tiny_model(attn_implementation=attn_implementation, **fields).double()
+        return build_tiny_model(attn_implementation=attn_implementation, **fields).double()
 
     return build
 
@@ -191,9 +191,9 @@ def test_the_output_changes_continuously_with_the_span():
 @pytest.mark.promise("A7")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kernel", ["eager", "longembed_varlen"])
-def test_the_largest_span_is_a_sliding_window(model_of, scheme, kernel):
-    model = model_of(adaptive(20, 4), kernel, **SCHEMES[scheme])
-    sliding = model_of({"type": "sliding", "window": 20}, kernel, **SCHEMES[scheme])
+def test_the_largest_span_is_a_sliding_window(build_adaptive_span, scheme, kernel):
+    model = build_adaptive_span(adaptive(20, 4), kernel, **SCHEMES[scheme])
+    sliding = build_adaptive_span({"type": "sliding", "window": 20}, kernel, **SCHEMES[scheme])
     sliding.load_state_dict({name: x for name, x in model.state_dict().items() if not name.endswith("own.fraction")})
     batch = torch.randint(1, 64, (2, 60)), (torch.arange(60) < torch.tensor([60, 33])[:, None]).long()
     with torch.no_grad():
@@ -202,11 +202,11 @@ def test_the_largest_span_is_a_sliding_window(model_of, scheme, kernel):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_both_paths_agree_in_every_position_scheme(model_of, scheme):
+def test_both_paths_agree_in_every_position_scheme(build_adaptive_span, scheme):
     batch = torch.randint(1, 64, (2, 60)), (torch.arange(60) < torch.tensor([60, 33])[:, None]).long()
     outputs = []
     for kernel in ("eager", "longembed_varlen"):
-        model = model_of(adaptive(20, 4), kernel, **SCHEMES[scheme])
+        model = build_adaptive_span(adaptive(20, 4), kernel, **SCHEMES[scheme])
         for span in model.adaptive_spans():
             span.fraction.data = torch.tensor([0.0, 0.21, 0.5, 0.83], dtype=torch.float64)
         outputs.append(model(*batch).last_hidden_state)
@@ -309,8 +309,8 @@ def test_no_scores_are_kept_for_the_backward_pass():
 # The penalty ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_penalty_is_the_papers(model_of):
-    model = model_of([adaptive(20, 4), "full", adaptive(40, 4)], num_hidden_layers=3)
+def test_the_penalty_is_the_papers(build_adaptive_span):
+    model = build_adaptive_span([adaptive(20, 4), "full", adaptive(40, 4)], num_hidden_layers=3)
     first, second = model.adaptive_spans()
     first.fraction.data = torch.tensor([0.0, 0.5, 1.0, 0.1], dtype=torch.float64)
     second.fraction.data = torch.tensor([0.25, 0.25, -0.5, -0.1], dtype=torch.float64)
@@ -322,12 +322,12 @@ def test_the_penalty_is_the_papers(model_of):
 
 
 @pytest.mark.promise("A7")
-def test_a_heavier_penalty_makes_shorter_spans(model_of):
+def test_a_heavier_penalty_makes_shorter_spans(build_adaptive_span):
     """Gradient descent from equal models on the same random data: every step shrinks, and more under more weight."""
     batch, target = torch.randint(1, 64, (4, 40)), torch.randn(4, 40, 32, dtype=torch.float64)
     ends = []
     for weight in (0.01, 0.03, 0.1):
-        model = model_of(adaptive(30, 8))
+        model = build_adaptive_span(adaptive(30, 8))
         spans = [span.fraction for span in model.adaptive_spans()]
         optimizer = torch.optim.SGD(spans, lr=0.01)
         course = [model.span_penalty().item()]
@@ -342,25 +342,25 @@ def test_a_heavier_penalty_makes_shorter_spans(model_of):
     assert ends[0] > ends[1] > ends[2]
 
 
-def test_a_model_without_spans_has_no_penalty(model_of):
+def test_a_model_without_spans_has_no_penalty(build_adaptive_span):
     with pytest.raises(ValueError, match=r"^span_penalty: no entry of attention_patterns is 'adaptive'"):
-        model_of("full").span_penalty()
+        build_adaptive_span("full").span_penalty()
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("entry", "initial"), [(adaptive(20, 4), 1.0), (adaptive(20, 4, initial_span=5), 0.25)])
-def test_spans_start_where_the_config_says(model_of, entry, initial):
-    model = model_of(entry)
+def test_spans_start_where_the_config_says(build_adaptive_span, entry, initial):
+    model = build_adaptive_span(entry)
     assert model.config.attention_patterns[0]["initial_span"] == 20 * initial
     for span in model.adaptive_spans():
         torch.testing.assert_close(span.fraction, torch.full((HEADS,), initial, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["here", "remote code"])
-def test_learned_spans_survive_the_folder(model_of, tmp_path, remote):
-    model = model_of(adaptive(20, 4, initial_span=0))
+def test_learned_spans_survive_the_folder(build_adaptive_span, tmp_path, remote):
+    model = build_adaptive_span(adaptive(20, 4, initial_span=0))
     model.adaptive_spans()[1].fraction.data = torch.tensor([0.1, 0.4, 0.9, -0.2], dtype=torch.float64)
     model.save_pretrained(tmp_path / "adaptive")
     load = AutoModel if remote else LongEmbedModel
@@ -370,8 +370,8 @@ def test_learned_spans_survive_the_folder(model_of, tmp_path, remote):
     assert again.span_penalty() == model.span_penalty()
 
 
-def test_spans_train_with_the_rest_and_several_passes_may_come_before_one_backward(model_of):
-    model = model_of(adaptive(20, 4, initial_span=7), hidden_dropout_prob=0.0).train()
+def test_spans_train_with_the_rest_and_several_passes_may_come_before_one_backward(build_adaptive_span):
+    model = build_adaptive_span(adaptive(20, 4, initial_span=7), hidden_dropout_prob=0.0).train()
     batches = torch.randint(1, 64, (2, 3, 40))
     together = sum(model(batch).pooler_output.sin().sum() for batch in batches)
     together.backward()
@@ -383,8 +383,8 @@ def test_spans_train_with_the_rest_and_several_passes_may_come_before_one_backwa
     torch.testing.assert_close(model.adaptive_spans()[0].fraction.grad, expected, atol=1e-12, rtol=0)
 
 
-def test_lora_merges_and_leaves_the_spans_alone(model_of):
-    model, ids = model_of(adaptive(20, 4, initial_span=7)), torch.randint(1, 64, (1, 50))
+def test_lora_merges_and_leaves_the_spans_alone(build_adaptive_span):
+    model, ids = build_adaptive_span(adaptive(20, 4, initial_span=7)), torch.randint(1, 64, (1, 50))
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
     expected = adapted(ids).pooler_output
     merged = adapted.merge_and_unload()
@@ -419,8 +419,8 @@ def test_a_converted_model_may_start_without_spans(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["here", "remote code"])
-def test_a_folder_whose_config_was_edited_starts_at_the_initial_span(model_of, tmp_path, remote):
-    model_of({"type": "sliding", "window": 20}).save_pretrained(tmp_path / "edited")
+def test_a_folder_whose_config_was_edited_starts_at_the_initial_span(build_adaptive_span, tmp_path, remote):
+    build_adaptive_span({"type": "sliding", "window": 20}).save_pretrained(tmp_path / "edited")
     config = json.loads((tmp_path / "edited" / "config.json").read_text())
     config["attention_patterns"] = [adaptive(20, 4, initial_span=5)] * 2
     (tmp_path / "edited" / "config.json").write_text(json.dumps(config))
@@ -455,9 +455,9 @@ def test_what_cannot_be_combined_is_refused(fields, message):
     assert "\n" not in str(refusal.value)
 
 
-def test_kernels_that_compute_masks_alone_refuse(model_of):
+def test_kernels_that_compute_masks_alone_refuse(build_adaptive_span):
     with pytest.raises(ValueError, match=r"^attn_implementation='sdpa' computes masks alone, .* 'adaptive' is more"):
-        model_of(adaptive(20, 4), "sdpa")(torch.ones(1, 4, dtype=torch.long))
+        build_adaptive_span(adaptive(20, 4), "sdpa")(torch.ones(1, 4, dtype=torch.long))
 
 
 def test_the_pattern_is_frozen_and_its_mask_is_the_widest_window():

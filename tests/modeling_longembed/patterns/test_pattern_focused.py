@@ -36,12 +36,12 @@ def focused(size, negatives=1, top_k=3):
 
 
 @pytest.fixture(scope="module")
-def model_of(tiny_model):
+def build_focused(build_tiny_model):
     """`build(patterns, **fields)`: a one-layer encoder in float64 without dropout; biases are drawn too, not zero."""
 
     def build(patterns, kernel=None, cls=LongEmbedModel, **fields):
         fields = {"hidden_dropout_prob": 0.0, "max_position_embeddings": 256, "num_hidden_layers": 1} | fields
-        model = tiny_model(cls, kernel, attention_patterns=patterns, **fields).double()
+        model = build_tiny_model(cls, kernel, attention_patterns=patterns, **fields).double()
         for name, parameter in model.named_parameters():
             if "bias" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -193,12 +193,12 @@ def gradients(model, output):
 )
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
-def test_both_paths_are_the_formula(model_of, fields, training, data):
+def test_both_paths_are_the_formula(build_focused, fields, training, data):
     size, negatives, top_k = data.draw(st.integers(1, 7)), data.draw(st.integers(0, 3)), data.draw(st.integers(0, 9))
     around = [0, 1, 2, size - 1, size, size + 1, 11, 19]
     lengths = data.draw(st.lists(st.sampled_from(around), min_size=1, max_size=4).filter(any))
     documents = batch(lengths)
-    model = model_of(focused(size, negatives, top_k), **fields).train(training)
+    model = build_focused(focused(size, negatives, top_k), **fields).train(training)
     expected = encoder_by_hand(model, documents, training)
     expected_gradients = gradients(model, expected)
     most = data.draw(st.sampled_from([60, 500, 2**24]))
@@ -220,11 +220,11 @@ def test_both_paths_are_the_formula(model_of, fields, training, data):
 @pytest.mark.promise("A10")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("path", PATHS)
-def test_without_a_memory_it_is_block_attention(model_of, path, scheme):
+def test_without_a_memory_it_is_block_attention(build_focused, path, scheme):
     documents = batch([13, 1, 40])
     for entry, training in ((focused(7, 0, 5), True), (focused(7, 5, 0), False)):
         model, block = (
-            model_of(p, path, **SCHEMES[scheme]).train(training) for p in (entry, {"type": "block", "size": 7})
+            build_focused(p, path, **SCHEMES[scheme]).train(training) for p in (entry, {"type": "block", "size": 7})
         )
         output, expected = (m(**documents).last_hidden_state for m in (model, block))
         # Angles are float32, and those of places in the segment are not those of places in the document.
@@ -233,9 +233,9 @@ def test_without_a_memory_it_is_block_attention(model_of, path, scheme):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_with_no_positions_in_the_layer_and_all_keys_it_is_full_attention(model_of, path):
+def test_with_no_positions_in_the_layer_and_all_keys_it_is_full_attention(build_focused, path):
     documents = batch([13, 1, 40])
-    model, full = model_of(focused(7, 0, 40), path), model_of("full", path)
+    model, full = build_focused(focused(7, 0, 40), path), build_focused("full", path)
     output, expected = (m(**documents).last_hidden_state for m in (model, full))
     torch.testing.assert_close(output, expected, atol=1e-12, rtol=0)
 
@@ -260,16 +260,16 @@ def segments_that_reach(model, lengths, size):
 
 @pytest.mark.promise("A10")
 @pytest.mark.parametrize("path", PATHS)
-def test_in_training_the_segments_before_are_read_whosever_they_are_and_learn(model_of, path):
-    model = model_of(focused(4, 2), path).train()
+def test_in_training_the_segments_before_are_read_whosever_they_are_and_learn(build_focused, path):
+    model = build_focused(focused(4, 2), path).train()
     reached = segments_that_reach(model, [8, 3, 9, 4], 4)  # segments 0 1 | 2 | 3 4 5 | 6
     assert reached == [[n for n in range(7) if number - 2 <= n <= number] for number in range(7)]
 
 
 @pytest.mark.promise("A10")
 @pytest.mark.parametrize("path", PATHS)
-def test_an_edit_moves_those_that_have_it_in_their_context_and_no_others(model_of, path):
-    model = model_of(focused(4, 2), path).train()
+def test_an_edit_moves_those_that_have_it_in_their_context_and_no_others(build_focused, path):
+    model = build_focused(focused(4, 2), path).train()
     lengths = [8, 3, 9, 4]
     documents = batch(lengths)
     before = model(**documents).last_hidden_state[0]
@@ -285,16 +285,16 @@ def test_an_edit_moves_those_that_have_it_in_their_context_and_no_others(model_o
 @pytest.mark.promise("A10")
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
-def test_in_evaluation_no_document_sees_another(model_of, path, causal):
-    model = model_of(focused(4, 2, 40), path, is_causal=causal)
+def test_in_evaluation_no_document_sees_another(build_focused, path, causal):
+    model = build_focused(focused(4, 2, 40), path, is_causal=causal)
     reached = segments_that_reach(model, [8, 3, 9, 4], 4)
     documents = [[0, 1], [2], [3, 4, 5], [6]]
     own = [next(d for d in documents if n in d) for n in range(7)]
     assert reached == [[m for m in own[n] if m <= n or not causal] for n in range(7)]
 
 
-def test_causal_training_sees_nothing_later(model_of):
-    model = model_of(focused(4, 2), is_causal=True).train()
+def test_causal_training_sees_nothing_later(build_focused):
+    model = build_focused(focused(4, 2), is_causal=True).train()
     embeds = torch.randn(1, 20, 32, dtype=torch.float64, requires_grad=True)
     cu_seqlens = torch.tensor([0, 9, 20], dtype=torch.int32)
     output = model(inputs_embeds=embeds, cu_seq_lens_q=cu_seqlens).last_hidden_state[0]
@@ -390,9 +390,9 @@ def test_dropout_is_on_the_weights(path):
     torch.testing.assert_close(output.mean().item(), 1.0, atol=0.1, rtol=0)
 
 
-def test_weights_are_those_of_the_document(model_of):
+def test_weights_are_those_of_the_document(build_focused):
     """In training, what goes to other documents is missing from them."""
-    model = model_of(focused(4, 2), "eager")
+    model = build_focused(focused(4, 2), "eager")
     input_ids = torch.randint(1, 64, (2, 8))
     evaluation = model(input_ids, output_attentions=True).attentions[0]
     torch.testing.assert_close(evaluation.sum(-1), torch.ones_like(evaluation[..., 0]), atol=1e-10, rtol=0)
@@ -413,10 +413,10 @@ def test_what_cannot_be_combined_is_refused():
     LongEmbedConfig(attention_patterns=focused(16), **fields)
 
 
-def test_a_stream_and_kernels_for_masks_are_refused(model_of):
+def test_a_stream_and_kernels_for_masks_are_refused(build_focused):
     with pytest.raises(ValueError, match=r"^memory: a sublayer of the pattern 'focused' reads the whole document"):
-        model_of(focused(4)).new_memory()
+        build_focused(focused(4)).new_memory()
     with pytest.raises(
         ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern 'focused'"
     ):
-        model_of(focused(4), "sdpa")(torch.ones(1, 4, dtype=torch.long))
+        build_focused(focused(4), "sdpa")(torch.ones(1, 4, dtype=torch.long))

@@ -188,12 +188,12 @@ LENGTHS = (23, 1, 4, 9)
 
 
 @pytest.fixture
-def model_of(tiny_model):
+def build_landmark(build_tiny_model):
     """`build(patterns, like=None, **fields)`: an encoder in float64, with the weights that `like` has."""
 
     def build(patterns, like=None, kernel=None, **fields):
         fields = {"hidden_dropout_prob": 0.0, "max_position_embeddings": 64} | fields
-        model = tiny_model(attention_patterns=patterns, attn_implementation=kernel, **fields).double()
+        model = build_tiny_model(attention_patterns=patterns, attn_implementation=kernel, **fields).double()
         if like is not None:
             model.load_state_dict(like.state_dict(), strict=False)
         return model
@@ -230,9 +230,9 @@ def first_attention(model, documents):
 
 @pytest.mark.parametrize("given_positions", [False, True], ids=["counted", "given"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_words_are_embedded_and_rotated_as_without_landmarks(model_of, scheme, given_positions):
-    plain = model_of("full", **SCHEMES[scheme])
-    model, documents = model_of(landmark(), plain, **SCHEMES[scheme]), batch()
+def test_words_are_embedded_and_rotated_as_without_landmarks(build_landmark, scheme, given_positions):
+    plain = build_landmark("full", **SCHEMES[scheme])
+    model, documents = build_landmark(landmark(), plain, **SCHEMES[scheme]), batch()
     if given_positions:
         documents["position_ids"] = torch.randint(0, 24, documents["input_ids"].shape)
     inputs, expected = first_attention(model, documents), first_attention(plain, documents)
@@ -252,15 +252,15 @@ def test_words_are_embedded_and_rotated_as_without_landmarks(model_of, scheme, g
 
 
 @pytest.mark.parametrize("scheme", ["absolute", "rope"])
-def test_landmarks_leave_the_model_with_its_last_sublayer(model_of, scheme):
+def test_landmarks_leave_the_model_with_its_last_sublayer(build_landmark, scheme):
     """Where attention adds nothing, all that is left of landmarks is the room that they took."""
-    plain = model_of("full", norm_placement="pre", final_norm=True, **SCHEMES[scheme])
+    plain = build_landmark("full", norm_placement="pre", final_norm=True, **SCHEMES[scheme])
     with torch.no_grad():
         for layer in plain.layers:
             if layer.attention is not None:
                 layer.attention.o_proj.weight.zero_()
     fields = {"norm_placement": "pre", "final_norm": True} | SCHEMES[scheme]
-    model, documents = model_of([landmark(), "full"], plain, **fields), batch()
+    model, documents = build_landmark([landmark(), "full"], plain, **fields), batch()
     output, expected = (m(**documents, output_hidden_states=True) for m in (model, plain))
     assert output.last_hidden_state.shape == (len(LENGTHS), max(LENGTHS), 32)
     for ours, theirs in zip(output.hidden_states, expected.hidden_states, strict=True):
@@ -271,9 +271,9 @@ def test_landmarks_leave_the_model_with_its_last_sublayer(model_of, scheme):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_document_of_one_block_is_read_with_full_attention(model_of, scheme, training):
-    plain = model_of("full", **SCHEMES[scheme]).train(training)
-    model = model_of(landmark(size=10), plain, **SCHEMES[scheme]).train(training)
+def test_a_document_of_one_block_is_read_with_full_attention(build_landmark, scheme, training):
+    plain = build_landmark("full", **SCHEMES[scheme]).train(training)
+    model = build_landmark(landmark(size=10), plain, **SCHEMES[scheme]).train(training)
     documents = batch((9, 1, 4, 10))
     output, expected = (m(**documents).last_hidden_state for m in (model, plain))
     torch.testing.assert_close(output[:3], expected[:3], atol=1e-12, rtol=0)
@@ -281,9 +281,9 @@ def test_a_document_of_one_block_is_read_with_full_attention(model_of, scheme, t
 
 
 @pytest.mark.promise("A8")
-def test_weights_of_a_model_are_those_of_its_words(model_of):
+def test_weights_of_a_model_are_those_of_its_words(build_landmark):
     """They sum to 1: landmarks, which are left out, have none. Of other patterns' weights landmarks get their part."""
-    model, documents = model_of([landmark(), "full"], kernel="eager"), batch()
+    model, documents = build_landmark([landmark(), "full"], kernel="eager"), batch()
     real = documents["attention_mask"] == 1
     for training in (True, False):
         output = model.train(training)(**documents, output_attentions=True)
@@ -295,8 +295,8 @@ def test_weights_of_a_model_are_those_of_its_words(model_of):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-def test_a_causal_model_reads_the_beginning_of_a_document_alike_however_it_goes_on(model_of, training):
-    model = model_of([landmark(), "full"], position_embedding_type="rope", is_causal=True).train(training)
+def test_a_causal_model_reads_the_beginning_of_a_document_alike_however_it_goes_on(build_landmark, training):
+    model = build_landmark([landmark(), "full"], position_embedding_type="rope", is_causal=True).train(training)
     input_ids = torch.randint(1, 64, (1, 23))
     whole = model(input_ids).last_hidden_state
     for length in (1, 3, 4, 5, 14, 22):
@@ -304,8 +304,8 @@ def test_a_causal_model_reads_the_beginning_of_a_document_alike_however_it_goes_
         torch.testing.assert_close(part, whole[:, :length], atol=1e-12, rtol=0)
 
 
-def test_the_landmark_is_learned_where_it_decides_something(model_of):
-    model = model_of(landmark()).train()
+def test_the_landmark_is_learned_where_it_decides_something(build_landmark):
+    model = build_landmark(landmark()).train()
     for words, learns in ((23, True), (4, False)):  # who has one block reads no landmark
         model.zero_grad()
         (model(torch.randint(1, 64, (1, words))).last_hidden_state ** 3).sum().backward()

@@ -38,12 +38,12 @@ def remember(size, memory):
 
 
 @pytest.fixture(scope="module")
-def model_of(tiny_model):
+def build_memory(build_tiny_model):
     """`build(patterns, **fields)`: an encoder in float64 without dropout; biases are drawn too, not zero."""
 
     def build(patterns, cls=LongEmbedModel, kernel=None, **fields):
         fields = {"hidden_dropout_prob": 0.0, "max_position_embeddings": 256} | fields
-        model = tiny_model(cls, kernel, attention_patterns=patterns, **fields).double()
+        model = build_tiny_model(cls, kernel, attention_patterns=patterns, **fields).double()
         for name, parameter in model.named_parameters():
             if "bias" in name:  # u and v of Transformer-XL among them
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -167,13 +167,13 @@ FIELDS = [
 @pytest.mark.parametrize("fields", FIELDS)
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
-def test_a_document_at_once_is_the_recurrence_segment_by_segment(model_of, fields, data):
+def test_a_document_at_once_is_the_recurrence_segment_by_segment(build_memory, fields, data):
     size = data.draw(st.integers(1, 9))
     memories = data.draw(st.lists(st.sampled_from([0, 1, size, 2 * size + 1, 40]), min_size=2, max_size=2))
     around = [1, 2, max(1, size - 1), size, size + 1, 13, 31]
     lengths = data.draw(st.lists(st.sampled_from(around), min_size=1, max_size=3))
     input_ids, cu_seqlens = packed(lengths)
-    model = model_of([remember(size, memory) for memory in memories], **fields)
+    model = build_memory([remember(size, memory) for memory in memories], **fields)
     expected = torch.cat([recurrence(model, document) for document in input_ids[0].split(lengths)])
     expected_gradients = gradients(model, expected)
     for kernel in KERNELS_OF_MEMORY:
@@ -188,13 +188,13 @@ def test_a_document_at_once_is_the_recurrence_segment_by_segment(model_of, field
 
 
 @pytest.mark.promise("A9")
-def test_the_memory_is_that_of_xlnet(model_of):
+def test_the_memory_is_that_of_xlnet(build_memory):
     """XLNet reads a segment both ways and its memory, at relative positions: the same model, piece by piece."""
     sizes = {"d_model": 32, "n_head": 4, "d_inner": 48, "n_layer": 2}
     config = XLNetConfig(vocab_size=64, **sizes, attn_type="bi", mem_len=11, dropout=0.0, initializer_range=0.3)
     config.layer_norm_eps = 1e-12
     theirs = XLNetModel(config).eval().double()
-    model = model_of(
+    model = build_memory(
         remember(8, 11),
         position_embedding_type="relative",
         embedding_norm=False,
@@ -225,7 +225,7 @@ def test_the_memory_is_that_of_xlnet(model_of):
         output = model(input_ids).last_hidden_state
     # Both take the sinusoids in float32, each rounding in its own way.
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
-    assert (model_of(remember(8, 0), position_embedding_type="relative")(input_ids)[0] - expected).abs().max() > 0.1
+    assert (build_memory(remember(8, 0), position_embedding_type="relative")(input_ids)[0] - expected).abs().max() > 0.1
 
 
 # What it is in the limit ----------------------------------------------------------------------------------------------
@@ -233,9 +233,9 @@ def test_the_memory_is_that_of_xlnet(model_of):
 
 @pytest.mark.promise("A9")
 @pytest.mark.parametrize("fields", [p for p in FIELDS if p.values[0].get("is_causal")])
-def test_one_causal_layer_that_remembers_all_is_full_attention(model_of, fields):
+def test_one_causal_layer_that_remembers_all_is_full_attention(build_memory, fields):
     input_ids = torch.randint(1, 64, (2, 61))
-    model, full = (model_of(p, num_hidden_layers=1, **fields) for p in (remember(8, 61), "full"))
+    model, full = (build_memory(p, num_hidden_layers=1, **fields) for p in (remember(8, 61), "full"))
     model.load_state_dict(full.state_dict())
     expected = full(input_ids).last_hidden_state
     torch.testing.assert_close(model(input_ids).last_hidden_state, expected, atol=1e-12, rtol=0)
@@ -248,11 +248,11 @@ def test_one_causal_layer_that_remembers_all_is_full_attention(model_of, fields)
 
 
 @pytest.mark.parametrize("kernel", KERNELS_OF_MEMORY)
-def test_no_memory_is_block_attention(model_of, kernel):
+def test_no_memory_is_block_attention(build_memory, kernel):
     input_ids, cu_seqlens = packed([13, 1, 40])
     outputs = []
     for entry in (remember(7, 0), {"type": "block", "size": 7}):
-        model = model_of(entry, kernel=kernel, position_embedding_type="rope")
+        model = build_memory(entry, kernel=kernel, position_embedding_type="rope")
         outputs.append(model(input_ids, cu_seq_lens_q=cu_seqlens).last_hidden_state)
     torch.testing.assert_close(*outputs, atol=1e-12, rtol=0)
 
@@ -261,8 +261,8 @@ def test_no_memory_is_block_attention(model_of, kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS_OF_MEMORY)
-def test_no_gradient_reaches_what_is_remembered_and_all_of_it_is_seen(model_of, kernel):
-    model = model_of(remember(8, 8), kernel=kernel)
+def test_no_gradient_reaches_what_is_remembered_and_all_of_it_is_seen(build_memory, kernel):
+    model = build_memory(remember(8, 8), kernel=kernel)
     embeds = torch.randn(1, 32, 32, dtype=torch.float64, requires_grad=True)
     output = model(inputs_embeds=embeds).last_hidden_state
     (grad,) = torch.autograd.grad(output[:, 16:24].square().sum(), embeds)
@@ -286,8 +286,8 @@ def without_gradient(function):
     return call
 
 
-def test_a_memory_carries_no_gradient_and_the_projections_learn_from_it(model_of):
-    model = model_of(remember(8, 8), num_hidden_layers=1)
+def test_a_memory_carries_no_gradient_and_the_projections_learn_from_it(build_memory):
+    model = build_memory(remember(8, 8), num_hidden_layers=1)
     input_ids = torch.randint(1, 64, (1, 16))
     memory = model(input_ids[:, :8], memory=model.new_memory()).memory
     assert not any(tensor.requires_grad for tensor in (*memory.states, memory.seen, memory.pooled))
@@ -303,8 +303,8 @@ def test_a_memory_carries_no_gradient_and_the_projections_learn_from_it(model_of
         assert (grad - other).norm() > 0.01 * grad.norm()
 
 
-def test_no_document_sees_another(model_of):
-    model = model_of(remember(4, 9))
+def test_no_document_sees_another(build_memory):
+    model = build_memory(remember(4, 9))
     lengths = [9, 30, 1, 12]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     embeds = torch.randn(1, sum(lengths), 32, dtype=torch.float64, requires_grad=True)
@@ -358,10 +358,10 @@ def streamed(model, documents, cuts, padding):
 @pytest.mark.parametrize("fields", FIELDS)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
-def test_pieces_are_the_whole(model_of, fields, data):
+def test_pieces_are_the_whole(build_memory, fields, data):
     kernel, padding = data.draw(st.sampled_from(KERNELS_OF_MEMORY)), data.draw(st.sampled_from([None, "right", "left"]))
     pooling = data.draw(st.sampled_from(["mean", "last", "weighted_mean"]))
-    model = model_of(MIXED, kernel=kernel, num_hidden_layers=4, pooling=pooling, **fields)
+    model = build_memory(MIXED, kernel=kernel, num_hidden_layers=4, pooling=pooling, **fields)
     cuts = data.draw(st.lists(st.sampled_from([4, 8, 12, 20]), min_size=1, max_size=5))
     lengths = data.draw(st.lists(st.integers(0, sum(cuts)), min_size=1, max_size=3).filter(any))
     documents = list(packed(lengths)[0][0].split(lengths))
@@ -376,8 +376,8 @@ def test_pieces_are_the_whole(model_of, fields, data):
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last", "weighted_mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_embedding_of_a_stream_in_every_pooling(model_of, pooling, dtype):
-    model = model_of(MIXED, num_hidden_layers=4, pooling=pooling).to(dtype)
+def test_the_embedding_of_a_stream_in_every_pooling(build_memory, pooling, dtype):
+    model = build_memory(MIXED, num_hidden_layers=4, pooling=pooling).to(dtype)
     documents = list(packed([61, 0, 8, 33])[0][0].split([61, 0, 8, 33]))
     with torch.no_grad():
         _, embeddings, memories = streamed(model, documents, [16, 4, 24, 20], "right")
@@ -401,17 +401,17 @@ def test_the_embedding_of_a_stream_in_every_pooling(model_of, pooling, dtype):
     ],
     ids=lambda extension: extension["method"],
 )
-def test_extensions_that_do_not_ask_for_the_length(model_of, extension):
+def test_extensions_that_do_not_ask_for_the_length(build_memory, extension):
     scheme = "rope" if extension["method"] in ("yarn", "linear", "ntk", "theta") else "absolute"
     extension = extension | {"original_max_position_embeddings": 32}
-    model = model_of(MIXED, num_hidden_layers=4, position_embedding_type=scheme, position_extension=extension)
+    model = build_memory(MIXED, num_hidden_layers=4, position_embedding_type=scheme, position_extension=extension)
     document = torch.randint(1, 64, (61,))
     states, _, _ = streamed(model, [document], [8, 40, 16], None)
     torch.testing.assert_close(states[0], model(document[None]).last_hidden_state[0], atol=1e-10, rtol=0)
 
 
-def test_a_slot_that_is_reset_begins_a_new_document(model_of):
-    model = model_of(MIXED, num_hidden_layers=4)
+def test_a_slot_that_is_reset_begins_a_new_document(build_memory):
+    model = build_memory(MIXED, num_hidden_layers=4)
     documents = torch.randint(1, 64, (3, 12))
     for first in (12, 9):  # the old document may have ended anywhere
         memory = model(documents[:2, :first], memory=model.new_memory(2)).memory
@@ -429,8 +429,8 @@ def test_a_slot_that_is_reset_begins_a_new_document(model_of):
         assert grad.isfinite().all()
 
 
-def test_masked_language_models_return_the_memory_too(model_of):
-    model = model_of(MIXED, cls=LongEmbedForMaskedLM, num_hidden_layers=4)
+def test_masked_language_models_return_the_memory_too(build_memory):
+    model = build_memory(MIXED, cls=LongEmbedForMaskedLM, num_hidden_layers=4)
     input_ids = torch.randint(1, 64, (1, 20))
     memory, parts = model.model.new_memory(), []
     for piece in input_ids.split(8, dim=1):
@@ -441,8 +441,8 @@ def test_masked_language_models_return_the_memory_too(model_of):
     assert model(input_ids).memory is None
 
 
-def test_under_autocast_and_with_gradient_checkpointing(model_of):
-    model = model_of(remember(8, 8)).float().train()
+def test_under_autocast_and_with_gradient_checkpointing(build_memory):
+    model = build_memory(remember(8, 8)).float().train()
     input_ids = torch.randint(1, 64, (2, 24))
     with torch.autocast("cpu", torch.bfloat16):
         memory = model(input_ids[:, :16], memory=model.new_memory(2)).memory
@@ -467,8 +467,8 @@ def test_under_autocast_and_with_gradient_checkpointing(model_of):
 
 @pytest.mark.promise("A9")
 @pytest.mark.parametrize("scheme", ["rope", "rope+group", "alibi", "relative"])
-def test_a_stream_is_encoded_at_constant_memory(model_of, scheme):
-    model = model_of([remember(16, 40), {"type": "block", "size": 8}], **SCHEMES[scheme])
+def test_a_stream_is_encoded_at_constant_memory(build_memory, scheme):
+    model = build_memory([remember(16, 40), {"type": "block", "size": 8}], **SCHEMES[scheme])
     memory, held, largest = model.new_memory(), [], []
     for piece in torch.randint(1, 64, (1, 64 * 12)).split(64, dim=1):
         with torch.no_grad(), Allocated() as allocated:
@@ -560,24 +560,24 @@ def extended(method, **more):
         ),
     ],
 )
-def test_models_that_cannot_be_computed_in_pieces_are_refused(model_of, patterns, fields, message):
-    model = model_of(patterns, **fields)
+def test_models_that_cannot_be_computed_in_pieces_are_refused(build_memory, patterns, fields, message):
+    model = build_memory(patterns, **fields)
     with pytest.raises(ValueError, match=f"^{message}"):
         model.new_memory()
-    memory = model_of(remember(4, 4)).new_memory()
+    memory = build_memory(remember(4, 4)).new_memory()
     with pytest.raises(ValueError, match=f"^{message}"):
         model(torch.ones(1, 4, dtype=torch.long), memory=memory)
 
 
-def test_layerdrop_is_refused_in_training(model_of):
-    model = model_of(remember(4, 4), layerdrop=0.5).train()
+def test_layerdrop_is_refused_in_training(build_memory):
+    model = build_memory(remember(4, 4), layerdrop=0.5).train()
     with pytest.raises(ValueError, match=r"^memory: layerdrop=0.5 leaves out sublayers .*; set layerdrop=0"):
         model.new_memory()
     model.eval().new_memory()
 
 
-def test_pieces_that_do_not_fit_are_refused(model_of):
-    model = model_of([remember(4, 4), {"type": "block", "size": 6}], max_position_embeddings=32)
+def test_pieces_that_do_not_fit_are_refused(build_memory):
+    model = build_memory([remember(4, 4), {"type": "block", "size": 6}], max_position_embeddings=32)
     ids = torch.randint(1, 64, (2, 12))
     memory = model(ids[:, :9], memory=model.new_memory(2)).memory
     with pytest.raises(ValueError, match=r"^memory: document 0 goes on after 9 tokens, which is no multiple of 12"):
@@ -589,15 +589,15 @@ def test_pieces_that_do_not_fit_are_refused(model_of):
     with pytest.raises(ValueError, match=r"^memory: document 0 has 36 tokens .* has 32 rows; extend the context"):
         model(ids, memory=memory)
     with pytest.raises(ValueError, match=r"^memory is not of this model's attention_patterns; begin with"):
-        model(ids, memory=model_of(remember(4, 5)).new_memory(2))
+        model(ids, memory=build_memory(remember(4, 5)).new_memory(2))
     for more in ({"position_ids": torch.arange(12)[None]}, {"output_attentions": True}):
         model.set_attn_implementation("eager")
         with pytest.raises(ValueError, match=r"^memory: places go on by themselves, .* leave position_ids"):
             model(ids, memory=memory, **more)
 
 
-def test_kernels_that_compute_masks_alone_refuse(model_of):
-    model = model_of(remember(4, 4), kernel="sdpa")
+def test_kernels_that_compute_masks_alone_refuse(build_memory):
+    model = build_memory(remember(4, 4), kernel="sdpa")
     with pytest.raises(ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern 'memory'"):
         model(torch.ones(1, 4, dtype=torch.long))
 

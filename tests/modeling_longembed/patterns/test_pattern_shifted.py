@@ -118,11 +118,11 @@ def test_layers_until_every_token_has_heard_of_every_other(groups):
 
 
 @pytest.mark.promise("X5")
-def test_a_model_trains_shifted_and_serves_full_with_the_same_weights(tiny_model, tmp_path):
+def test_a_model_trains_shifted_and_serves_full_with_the_same_weights(build_tiny_model, tmp_path):
     shifted = {"type": "shifted", "size": 8}
     fields = {"hidden_dropout_prob": 0.0, "position_embedding_type": "rope"}
-    model = tiny_model(attention_patterns="full", training_attention_patterns=shifted, **fields).double()
-    full, trains = (tiny_model(attention_patterns=p, **fields).double() for p in ("full", shifted))
+    model = build_tiny_model(attention_patterns="full", training_attention_patterns=shifted, **fields).double()
+    full, trains = (build_tiny_model(attention_patterns=p, **fields).double() for p in ("full", shifted))
     input_ids = torch.randint(1, 64, (2, 37))
 
     def output(model):

@@ -17,8 +17,8 @@ def batch(*lengths, seed=0):
     return {"input_ids": torch.randint(1, 64, mask.shape), "attention_mask": mask}
 
 
-def build(tiny_model, scheme, cls=LongEmbedModel, context=CONTEXT, **fields):
-    return tiny_model(cls, position_embedding_type=scheme, max_position_embeddings=context, **fields).double()
+def build(build_tiny_model, scheme, cls=LongEmbedModel, context=CONTEXT, **fields):
+    return build_tiny_model(cls, position_embedding_type=scheme, max_position_embeddings=context, **fields).double()
 
 
 def parameters(method):
@@ -31,8 +31,8 @@ def own_parameters(scheme, method):
 
 @pytest.mark.parametrize("cls", [LongEmbedModel, LongEmbedForMaskedLM])
 @pytest.mark.parametrize(("scheme", "method"), METHODS)
-def test_what_fitted_reads_as_before_and_longer_documents_can_be_read(tiny_model, tmp_path, scheme, method, cls):
-    model = build(tiny_model, scheme, cls)
+def test_what_fitted_reads_as_before_and_longer_documents_can_be_read(build_tiny_model, tmp_path, scheme, method, cls):
+    model = build(build_tiny_model, scheme, cls)
     short, long = batch(8, 3) if method == "restart" else batch(CONTEXT, 5, 1), batch(3 * CONTEXT, 70)
     before = model(**short)[0]
     assert model.extend_context(5 * CONTEXT, method, **own_parameters(scheme, method)) is model
@@ -48,12 +48,12 @@ def test_what_fitted_reads_as_before_and_longer_documents_can_be_read(tiny_model
 
 
 @pytest.mark.parametrize(("scheme", "method"), METHODS)
-def test_it_is_the_model_that_a_config_of_the_longer_context_describes(tiny_model, scheme, method):
+def test_it_is_the_model_that_a_config_of_the_longer_context_describes(build_tiny_model, scheme, method):
     extension = None
     if method:
         extension = {"method": method, "original_max_position_embeddings": CONTEXT, **own_parameters(scheme, method)}
-    expected = build(tiny_model, scheme, context=4 * CONTEXT, position_extension=extension)
-    model = build(tiny_model, scheme).extend_context(4 * CONTEXT, method, **own_parameters(scheme, method))
+    expected = build(build_tiny_model, scheme, context=4 * CONTEXT, position_extension=extension)
+    model = build(build_tiny_model, scheme).extend_context(4 * CONTEXT, method, **own_parameters(scheme, method))
     assert model.config.position_extension == expected.config.position_extension
     weights = model.state_dict()
     assert {n: t.shape for n, t in weights.items()} == {n: t.shape for n, t in expected.state_dict().items()}
@@ -83,8 +83,8 @@ def trained(model):
         ("relative", None, None),
     ],
 )
-def test_a_model_that_is_extended_again_reads_what_it_could_as_before(tiny_model, tmp_path, scheme, first, then):
-    model = trained(build(tiny_model, scheme).extend_context(4 * CONTEXT, first, **parameters(first)))
+def test_a_model_that_is_extended_again_reads_what_it_could_as_before(build_tiny_model, tmp_path, scheme, first, then):
+    model = trained(build(build_tiny_model, scheme).extend_context(4 * CONTEXT, first, **parameters(first)))
     model.save_pretrained(tmp_path)
     model = LongEmbedModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     documents = batch(4 * CONTEXT, CONTEXT, 5, CONTEXT + 1)
@@ -98,10 +98,10 @@ def test_a_model_that_is_extended_again_reads_what_it_could_as_before(tiny_model
 
 
 @pytest.mark.parametrize("method", EXTENSIONS["rope"])
-def test_rope_stretches_further_from_the_original_context(tiny_model, method):
-    twice = build(tiny_model, "rope").extend_context(2 * CONTEXT, method, **parameters(method))
+def test_rope_stretches_further_from_the_original_context(build_tiny_model, method):
+    twice = build(build_tiny_model, "rope").extend_context(2 * CONTEXT, method, **parameters(method))
     twice.extend_context(8 * CONTEXT)
-    once = build(tiny_model, "rope").extend_context(8 * CONTEXT, method, **parameters(method))
+    once = build(build_tiny_model, "rope").extend_context(8 * CONTEXT, method, **parameters(method))
     assert twice.config.position_extension == once.config.position_extension
     assert twice.config.position_extension["original_max_position_embeddings"] == CONTEXT
     documents = batch(8 * CONTEXT, CONTEXT)
@@ -116,13 +116,13 @@ def test_rope_stretches_further_from_the_original_context(tiny_model, method):
         ("rope", "full", "dynamic"),
     ],
 )
-def test_the_default_is_what_needs_no_training(tiny_model, scheme, patterns, method):
-    model = build(tiny_model, scheme, attention_patterns=patterns).extend_context(4 * CONTEXT)
+def test_the_default_is_what_needs_no_training(build_tiny_model, scheme, patterns, method):
+    model = build(build_tiny_model, scheme, attention_patterns=patterns).extend_context(4 * CONTEXT)
     assert model.config.position_extension["method"] == method
 
 
-def test_the_table_keeps_its_dtype_and_whether_it_trains(tiny_model):
-    model = build(tiny_model, "absolute").to(torch.bfloat16)
+def test_the_table_keeps_its_dtype_and_whether_it_trains(build_tiny_model):
+    model = build(build_tiny_model, "absolute").to(torch.bfloat16)
     model.embeddings.position_embeddings.weight.requires_grad_(False)
     model.extend_context(64, "repeat")
     table = model.embeddings.position_embeddings.weight
@@ -130,7 +130,7 @@ def test_the_table_keeps_its_dtype_and_whether_it_trains(tiny_model):
     assert torch.equal(table[CONTEXT : 2 * CONTEXT], table[:CONTEXT])
 
 
-def test_what_cannot_be_extended_is_refused_and_the_model_is_unchanged(tiny_model):
+def test_what_cannot_be_extended_is_refused_and_the_model_is_unchanged(build_tiny_model):
     def refuse(model, words, *args, **kwargs):
         fields, weights = model.config.to_dict(), {n: t.clone() for n, t in model.state_dict().items()}
         with pytest.raises(ValueError, match=words) as error:
@@ -139,13 +139,13 @@ def test_what_cannot_be_extended_is_refused_and_the_model_is_unchanged(tiny_mode
         assert model.config.to_dict() == fields
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
-    absolute = build(tiny_model, "absolute")
+    absolute = build(build_tiny_model, "absolute")
     for length in (CONTEXT, 8, "64", 64.0):
         refuse(absolute, r"^extend_context: max_position_embeddings=.* above the context of 16 tokens", length)
     refuse(absolute, r"^position_extension: the method 'yarn' is not defined for .*'absolute'", 64, "yarn")
     refuse(absolute, r"^position_extension: the method 'repeat' has no parameter 'factor'", 64, "repeat", factor=2)
-    refuse(build(tiny_model, "alibi"), r"^position_extension: 'alibi' positions have no trained", 64, "linear")
+    refuse(build(build_tiny_model, "alibi"), r"^position_extension: 'alibi' positions have no trained", 64, "linear")
     absolute.extend_context(64, "interpolate")
     refuse(absolute, r"^extend_context: the rows of this table were trained .* use method='repeat'", 128, "interpolate")
-    rope = build(tiny_model, "rope").extend_context(64, "yarn")
+    rope = build(build_tiny_model, "rope").extend_context(64, "yarn")
     refuse(rope, r"^extend_context: this model is extended by 'yarn' from 16 tokens, which 'linear' can", 128, "linear")

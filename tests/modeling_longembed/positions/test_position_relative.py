@@ -101,8 +101,8 @@ def test_the_table_holds_the_sinusoids_of_all_distances():
 
 
 @pytest.mark.parametrize("kernel", ["eager", "longembed_varlen", "longembed_chunked"])
-def test_relative_positions_do_not_depend_on_where_counting_begins(tiny_model, kernel):
-    model = tiny_model(position_embedding_type="relative", attn_implementation=kernel).double()
+def test_relative_positions_do_not_depend_on_where_counting_begins(build_tiny_model, kernel):
+    model = build_tiny_model(position_embedding_type="relative", attn_implementation=kernel).double()
     input_ids = torch.randint(1, 64, (2, 15))
     ids = torch.arange(15).expand(2, 15)
     outputs = [model(input_ids, position_ids=ids + start).last_hidden_state for start in (0, 1000)]
@@ -110,9 +110,9 @@ def test_relative_positions_do_not_depend_on_where_counting_begins(tiny_model, k
 
 
 @pytest.mark.promise("P11")
-def test_without_positions_a_causal_model_tells_orders_apart_and_a_bidirectional_one_does_not(tiny_model):
+def test_without_positions_a_causal_model_tells_orders_apart_and_a_bidirectional_one_does_not(build_tiny_model):
     torch.manual_seed(0)
-    model = tiny_model(position_embedding_type="none", is_causal=True).double()
+    model = build_tiny_model(position_embedding_type="none", is_causal=True).double()
     input_ids = torch.randint(1, 64, (1, 12))
     shuffled = input_ids[:, torch.randperm(12)]
     causal = [model(ids).pooler_output for ids in (input_ids, shuffled)]
@@ -123,8 +123,8 @@ def test_without_positions_a_causal_model_tells_orders_apart_and_a_bidirectional
 
 
 @pytest.mark.parametrize("scheme", ["absolute", "rope", "alibi", "relative", "none"])
-def test_a_causal_token_does_not_move_when_a_later_one_changes(tiny_model, scheme):
-    model = tiny_model(position_embedding_type=scheme, is_causal=True).double()
+def test_a_causal_token_does_not_move_when_a_later_one_changes(build_tiny_model, scheme):
+    model = build_tiny_model(position_embedding_type=scheme, is_causal=True).double()
     input_ids = torch.randint(1, 64, (1, 30))
     edited = input_ids.clone()
     edited[0, 17] = (edited[0, 17] + 1) % 64

@@ -10,8 +10,10 @@ SLIDING = {"type": "sliding", "window": 2}
 SCHEMES = ["rope", "alibi", "sinusoidal", "relative"]
 
 
-def build(tiny_model, scheme, cls=LongEmbedModel, **fields):
-    return tiny_model(cls, position_embedding_type=scheme, **{"max_position_embeddings": CONTEXT} | fields).double()
+def build(build_tiny_model, scheme, cls=LongEmbedModel, **fields):
+    return build_tiny_model(
+        cls, position_embedding_type=scheme, **{"max_position_embeddings": CONTEXT} | fields
+    ).double()
 
 
 def tokens(*shape, seed=0):
@@ -22,13 +24,13 @@ def tokens(*shape, seed=0):
 @pytest.mark.parametrize(
     ("before", "after"), [*(("absolute", scheme) for scheme in SCHEMES), ("rope", "alibi"), ("relative", "rope")]
 )
-def test_it_is_the_model_of_a_config_with_the_new_scheme(tiny_model, tmp_path, cls, before, after):
-    model = build(tiny_model, before, cls)
+def test_it_is_the_model_of_a_config_with_the_new_scheme(build_tiny_model, tmp_path, cls, before, after):
+    model = build(build_tiny_model, before, cls)
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     options = {"rope_theta": 500.0} if after == "rope" else {}
     assert model.switch_positions(after, max_position_embeddings=2 * CONTEXT, keep_mean=False, **options) is model
     rope = {"rope_type": "default", "rope_theta": 500.0} if after == "rope" else None
-    expected = build(tiny_model, after, cls, max_position_embeddings=2 * CONTEXT, rope_parameters=rope)
+    expected = build(build_tiny_model, after, cls, max_position_embeddings=2 * CONTEXT, rope_parameters=rope)
     assert model.config.to_dict() == expected.config.to_dict()
     absent, unexpected = expected.load_state_dict(kept, strict=False)
     assert all("distance." in name for name in absent)
@@ -46,9 +48,9 @@ def test_it_is_the_model_of_a_config_with_the_new_scheme(tiny_model, tmp_path, c
 
 
 @pytest.mark.parametrize("segments", [0, 2])
-def test_the_mean_of_the_table_stays(tiny_model, tmp_path, segments):
+def test_the_mean_of_the_table_stays(build_tiny_model, tmp_path, segments):
     """A table whose rows are all the same is nothing but its mean: without places, all of it stays."""
-    model = build(tiny_model, "absolute", is_causal=True, type_vocab_size=segments)
+    model = build(build_tiny_model, "absolute", is_causal=True, type_vocab_size=segments)
     table = model.embeddings.position_embeddings.weight
     with torch.no_grad():
         table.copy_(table[3].expand_as(table))
@@ -56,7 +58,7 @@ def test_the_mean_of_the_table_stays(tiny_model, tmp_path, segments):
     if segments:
         inputs["token_type_ids"] = tokens(2, 20, seed=1) % 2
     before = model(documents, **inputs)[0]
-    without = build(tiny_model, "absolute", is_causal=True, type_vocab_size=segments)
+    without = build(build_tiny_model, "absolute", is_causal=True, type_vocab_size=segments)
     without.load_state_dict(model.state_dict())
 
     model.switch_positions("none")
@@ -67,9 +69,9 @@ def test_the_mean_of_the_table_stays(tiny_model, tmp_path, segments):
     torch.testing.assert_close(loaded(documents, **inputs)[0], before, atol=1e-12, rtol=0)
 
 
-def test_the_mean_is_that_of_the_rows(tiny_model):
+def test_the_mean_is_that_of_the_rows(build_tiny_model):
     """With tables that differ, the embedding of a word is the mean, over all places, of what it was."""
-    model = build(tiny_model, "absolute", embedding_norm=False)
+    model = build(build_tiny_model, "absolute", embedding_norm=False)
     words = [model(torch.full((1, CONTEXT), word), output_hidden_states=True).hidden_states[0] for word in (5, 9)]
     model.switch_positions("rope")
     switched = model(torch.tensor([[5, 9]]), output_hidden_states=True).hidden_states[0][0]
@@ -77,10 +79,10 @@ def test_the_mean_is_that_of_the_rows(tiny_model):
 
 
 @pytest.mark.parametrize("scheme", ["rope", "alibi", "relative"])
-def test_only_distances_count(tiny_model, scheme):
+def test_only_distances_count(build_tiny_model, scheme):
     """What two layers of windows cannot see moves a text to other places; its states stay the same."""
     text, moved = tokens(1, 12), torch.cat([tokens(1, 5, seed=1), tokens(1, 12)], dim=1)
-    model = build(tiny_model, "absolute", attention_patterns=SLIDING)
+    model = build(build_tiny_model, "absolute", attention_patterns=SLIDING)
     beyond = 2 * SLIDING["window"]
 
     def states(documents, model=model):
@@ -95,15 +97,15 @@ def test_only_distances_count(tiny_model, scheme):
     assert (pooled[0] - pooled[1]).abs().max() > 1e-3  # the order of words still does
 
 
-def test_rope_is_the_same_wherever_the_count_starts(tiny_model):
-    model = build(tiny_model, "absolute").switch_positions("rope")
+def test_rope_is_the_same_wherever_the_count_starts(build_tiny_model):
+    model = build(build_tiny_model, "absolute").switch_positions("rope")
     documents, places = tokens(2, 20), torch.arange(20)[None]
     moved = model(documents, position_ids=places + 1000)[0]
     torch.testing.assert_close(moved, model(documents)[0], atol=1e-4, rtol=0)  # angles are fp32
 
 
-def test_an_extension_goes_with_the_scheme_and_another_can_follow(tiny_model):
-    model = build(tiny_model, "absolute").extend_context(4 * CONTEXT, "repeat").switch_positions("rope")
+def test_an_extension_goes_with_the_scheme_and_another_can_follow(build_tiny_model):
+    model = build(build_tiny_model, "absolute").extend_context(4 * CONTEXT, "repeat").switch_positions("rope")
     assert model.config.position_extension is None
     assert model.config.max_position_embeddings == 4 * CONTEXT
     model.extend_context(8 * CONTEXT, "yarn")
@@ -114,13 +116,13 @@ def test_an_extension_goes_with_the_scheme_and_another_can_follow(tiny_model):
     assert model.config.max_position_embeddings == CONTEXT
 
 
-def test_every_kind_of_sublayer_rotates_by_the_same_base(tiny_model):
+def test_every_kind_of_sublayer_rotates_by_the_same_base(build_tiny_model):
     patterns = ["full", SLIDING]
-    model = build(tiny_model, "absolute", attention_patterns=patterns)
+    model = build(build_tiny_model, "absolute", attention_patterns=patterns)
     model.switch_positions("rope", rope_theta=500.0, keep_mean=False)
     rope = {"rope_type": "default", "rope_theta": 500.0}
     nested = {"full_attention": rope, "sliding_attention": rope}
-    expected = build(tiny_model, "rope", attention_patterns=patterns, rope_parameters=nested)
+    expected = build(build_tiny_model, "rope", attention_patterns=patterns, rope_parameters=nested)
     expected.load_state_dict(model.state_dict())
     documents = tokens(2, 30)
     assert torch.equal(model(documents)[0], expected(documents)[0])
@@ -128,8 +130,8 @@ def test_every_kind_of_sublayer_rotates_by_the_same_base(tiny_model):
     assert nested_model.config.rope_parameters is None
 
 
-def test_what_trains_goes_on_training(tiny_model):
-    model = build(tiny_model, "absolute").train()
+def test_what_trains_goes_on_training(build_tiny_model):
+    model = build(build_tiny_model, "absolute").train()
     model.embeddings.word_embeddings.weight.requires_grad_(False)
     model.switch_positions("relative")(tokens(1, 9)).pooler_output.square().sum().backward()
     got = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -153,8 +155,8 @@ def test_what_trains_goes_on_training(tiny_model):
         ({"attention_patterns": {"type": "block", "size": 16}}, {"scheme": "rope", "max_position_embeddings": 8}, "16"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_has_changed(tiny_model, fields, options, complaint):
-    model = tiny_model(**{"max_position_embeddings": CONTEXT} | fields)
+def test_what_cannot_be_is_refused_and_nothing_has_changed(build_tiny_model, fields, options, complaint):
+    model = build_tiny_model(**{"max_position_embeddings": CONTEXT} | fields)
     config, weights = model.config.to_dict(), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=complaint) as refusal:
         model.switch_positions(**options)

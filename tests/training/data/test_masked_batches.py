@@ -161,32 +161,32 @@ def source(texts: list[str]) -> Source:
     return Source("documents", datasets.Dataset.from_dict({"text": texts}), ("text",))
 
 
-def test_documents_are_tokenised_once(tokenizer, tmp_path, monkeypatch):
+def test_documents_are_tokenised_once(word_tokenizer, tmp_path, monkeypatch):
     texts = ["river stone", " ", "cloud " * 200]
-    tokenizer(texts, truncation=True, max_length=9)  # leaves no trace
-    first = tokenize_documents(source(texts), tokenizer, tmp_path)
+    word_tokenizer(texts, truncation=True, max_length=9)  # leaves no trace
+    first = tokenize_documents(source(texts), word_tokenizer, tmp_path)
     assert first.lengths.tolist() == [2, 200]
     for number, text in enumerate((texts[0], texts[2])):
-        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        expected = word_tokenizer(text, add_special_tokens=False)["input_ids"]
         assert first.read(Pieces(first, 1000, READ).segment(number))[0].tolist() == expected
     files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", None)  # would fail
-    again = tokenize_documents(source(texts), tokenizer, tmp_path)
+    again = tokenize_documents(source(texts), word_tokenizer, tmp_path)
     assert (again.ids == first.ids).all()
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == files
     monkeypatch.undo()
-    other = tokenize_documents(source(["river"]), tokenizer, tmp_path)
+    other = tokenize_documents(source(["river"]), word_tokenizer, tmp_path)
     assert other.folder != first.folder
     assert not list(tmp_path.glob(".*"))
 
 
-def test_nothing_half_tokenised_stays(tokenizer, tmp_path, monkeypatch):
+def test_nothing_half_tokenised_stays(word_tokenizer, tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(np, "save", failing)
     with pytest.raises(KeyboardInterrupt):
-        tokenize_documents(source(["river stone"]), tokenizer, tmp_path)
+        tokenize_documents(source(["river stone"]), word_tokenizer, tmp_path)
     assert not list(tmp_path.rglob(LENGTHS))
     assert not list(tmp_path.iterdir())
 
@@ -202,8 +202,8 @@ def test_words_are_the_tokenizers():
     assert word_starts(wordpiece, encoded["input_ids"][0]).tolist() == expected  # by the marks alone
 
 
-def test_special_tokens_are_those_of_the_tokenizer(tokenizer):
-    assert SpecialTokens.of(tokenizer) == SPECIAL
+def test_special_tokens_are_those_of_the_tokenizer(word_tokenizer):
+    assert SpecialTokens.of(word_tokenizer) == SPECIAL
     assert [SPECIAL.count(segments) for segments in (1, 2)] == [2, 3]
 
 

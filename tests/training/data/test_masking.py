@@ -60,16 +60,16 @@ def test_shares_on_a_million_tokens(unit, expected):
 
 
 @pytest.mark.promise("M1")
-def test_shares_are_those_of_transformers_collator(tokenizer):
+def test_shares_are_those_of_transformers_collator(word_tokenizer):
     ids, starts = texts(400, 512)
-    ids = np.where(ids < len(SPECIAL), ids, len(SPECIAL) + ids % (len(tokenizer) - len(SPECIAL)))
+    ids = np.where(ids < len(SPECIAL), ids, len(SPECIAL) + ids % (len(word_tokenizer) - len(SPECIAL)))
     special = np.isin(ids, SPECIAL).astype(int)
-    published = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15, seed=0)
+    published = DataCollatorForLanguageModeling(word_tokenizer, mlm_probability=0.15, seed=0)
     features = [
         {"input_ids": row, "special_tokens_mask": s} for row, s in zip(ids.tolist(), special.tolist(), strict=True)
     ]
     batch = published(features)
-    ours, generator = Masking.of(tokenizer, MaskingArguments()), np.random.default_rng(0)
+    ours, generator = Masking.of(word_tokenizer, MaskingArguments()), np.random.default_rng(0)
     read, labels = map(
         np.stack, zip(*(ours(*row, 0.15, generator) for row in zip(ids, starts, strict=True)), strict=True)
     )
@@ -119,7 +119,7 @@ def test_words_are_chosen_whole_and_not_one_too_many(seed, rate, unit):
     assert sorted(set(chosen) - {-1}) == list(range(chosen.max() + 1))
 
 
-def test_the_pieces_of_a_word_are_those_of_transformers_whole_word_collator(tokenizer):
+def test_the_pieces_of_a_word_are_those_of_transformers_whole_word_collator(word_tokenizer):
     """At a rate at which one word is chosen, ours and theirs choose the same sets: the words."""
     ids = np.array([[2, *range(5, 17), 3]])
     starts = np.array([[1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1]], bool)
@@ -129,7 +129,7 @@ def test_the_pieces_of_a_word_are_those_of_transformers_whole_word_collator(toke
         offsets.append((place, place + 1))
         place += 1
     offsets.append((0, 0))
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.1, whole_word_mask=True, seed=0)
+    collator = DataCollatorForLanguageModeling(word_tokenizer, mlm_probability=0.1, whole_word_mask=True, seed=0)
     theirs, ours, generator = set(), set(), np.random.default_rng(0)
     for _ in range(150):
         feature = {"input_ids": ids[0], "special_tokens_mask": np.isin(ids[0], SPECIAL), "offset_mapping": offsets}

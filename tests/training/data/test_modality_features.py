@@ -92,7 +92,7 @@ def _empty(path: Path) -> Path:
 
 
 @pytest.fixture
-def source(tmp_path):
+def feature_source(tmp_path):
     return read_features(str(write_jsonl(tmp_path / "features.jsonl", rows(20))), longest=5)
 
 
@@ -100,52 +100,54 @@ def batches(source, **changes) -> FeatureBatches:
     return FeatureBatches(source, **({"batch_size": 6, "batch_tokens": 9, "seed": 3} | changes))
 
 
-def test_each_row_comes_with_another_one_of_its_label_and_once_a_pass(source):
-    of_ten = batches(source, batch_size=10)
+def test_each_row_comes_with_another_one_of_its_label_and_once_a_pass(feature_source):
+    of_ten = batches(feature_source, batch_size=10)
     for index in range(0, 6, 2):
         pairs = of_ten.global_rows(index) + of_ten.global_rows(index + 1)
         assert sorted(row for row, _ in pairs) == list(range(20))
-        assert all(row != other and source.label[row] == source.label[other] for row, other in pairs)
+        assert all(row != other and feature_source.label[row] == feature_source.label[other] for row, other in pairs)
     others = {other for index in range(40) for row, other in of_ten.global_rows(index) if row == 0}
-    assert others == {row for row in range(1, 20) if source.label[row] == source.label[0]}  # each of them, in time
+    assert others == {
+        row for row in range(1, 20) if feature_source.label[row] == feature_source.label[0]
+    }  # each of them, in time
 
 
-def test_a_batch_depends_on_the_seed_and_its_number_alone(source):
-    one, again, other = batches(source), batches(source), batches(source, seed=4)
+def test_a_batch_depends_on_the_seed_and_its_number_alone(feature_source):
+    one, again, other = batches(feature_source), batches(feature_source), batches(feature_source, seed=4)
     expected = [one.global_rows(index) for index in range(8)]
     assert [again.global_rows(index) for index in reversed(range(8))] == expected[::-1]
     assert [other.global_rows(index) for index in range(8)] != expected
     assert len({one[index].seed for index in range(8)}) == 8
 
 
-def test_processes_share_a_batch_out(source):
-    whole = batches(source)
+def test_processes_share_a_batch_out(feature_source):
+    whole = batches(feature_source)
     for index in range(4):
-        parts = [batches(source, batch_size=3, rank=rank, world_size=2)[index] for rank in range(2)]
+        parts = [batches(feature_source, batch_size=3, rank=rank, world_size=2)[index] for rank in range(2)]
         assert torch.equal(torch.cat([part.label for part in parts]), whole[index].label)
         assert parts[0].seed != parts[1].seed
 
 
-def test_chunks_hold_the_rows_in_their_order_within_the_budget(source):
-    several = batches(source)
+def test_chunks_hold_the_rows_in_their_order_within_the_budget(feature_source):
+    several = batches(feature_source)
     for index in range(4):
         batch, expected = several[index], [row for pair in several.global_rows(index) for row in pair]
         vectors = torch.cat([chunk.features[0] for chunk in batch.chunks])
-        np.testing.assert_array_equal(vectors, np.concatenate([source.features(row) for row in expected]))
+        np.testing.assert_array_equal(vectors, np.concatenate([feature_source.features(row) for row in expected]))
         lengths = torch.cat([chunk.cu_seq_lens_q.diff() for chunk in batch.chunks]).tolist()
-        assert lengths == [len(source.features(row)) for row in expected]
+        assert lengths == [len(feature_source.features(row)) for row in expected]
         assert all(chunk.features.shape[1] <= 9 for chunk in batch.chunks)
         assert all(chunk.max_length_q == chunk.cu_seq_lens_q.diff().max() for chunk in batch.chunks)
         assert len(batch.chunks) > 1
 
 
-def test_the_heaviest_batch_has_the_longest_rows(source):
-    of_six = batches(source, batch_tokens=10**6)
+def test_the_heaviest_batch_has_the_longest_rows(feature_source):
+    of_six = batches(feature_source, batch_tokens=10**6)
     heaviest = of_six.heaviest().chunks[0].features.shape[1]
     assert heaviest >= max(of_six[index].chunks[0].features.shape[1] for index in range(10))
     assert heaviest > of_six[0].chunks[0].features.shape[1]
 
 
-def test_too_few_rows_for_a_batch_are_refused(source):
+def test_too_few_rows_for_a_batch_are_refused(feature_source):
     with pytest.raises(UserError, match="20 rows, fewer than a batch of 24"):
-        batches(source, batch_size=12, world_size=2)
+        batches(feature_source, batch_size=12, world_size=2)

@@ -53,15 +53,15 @@ def test_half_are_true_and_all_other_documents_serve():
 
 
 @pytest.mark.promise("M2")
-def test_segments_stand_as_berts_tokenizer_puts_them(tokenizer):
-    published = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+def test_segments_stand_as_berts_tokenizer_puts_them(word_tokenizer):
+    published = type(word_tokenizer.backend_tokenizer).from_str(word_tokenizer.backend_tokenizer.to_str())
     published.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     texts = "river stone cloud", "night paper"
     expected = published.encode(*texts)
-    a, b = (np.array(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
-    ids, starts, types = SpecialTokens.of(tokenizer).frame((a, np.ones(3, bool)), (b, np.ones(2, bool)))
+    a, b = (np.array(word_tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+    ids, starts, types = SpecialTokens.of(word_tokenizer).frame((a, np.ones(3, bool)), (b, np.ones(2, bool)))
     assert ids.tolist() == expected.ids
     assert types.tolist() == expected.type_ids
     assert starts.all()

@@ -65,8 +65,8 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_share_the_batch_that_one_would_have(tokenizer, processes):
-    tokenize = PairTokenizer(tokenizer, 32, 32, {})
+def test_processes_share_the_batch_that_one_would_have(word_tokenizer, processes):
+    tokenize = PairTokenizer(word_tokenizer, 32, 32, {})
     whole = batches([source(0, 16), source(1, 24)], batch_size=8, tokenize=tokenize)
     shares = [
         batches([source(0, 16), source(1, 24)], 8 // processes, tokenize, rank=rank, world_size=processes)
@@ -99,10 +99,10 @@ def test_packing_keeps_every_token_in_order_and_within_the_budget(lengths, budge
         assert one.input_ids.shape[1] + two.cu_seq_lens_q[1] > budget
 
 
-def test_prompts_limits_and_measures(tokenizer):
-    tokenize = PairTokenizer(tokenizer, 10, 5, {"query": "north ", "document": ""})
+def test_prompts_limits_and_measures(word_tokenizer):
+    tokenize = PairTokenizer(word_tokenizer, 10, 5, {"query": "north ", "document": ""})
     batch = collate_pairs([["river", "stone " * 9], ["cloud", "table " * 20], ["bread"] * 2], tokenize, 1000)
-    ids = tokenizer.convert_tokens_to_ids
+    ids = word_tokenizer.convert_tokens_to_ids
     assert batch.chunks[0].input_ids[0, :4].tolist() == ids(["[CLS]", "north", "river", "[SEP]"])
     lengths = batch.chunks[0].cu_seq_lens_q.diff().tolist()
     assert lengths == [4, 5, 3, 10, 3, 3]
@@ -135,8 +135,8 @@ def test_a_column_alone_is_its_texts_in_order(lengths, budget):
         assert all(part.cu_seq_lens_q[0] == 0 for part in parts)
 
 
-def test_the_rows_of_a_batch_are_named_from_1(tokenizer):
-    made = batches([source(0, 8)], tokenize=PairTokenizer(tokenizer, 32, 32, {}), keep_texts=True)
+def test_the_rows_of_a_batch_are_named_from_1(word_tokenizer):
+    made = batches([source(0, 8)], tokenize=PairTokenizer(word_tokenizer, 32, 32, {}), keep_texts=True)
     number, rows = made.global_rows(5)
     assert made[5].locate() == f"source-0, rows {', '.join(str(row + 1) for row in sorted(rows))}"
     assert made[5].texts == made.sources[number].texts(rows)

@@ -26,13 +26,13 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 @pytest.fixture(scope="module")
-def numbered(tokenizer):
+def numbered(word_tokenizer):
     """A document whose n-th word is n; a sentence ends after the words in `stops`, a paragraph after `blanks`."""
 
     def make(words: int, stops=(), blanks=()) -> Document:
         marks = {**dict.fromkeys(stops, ". "), **dict.fromkeys(blanks, "\n\n")}
         text = "".join(f"{word}{marks.get(word, ' ')}" for word in range(words))
-        document = Document.read(text, tokenizer)
+        document = Document.read(text, word_tokenizer)
         # A full stop is a token too; tests that count tokens give none.
         assert len(document) == words + len(set(stops) - set(blanks))
         return document
@@ -87,14 +87,14 @@ def test_words_are_deleted_at_their_rate_and_keep_their_order(numbered, rate):
     assert np.abs(every - (1 - rate)).max() < 5 * np.sqrt(rate * (1 - rate) / len(kept))
 
 
-def test_a_deleted_word_goes_with_all_of_its_tokens_and_one_word_stays(tokenizer):
+def test_a_deleted_word_goes_with_all_of_its_tokens_and_one_word_stays(word_tokenizer):
     pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "ab": 1, "##cd": 2}, unk_token="[UNK]"))
     pieces.pre_tokenizer = pre_tokenizers.Whitespace()
     document = Document.read("abcd  abcd\nabcd", PreTrainedTokenizerFast(tokenizer_object=pieces))
     assert len(document) == 6
     found = {piece for seed in range(200) for piece in Crops(6, (1.0, 1.0), 0.7)(document, rng(seed))}
     assert found == {"abcd", "abcd  abcd", "abcd\nabcd", "abcd  abcd\nabcd"}
-    document = Document.read("river. stone", tokenizer)  # words stay apart when the mark between them goes
+    document = Document.read("river. stone", word_tokenizer)  # words stay apart when the mark between them goes
     found = {piece for seed in range(200) for piece in Crops(3, (1.0, 1.0), 0.5)(document, rng(seed))}
     assert found == {"river. stone", "river stone", "river.", "river", ". stone", "stone", "."}
 
@@ -164,8 +164,8 @@ def test_all_pairs_of_segments_are_drawn(numbered):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("text", REAL)
-def test_pieces_of_real_documents(way, text, tokenizer):
-    document = Document.read(text, tokenizer)
+def test_pieces_of_real_documents(way, text, word_tokenizer):
+    document = Document.read(text, word_tokenizer)
     pairs = [way(document, rng(seed)) for seed in range(50)]
     assert pairs == [way(document, rng(seed)) for seed in range(50)]
     assert len(set(pairs)) > 25
@@ -173,7 +173,7 @@ def test_pieces_of_real_documents(way, text, tokenizer):
     for pair in pairs:
         for piece in pair:
             assert piece.strip()
-            tokens = len(tokenizer(piece, add_special_tokens=False)["input_ids"])
+            tokens = len(word_tokenizer(piece, add_special_tokens=False)["input_ids"])
             assert tokens <= way.longest(len(document)) + 2  # a name that is cut in the middle
             if not isinstance(way, Crops | InverseCloze):
                 assert piece in text
@@ -190,11 +190,11 @@ def test_pieces_of_real_documents(way, text, tokenizer):
         (Segments(3, 2), "one two three four"),
     ],
 )
-def test_documents_without_a_second_piece(tokenizer, way, shortest):
-    documents = [Document.read(shortest, tokenizer)] * 50
+def test_documents_without_a_second_piece(word_tokenizer, way, shortest):
+    documents = [Document.read(shortest, word_tokenizer)] * 50
     assert all(all(side) for side in make_pairs(way, documents, [rng(seed) for seed in range(50)]))
     for text in ("", " \n", "one", shortest.rpartition(" ")[0]):
-        assert way(Document.read(text, tokenizer), rng()) is None, text
+        assert way(Document.read(text, word_tokenizer), rng()) is None, text
 
 
 def test_a_character_of_several_tokens_is_cut_once():
@@ -209,7 +209,7 @@ def test_a_character_of_several_tokens_is_cut_once():
         assert "".join((before + after).split()) == "".join(text.split())
 
 
-def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(type(tokenizer), "is_fast", property(lambda self: False))
+def test_a_tokenizer_that_cannot_say_where_its_tokens_stand_is_refused(word_tokenizer, monkeypatch):
+    monkeypatch.setattr(type(word_tokenizer), "is_fast", property(lambda self: False))
     with pytest.raises(UserError, match="fast tokenizer"):
-        Document.read("one two", tokenizer)
+        Document.read("one two", word_tokenizer)

@@ -20,13 +20,13 @@ MADE = ["crops", "inverse_cloze", "neighbours", "segments"]
 
 
 @pytest.fixture
-def read(tmp_path, tokenizer):
+def read(tmp_path, word_tokenizer):
     """Sources of rows, one file each, and what was said of them."""
 
     def read(*files: list[dict], max_length: int = 40, **options) -> tuple[list, list[str]]:
         paths = [str(write_jsonl(tmp_path / f"{number}.jsonl", rows)) for number, rows in enumerate(files)]
         said: list[str] = []
-        tokenize = PairTokenizer(tokenizer, max_length, max_length, {"query": "river stone "})
+        tokenize = PairTokenizer(word_tokenizer, max_length, max_length, {"query": "river stone "})
         return read_pairs(paths, PairArguments(**options), PAIRS, tokenize, said.append), said
 
     return read
@@ -90,12 +90,12 @@ def test_triplets_of_labelled_premises(read):
 
 @pytest.mark.promise("C4")
 @pytest.mark.parametrize("pairs", MADE)
-def test_pairs_of_documents_know_their_document_and_are_made_anew(read, tokenizer, pairs):
+def test_pairs_of_documents_know_their_document_and_are_made_anew(read, word_tokenizer, pairs):
     rows = sentences(12)
     (source,), said = read(rows, pairs=pairs, pair_window=10, segment_step=4)
     assert said == []
-    made = batches([source], tokenizer)
-    again = batches([source], tokenizer)
+    made = batches([source], word_tokenizer)
+    again = batches([source], word_tokenizer)
     epochs: list[dict] = [{}, {}]
     for index in range(6):
         batch = made[index]
@@ -109,19 +109,19 @@ def test_pairs_of_documents_know_their_document_and_are_made_anew(read, tokenize
         assert again[index].texts == batch.texts
     assert set(epochs[0]) == set(epochs[1]) == set(range(1, 13))
     assert sum(epochs[0][row] != epochs[1][row] for row in epochs[0]) > 8
-    shares = [batches([source], tokenizer, 2, rank=rank, world_size=2) for rank in range(2)]
+    shares = [batches([source], word_tokenizer, 2, rank=rank, world_size=2) for rank in range(2)]
     for column in range(2):
         assert [text for share in shares for text in share[5].texts[column]] == made[5].texts[column]
     assert shares[1].describe() == made.describe()
-    assert batches([source], tokenizer, seed=4).describe() != made.describe()
+    assert batches([source], word_tokenizer, seed=4).describe() != made.describe()
     other, _ = read(rows, pairs=pairs, pair_window=9, segment_step=4)
-    assert batches(other, tokenizer).describe() != made.describe()
+    assert batches(other, word_tokenizer).describe() != made.describe()
 
 
 @pytest.mark.parametrize("pairs", MADE)
-def test_the_heaviest_batch_of_made_pairs_is_a_bound(read, tokenizer, pairs):
+def test_the_heaviest_batch_of_made_pairs_is_a_bound(read, word_tokenizer, pairs):
     (source,), _ = read(sentences(12), pairs=pairs, pair_window=14, segment_step=4, crop_ratio=[0.5, 1.0])
-    made = batches([source], tokenizer, batch_tokens=60)
+    made = batches([source], word_tokenizer, batch_tokens=60)
     heaviest = made.heaviest()
     for index in range(60):
         assert max(made[index].longest) <= max(heaviest.longest)
@@ -129,37 +129,40 @@ def test_the_heaviest_batch_of_made_pairs_is_a_bound(read, tokenizer, pairs):
     assert max(heaviest.longest) <= 14 + 2 + 2 * (pairs != "crops")  # not the documents, which are longer
 
 
-def test_twins_are_read_as_documents(read, tokenizer):
+def test_twins_are_read_as_documents(read, word_tokenizer):
     rows = random_documents(8)
     (source,), _ = read(rows, pairs="twins")
     assert texts(source) == [[row["text"] for row in rows]] * 2
     made = PairBatches(
-        [source], PairTokenizer(tokenizer, 40, 8, {"query": "x "}), batch_size=4, batch_tokens=1000, seed=0
+        [source], PairTokenizer(word_tokenizer, 40, 8, {"query": "x "}), batch_size=4, batch_tokens=1000, seed=0
     )
     first, second = made[0].chunks[0].cu_seq_lens_q.diff().view(2, 4)
     assert first.equal(second)
     assert first.max() > 8
 
 
-def test_short_documents_are_counted_and_left_out(read, tokenizer):
+def test_short_documents_are_counted_and_left_out(read, word_tokenizer):
     rows = [{"text": text} for text in ("one", "river stone", "!", "night paper music", "x " * 99)]
     (source,), said = read(rows, pairs="crops")
     assert texts(source) == [["river stone", "night paper music", "x " * 99]]
     assert [line.partition(": ")[2] for line in said] == ["2 of 5 documents are too short for two pieces: left out"]
     assert source.numbers([0, 1, 2]) == (2, 4, 5)  # as the user counts them
     # Half of 40 - 2 - 2: special tokens and the prompt.
-    assert source.longest_texts(1, tokenizer) == [["x " * 17 + "x"]] * 2
+    assert source.longest_texts(1, word_tokenizer) == [["x " * 17 + "x"]] * 2
     with pytest.raises(UserError, match="no document is long enough"):
         read(rows[:1], pairs="neighbours")
 
 
-def test_rows_that_repeat_another_one_are_counted_and_left_out(read, tokenizer):
+def test_rows_that_repeat_another_one_are_counted_and_left_out(read, word_tokenizer):
     rows = random_pairs(6)
     (source,), said = read([rows[0]] * 1000 + rows + [rows[3]])
     assert texts(source) == [[row[name] for row in rows] for name in ("anchor", "positive")]
     assert [line.partition(": ")[2] for line in said] == ["1001 of 1007 rows repeat another row whole: left out"]
     assert source.numbers([0, 1, 5]) == (1, 1002, 1006)
-    assert set(itertools.chain(*(batches([source], tokenizer, 3)[n].rows for n in range(2)))) == {1, *range(1002, 1007)}
+    assert set(itertools.chain(*(batches([source], word_tokenizer, 3)[n].rows for n in range(2)))) == {
+        1,
+        *range(1002, 1007),
+    }
 
 
 def test_pairs_of_a_text_and_itself_are_counted(read):
@@ -169,21 +172,21 @@ def test_pairs_of_a_text_and_itself_are_counted(read):
     ]
 
 
-def test_a_batch_holds_no_text_twice(read, tokenizer):
+def test_a_batch_holds_no_text_twice(read, word_tokenizer):
     rows = [{"anchor": f"a {n}", "positive": f"b {n % 16}"} for n in range(48)]
     (source,), _ = read(rows)
-    made = batches([source], tokenizer, 8)
+    made = batches([source], word_tokenizer, 8)
     for index in range(12):
         assert len(made[index].text_ids.unique()) == 16
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=4, unique=True), st.floats(1, 20))
-def test_sources_are_mixed_by_temperature(tokenizer, tmp_path_factory, sizes, temperature):
+def test_sources_are_mixed_by_temperature(word_tokenizer, tmp_path_factory, sizes, temperature):
     folder = tmp_path_factory.mktemp("mixed")
     names = [
         f"{write_jsonl(folder / f'{size}.jsonl', random_pairs(size, size))}:{1 + n}" for n, size in enumerate(sizes)
     ]
-    tokenize = PairTokenizer(tokenizer, 40, 40, {})
+    tokenize = PairTokenizer(word_tokenizer, 40, 40, {})
     sources = read_pairs(names, PairArguments(mixing_temperature=temperature), PAIRS, tokenize, lambda line: None)
     rows = np.array([len(source.rows) for source in sources])
     weights = np.array([source.weight for source in sources])

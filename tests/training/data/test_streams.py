@@ -90,33 +90,33 @@ def streamed(names, tokenizer, batch_size=4, arguments=None, **options) -> Strea
     return StreamedBatches(found, tokenize, batch_size=batch_size, **(given_options | options))
 
 
-def test_batches_are_those_of_their_index(forms, tokenizer):
+def test_batches_are_those_of_their_index(forms, word_tokenizer):
     _, (lines, *others) = forms
     names = [lines, f"{others[1]}:2"]
-    whole = streamed(names, tokenizer)
+    whole = streamed(names, word_tokenizer)
     batches = [whole[index] for index in range(60)]
     for start in (0, 1, 4, 5, 17, 59):
-        anew = streamed(names, tokenizer)
+        anew = streamed(names, word_tokenizer)
         if start:
             anew.go_to(json.loads(json.dumps(batches[start - 1].bookmark)))
         for index in (start, min(59, start + 3), start):  # back again, too
             assert anew[index].texts == batches[index].texts
             assert anew[index].bookmark == batches[index].bookmark
-    assert streamed(names, tokenizer)[33].texts == batches[33].texts  # without a bookmark
+    assert streamed(names, word_tokenizer)[33].texts == batches[33].texts  # without a bookmark
 
 
-def test_processes_share_the_batch_that_one_would_have(forms, tokenizer):
-    whole = streamed(forms[1][:1], tokenizer)
-    shares = [streamed(forms[1][:1], tokenizer, 2, rank=rank, world_size=2) for rank in range(2)]
+def test_processes_share_the_batch_that_one_would_have(forms, word_tokenizer):
+    whole = streamed(forms[1][:1], word_tokenizer)
+    shares = [streamed(forms[1][:1], word_tokenizer, 2, rank=rank, world_size=2) for rank in range(2)]
     for index in range(12):
         ids = [share[index].text_ids.view(2, -1) for share in shares]
         assert torch.cat(ids, dim=1).equal(whole[index].text_ids.view(2, -1))
     assert shares[1].describe() == whole.describe()
 
 
-def test_rows_are_shuffled_within_blocks_and_none_is_lost(forms, tokenizer):
+def test_rows_are_shuffled_within_blocks_and_none_is_lost(forms, word_tokenizer):
     rows, names = forms
-    whole = streamed(names[1:2], tokenizer)  # one shard: blocks of 20 rows, in the order of the file
+    whole = streamed(names[1:2], word_tokenizer)  # one shard: blocks of 20 rows, in the order of the file
     texts = [list(zip(*whole[index].texts, strict=True)) for index in range(20)]
     expected = [(row["anchor"], row["positive"]) for row in rows]
     for block in range(4):
@@ -126,15 +126,15 @@ def test_rows_are_shuffled_within_blocks_and_none_is_lost(forms, tokenizer):
     assert texts[:10] != texts[10:]
 
 
-def test_weights_are_shares_of_the_batches(forms, tokenizer):
+def test_weights_are_shares_of_the_batches(forms, word_tokenizer):
     _, (lines, compressed, *_) = forms
-    whole = streamed([lines, f"{compressed}:3"], tokenizer)
+    whole = streamed([lines, f"{compressed}:3"], word_tokenizer)
     share = sum(whole.stream_of(index) for index in range(4000)) / 4000
     assert share == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 4000) ** 0.5)
 
 
-def test_a_run_that_goes_on_reads_a_shard_and_a_block(forms, tokenizer, monkeypatch):
-    whole = streamed(forms[1][:1], tokenizer)
+def test_a_run_that_goes_on_reads_a_shard_and_a_block(forms, word_tokenizer, monkeypatch):
+    whole = streamed(forms[1][:1], word_tokenizer)
     bookmark = [whole[index].bookmark for index in range(99)][-1]
     read, original = [], Shard.rows
 
@@ -144,7 +144,7 @@ def test_a_run_that_goes_on_reads_a_shard_and_a_block(forms, tokenizer, monkeypa
             yield row
 
     monkeypatch.setattr(Shard, "rows", counted)
-    anew = streamed(forms[1][:1], tokenizer)
+    anew = streamed(forms[1][:1], word_tokenizer)
     read.clear()
     anew.go_to(bookmark)
     anew[99]
@@ -152,11 +152,11 @@ def test_a_run_that_goes_on_reads_a_shard_and_a_block(forms, tokenizer, monkeypa
 
 
 @pytest.mark.parametrize("pairs", ["crops", "twins"])
-def test_pairs_are_made_of_streamed_documents(tmp_path, tokenizer, pairs):
+def test_pairs_are_made_of_streamed_documents(tmp_path, word_tokenizer, pairs):
     documents = [{"text": "short"}, *random_documents(20), {"text": "x"}]
     data = write_jsonl(tmp_path / "documents.jsonl", documents)
     arguments = PairArguments(streaming=True, pairs=pairs, pair_window=20)
-    whole = streamed([str(data)], tokenizer, arguments=arguments, buffer=20, batch_tokens=70)
+    whole = streamed([str(data)], word_tokenizer, arguments=arguments, buffer=20, batch_tokens=70)
     first = [whole[index] for index in range(10)]
     for batch in first:
         anchor_id, positive_id = batch.text_ids.view(2, 4)
@@ -169,11 +169,11 @@ def test_pairs_are_made_of_streamed_documents(tmp_path, tokenizer, pairs):
     assert heaviest.largest_chunk().input_ids.numel() == 70
 
 
-def test_documents_without_pairs_end_the_search(tmp_path, tokenizer):
+def test_documents_without_pairs_end_the_search(tmp_path, word_tokenizer):
     data = write_jsonl(tmp_path / "documents.jsonl", [{"text": "short"}] * 5)
     arguments = PairArguments(streaming=True, pairs="crops")
     with pytest.raises(UserError, match="no document is long enough"):
-        streamed([str(data)], tokenizer, arguments=arguments)[0].to("cpu")
+        streamed([str(data)], word_tokenizer, arguments=arguments)[0].to("cpu")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -132,7 +132,7 @@ class _Saved:
 
 
 @pytest.mark.promise("C8")
-def test_equals_sentence_transformers_cached_loss_on_padded_batches(model_folder, tokenizer):
+def test_equals_sentence_transformers_cached_loss_on_padded_batches(model_folder, word_tokenizer):
     """Their cache over padded batches of two, ours over packed chunks: the same loss and the same gradients."""
     theirs = SentenceTransformer(str(model_folder), trust_remote_code=True, device="cpu", local_files_only=True).eval()
     rows = random_pairs(PAIRS, negatives=1)
@@ -143,7 +143,7 @@ def test_equals_sentence_transformers_cached_loss_on_padded_batches(model_folder
     expected = {name.split("model.", 1)[1]: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
 
     model = LongEmbedModel.from_pretrained(model_folder).eval()
-    chunks = pack([ids for texts in columns for ids in tokenizer(texts)["input_ids"]], 50)
+    chunks = pack([ids for texts in columns for ids in word_tokenizer(texts)["input_ids"]], 50)
     metrics = cached_backward(
         model,
         chunks,

@@ -28,7 +28,7 @@ OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.fixture
-def train(model_folder, pairs_file, tmp_path):
+def train_contrastive(model_folder, pairs_file, tmp_path):
     """Run the script in this process; options that are given again win. Returns the output folder."""
 
     def run(options: str = "", output: str = "out") -> Path:
@@ -55,8 +55,11 @@ def failing_above(tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("options", ["", "--batch_tokens 100 --gradient_accumulation_steps 2", "--tuning lora"])
-def test_a_rehearsal_changes_no_bit(train, options):
-    with_it, without = train(f"{options} --rehearse first"), train(f"{options} --rehearse never", "never")
+def test_a_rehearsal_changes_no_bit(train_contrastive, options):
+    with_it, without = (
+        train_contrastive(f"{options} --rehearse first"),
+        train_contrastive(f"{options} --rehearse never", "never"),
+    )
     assert losses(with_it) == losses(without)
     weights = [load_file(folder / "final" / "model.safetensors") for folder in (with_it, without)]
     torch.testing.assert_close(*weights, atol=0, rtol=0)
@@ -75,9 +78,11 @@ def test_a_rehearsal_of_pretraining_changes_no_bit_and_ends_in_an_answer(train_s
 
 
 @pytest.mark.parametrize("batch_tokens", [16, 100, 10_000])
-def test_no_batch_is_heavier_than_the_heaviest(pairs_file, tmp_path, tokenizer, batch_tokens):
+def test_no_batch_is_heavier_than_the_heaviest(pairs_file, tmp_path, word_tokenizer, batch_tokens):
     other = write_jsonl(tmp_path / "other.jsonl", random_pairs(30, seed=7, negatives=1))
-    tokenize = PairTokenizer(tokenizer, max_length=30, query_max_length=12, prompts={"query": "", "document": "river"})
+    tokenize = PairTokenizer(
+        word_tokenizer, max_length=30, query_max_length=12, prompts={"query": "", "document": "river"}
+    )
     batches = PairBatches(
         read_sources([str(pairs_file), str(other)]), tokenize, batch_size=5, batch_tokens=batch_tokens, seed=0
     )
@@ -107,10 +112,10 @@ def test_chunks_are_full(lengths, batch_tokens):
     assert longest <= batch_tokens or max(sizes) == longest
 
 
-def test_memory_that_does_not_suffice_shows_before_the_first_step(train, monkeypatch, tmp_path):
+def test_memory_that_does_not_suffice_shows_before_the_first_step(train_contrastive, monkeypatch, tmp_path):
     seen = failing_above(99, monkeypatch)
     with pytest.raises(UserError) as caught:
-        train("--batch_tokens 100")
+        train_contrastive("--batch_tokens 100")
     assert seen[-1] == max(seen) == 100
     text = str(caught.value)
     assert "\n" not in text
@@ -121,10 +126,10 @@ def test_memory_that_does_not_suffice_shows_before_the_first_step(train, monkeyp
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_run_uses_already_is_no_remedy(train, monkeypatch):
+def test_what_the_run_uses_already_is_no_remedy(train_contrastive, monkeypatch):
     failing_above(30, monkeypatch)
     with pytest.raises(UserError) as caught:
-        train("--batch_tokens 36 --gradient_checkpointing --tuning lora")
+        train_contrastive("--batch_tokens 36 --gradient_checkpointing --tuning lora")
     text = str(caught.value)
     remedies = text.split("; use ")[1]
     longest = int(text.split("texts of up to ")[1].split(",")[0])
@@ -133,28 +138,28 @@ def test_what_the_run_uses_already_is_no_remedy(train, monkeypatch):
     assert " or " not in remedies
 
 
-def test_memory_that_runs_out_later_is_answered_too(train, monkeypatch, tmp_path):
+def test_memory_that_runs_out_later_is_answered_too(train_contrastive, monkeypatch, tmp_path):
     failing_above(60, monkeypatch)
     with pytest.raises(UserError, match=r"out of memory: .*; use --gradient_checkpointing"):
-        train("--rehearse never")
+        train_contrastive("--rehearse never")
     assert not (tmp_path / "out" / "final").exists()
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
-def test_other_errors_stay_errors(train, monkeypatch):
+def test_other_errors_stay_errors(train_contrastive, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(LongEmbedModel, "forward", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        train()
+        train_contrastive()
 
 
-def test_on_the_cpu_the_peak_is_compared_with_the_limit(train, tmp_path):
+def test_on_the_cpu_the_peak_is_compared_with_the_limit(train_contrastive, tmp_path):
     with pytest.raises(UserError, match=r"out of memory: a peak of \d+\.\d\d GiB where 0\.05 GiB are"):
-        train("--memory_limit_gib 0.05")
+        train_contrastive("--memory_limit_gib 0.05")
     assert not (tmp_path / "out").exists()
-    train("--memory_limit_gib 100 --max_steps 1")
+    train_contrastive("--memory_limit_gib 100 --max_steps 1")
 
 
 def test_torch_says_so_on_the_cpu():
@@ -198,7 +203,7 @@ def test_a_text_that_does_not_fit_by_itself_ends_the_search():
         largest_that_fits(lambda tokens: Probe(False, max(tokens, 500), answer=f"{max(tokens, 500)}"), 4000)
 
 
-def test_every_try_is_a_process_and_the_found_budget_is_used_and_remembered(train, monkeypatch, tmp_path):
+def test_every_try_is_a_process_and_the_found_budget_is_used_and_remembered(train_contrastive, monkeypatch, tmp_path):
     tried = []
 
     def probe(command):
@@ -208,18 +213,18 @@ def test_every_try_is_a_process_and_the_found_budget_is_used_and_remembered(trai
 
     monkeypatch.setattr(budget, "_run_probe", probe)
     seen = failing_above(10_000, monkeypatch)
-    output = train("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last")
+    output = train_contrastive("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last")
     assert tried == [64, 128]
     assert max(seen) == 64
     assert json.loads((output / FOUND).read_text()) == {"batch_tokens": 64}
-    train("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last --max_steps 5")
+    train_contrastive("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last --max_steps 5")
     assert tried == [64, 128]  # a run that goes on computes in the same chunks
 
 
 @pytest.mark.parametrize(("limit", "fits"), [(100, True), (0.05, False)])
-def test_rehearse_only_tells_and_writes_nothing(train, tmp_path, capsys, limit, fits):
+def test_rehearse_only_tells_and_writes_nothing(train_contrastive, tmp_path, capsys, limit, fits):
     with pytest.raises(SystemExit) as caught:
-        train(f"--rehearse only --find_batch_tokens --batch_tokens 150 --memory_limit_gib {limit}")
+        train_contrastive(f"--rehearse only --find_batch_tokens --batch_tokens 150 --memory_limit_gib {limit}")
     assert caught.value.code == 0
     found = Probe(**json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert (found.fits, found.tokens) == (fits, 150)

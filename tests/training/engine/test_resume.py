@@ -29,7 +29,7 @@ def script(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def arguments(script, inputs) -> list[str]:
+def run_options(script, inputs) -> list[str]:
     """Pretraining changes its sequence length in the middle; its chunks are what others accumulate."""
     (model, data), own = inputs[script], SCRIPTS[script]
     accumulation = "--gradient_accumulation_steps 2 " if script == "contrastive" else ""
@@ -43,10 +43,10 @@ def arguments(script, inputs) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(processes, script, arguments, tmp_path_factory) -> Path:
+def undisturbed(processes, script, run_options, tmp_path_factory) -> Path:
     """The output folder of a run that was left alone. The model has dropout."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert run(processes, script, [*arguments, "--output_dir", str(folder)]) == 0
+    assert run(processes, script, [*run_options, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -70,9 +70,9 @@ def assert_same_end(folder: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.promise("M3")
-def test_killed_inside_file_operations(processes, script, arguments, undisturbed, tmp_path):
+def test_killed_inside_file_operations(processes, script, run_options, undisturbed, tmp_path):
     """The kill comes before the n-th fsync or rename: in a checkpoint's files, its folder, its rename, after it."""
-    argv = [*arguments, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"]
+    argv = [*run_options, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"]
     for calls in (3, 9, 5, 14, 7, 11):
         assert run(processes, script, argv, calls) == -signal.SIGKILL
         for step in tmp_path.glob("checkpoints/step-*"):
@@ -81,9 +81,9 @@ def test_killed_inside_file_operations(processes, script, arguments, undisturbed
     assert_same_end(tmp_path, undisturbed)
 
 
-def test_killed_from_outside_at_any_moment(processes, script, arguments, undisturbed, tmp_path):
+def test_killed_from_outside_at_any_moment(processes, script, run_options, undisturbed, tmp_path):
     """Wherever the kill falls, also after the end: the moments that matter are hit one by one in the test above."""
-    argv = [*arguments, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"]
+    argv = [*run_options, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"]
     draw = random.Random(0)
     for _ in range(4):
         process = start(processes, script, argv)
@@ -96,7 +96,7 @@ def test_killed_from_outside_at_any_moment(processes, script, arguments, undistu
     assert_same_end(tmp_path, undisturbed)
 
 
-def test_a_worker_that_tokenises_ahead_changes_nothing(processes, script, arguments, undisturbed, tmp_path):
-    argv = [*arguments, "--output_dir", str(tmp_path), "--dataloader_num_workers", "1"]
+def test_a_worker_that_tokenises_ahead_changes_nothing(processes, script, run_options, undisturbed, tmp_path):
+    argv = [*run_options, "--output_dir", str(tmp_path), "--dataloader_num_workers", "1"]
     assert run(processes, script, argv) == 0
     assert_same_end(tmp_path, undisturbed)

@@ -27,12 +27,12 @@ def by_number(table):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_ndcg_and_loss_are_those_of_the_libraries(tokenizer, seed):
-    table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(seed))
+def test_ndcg_and_loss_are_those_of_the_libraries(word_tokenizer, seed):
+    table = torch.randn(len(word_tokenizer), 4, generator=torch.Generator().manual_seed(seed))
     words = WORDS + [str(number) for number in range(6)]
     queries, documents = words[:11], words[11:22]
-    metrics = retrieval(list(zip(queries, documents, strict=True)), tokenizer)(by_number(table), 0.05)
-    vector = F.normalize(table[tokenizer.convert_tokens_to_ids(queries + documents)], dim=-1)
+    metrics = retrieval(list(zip(queries, documents, strict=True)), word_tokenizer)(by_number(table), 0.05)
+    vector = F.normalize(table[word_tokenizer.convert_tokens_to_ids(queries + documents)], dim=-1)
     scores = vector[:11] @ vector[11:].T
     assert metrics["eval_ndcg_at_10"] == pytest.approx(ndcg_score(np.eye(11), scores.numpy(), k=10), abs=1e-6)
     assert metrics["eval_loss"] == pytest.approx(F.cross_entropy(scores / 0.05, torch.arange(11)).item(), rel=1e-4)
@@ -40,13 +40,13 @@ def test_ndcg_and_loss_are_those_of_the_libraries(tokenizer, seed):
 
 
 @pytest.mark.promise("C12")
-def test_alignment_and_uniformity_by_their_definition(tokenizer):
+def test_alignment_and_uniformity_by_their_definition(word_tokenizer):
     """The second and third pair share their query, which is in the uniformity once; distances are numpy's."""
     rows = [("river", "stone"), ("cloud", "table"), ("cloud", "green"), ("seven", "night")]
-    table = torch.randn(len(tokenizer), 4, generator=torch.Generator().manual_seed(1))
-    metrics = retrieval(rows, tokenizer)(by_number(table), 0.05)
+    table = torch.randn(len(word_tokenizer), 4, generator=torch.Generator().manual_seed(1))
+    metrics = retrieval(rows, word_tokenizer)(by_number(table), 0.05)
     vectors = F.normalize(table, dim=-1).double().numpy()
-    query, positive = (vectors[tokenizer.convert_tokens_to_ids(column)] for column in zip(*rows, strict=True))
+    query, positive = (vectors[word_tokenizer.convert_tokens_to_ids(column)] for column in zip(*rows, strict=True))
 
     def uniformity(points):
         first, second = np.triu_indices(len(points), 1)
@@ -57,20 +57,20 @@ def test_alignment_and_uniformity_by_their_definition(tokenizer):
     assert metrics["eval_uniformity"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_equal_vectors_earn_nothing(tokenizer):
+def test_equal_vectors_earn_nothing(word_tokenizer):
     words = WORDS + [str(number) for number in range(6)]
-    metrics = retrieval(list(zip(words[:11], words[11:], strict=True)), tokenizer)(
-        by_number(torch.ones(len(tokenizer), 4)), 0.05
+    metrics = retrieval(list(zip(words[:11], words[11:], strict=True)), word_tokenizer)(
+        by_number(torch.ones(len(word_tokenizer), 4)), 0.05
     )
     assert metrics["eval_ndcg_at_10"] == 0
 
 
-def test_a_repeated_document_and_a_second_positive_do_not_count_against_the_model(tokenizer):
+def test_a_repeated_document_and_a_second_positive_do_not_count_against_the_model(word_tokenizer):
     rows = [("river", "stone"), ("river", "cloud"), ("table", "glass"), ("green", "glass")]
-    table = torch.zeros(len(tokenizer), 2)
+    table = torch.zeros(len(word_tokenizer), 2)
     for number, group in enumerate((["river", "stone", "cloud"], ["table", "green", "glass"])):
-        table[tokenizer.convert_tokens_to_ids(group), number] = 1.0
-    metrics = retrieval(rows, tokenizer)(by_number(table), 0.01)
+        table[word_tokenizer.convert_tokens_to_ids(group), number] = 1.0
+    metrics = retrieval(rows, word_tokenizer)(by_number(table), 0.01)
     assert metrics["eval_ndcg_at_10"] == 1.0
     assert metrics["eval_accuracy"] == 1.0
     assert metrics["eval_loss"] == pytest.approx(0.0, abs=1e-3)

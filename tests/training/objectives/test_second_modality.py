@@ -70,9 +70,9 @@ def gradients(*modules) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("vectors", [1000, 30])
-def test_the_gradient_is_that_of_sup_con_over_the_labels(digits_file, tokenizer, vectors):
+def test_the_gradient_is_that_of_sup_con_over_the_labels(digits_file, word_tokenizer, vectors):
     """The weighted gradient, in one piece and cached, against pytorch-metric-learning's loss of padded images."""
-    model, task, _, batch = tasks(digits_file, tokenizer, dropout=0.0, vectors=vectors)
+    model, task, _, batch = tasks(digits_file, word_tokenizer, dropout=0.0, vectors=vectors)
     assert (len(batch.features.chunks) > 1) == (vectors == 30)
     metrics = task.accumulate_gradient(model, batch.features, scale=0.5)
     ours = gradients(model, task)
@@ -90,9 +90,9 @@ def test_the_gradient_is_that_of_sup_con_over_the_labels(digits_file, tokenizer,
 
 
 @pytest.mark.promise("C11")
-def test_the_texts_see_the_dropout_that_they_would_see_alone(digits_file, tokenizer):
+def test_the_texts_see_the_dropout_that_they_would_see_alone(digits_file, word_tokenizer):
     """So the gradient of both is exactly the sum, and what is drawn later is the same, whatever the weight."""
-    model, task, text_gradient, batch = tasks(digits_file, tokenizer, dropout=0.1, vectors=30)
+    model, task, text_gradient, batch = tasks(digits_file, word_tokenizer, dropout=0.1, vectors=30)
     torch.manual_seed(5)
     text_gradient(model, batch.texts, 1.0, True)
     after_texts, alone = torch.rand(3), gradients(model, task)
@@ -150,10 +150,10 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(train_script, digit
     assert losses(folders["stopped"]) == losses(folders["whole"])
 
 
-def test_digits_of_a_kind_come_together_while_the_texts_are_learnt(tokenizer, digits, tmp_path):
+def test_digits_of_a_kind_come_together_while_the_texts_are_learnt(word_tokenizer, digits, tmp_path):
     """Held-out digits are told by their neighbours better than at the start, and the texts' loss falls too."""
     file = write_jsonl(tmp_path / "digits.jsonl", digits[:1000])
-    model, task, text_gradient, batch = tasks(file, tokenizer, dropout=0.0, weight=1.0)
+    model, task, text_gradient, batch = tasks(file, word_tokenizer, dropout=0.0, weight=1.0)
     gradient = task.before(text_gradient)
     features = FeatureBatches(task.source, batch_size=24, batch_tokens=4096, seed=0)
     held_out = digits[1000:1400]

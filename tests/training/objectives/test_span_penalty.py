@@ -103,13 +103,13 @@ def test_under_lora_the_spans_stay():
 
 
 @pytest.fixture
-def train(tmp_path, tokenizer):
+def train_spans(tmp_path, word_tokenizer):
     """Run the script on a model with this pattern; returns the lines of metrics.jsonl and the trained model."""
 
     def run(pattern, options):
         torch.manual_seed(0)
         LongEmbedModel(tiny_config(attention_patterns=pattern)).save_pretrained(tmp_path / "model")
-        tokenizer.save_pretrained(tmp_path / "model")
+        word_tokenizer.save_pretrained(tmp_path / "model")
         data, output = write_jsonl(tmp_path / "pairs.jsonl", random_pairs(16)), tmp_path / "out"
         given = f"--model_name_or_path {tmp_path}/model --train_data {data} --output_dir {output} --max_steps 6 "
         given += "--per_device_train_batch_size 8 --dataloader_num_workers 0 --report_to none --logging_steps 1 "
@@ -120,9 +120,9 @@ def train(tmp_path, tokenizer):
     return run
 
 
-def test_the_script_shortens_spans_and_reports_them(train):
+def test_the_script_shortens_spans_and_reports_them(train_spans):
     options = "--span_penalty_weight 0.1 --span_learning_rate 0.05 --lr_scheduler_type constant --batch_tokens 60"
-    lines, trained = train(PATTERN, options)
+    lines, trained = train_spans(PATTERN, options)
     spans = [line["mean_span"] for line in lines]
     assert spans[0] == 10  # before the first step
     assert all(after < before for before, after in pairwise(spans))
@@ -130,6 +130,6 @@ def test_the_script_shortens_spans_and_reports_them(train):
     assert trained.span_penalty().item() / 2 == pytest.approx(4, abs=1)
 
 
-def test_the_script_refuses_a_penalty_on_nothing(train):
+def test_the_script_refuses_a_penalty_on_nothing(train_spans):
     with pytest.raises(UserError, match=r"^--span_penalty_weight 1.0: no attention pattern .* is 'adaptive'"):
-        train("full", "--span_penalty_weight 1")
+        train_spans("full", "--span_penalty_weight 1")

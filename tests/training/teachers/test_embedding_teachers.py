@@ -24,13 +24,13 @@ pytestmark = pytest.mark.promise("D3")
 
 
 @pytest.fixture(scope="module")
-def source(documents_file) -> Source:
+def documents_source(documents_file) -> Source:
     return read_sources([str(documents_file)], TEXTS)[0]
 
 
 @pytest.fixture(scope="module")
-def texts(source) -> list[str]:
-    return source.texts(list(range(len(source.rows))))[0]
+def texts(documents_source) -> list[str]:
+    return documents_source.texts(list(range(len(documents_source.rows))))[0]
 
 
 @pytest.fixture
@@ -56,11 +56,11 @@ def read(reading: Teacher, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_vectors_and_windows_are_the_models(model_folder, source, texts, tmp_path, normalize):
+def test_vectors_and_windows_are_the_models(model_folder, documents_source, texts, tmp_path, normalize):
     """Also where the cache holds the other kind already."""
-    teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=not normalize).read_all([source])
+    teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=not normalize).read_all([documents_source])
     truncating = teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=normalize)
-    truncating.read_all([source])
+    truncating.read_all([documents_source])
     vectors, inside = read(truncating, texts)
     model, tokenizer = AutoModel.from_pretrained(model_folder).eval(), AutoTokenizer.from_pretrained(model_folder)
     lengths = []
@@ -86,10 +86,10 @@ def test_a_text_as_long_as_the_window_is_read_to_its_end(model_folder, tmp_path,
 
 
 @pytest.mark.parametrize(("words", "inside"), [(125, True), (126, False)])
-def test_the_prompt_takes_room_in_the_window(tokenizer, tmp_path, words, inside):
+def test_the_prompt_takes_room_in_the_window(word_tokenizer, tmp_path, words, inside):
     """Of 128 tokens, 2 are special and 1 is the prompt: what is read is that whose last word counts."""
     LongEmbedModel(tiny_config(prompts={"document": "river "})).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
     texts = [" ".join(["stone"] * (words - 1) + [last]) for last in ("stone", "cloud")]
     file = write_jsonl(tmp_path / "two.jsonl", [{"text": text} for text in texts])
     reading = teacher(str(tmp_path), tmp_path / "cache")
@@ -99,24 +99,24 @@ def test_the_prompt_takes_room_in_the_window(tokenizer, tmp_path, words, inside)
     assert torch.equal(vectors[0], vectors[1]) != inside
 
 
-def test_a_teacher_computes_in_the_precision_asked_for(source, texts, tokenizer, tmp_path):
+def test_a_teacher_computes_in_the_precision_asked_for(documents_source, texts, word_tokenizer, tmp_path):
     """The weights are large, so that rounding shows."""
     torch.manual_seed(0)
     LongEmbedModel(tiny_config(initializer_range=0.3)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
     model, found = AutoModel.from_pretrained(tmp_path).eval(), {}
     for precision in ("float32", "bfloat16"):
         reading = teacher(str(tmp_path), tmp_path / "cache", precision=precision)
-        reading.read_all([source])
+        reading.read_all([documents_source])
         found[precision] = read(reading, texts)[0]
         expected = model.encode(texts, prompt_name="document", precision=precision, output="torch")
         torch.testing.assert_close(found[precision], expected, atol=1e-4, rtol=0)
     assert (found["float32"] - found["bfloat16"]).abs().max() > 1e-3
 
 
-def test_chunks_have_no_window(model_folder, source, texts, tmp_path):
+def test_chunks_have_no_window(model_folder, documents_source, texts, tmp_path):
     chunking = teacher(f"chunk-mean:{model_folder}:16", tmp_path / "cache")
-    chunking.read_all([source])
+    chunking.read_all([documents_source])
     vectors, inside = read(chunking, texts)
     assert inside.all()
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(len(texts)))
@@ -125,9 +125,9 @@ def test_chunks_have_no_window(model_folder, source, texts, tmp_path):
 
 
 def test_a_mask_that_leaves_nothing_is_refused_and_another_says_what_it_leaves(
-    train_script, texts, tokenizer, model_folder, tmp_path, capsys
+    train_script, texts, word_tokenizer, model_folder, tmp_path, capsys
 ):
-    lengths = sorted(len(tokenizer(text)["input_ids"]) for text in texts)
+    lengths = sorted(len(word_tokenizer(text)["input_ids"]) for text in texts)
     assert lengths[0] > 8
     assert lengths[3] < lengths[4]
     teachers = "--structural_mask --structural_teacher truncate:{}:{} "
@@ -137,12 +137,14 @@ def test_a_mask_that_leaves_nothing_is_refused_and_another_says_what_it_leaves(
     assert f"documents.jsonl: --structural_mask leaves {4 / len(texts):.1%} of the texts" in capsys.readouterr().out
 
 
-def test_a_text_is_read_once_and_only_by_the_teacher_that_has_not(model_folder, source, texts, calls, tmp_path):
+def test_a_text_is_read_once_and_only_by_the_teacher_that_has_not(
+    model_folder, documents_source, texts, calls, tmp_path
+):
     for name in (f"truncate:{model_folder}:24", f"truncate:{model_folder}:40"):
         expected = None
         for _ in range(2):
             reading = teacher(name, tmp_path / "cache")
-            reading.read_all([source])
+            reading.read_all([documents_source])
             found = read(reading, texts)[0]
             assert expected is None or torch.equal(found, expected)
             expected = found
@@ -150,18 +152,18 @@ def test_a_text_is_read_once_and_only_by_the_teacher_that_has_not(model_folder, 
         calls.clear()
 
 
-def test_other_weights_or_prompts_are_another_teacher(source, texts, tokenizer, calls, tmp_path):
+def test_other_weights_or_prompts_are_another_teacher(documents_source, texts, word_tokenizer, calls, tmp_path):
     for number, changes in enumerate(({}, {"prompts": {"document": "river "}}, {"initializer_range": 0.1})):
         folder = tmp_path / str(number)
         torch.manual_seed(0)
         LongEmbedModel(tiny_config(**changes)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        teacher(str(folder), tmp_path / "cache").read_all([source])
+        word_tokenizer.save_pretrained(folder)
+        teacher(str(folder), tmp_path / "cache").read_all([documents_source])
         assert len(calls) == len(set(texts))
         calls.clear()
 
 
-def test_an_interrupted_cache_goes_on(model_folder, source, texts, calls, tmp_path, monkeypatch):
+def test_an_interrupted_cache_goes_on(model_folder, documents_source, texts, calls, tmp_path, monkeypatch):
     name, put, puts = f"truncate:{model_folder}:24", VectorCache.put, []
 
     def interrupted(self, matrices):
@@ -173,9 +175,9 @@ def test_an_interrupted_cache_goes_on(model_folder, source, texts, calls, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(VectorCache, "put", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            teacher(name, tmp_path / "cache").read_all([source])
+            teacher(name, tmp_path / "cache").read_all([documents_source])
     calls.clear()
-    teacher(name, tmp_path / "cache").read_all([source])
+    teacher(name, tmp_path / "cache").read_all([documents_source])
     assert len(calls) == len(set(texts)) - puts[0] > 0
 
 
@@ -189,7 +191,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
     assert list(cache.get([b"first", *rows])) == [b"first"]
 
 
-def test_mistakes_are_sentences(model_folder, source, tmp_path):
+def test_mistakes_are_sentences(model_folder, documents_source, tmp_path):
     (tmp_path / "no cache").write_text("something else, longer than the head of a database " * 9)
     for name, cache, complaint in (
         ("/nowhere/model", "cache", "--structural_teacher /nowhere/model: unknown model /nowhere/model"),
@@ -199,10 +201,10 @@ def test_mistakes_are_sentences(model_folder, source, tmp_path):
         (str(model_folder), "no cache", "as the cache of vectors .*; delete it"),
     ):
         with pytest.raises(UserError, match=complaint) as caught:
-            teacher(name, tmp_path / cache).read_all([source])
+            teacher(name, tmp_path / cache).read_all([documents_source])
         assert "\n" not in str(caught.value)
     reading = teacher(str(model_folder), tmp_path / "cache")
-    reading.read_all([source])
+    reading.read_all([documents_source])
     (tmp_path / "cache").unlink()
     with pytest.raises(UserError, match="1 vectors or scores are gone; start the same command again"):
         read(reading, ["never read"])
@@ -266,13 +268,13 @@ def test_nothing_to_learn_from_oneself(train_script, model_folder, tmp_path, los
     assert line["structural_loss"] < 1e-6
 
 
-def test_the_student_comes_to_its_teacher(tokenizer, tmp_path):
+def test_the_student_comes_to_its_teacher(word_tokenizer, tmp_path):
     """A student of another width learns, behind its projection, the directions of a chunking teacher."""
     torch.manual_seed(3)
     folders = {"teacher": tiny_config(initializer_range=0.3), "student": tiny_config(hidden_size=24)}
     for name, config in folders.items():
         LongEmbedModel(config).save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+        word_tokenizer.save_pretrained(tmp_path / name)
     data = write_jsonl(tmp_path / "texts.jsonl", random_documents(60))
     held_out = write_jsonl(tmp_path / "held-out.jsonl", random_documents(20, seed=1))
     options = f"--model_name_or_path {tmp_path}/student --train_data {data} --eval_data {held_out} "

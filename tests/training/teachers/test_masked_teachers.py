@@ -120,13 +120,13 @@ def test_teachers_are_no_part_of_the_student():
 
 
 @pytest.mark.promise("D2")
-def test_a_student_of_alternate_layers_begins_with_the_teachers_weights(tokenizer, tmp_path, documents_file):
+def test_a_student_of_alternate_layers_begins_with_the_teachers_weights(word_tokenizer, tmp_path, documents_file):
     """A learning rate of almost nothing: what is saved is what it began with."""
     folder = tmp_path / "teacher"
     torch.manual_seed(0)
     teacher = LongEmbedForMaskedLM(tiny_config(num_hidden_layers=4))
     teacher.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
     options = (
         f"--model_name_or_path {folder} --masked_teachers {folder} --keep_layers 0 2 --train_data {documents_file} "
     )
@@ -178,11 +178,11 @@ def test_a_resumed_run_keeps_its_teachers_and_their_weights(train_script, masked
     train_script("pretraining", options.format(1, teachers[1]))
 
 
-def test_teachers_that_cannot_teach(train_script, masked_lm_folder, model_folder, tokenizer, tmp_path):
+def test_teachers_that_cannot_teach(train_script, masked_lm_folder, model_folder, word_tokenizer, tmp_path):
     def saved(name: str, other_tokens: bool = False, **changes) -> Path:
         folder = tmp_path / name
         LongEmbedForMaskedLM(tiny_config(**changes)).save_pretrained(folder)
-        (other(tokenizer) if other_tokens else tokenizer).save_pretrained(folder)
+        (other(word_tokenizer) if other_tokens else word_tokenizer).save_pretrained(folder)
         return folder
 
     for options, complaint in (

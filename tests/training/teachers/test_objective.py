@@ -254,7 +254,7 @@ def test_options_reach_the_loss(options, expected):
     torch.testing.assert_close(loss, expected(student if role == "score" else student[:, 0], teacher))
 
 
-def test_the_evaluation_is_the_mean_over_batches(model_folder, tokenizer):
+def test_the_evaluation_is_the_mean_over_batches(model_folder, word_tokenizer):
     """Of 7 rows in batches of at least 2: 3, 2 and 2. The vectors are those of the model's own encode."""
     texts = [row["text"] for row in random_documents(7)]
     model = LongEmbedModel.from_pretrained(model_folder).eval()
@@ -267,7 +267,7 @@ def test_the_evaluation_is_the_mean_over_batches(model_folder, tokenizer):
 
     evaluation = TeachingEvaluation(
         Source("rows", Dataset.from_dict({"text": texts}), ("text",), anchor_kind="document"),
-        PairTokenizer(tokenizer, 128, 128, {}),
+        PairTokenizer(word_tokenizer, 128, 128, {}),
         Teaching(TeachingArguments(structural_teacher="a teacher"), model, {"structural": 32}),
         {"structural": ByText()},
         batch_size=2,

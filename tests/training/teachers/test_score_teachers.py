@@ -41,13 +41,13 @@ def data(rows, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def cross_encoder(tmp_path_factory, tokenizer) -> str:
+def cross_encoder(tmp_path_factory, word_tokenizer) -> str:
     folder = tmp_path_factory.mktemp("cross-encoder")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(**sizes, vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5)
+    config = BertConfig(**sizes, vocab_size=len(word_tokenizer), num_labels=1, initializer_range=0.5)
     BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    word_tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -86,7 +86,7 @@ def test_a_cross_encoders_scores_are_its_logits_and_are_computed_once(cross_enco
 
 
 @pytest.mark.parametrize("change", ["weights", "negatives"])
-def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, tmp_path, tokenizer, change):
+def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, tmp_path, word_tokenizer, change):
     """In the same cache: what a fresh one gives."""
     first = source(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096).read_all([first])
@@ -95,7 +95,7 @@ def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, t
         torch.nn.init.normal_(model.classifier.weight)
         cross_encoder = str(tmp_path / "other")
         model.save_pretrained(cross_encoder)
-        tokenizer.save_pretrained(cross_encoder)
+        word_tokenizer.save_pretrained(cross_encoder)
     else:
         rows = [row | {"negative_1": " ".join(reversed(row["anchor"].split()))} for row in rows]
     changed, found = source(str(write_jsonl(tmp_path / "changed.jsonl", rows))), []

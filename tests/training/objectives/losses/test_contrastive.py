@@ -186,12 +186,12 @@ def test_a_weight_asks_whose_the_negatives_are():
     relative=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_guide_takes_out_what_gistembed_takes_out(tokenizer, pairs, columns, margin, relative, seed):
+def test_a_guide_takes_out_what_gistembed_takes_out(word_tokenizer, pairs, columns, margin, relative, seed):
     ours = [unit(pairs, 8, seed=seed + number) for number in range(2 + columns)]
     guides = [unit(pairs, 5, seed=seed + 100 + number) for number in range(2 + columns)]
     # sentence-transformers' loss of ready embeddings wants models with tokenizers, and does not use them.
     stub = torch.nn.Sequential(torch.nn.Identity())
-    stub.tokenizer, stub.max_seq_length = tokenizer, 1
+    stub.tokenizer, stub.max_seq_length = word_tokenizer, 1
     published = CachedGISTEmbedLoss(
         stub,
         stub,

@@ -83,28 +83,28 @@ def double_loop(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture
-def bert(tokenizer, tmp_path):
+def build_bert(word_tokenizer, tmp_path):
     """`build(seed, width)`: transformers' own BERT, and ours made of it."""
 
     def build(seed: int, width: int):
         torch.manual_seed(seed)
         config = BertConfig(
-            vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=len(word_tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=4,
             intermediate_size=48, max_position_embeddings=64, initializer_range=0.3,
         )  # fmt: skip
         original = BertModel(config).eval()
         original.set_attn_implementation("eager")
         folder = tmp_path / f"{seed}-{width}"
         original.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        word_tokenizer.save_pretrained(folder)
         return original.double(), LongEmbedModel.from_encoder(folder).double().eval()
 
     return build
 
 
-def test_equals_the_attention_maps_of_transformers_bert(bert):
+def test_equals_the_attention_maps_of_transformers_bert(build_bert):
     """The attention of the last layer, and the relations of its values, at another width of the student."""
-    pairs = [bert(0, 32), bert(1, 16)]
+    pairs = [build_bert(0, 32), build_bert(1, 16)]
     own = [projections(ours) for _, ours in pairs]
     found = attention_kl(own[0].attention, own[1].attention)
     found_values = relation_kl(own[0].value, own[1].value, BOUNDS)
