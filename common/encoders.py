@@ -2,18 +2,19 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 
-import modeling_longembed  # noqa: F401  (our folders then load without trust_remote_code)
 from common.errors import UserError
 from common.model_folder import ModelFolder
 from common.quantization import int8_weights
 from common.text_vectors import PromptType
+
+# The import also registers our Auto classes, so that our folders load without trust_remote_code.
+from modeling_longembed.encoding_longembed import budget_batches, special_tokens_around
 
 
 class Encoder:
@@ -94,7 +95,7 @@ class Encoder:
             return list(self._encode_by_itself(texts, prompt_type)[:, None])
         encode = self.model.encode_query if prompt_type == "query" else self.model.encode_document
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
-        for batch in token_batches([len(ids) for ids in self._tokenize(texts)], self.batch_tokens):
+        for batch in budget_batches([len(ids) for ids in self._tokenize(texts)], self.batch_tokens, padded=True):
             with self._autocast():
                 encoded = encode([texts[i] for i in batch], batch_size=len(batch), show_progress_bar=False)
             for i, vector in zip(batch, encoded, strict=True):
@@ -150,20 +151,16 @@ class ChunkEncoder(Encoder):
             truncation=True,
             max_length=self.max_length - len(prompt),
             return_overflowing_tokens=True,
-            return_special_tokens_mask=True,
         )
-        chunks, leads = [], []
-        for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
-            lead = special.index(0) if 0 in special else 1  # the special tokens before the text, such as [CLS]
-            chunks.append(ids[:lead] + prompt + ids[lead:])
-            leads.append(lead)
+        lead = len(special_tokens_around(tokenizer)[0])
+        chunks = [ids[:lead] + prompt + ids[lead:] for ids in encoded["input_ids"]]
         rows = np.empty((len(chunks), self.dimension), np.float32)
-        for batch in token_batches([len(ids) for ids in chunks], self.batch_tokens):
+        for batch in budget_batches([len(ids) for ids in chunks], self.batch_tokens, padded=True):
             features = dict(tokenizer.pad({"input_ids": [chunks[i] for i in batch]}, return_tensors="pt"))
             tokens = features["attention_mask"].sum(1, keepdim=True)
             features = {key: value.to(self.model.device) for key, value in features.items()}
             if prompt:
-                features["prompt_length"] = leads[batch[0]] + len(prompt)
+                features["prompt_length"] = lead + len(prompt)
             with self._autocast():
                 for module in self.model:
                     if not isinstance(module, Normalize):
@@ -171,26 +168,6 @@ class ChunkEncoder(Encoder):
             rows[batch] = (features["sentence_embedding"].float().cpu() * tokens).numpy()
         owners = np.asarray(encoded["overflow_to_sample_mapping"])
         return [rows[owners == i] for i in range(len(texts))]
-
-
-def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Batch the indices of texts, longest first, so that the padded size of a batch stays within a budget.
-
-    Args:
-        lengths: number of tokens of each text.
-        batch_tokens: the most tokens of a batch, padding included. A longer text is a batch of its own.
-
-    Yields:
-        Indices into `lengths`.
-    """
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def context_length(core: Any) -> int:

@@ -12,6 +12,11 @@ class UserError(Exception):
     """
 
 
+def one_line(error: BaseException) -> str:
+    """Return the message of an exception without line breaks, to be part of a sentence."""
+    return " ".join(str(error).split())
+
+
 def run(main: Callable[[], None], after_interrupt: str = "the same command goes on where it stopped") -> NoReturn:
     """Run a script's `main` and leave with the exit code that its end deserves.
 

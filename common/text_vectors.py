@@ -9,6 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from common.vector_cache import VectorCache
+from modeling_longembed.encoding_longembed import budget_batches
 
 PromptType = Literal["query", "document"]  # the values of MTEB's enum of this name
 # Characters in a window of texts per token of a batch: four times those of a token, so that a window holds batches.
@@ -66,7 +67,7 @@ def stream(
     """
     keys, sizes = cache_keys(texts, encoder, prompt_type), [len(text) for text in texts]
     with tqdm(total=sum(sizes), desc=label, unit="char", unit_scale=True) as progress:
-        for window in _windows(sizes, _CHARACTERS_PER_TOKEN * encoder.batch_tokens):
+        for window in budget_batches(sizes, _CHARACTERS_PER_TOKEN * encoder.batch_tokens):
             matrices = cache.get([keys[i] for i in window])
             missing = {keys[i]: texts[i] for i in window if keys[i] not in matrices}
             if missing:
@@ -96,20 +97,3 @@ def vectors_of(
     for window, matrices in stream(texts, encoder, prompt_type, cache, label):
         vectors[window] = [matrix.sum(0) for matrix in matrices]
     return vectors
-
-
-def _windows(sizes: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Group indices, largest size first, so that the sizes of a group sum to at most `budget`.
-
-    A size beyond the budget is a group of its own.
-    """
-    window: list[int] = []
-    total = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if window and total + sizes[i] > budget:
-            yield window
-            window, total = [], 0
-        window.append(i)
-        total += sizes[i]
-    if window:
-        yield window

@@ -15,7 +15,7 @@ from pathlib import Path
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, write_jsonl
-from eval.tasks.retrieval import read_rows
+from common.jsonl import read_text_columns
 
 
 @dataclass
@@ -43,10 +43,12 @@ def write_task(arguments: Arguments) -> tuple[int, int]:
     documents: dict[str, str] = {}  # long answer -> its id
     relevant: dict[str, list[str]] = {}  # question -> ids
     rows = 0
-    for rows, (line, (question, answer)) in enumerate(read_rows(Path(arguments.data), "question", "long_answer"), 1):
+    for rows, (line, (question, answer)) in enumerate(
+        read_text_columns(Path(arguments.data), "question", "long_answer"), 1
+    ):
         if not question.strip() or not answer.strip():
             raise UserError(
-                f"{arguments.data}, line {line}: the question or its long answer is empty; leave the row out"
+                f"{arguments.data}, row {line}: the question or its long answer is empty; leave the row out"
             )
         identifier = documents.setdefault(answer, f"d{len(documents)}")
         if rows > arguments.judge_from and identifier not in relevant.setdefault(question, []):

@@ -33,8 +33,8 @@ from common.alignment import alignment, uniformity
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.jsonl import read_jsonl, text_or_id
 from eval import mteb_long
-from eval.tasks.retrieval import read_objects, string
 
 # SimCSE's seven. https://arxiv.org/abs/2104.08821, table 5
 TASKS = ("STS12", "STS13", "STS14", "STS15", "STS16", "STSBenchmark", "SICK-R")
@@ -129,7 +129,7 @@ def local_task(name: str, path: Path) -> AbsTask:
     Raises:
         UserError: naming file and line of what is missing or malformed, or scores of which there is no order.
     """
-    rows = [_row(row, f"{path}, line {number}") for number, row in read_objects(path, *SENTENCES, "score")]
+    rows = [_row(row, f"{path}, row {number}") for number, row in read_jsonl(path, *SENTENCES, "score")]
     if len({row["score"] for row in rows}) < 2:
         raise UserError(f"{path}: its {len(rows)} pairs have no two different scores, so that they have no order")
     revision = f"local-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:40]}"
@@ -158,8 +158,9 @@ def local_task(name: str, path: Path) -> AbsTask:
 def _row(row: dict[str, Any], where: str) -> dict[str, Any]:
     score = row["score"]
     if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
-        raise UserError(f"{where}: 'score' is {json.dumps(score)[:40]}, not a number")
-    texts = {column: string(row, column, where) for column in (*SENTENCES, *(["subset"] if "subset" in row else []))}
+        raise UserError(f"{where}: score is {json.dumps(score)[:40]}, not a number")
+    columns = (*SENTENCES, *(["subset"] if "subset" in row else []))
+    texts = {column: text_or_id(row[column], column, where) for column in columns}
     return texts | {"score": float(score)}
 
 

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, write_jsonl
-from eval.tasks.retrieval import read_rows
+from common.jsonl import read_text_columns
 
 FILLER = (
     "The tide comes in and the tide goes out. The bread is in the oven. Rain falls on the roof all afternoon. "
@@ -238,7 +238,7 @@ def read_texts(path: str, argument: str) -> list[str]:
 
 def _texts(file: Path) -> Iterator[str]:
     if file.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from (text for _, (text,) in read_rows(file, "text"))
+        yield from (text for _, (text,) in read_text_columns(file, "text"))
     elif file.suffix == ".txt":
         try:
             yield file.read_text(encoding="utf-8")

@@ -34,11 +34,11 @@ from transformers import AutoConfig
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write, sha256_file, write_jsonl
+from common.jsonl import read_text_columns
 from common.model_folder import ModelFolder
 from common.sentences import SENTENCE_END
 from eval import mteb_long, questions, sts
 from eval.plot import save
-from eval.tasks.retrieval import read_rows
 from experiments.training_runs import check_stamp, run_script, train, training_cost
 from modeling_longembed import LongEmbedModel
 
@@ -171,13 +171,15 @@ def write_questions(arguments: Arguments, path: Path) -> None:
     """Questions, long answers, and the titles of their pages as labels; the task of the rows behind."""
     source = arguments.given("questions")
     questions.write_task(questions.Arguments(str(source), str(arguments.data / "Questions"), arguments.judge_from))
-    rows = [values for _, values in read_rows(source, "question", "long_answer", "title")][: arguments.judge_from]
+    rows = [values for _, values in read_text_columns(source, "question", "long_answer", "title")][
+        : arguments.judge_from
+    ]
     write_jsonl(path, ({"anchor": a, "positive": b, "label": c} for a, b, c in rows))
 
 
 def write_titles(arguments: Arguments, path: Path) -> None:
     """Titles and abstracts; the task of every fourth title of the last rows, among all abstracts of these."""
-    rows = [values for _, values in read_rows(arguments.given("titles"), "anchor", "positive")]
+    rows = [values for _, values in read_text_columns(arguments.given("titles"), "anchor", "positive")]
     judged = rows[-arguments.judged_titles :]
     write_task(arguments.data / "Titles", judged, range(0, len(judged), 4))
     write_training(path, [{"anchor": a, "positive": b} for a, b in rows[: -arguments.judged_titles]], "titles")
@@ -185,7 +187,7 @@ def write_titles(arguments: Arguments, path: Path) -> None:
 
 def write_sentences(arguments: Arguments, path: Path) -> None:
     """Sentences of the abstracts that are not judged, each once, drawn."""
-    rows = [abstract for _, (abstract,) in read_rows(arguments.given("titles"), "positive")]
+    rows = [abstract for _, (abstract,) in read_text_columns(arguments.given("titles"), "positive")]
     found: dict[str, None] = {}
     for abstract in rows[: -arguments.judged_titles]:
         found.update(dict.fromkeys(s for s in SENTENCE_END.split(abstract) if len(s.split()) in SENTENCE_WORDS))
@@ -196,7 +198,7 @@ def write_sentences(arguments: Arguments, path: Path) -> None:
 
 def write_documents(arguments: Arguments, path: Path) -> None:
     """Long documents; the task of the abstracts of some, among the bodies of these."""
-    rows = [values for _, values in read_rows(arguments.given("documents"), "title", "abstract", "body")]
+    rows = [values for _, values in read_text_columns(arguments.given("documents"), "title", "abstract", "body")]
     rows = [row for row in rows if row[0] and row[1].strip() and len(row[2].split()) >= arguments.document_words]
     rows = [rows[number] for number in np.random.default_rng(0).permutation(len(rows))]
     judged, trained = rows[: arguments.judged_documents], rows[arguments.judged_documents :]

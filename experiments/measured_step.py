@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.step_measurement import measure_step
 from modeling_longembed import LongEmbedModel
-from training.data.pair_batches import pack
+from training.data.packing import pack
 from training.engine.gradient_cache import cached_backward
 from training.objectives.embed import embed
 from training.objectives.losses.contrastive import info_nce

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError, run
 from training import contrastive
-from training.data.pair_batches import PackedTexts
+from training.data.packing import PackedTexts
 from training.objectives import pair_step
 from training.objectives.embed import pool
 

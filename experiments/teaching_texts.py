@@ -15,8 +15,8 @@ from pathlib import Path
 from common.arguments import parse
 from common.errors import run
 from common.files import write_jsonl
+from common.jsonl import read_text_columns
 from common.sentences import SENTENCE_END
-from eval.tasks.retrieval import read_rows
 from experiments.speeches import addresses
 
 # Documents, below `--data_dir`: passages of each, and how many of the documents go into documents.jsonl.
@@ -62,16 +62,18 @@ def all_passages(arguments: Arguments) -> list[str]:
     data, generator = Path(arguments.data_dir), random.Random(0)
     texts = []
     for name, (count, _) in DOCUMENTS.items():
-        for _, (body,) in read_rows(data / name / "documents.jsonl.gz", "body"):
+        for _, (body,) in read_text_columns(data / name / "documents.jsonl.gz", "body"):
             texts += passages(body, count, generator)
     for paragraphs in addresses(judged=False).values():
         texts += passages("\n\n".join(paragraphs), SPEECH_PASSAGES, generator)
-    abstracts = [pair for _, pair in read_rows(data / "pubmed" / "title_abstract.jsonl.gz", "anchor", "positive")]
+    abstracts = [
+        pair for _, pair in read_text_columns(data / "pubmed" / "title_abstract.jsonl.gz", "anchor", "positive")
+    ]
     for pair in generator.sample(abstracts, min(ABSTRACTS, len(abstracts))):
         texts += pair
-    questions = [pair for _, pair in read_rows(Path(arguments.questions), "question", "long_answer")]
+    questions = [pair for _, pair in read_text_columns(Path(arguments.questions), "question", "long_answer")]
     texts += [text for pair in questions[:QUESTIONS] for text in pair]
-    pairs = read_rows(data / "sick_nli" / "pairs.jsonl.gz", "premise", "hypothesis")
+    pairs = read_text_columns(data / "sick_nli" / "pairs.jsonl.gz", "premise", "hypothesis")
     texts += sorted({sentence for _, pair in pairs for sentence in pair})[:SENTENCES]
     texts = sorted({text for text in texts if len(text.split()) >= 3})
     generator.shuffle(texts)
@@ -83,7 +85,7 @@ def all_documents(arguments: Arguments) -> list[str]:
     generator = random.Random(0)
     texts = []
     for name, (_, count) in DOCUMENTS.items():
-        rows = read_rows(Path(arguments.data_dir, name, "documents.jsonl.gz"), "body")
+        rows = read_text_columns(Path(arguments.data_dir, name, "documents.jsonl.gz"), "body")
         bodies = [words for _, (body,) in rows if len(words := body.split()) >= DOCUMENT_WORDS * 2 // 3]
         for words in generator.sample(bodies, min(count, len(bodies))):
             start = generator.randrange(max(1, len(words) - DOCUMENT_WORDS))

@@ -12,6 +12,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.files import atomic_write
+from common.jsonl import read_jsonl
 
 
 def check_stamp(path: Path, made_by: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def training_cost(metrics: Path) -> dict[str, Any]:
         `tokens`, `minutes` of training alone, `peak_memory_gib`, and `curve`: pairs of tokens and held-out loss.
     """
     steps, tokens, seconds, memory, losses = [0], [0.0], 0.0, 0.0, []
-    for line in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()):
+    for _, line in read_jsonl(metrics):
         if "token_count" in line:  # a mean over the steps since the line before
             part = line["token_count"] * (line["step"] - steps[-1])
             steps.append(line["step"])

@@ -13,13 +13,13 @@ Every number comes from a fresh process, and the repeats are interleaved. Each s
 that takes no more memory.
 """
 
-import gzip
 import json
 import os
 import statistics
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.files import atomic_write
+from common.jsonl import read_text_columns
 from common.patterns import parse_pattern
 from eval.speed.growth import GB
 from modeling_longembed import LongEmbedModel
@@ -159,13 +160,11 @@ def _columns(arguments: TrainingThroughputArguments, length: int, model: str) ->
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    with (gzip.open if arguments.pairs.endswith(".gz") else open)(arguments.pairs, "rt", encoding="utf-8") as file:
-        pairs = [json.loads(line) for _, line in zip(range(arguments.pair_count), file, strict=False)]
+    pairs = [pair for _, pair in islice(read_text_columns(arguments.pairs, "anchor", "positive"), arguments.pair_count)]
     if len(pairs) < arguments.pair_count:
         raise UserError(f"{arguments.pairs}: has {len(pairs)} pairs, --pair_count asks for {arguments.pair_count}")
     return [
-        tokenizer([pair[name] for pair in pairs], truncation=True, max_length=length)["input_ids"]
-        for name in ("anchor", "positive")
+        tokenizer(list(column), truncation=True, max_length=length)["input_ids"] for column in zip(*pairs, strict=True)
     ]
 
 

@@ -1,6 +1,6 @@
 """`model.encode`: texts in, vectors out. No padding, no dependence on the neighbours, nothing cut off in silence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,17 +23,39 @@ def is_fast_in_bfloat16(device: torch.device) -> bool:
     return any(check() for check in checks if check is not None)
 
 
-def budget_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of documents in batches of at most `batch_tokens`, longest first; a longer document is alone."""
+def budget_batches(
+    lengths: Sequence[int], batch_tokens: int, *, longest_first: bool = True, padded: bool = False
+) -> list[list[int]]:
+    """Divide documents greedily into batches of at most `batch_tokens` tokens; a longer document is a batch of its own.
+
+    Args:
+        lengths: tokens of each document.
+        batch_tokens: tokens of a batch.
+        longest_first: start with the longest document, so that what does not fit into memory fails at once; otherwise
+            keep the given order.
+        padded: count a batch as if all its documents were padded to its longest one.
+
+    Returns:
+        Indices into `lengths`, one list per batch.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i]) if longest_first else range(len(lengths))
     batches: list[list[int]] = []
-    room = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not batches or lengths[index] > room:
+    total = longest = 0
+    for index in order:
+        total, longest = total + lengths[index], max(longest, lengths[index])
+        if not batches or (longest * (len(batches[-1]) + 1) if padded else total) > batch_tokens:
             batches.append([])
-            room = batch_tokens
+            total = longest = lengths[index]
         batches[-1].append(index)
-        room -= lengths[index]
     return batches
+
+
+def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the ids of the special tokens that a tokenizer puts before and after a text, e.g. `[CLS]` and `[SEP]`."""
+    marked = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
+    ids, special = marked["input_ids"], marked["special_tokens_mask"]
+    words = [position for position, flag in enumerate(special) if not flag] or [len(ids) - 1]
+    return ids[: words[0]], ids[words[-1] + 1 :]
 
 
 class EncodeMixin:
@@ -66,16 +88,9 @@ class EncodeMixin:
             if overflow == "error":
                 raise ValueError(f"{message} would be cut off; split them, or extend the model")
             logger.warning(f"{message} were cut off at the end")
-            closing = self._closing_tokens()
+            _, closing = special_tokens_around(self.tokenizer)
             rows = [row if len(row) <= limit else row[: limit - len(closing)] + closing for row in rows]
         return rows
-
-    def _closing_tokens(self) -> list[int]:
-        """Special tokens that the tokenizer puts after a text."""
-        marked = self.tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
-        ids, special = marked["input_ids"], marked["special_tokens_mask"]
-        count = next((n for n, flag in enumerate(reversed(special)) if not flag), 0)
-        return ids[len(ids) - count :]
 
     @torch.no_grad()
     def encode(

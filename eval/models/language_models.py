@@ -20,6 +20,7 @@ from common.encoders import context_length
 from common.errors import UserError
 from common.files import sha256_file
 from common.model_folder import ModelFolder
+from modeling_longembed.encoding_longembed import special_tokens_around
 
 _OURS = "LongEmbedForMaskedLM"
 
@@ -68,9 +69,7 @@ class LanguageModel:
         if getattr(model.config, "use_cache", False):
             model.config.use_cache = False  # of keys and values of tokens before: each call here is a whole text
         self.precision, self.context = precision, context_length(model)
-        marked = self.tokenizer("a", return_special_tokens_mask=True)
-        words = [at for at, special in enumerate(marked["special_tokens_mask"]) if not special]
-        self.lead, self.closing = marked["input_ids"][: words[0]], marked["input_ids"][words[-1] + 1 :]
+        self.lead, self.closing = special_tokens_around(self.tokenizer)
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""

@@ -5,10 +5,8 @@ A local task is a folder `<task>/` with `corpus.jsonl` {doc_id, text}, `queries.
 `<task>/test_256/` and so on, as LongEmbed's synthetic tasks do: one split each, judged by nDCG@1.
 """
 
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from common.errors import UserError
+from common.jsonl import read_text_columns
 
 LONGEMBED = (
     "LEMBNarrativeQARetrieval",
@@ -127,18 +126,18 @@ class SplitFiles:
         digest = hashlib.sha256()
         ids: dict[str, set[str]] = {"doc_id": set(), "qid": set()}
         for path, key in ((self.corpus, "doc_id"), (self.queries, "qid")):
-            for line, (identifier, text) in read_rows(path, key, "text"):
+            for line, (identifier, text) in read_text_columns(path, key, "text"):
                 if identifier in ids[key]:
-                    raise UserError(f"{path}, line {line}: the {key} {identifier!r} was there before; make it unique")
+                    raise UserError(f"{path}, row {line}: the {key} {identifier!r} was there before; make it unique")
                 ids[key].add(identifier)
                 digest.update(json.dumps([identifier, text]).encode())
             if not ids[key]:
                 raise UserError(f"{path} is empty: there is nothing to judge on")
         judged = False
-        for line, row in read_rows(self.qrels, "qid", "doc_id"):
+        for line, row in read_text_columns(self.qrels, "qid", "doc_id"):
             for key, value, path in zip(("qid", "doc_id"), row, (self.queries, self.corpus), strict=True):
                 if value not in ids[key]:
-                    raise UserError(f"{self.qrels}, line {line}: the {key} {value!r} is not in {path}")
+                    raise UserError(f"{self.qrels}, row {line}: the {key} {value!r} is not in {path}")
             digest.update(json.dumps(row).encode())
             judged = True
         if not judged:
@@ -154,7 +153,7 @@ class SplitFiles:
             )
 
         relevant: dict[str, dict[str, int]] = {}
-        for _, (qid, doc_id) in read_rows(self.qrels, "qid", "doc_id"):
+        for _, (qid, doc_id) in read_text_columns(self.qrels, "qid", "doc_id"):
             relevant.setdefault(qid, {})[doc_id] = 1
         return {
             "corpus": table(self.corpus, "doc_id"),
@@ -164,63 +163,8 @@ class SplitFiles:
         }
 
 
-def read_rows(path: Path, *fields: str) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Number and values of `fields` of each line of a JSON-lines file, plain or gzipped; blank lines are passed over.
-
-    Raises:
-        UserError: naming the file, and the line and the field at fault.
-    """
-    for number, row in read_objects(path, *fields):
-        yield number, tuple(string(row, field, f"{path}, line {number}") for field in fields)
-
-
-def read_objects(path: Path, *fields: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and JSON object of each line, as `read_rows`; that all `fields` are there is checked, but not their types.
-
-    Raises:
-        UserError: naming the file, and the line and the field at fault.
-    """
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse_object(line, fields, f"{path}, line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def string(row: dict[str, Any], field: str, where: str) -> str:
-    """A text or an id of a row of JSON.
-
-    Raises:
-        UserError: it is neither.
-    """
-    value = row[field]
-    # An id may be a number in the file; MTEB compares ids as strings.
-    if not isinstance(value, str) and not (field != "text" and isinstance(value, int)):
-        raise UserError(f"{where}: {field!r} is {json.dumps(value)[:40]}, not a string")
-    try:
-        str(value).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {field!r} has half a surrogate pair at character {error.start}") from None
-    return str(value)
-
-
-def _parse_object(line: bytes, fields: tuple[str, ...], where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is not a JSON object with the fields {', '.join(fields)}")
-    for field in fields:
-        if field not in row:
-            raise UserError(f"{where} has no field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
-    return row
-
-
 def _generate(path: Path, key: str) -> Iterator[dict[str, str]]:
-    for _, (identifier, text) in read_rows(path, key, "text"):
+    for _, (identifier, text) in read_text_columns(path, key, "text"):
         yield {"id": identifier, "text": text}
 
 

@@ -8,7 +8,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, BertModel, RobertaConfig, RobertaModel
 
-from common.encoders import ChunkEncoder, Encoder, token_batches
+from common.encoders import ChunkEncoder, Encoder
 from common.errors import UserError
 from common.model_folder import ModelFolder
 
@@ -103,11 +103,3 @@ def test_a_length_beyond_the_context_is_refused(tiny_sentence_transformer, tiny_
         assert Encoder(found, context).max_length == context
         with pytest.raises(UserError, match=f"{context + 1} tokens are more than the context .* at most {context}"):
             Encoder(found, context + 1)
-
-
-@hypothesis.given(lengths=st.lists(st.integers(1, 50), max_size=60), budget=st.integers(1, 120))
-def test_batches_hold_every_text_once_and_keep_the_budget(lengths, budget):
-    batches = list(token_batches(lengths, budget))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget

@@ -12,9 +12,10 @@ from sentence_transformers import SentenceTransformer
 from sklearn.metrics import top_k_accuracy_score
 
 from common.errors import UserError, run
+from common.jsonl import read_text_columns
 from eval import mteb_long, questions
 from eval.questions import Arguments, write_task
-from eval.tasks.retrieval import local_task, read_rows
+from eval.tasks.retrieval import local_task
 
 ANIMALS = "fox whale frog heron badger otter salmon eagle beetle mole".split()  # noqa: SIM905
 ROWS = [
@@ -40,10 +41,10 @@ def test_each_question_finds_all_of_its_answers_among_those_of_all_rows(tmp_path
     counts = write_task(Arguments(data, str(folder), skipped))
     local_task(folder)  # unique ids that refer to what is there
     corpus, queries = (
-        dict(row for _, row in read_rows(folder / f"{name}.jsonl.gz", key, "text"))
+        dict(row for _, row in read_text_columns(folder / f"{name}.jsonl.gz", key, "text"))
         for name, key in (("corpus", "doc_id"), ("queries", "qid"))
     )
-    judged = [(queries[q], corpus[d]) for _, (q, d) in read_rows(folder / "qrels.jsonl.gz", "qid", "doc_id")]
+    judged = [(queries[q], corpus[d]) for _, (q, d) in read_text_columns(folder / "qrels.jsonl.gz", "qid", "doc_id")]
     assert sorted(judged) == sorted(set(pairs[skipped:]))
     assert sorted(corpus.values()) == sorted({answer for _, answer in pairs})
     assert counts == (len(queries), len(corpus)) == (len({q for q, _ in pairs[skipped:]}), len({a for _, a in pairs}))
@@ -86,9 +87,9 @@ def test_a_metric_that_is_not_there_is_told_with_those_near_it(tmp_path):
     ("rows", "judge_from", "words"),
     [
         ([{"question": "who", "long_answer": "x"}], 1, "--judge_from 1: .* has 1 rows; give fewer than that"),
-        ([{"question": "who", "long_answer": "x"}, {"question": "who", "long_answer": " "}], 0, "line 2: .* is empty"),
-        ([{"question": "who", "long_answer": None}], 0, "line 1: 'long_answer' is null, not a string"),
-        ([{"question": "who"}], 0, "line 1 has no field 'long_answer'"),
+        ([{"question": "who", "long_answer": "x"}, {"question": "who", "long_answer": " "}], 0, "row 2: .* is empty"),
+        ([{"question": "who", "long_answer": None}], 0, "row 1: long_answer is null, not a string"),
+        ([{"question": "who"}], 0, "row 1: the column long_answer is missing"),
     ],
 )
 def test_bad_rows_are_told_and_leave_no_task(tmp_path, monkeypatch, capsys, rows, judge_from, words):

@@ -140,11 +140,11 @@ def test_vectors_that_cannot_order_pairs_are_told(tiny_sentence_transformer, tmp
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"score": "4.4"}, "line 2: 'score' is \"4.4\", not a number"),
-        ({"score": True}, "line 2: 'score' is true, not a number"),
-        ({"score": float("nan")}, "line 2: 'score' is NaN, not a number"),
-        ({"sentence2": None}, "line 2: 'sentence2' is null, not a string"),
-        ({"subset": [1]}, r"line 2: 'subset' is \[1\], not a string"),
+        ({"score": "4.4"}, 'row 2: score is "4.4", not a number'),
+        ({"score": True}, "row 2: score is true, not a number"),
+        ({"score": float("nan")}, "row 2: score is NaN, not a number"),
+        ({"sentence2": None}, "row 2: sentence2 is null, not a string"),
+        ({"subset": [1]}, r"row 2: subset is \[1\], not a string"),
         ({"score": 2.5}, "its 2 pairs have no two different scores"),
     ],
 )

@@ -7,8 +7,9 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
+from common.jsonl import read_text_columns
 from eval.synthetic import MOST_DOCUMENTS, NEEDLES, Haystack, Needle, read_haystack, write_task
-from eval.tasks.retrieval import local_task, read_rows
+from eval.tasks.retrieval import local_task
 
 ESSAY = "".join(
     f"Sentence number {i} of the essay tells of the sea, of ships, and of day {i * 7 % 31}. " for i in range(300)
@@ -16,7 +17,7 @@ ESSAY = "".join(
 
 
 def rows(path, *fields):
-    return dict(values for _, values in read_rows(path, *fields))
+    return dict(values for _, values in read_text_columns(path, *fields))
 
 
 def bytes_of(folder):
@@ -119,5 +120,5 @@ def test_a_haystack_is_read_from_text_json_lines_and_folders(tmp_path):
     with pytest.raises(UserError, match="holds no text"):
         read_haystack(str(tmp_path / "none.pdf"))
     (tmp_path / "b.jsonl").write_text('{"body": "Two."}\n')
-    with pytest.raises(UserError, match=r"b.jsonl, line 1 has no field 'text'"):
+    with pytest.raises(UserError, match=r"b.jsonl, row 1: the column text is missing"):
         read_haystack(str(tmp_path))

@@ -14,7 +14,7 @@ from common.errors import UserError
 from experiments import findings, one_mask, training_runs
 from tests.eval.task_files import words, write_rows
 from training import contrastive
-from training.data.pair_batches import pack
+from training.data.packing import pack
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 FINDING = {
@@ -189,7 +189,7 @@ def test_long_documents_are_judged_apart_from_those_that_train(findings_argument
     path = findings.data_file("documents", findings_arguments)
     trained = [json.loads(line)["abstract"] for line in path.read_text().splitlines()]
     queries, corpus = (
-        findings.read_rows(findings_arguments.data / "Documents" / f"{name}.jsonl.gz", "text")
+        findings.read_text_columns(findings_arguments.data / "Documents" / f"{name}.jsonl.gz", "text")
         for name in ("queries", "corpus")
     )
     judged = [text for _, (text,) in queries]

@@ -75,6 +75,6 @@ def test_a_passage_is_of_whole_sentences_and_as_long_as_drawn():
 
 
 def test_a_file_that_is_not_there_is_one_sentence(script_options, tmp_path):
-    with pytest.raises(UserError, match=r"clinical/documents\.jsonl\.gz cannot be read"):
+    with pytest.raises(UserError, match=r"clinical/documents\.jsonl\.gz: cannot be read"):
         teaching_texts.main(["--data_dir", str(tmp_path), *script_options[2:], "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -17,10 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.files import atomic_folder
+from modeling_longembed.encoding_longembed import special_tokens_around
 from training.data.curriculum import Course
 from training.data.masking import Masking
 from training.data.next_sentence import Segment, draw_pair
-from training.data.pair_batches import PackedTexts, pack
+from training.data.packing import PackedTexts, pack
 from training.data.sources import Source
 
 IDS, STARTS_WORD, LENGTHS = "ids.int32", "starts_word.bool", "lengths.npy"
@@ -109,11 +110,9 @@ class SpecialTokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "SpecialTokens":
-        """Found out by having it encode a word."""
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        start = next((n for n in range(len(whole)) if whole[n : n + len(bare)] == bare), 0)
-        return cls(tuple(whole[:start]), tuple(whole[start + len(bare) :]))
+        """Return the special tokens of a tokenizer."""
+        before, after = special_tokens_around(tokenizer)
+        return cls(tuple(before), tuple(after))
 
     def count(self, segments: int) -> int:
         """How many stand around and between the segments of a text."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.errors import UserError
+from common.errors import UserError, one_line
+from modeling_longembed.encoding_longembed import budget_batches
+from training.data.packing import cumulative_lengths
 from training.data.row_order import RowOrder
 from training.data.sources import PARQUET_SUFFIX, Columns, check_class, data_files, json_rows
 
@@ -126,7 +128,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
             for number, row in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020 (goes on counting)
                 yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is not readable Parquet: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: is not readable Parquet: {one_line(error)}") from None
     if not number:
         raise UserError(f"{path}: holds no rows; give rows with {FEATURES}")
 
@@ -249,18 +251,12 @@ class FeatureBatches(Dataset):
         return self._collate((longest * 2)[: 2 * self.batch_size], 0)
 
     def _collate(self, rows: list[int], seed: int) -> FeatureBatch:
-        chunks: list[list[np.ndarray]] = []
-        room = 0
-        for features in map(self.source.features, rows):
-            if len(features) > room or not chunks:
-                chunks.append([])
-                room = self.batch_tokens
-            chunks[-1].append(features)
-            room -= len(features)
-        return FeatureBatch([_pack(chunk) for chunk in chunks], torch.from_numpy(self.source.label[rows]), seed)
+        features = list(map(self.source.features, rows))
+        chunks = budget_batches([len(vectors) for vectors in features], self.batch_tokens, longest_first=False)
+        packed = [_pack([features[number] for number in chunk]) for chunk in chunks]
+        return FeatureBatch(packed, torch.from_numpy(self.source.label[rows]), seed)
 
 
 def _pack(rows: list[np.ndarray]) -> PackedFeatures:
     lengths = [len(features) for features in rows]
-    cu_seq_lens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    return PackedFeatures(torch.from_numpy(np.concatenate(rows))[None], cu_seq_lens, max(lengths))
+    return PackedFeatures(torch.from_numpy(np.concatenate(rows))[None], cumulative_lengths(lengths), max(lengths))

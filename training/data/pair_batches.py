@@ -1,6 +1,5 @@
 """Batches of pairs: their order is a pure function of (seed, index), so any position is reached at once."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
@@ -13,73 +12,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from training.data.packing import PackedTexts, cut_to_fill, pack
 from training.data.pair_makers import make_pairs
 from training.data.row_order import RowOrder
 from training.data.sources import Source, text_id
-
-
-@dataclass(frozen=True)
-class PackedTexts:
-    """Documents in one row without padding, as transformers' flash-attention models take them.
-
-    Args:
-        input_ids: `(1, T)`, all tokens of all documents.
-        cu_seq_lens_q: `(n + 1,)` int32, cumulative lengths in tokens, from 0.
-        max_length_q: tokens of the longest document.
-    """
-
-    input_ids: Tensor
-    cu_seq_lens_q: Tensor
-    max_length_q: int
-
-    def to(self, device: torch.device) -> "PackedTexts":
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            cu_seq_lens_q=self.cu_seq_lens_q.to(device, non_blocking=True),
-        )
-
-    def part(self, start: int, stop: int) -> "PackedTexts":
-        """Some of the documents, by their number."""
-        ends = self.cu_seq_lens_q[start : stop + 1]
-        longest = int(ends.diff().max())
-        return PackedTexts(self.input_ids[:, int(ends[0]) : int(ends[-1])], ends - ends[0], longest)
-
-
-def pack(token_ids: Sequence[Sequence[int] | np.ndarray], batch_tokens: int) -> list[PackedTexts]:
-    """Documents in their order, in chunks of at most `batch_tokens` tokens; a longer document is a chunk of its own."""
-    chunks: list[list[Sequence[int] | np.ndarray]] = []
-    room = 0
-    for document in token_ids:
-        if len(document) > room or not chunks:
-            chunks.append([])
-            room = batch_tokens
-        chunks[-1].append(document)
-        room -= len(document)
-    packed = []
-    for chunk in chunks:
-        lengths = np.array([len(document) for document in chunk])
-        cu_seq_lens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-        packed.append(
-            PackedTexts(torch.from_numpy(np.concatenate(chunk).astype(np.int64))[None], cu_seq_lens, int(lengths.max()))
-        )
-    return packed
-
-
-def cut_to_fill(columns: list[list[list[int]]], batch_tokens: int) -> list[list[list[int]]]:
-    """Documents that do not fit into what is left of a chunk of `batch_tokens` tokens are cut off there.
-
-    One that is longer than a chunk stays whole: `pack` makes it a chunk of its own.
-    """
-    room = 0
-    filled: list[list[list[int]]] = []
-    for documents in columns:
-        filled.append([])
-        for document in documents:
-            document = document[:room] if 0 < room < len(document) <= batch_tokens else document
-            filled[-1].append(document)
-            room = max(0, (room if len(document) <= room else batch_tokens) - len(document))
-    return filled
 
 
 @dataclass

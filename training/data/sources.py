@@ -1,10 +1,7 @@
 """Pairs or texts from JSONL, Parquet or the Hub, checked before the first step: file, row and column are named."""
 
-import gzip
 import hashlib
-import json
 import re
-import zlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +14,8 @@ import pyarrow.compute
 import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
-from common.errors import UserError
+from common.errors import UserError, one_line
+from common.jsonl import read_jsonl
 from training.data.pair_makers import Document, Positives, longest_pairs
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
@@ -267,30 +265,13 @@ def checked_row(
 
 
 def json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
-    """Line numbers, from 1, and objects of one file; blank lines are passed over."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
-            empty = True
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                empty = False
-                yield number, json_row(path, number, line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+    """Line numbers, from 1, and objects of one file; a `UserError` if there are none."""
+    empty = True
+    for number, row in read_jsonl(path):
+        empty = False
+        yield number, row
     if empty:
         raise UserError(f"{path}: holds no rows; give JSON lines with {wanted}")
-
-
-def json_row(path: Path | str, number: int, line: bytes) -> dict[str, Any]:
-    """The object of one line."""
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, row {number}: is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{path}, row {number}: is no object of columns but a {type(row).__name__}")
-    return row
 
 
 def _read_hub(name: str, split: str) -> datasets.Dataset:
@@ -363,8 +344,3 @@ def _check_text(name: str, number: int, column: str, text: object) -> None:
 
 def _refuse(name: str, number: int, column: str, complaint: str) -> NoReturn:
     raise UserError(f"{name}, row {number}: {column} {complaint}; every column holds one text a row")
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks."""
-    return " ".join(str(error).split())

@@ -19,7 +19,8 @@ import pyarrow
 import pyarrow.parquet
 from torch.utils.data import Dataset
 
-from common.errors import UserError
+from common.errors import UserError, one_line
+from common.jsonl import parse_row
 from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer
 from training.data.pair_makers import Document, Positives
 from training.data.sources import (
@@ -29,8 +30,6 @@ from training.data.sources import (
     checked_row,
     data_files,
     is_hub_id,
-    json_row,
-    one_line,
     present_columns,
     split_weight,
 )
@@ -65,7 +64,7 @@ class Shard:
             else:
                 for number, line in enumerate(self._lines(), start=1):
                     if line.strip():
-                        yield number, json_row(str(self), number, line)
+                        yield number, parse_row(f"{self}, row {number}", line)
         except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
             raise UserError(f"{self}: cannot be read: {one_line(error)}") from None
 

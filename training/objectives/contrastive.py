@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
-from training.data.pair_batches import PackedTexts, PairBatch
+from training.data.packing import PackedTexts
+from training.data.pair_batches import PairBatch
 from training.data.sources import PAIRS, Columns
 from training.models.tuning import parameter_groups
 from training.objectives.heads import ProjectionHead

@@ -6,7 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.data.pair_batches import PackedTexts
+from training.data.packing import PackedTexts
 
 
 def pool(model: Callable[..., Any], chunk: PackedTexts) -> Tensor:

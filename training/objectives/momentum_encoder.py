@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
-from training.data.pair_batches import PackedTexts
+from training.data.packing import PackedTexts
 from training.objectives.embed import pool
 from training.objectives.losses.momentum import exponential_moving_average
 

@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError
 from training.data.modality_features import FeatureBatch, FeatureBatches, FeatureSource, PackedFeatures, read_features
-from training.data.pair_batches import PackedTexts, PairBatch, PairBatches
+from training.data.packing import PackedTexts
+from training.data.pair_batches import PairBatch, PairBatches
 from training.data.streams import StreamedBatches
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward

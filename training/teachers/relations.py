@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from common.errors import UserError
 from training.data.masked_batches import MaskedBatch, Pieces, SpecialTokens
-from training.data.pair_batches import PackedTexts, pack
+from training.data.packing import PackedTexts, pack
 from training.engine.distributed import mean_over_processes, own_share, passes_together, synchronizing, world_size
 from training.engine.loop import AccumulateGradient
 from training.objectives.losses.relations import attention_kl, relation_heads, relation_kl

@@ -9,7 +9,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from training.data.pair_batches import PackedTexts, PairBatch, PairTokenizer, collate_pairs
+from training.data.packing import PackedTexts
+from training.data.pair_batches import PairBatch, PairTokenizer, collate_pairs
 from training.data.sources import Source
 from training.engine.distributed import gather_rows, own_share
 from training.engine.gradient_cache import cached_backward

@@ -60,26 +60,26 @@ def test_a_copy_of_an_official_task_never_carries_the_official_revision(make_tas
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("corpus", b'{"doc_id": "d0", "text": "a"}\n{"doc_id": "d1", "text": \n', "corpus.jsonl, line 2 is not JSON"),
-        ("corpus", b'["d0", "a"]\n', "corpus.jsonl, line 1 is not a JSON object"),
+        ("corpus", b'{"doc_id": "d0", "text": "a"}\n{"doc_id": "d1", "text": \n', "corpus.jsonl, row 2: is not JSON"),
+        ("corpus", b'["d0", "a"]\n', "corpus.jsonl, row 1: is a JSON list"),
         (
             "corpus",
             b'{"doc_id": "d0", "body": "a"}\n',
-            "corpus.jsonl, line 1 has no field 'text'; it has 'doc_id', 'body'",
+            "corpus.jsonl, row 1: the column text is missing; it has doc_id, body",
         ),
-        ("corpus", b'{"doc_id": "d0", "text": 7}\n', "corpus.jsonl, line 1: 'text' is 7, not a string"),
-        ("corpus", b'{"doc_id": "d0", "text": "\\ud800"}\n', "line 1: 'text' has half a surrogate pair"),
-        ("corpus", b'{"doc_id": "d0", "text": "\xff"}\n', "corpus.jsonl, line 1 is not JSON"),
+        ("corpus", b'{"doc_id": "d0", "text": 7}\n', "corpus.jsonl, row 1: text is 7, not a string"),
+        ("corpus", b'{"doc_id": "d0", "text": "\\ud800"}\n', "row 1: text has half a surrogate pair"),
+        ("corpus", b'{"doc_id": "d0", "text": "\xff"}\n', "corpus.jsonl, row 1: is not JSON"),
         (
             "corpus",
             b'{"doc_id": "d0", "text": "a"}\n\n{"doc_id": "d0", "text": "b"}\n',
-            "line 3: the doc_id 'd0' was there",
+            "row 3: the doc_id 'd0' was there",
         ),
         ("corpus", b"", "corpus.jsonl is empty"),
         ("queries", b"\n", "queries.jsonl is empty"),
         ("qrels", b"", "qrels.jsonl is empty"),
-        ("qrels", b'{"qid": "q0", "doc_id": "d9"}\n', "qrels.jsonl, line 1: the doc_id 'd9' is not in"),
-        ("qrels", b'{"qid": "q0", "doc_id": "d0"}\n{"qid": "q9", "doc_id": "d0"}\n', "line 2: the qid 'q9' is not in"),
+        ("qrels", b'{"qid": "q0", "doc_id": "d9"}\n', "qrels.jsonl, row 1: the doc_id 'd9' is not in"),
+        ("qrels", b'{"qid": "q0", "doc_id": "d0"}\n{"qid": "q9", "doc_id": "d0"}\n', "row 2: the qid 'q9' is not in"),
     ],
 )
 def test_bad_data_is_told_with_file_and_line(make_task, file, content, words):
@@ -95,7 +95,7 @@ def test_a_torn_gzip_file_is_told(make_task):
     file = folder / "corpus.jsonl.gz"
     rows = "".join(json.dumps({"doc_id": f"d{i}", "text": str(i)}) + "\n" for i in range(10_000))
     file.write_bytes(gzip.compress(rows.encode())[:5_000])
-    with pytest.raises(UserError, match=r"corpus.jsonl.gz cannot be read"):
+    with pytest.raises(UserError, match=r"corpus.jsonl.gz: cannot be read"):
         local_task(folder)
 
 

@@ -134,15 +134,26 @@ def test_a_vector_depends_on_its_own_text_alone(fields):
         torch.testing.assert_close(vectors_of(model, LONG, batch_tokens=batch_tokens), together, atol=1e-6, rtol=0)
 
 
-@given(lengths=st.lists(st.integers(0, 50), max_size=40), budget=st.integers(1, 120))
-def test_batches_hold_every_document_once_and_keep_to_the_budget(lengths, budget):
-    batches = budget_batches(lengths, budget)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or sum(lengths[index] for index in batch) <= budget
-    # no batch could take the first document of the next one: nothing is left unused that order allows
+@given(
+    lengths=st.lists(st.integers(0, 50), max_size=40),
+    budget=st.integers(1, 120),
+    longest_first=st.booleans(),
+    padded=st.booleans(),
+)
+def test_batches_hold_every_document_once_and_keep_to_the_budget(lengths, budget, longest_first, padded):
+    def cost(batch: list[int]) -> int:
+        sizes = [lengths[index] for index in batch]
+        return max(sizes) * len(sizes) if padded else sum(sizes)
+
+    batches = budget_batches(lengths, budget, longest_first=longest_first, padded=padded)
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(lengths)))
+    expected = sorted(lengths, reverse=True) if longest_first else lengths
+    assert [lengths[index] for index in order] == expected
+    assert all(len(batch) == 1 or cost(batch) <= budget for batch in batches)
+    # Greedy: no batch could take the first document of the next one.
     for batch, following in itertools.pairwise(batches):
-        assert sum(lengths[index] for index in batch) + lengths[following[0]] > budget
+        assert cost([*batch, following[0]]) > budget
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 130, 10_000])

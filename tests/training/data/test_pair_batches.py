@@ -1,7 +1,7 @@
 """The order of the data: a pure function of the position, complete, and shared out over processes."""
 
 from collections import Counter
-from itertools import chain, pairwise
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer, collate_pairs, pack
+from training.data.packing import pack
+from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
 from training.data.sources import Source
 
 sizes = st.lists(st.integers(8, 40), min_size=1, max_size=3)
@@ -82,21 +83,6 @@ def test_processes_share_the_batch_that_one_would_have(word_tokenizer, processes
 def test_fewer_pairs_than_a_batch_are_refused():
     with pytest.raises(UserError, match=r"source-1: has 8 pairs, fewer than a batch of 12"):
         batches([source(0, 40), source(1, 8)], batch_size=6, world_size=2)
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
-def test_packing_keeps_every_token_in_order_and_within_the_budget(lengths, budget):
-    documents = [[number] * length for number, length in enumerate(lengths)]
-    chunks = pack(documents, budget)
-    assert torch.cat([chunk.input_ids[0] for chunk in chunks]).tolist() == list(chain(*documents))
-    unpacked = [piece for c in chunks for piece in c.input_ids[0].split(c.cu_seq_lens_q.diff().tolist())]
-    assert [piece.tolist() for piece in unpacked] == documents
-    for chunk in chunks:
-        documents_in_it = chunk.cu_seq_lens_q.diff()
-        assert chunk.max_length_q == documents_in_it.max()
-        assert chunk.input_ids.shape[1] <= budget or len(documents_in_it) == 1
-    for one, two in pairwise(chunks):  # greedy: the next document did not fit
-        assert one.input_ids.shape[1] + two.cu_seq_lens_q[1] > budget
 
 
 def test_prompts_limits_and_measures(word_tokenizer):

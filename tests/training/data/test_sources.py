@@ -110,7 +110,7 @@ def test_a_changed_file_is_read_again(tmp_path):
         ([PAIR, {"anchor": "a"}], r"row 2: the column positive is missing"),
         ([{"anchor": "a", "text": "b"}], r"the column positive is missing; it has anchor, text"),
         ([PAIR, {"anchor": " ", "positive": "b"}], r"row 2: anchor is empty"),
-        ([PAIR, ["a", "b"]], r"row 2: is no object of columns but a list"),
+        ([PAIR, ["a", "b"]], r"row 2: is a JSON list"),
         ([PAIR, PAIR, {"anchor": "a", "other": "b"}, PAIR], r"row 3: the column positive is missing"),
         ([PAIR, {"anchor": float("nan"), "positive": "b"}], r"row 2: anchor is float instead of text"),
         ([PAIR, {"anchor": "", "positive": "b"}], r"row 2: anchor is empty"),

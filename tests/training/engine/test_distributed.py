@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from tests.two_processes import PROCESSES, in_two_processes
-from training.data.pair_batches import pack
+from training.data.packing import pack
 from training.engine.distributed import gather_rows, own_rows, settle
 from training.engine.gradient_cache import cached_backward
 from training.engine.sharding import Sharding, whole

@@ -12,7 +12,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_pairs, tiny_config
-from training.data.pair_batches import pack
+from training.data.packing import pack
 from training.engine import gradient_cache
 from training.engine.gradient_cache import cached_backward
 from training.objectives.embed import embed

@@ -7,7 +7,7 @@ from peft import PeftModel
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
-from training.data.pair_batches import pack
+from training.data.packing import pack
 from training.models.tuning import (
     WHOLE_WEIGHTS,
     TuningArguments,

@@ -16,7 +16,7 @@ from tests.training.objectives.objective_cases import (
     state_of,
 )
 from tests.training.tiny_training import tiny_config
-from training.data.pair_batches import pack
+from training.data.packing import pack
 from training.engine.loop import _enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives import contrastive as objectives

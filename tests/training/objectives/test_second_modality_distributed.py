@@ -13,7 +13,8 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from tests.two_processes import PROCESSES, in_two_processes
 from training.data.modality_features import FeatureBatches
-from training.data.pair_batches import PairBatch, pack, text_id
+from training.data.packing import pack
+from training.data.pair_batches import PairBatch, text_id
 from training.engine.distributed import average_gradients, settle
 from training.objectives.contrastive import ObjectiveArguments, build_objective
 from training.objectives.pair_step import pair_gradient

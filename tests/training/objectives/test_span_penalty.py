@@ -12,7 +12,8 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from tests.two_processes import in_two_processes
 from training.contrastive import main
-from training.data.pair_batches import PairBatch, pack
+from training.data.packing import pack
+from training.data.pair_batches import PairBatch
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive import InfoNCE, ObjectiveArguments
 from training.objectives.pair_step import pair_gradient

@@ -13,7 +13,8 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_documents, tiny_config, write_jsonl
 from tests.two_processes import PROCESSES, in_two_processes
 from training import distillation, pretraining
-from training.data.pair_batches import PairBatch, PairTokenizer, pack
+from training.data.packing import pack
+from training.data.pair_batches import PairBatch, PairTokenizer
 from training.data.sources import Source
 from training.objectives.embed import pool
 from training.objectives.losses.correlation import SoftCCA, dcca

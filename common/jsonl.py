@@ -1,0 +1,96 @@
+"""JSON lines: one JSON object per line, plain or gzipped, with errors that name the file and the row."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError, one_line
+
+
+def read_jsonl(path: str | Path, *columns: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the rows of a file of JSON lines; blank lines are skipped, but counted.
+
+    Args:
+        path: the file; it is decompressed if its name ends in `.gz`.
+        columns: names that every row must have. Their values are not checked.
+
+    Yields:
+        The number of the line, from 1, and its object.
+
+    Raises:
+        UserError: the file cannot be read, or a row is not an object with these columns.
+    """
+    path = Path(path)
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, parse_row(f"{path}, row {number}", line, *columns)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from None
+
+
+def read_text_columns(path: str | Path, *columns: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Read some columns of a file of JSON lines as texts.
+
+    Args:
+        path: the file, as in `read_jsonl`.
+        columns: what is read of each row.
+
+    Yields:
+        The number of the line, from 1, and the values of the columns.
+
+    Raises:
+        UserError: as `read_jsonl`, or a value is neither a text nor an integer that serves as an identifier.
+    """
+    for number, row in read_jsonl(path, *columns):
+        yield number, tuple(text_or_id(row[column], column, f"{path}, row {number}") for column in columns)
+
+
+def parse_row(place: str, line: bytes, *columns: str) -> dict[str, Any]:
+    """Parse one line.
+
+    Args:
+        place: the file and the row, for errors.
+        line: the JSON of one object.
+        columns: names that it must have.
+
+    Returns:
+        The object.
+
+    Raises:
+        UserError: it is not an object with these columns.
+    """
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise UserError(f"{place}: is not JSON: {error}; write one JSON object per line") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: is a JSON {type(row).__name__}; write an object whose keys are the columns")
+    for column in columns:
+        if column not in row:
+            raise UserError(f"{place}: the column {column} is missing; it has {', '.join(row) or 'none'}")
+    return row
+
+
+def text_or_id(value: Any, column: str, place: str) -> str:
+    """Return a value of a row as a text. An identifier may be an integer in the file; a column named `text` may not.
+
+    Args:
+        value: what the row holds.
+        column: its name.
+        place: the file and the row, for errors.
+
+    Raises:
+        UserError: the value is something else, or a text that cannot be encoded.
+    """
+    if not isinstance(value, str) and not (column != "text" and isinstance(value, int)):
+        raise UserError(f"{place}: {column} is {json.dumps(value)[:40]}, not a string")
+    try:
+        str(value).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: {column} has half a surrogate pair at character {error.start}") from None
+    return str(value)
