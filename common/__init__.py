@@ -1,1 +1,1 @@
-"""What all scripts of this repository share: errors for the user, arguments, whole files, texts as vectors."""
+"""What the scripts share: user errors, command-line arguments, atomic files, and the encoding of texts."""

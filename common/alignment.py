@@ -1,4 +1,4 @@
-"""Alignment and uniformity: what a contrastive loss does, taken apart into two numbers. Lower is better for both."""
+"""Alignment and uniformity, the two properties that a contrastive loss optimizes. Lower is better for both."""
 
 import math
 
@@ -7,33 +7,35 @@ from torch import Tensor
 
 
 def alignment(first: Tensor, second: Tensor, *, alpha: float = 2.0) -> Tensor:
-    """Mean distance of what belongs together (Wang and Isola 2020, arXiv:2005.10242, section 4.1).
+    """Compute the mean distance of positive pairs (Wang and Isola 2020, arXiv:2005.10242, section 4.1).
 
         E |x - y|^alpha
 
     Args:
         first: `(N, d)`, unit length.
-        second: `(N, d)`, unit length; row i belongs to row i.
-        alpha: the power.
+        second: `(N, d)`, unit length; row i is the positive of row i of `first`.
+        alpha: exponent of the distance.
 
     Returns:
-        A scalar, 0 if each pair is one vector.
+        A scalar; 0 if the two vectors of each pair are equal.
     """
     return (first - second).norm(dim=1).pow(alpha).mean()
 
 
 def uniformity(embeddings: Tensor, *, t: float = 2.0, max_rows: int = 2048) -> Tensor:
-    """How evenly embeddings lie on the sphere (Wang and Isola 2020, arXiv:2005.10242, section 4.1).
+    """Measure how evenly embeddings lie on the sphere (Wang and Isola 2020, arXiv:2005.10242, section 4.1).
 
         log E_{x != y} exp(-t |x - y|^2)
 
     Args:
         embeddings: `(N, d)`, unit length, of different documents.
-        t: the larger, the more near neighbours count.
-        max_rows: of more rows than that, these many at equal distances are taken: the pairs grow with the square.
+        t: scale of the Gaussian kernel; the larger it is, the more near neighbours count.
+        max_rows: if there are more rows, this many are taken at equal distances, because the number of pairs grows
+            with the square of the rows.
 
     Returns:
-        A scalar: 0 if all vectors are one (or there is one), about -2t for many points at random in many dimensions.
+        A scalar: 0 if all vectors are equal (or there is only one), about -2t for many random vectors of high
+        dimension.
     """
     count = len(embeddings)
     if count < 2:

@@ -1,4 +1,4 @@
-"""Arguments of a script: dataclasses filled from a YAML recipe and from the command line, which wins."""
+"""Command-line arguments: dataclasses filled from a YAML recipe and from the command line, which takes precedence."""
 
 import difflib
 import sys
@@ -13,13 +13,13 @@ from common.errors import UserError
 
 
 class _Parser(HfArgumentParser):
-    """HfArgumentParser whose complaints are `UserError`s."""
+    """An `HfArgumentParser` that raises `UserError` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the arguments)")
 
     def complain_of_unknown(self, names: Sequence[str], where: str) -> NoReturn:
-        """Raise a `UserError` about `names`, none of which is an argument, with the valid name nearest to the first."""
+        """Raise a `UserError` about unknown arguments that suggests the valid name closest to the first of them."""
         valid = [option.lstrip("-") for action in self._actions for option in action.option_strings]
         near = difflib.get_close_matches(names[0].lstrip("-").split("=")[0], valid, n=1)
         hint = f"did you mean {near[0]}?" if near else "--help lists the arguments"
@@ -27,19 +27,19 @@ class _Parser(HfArgumentParser):
 
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Fill dataclasses from `--config recipe.yaml` (keys are argument names) and from the command line, which wins.
+    """Fill dataclasses from `--config recipe.yaml` and from the command line, which takes precedence.
 
     Args:
-        *dataclass_types: dataclasses as `transformers.HfArgumentParser` takes them (help texts in `metadata`); `config`
-            is not free as a field name.
-        argv: the arguments; those of the process if None.
+        *dataclass_types: dataclasses as `transformers.HfArgumentParser` takes them (help texts in `metadata`). Their
+            field names are the names of arguments and the keys of recipes; no field may be called `config`.
+        argv: the command-line words; None: those of the process.
 
     Returns:
         One instance per dataclass, in the same order.
 
     Raises:
-        UserError: an unknown argument or recipe key (the nearest valid name is given), a value of the wrong type, a
-            required argument that is missing, a recipe that cannot be read.
+        UserError: an argument or a key of the recipe is unknown (the closest valid name is suggested), a value has the
+            wrong type, a required argument is missing, or the recipe cannot be read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _new_parser(dataclass_types)
@@ -54,7 +54,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 
 
 def _config_parser() -> _Parser:
-    """The parser of `--config` alone: it must be known before the rest can be read."""
+    """Return a parser of `--config` alone: the recipe must be known before the rest can be read."""
     parser = _Parser([], add_help=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="RECIPE", help="YAML file whose keys are names of arguments")
     return parser
@@ -65,7 +65,7 @@ def _new_parser(dataclass_types: Iterable[Any]) -> _Parser:
 
 
 def _recipe_argv(path: Path, dataclass_types: Iterable[Any]) -> list[str]:
-    """The recipe as command-line words, each already checked, so that a complaint can name the file and the key."""
+    """Return a recipe as command-line words, checked key by key so that an error can name the file and the key."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

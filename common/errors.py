@@ -1,4 +1,4 @@
-"""Mistakes of a user, told in one sentence instead of a traceback."""
+"""User errors, which scripts print as one sentence instead of a traceback."""
 
 import sys
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: a file, an argument, a model that cannot do what was asked.
+    """An error in the user's input: a file, an argument, or a model that cannot do what was asked.
 
     The message is one sentence: what is wrong, where (file, row, field), and what to do about it.
     """
@@ -18,15 +18,15 @@ def one_line(error: BaseException) -> str:
 
 
 def run(main: Callable[[], None], after_interrupt: str = "the same command goes on where it stopped") -> NoReturn:
-    """Run a script's `main` and leave with the exit code that its end deserves.
+    """Run the `main` function of a script, and exit with a code that says how it ended.
 
     Args:
         main: the script's entry point, without arguments.
-        after_interrupt: what Ctrl-C is answered with: how to go on.
+        after_interrupt: how to continue after Ctrl-C; printed when that happens.
 
     Raises:
         SystemExit: always; 0 after success, 2 after a `UserError` (printed as `error: <sentence>` on stderr), 130 after
-            Ctrl-C. Every other exception passes through with its traceback: it is our mistake, not the user's.
+            Ctrl-C. Any other exception is a bug of ours and passes through with its traceback.
     """
     try:
         main()

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside, flushed to the disk, renamed."""
+"""Atomic writes of files and folders: they are written under a temporary name, flushed to disk, and renamed."""
 
 import gzip
 import hashlib
@@ -14,25 +14,25 @@ from typing import Any
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that under its name there is the old content or all of the new, whatever kills the process.
+    """Write a file atomically: if the process is killed, the file has all of the old content or all of the new.
 
     Args:
-        path: the file; missing parent folders are made.
-        data: content; a string is written as UTF-8.
+        path: the file; missing parent folders are created.
+        data: the content; a string is written as UTF-8.
     """
     with _atomic_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Write JSON lines so that the file is whole or as it was; the same rows give the same bytes.
+    """Write a JSON-lines file atomically; the same rows give the same bytes.
 
     Args:
-        path: the file, gzipped if its name ends in .gz; missing parent folders are made.
-        rows: what goes into one line each; they are never all in memory.
+        path: the file, compressed with gzip if its name ends in .gz; missing parent folders are created.
+        rows: the values of the lines; they are never all in memory.
     """
     with _atomic_file(path) as temporary, open(temporary, "wb") as raw:
-        # No name and no time in the header of a gzipped file.
+        # The header of a gzip file gets no name and no time, which would differ between equal files.
         packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if Path(path).suffix == ".gz" else nullcontext(raw)
         with packed as file:
             for row in rows:
@@ -41,7 +41,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 
 @contextmanager
 def _atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file's path, which is renamed to `path` after the block, and removed if the block raises."""
+    """Yield the path of a temporary file that is renamed to `path` after the block, or removed if the block raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
@@ -57,16 +57,16 @@ def _atomic_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Fill a folder so that under its name there is never a part of the new content, whatever kills the process.
+    """Write a folder atomically: if the process is killed, the folder never has only a part of the new content.
 
-    A folder that is already there is replaced. It is moved aside just before the rename (no system call renames over a
-    full folder), so a kill between the two leaves nothing under the name: absent, never half-written.
+    An existing folder is replaced. It is moved aside just before the rename, because no system call renames over a
+    folder with files in it: a process that is killed between the two leaves no folder rather than half of one.
 
     Args:
-        path: the folder; missing parent folders are made.
+        path: the folder; missing parent folders are created.
 
     Yields:
-        An empty temporary folder beside `path` to write into; removed if the block raises.
+        An empty temporary folder next to `path` to write into; it is removed if the block raises.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's content, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -99,12 +99,12 @@ def sha256_file(path: str | Path) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    """A new name beside `path` (a rename is atomic only inside one file system) that tells who writes there."""
+    """Return a new name next to `path` (renames are atomic within one file system only) that names the process."""
     return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes of this machine left while they wrote `path`; a living writer's stays."""
+    """Remove what killed processes of this machine left while they wrote `path`, but not what a live one is writing."""
     prefix = f".{path.name}.tmp-{platform.node()}-"
     for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
         try:
@@ -112,7 +112,7 @@ def _remove_leftovers(path: Path) -> None:
         except ProcessLookupError:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         except PermissionError:
-            pass  # alive, and somebody else's
+            pass  # the process is alive and belongs to another user
 
 
 def _fsync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Memory of this process and of the machine, in bytes."""
+"""Memory of this process and of this machine, in bytes."""
 
 import os
 import resource
@@ -12,10 +12,12 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 def resident_memory(name: str = "VmRSS") -> int:
-    """Resident bytes of this process: `VmRSS` at this moment, `VmHWM` at most.
+    """Return the resident memory of this process in bytes.
 
-    `getrusage(...).ru_maxrss` would not do on Linux: a process inherits it from the one that started it, however small
-    it is itself.
+    On Linux `getrusage(...).ru_maxrss` is of no use: a process inherits it from the process that started it.
+
+    Args:
+        name: `VmRSS` for the memory at this moment, `VmHWM` for the peak.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -25,7 +27,7 @@ def resident_memory(name: str = "VmRSS") -> int:
 
 
 def machine_memory() -> int:
-    """Bytes that the machine has, or less if the control group of this process (a container) may use less."""
+    """Return the memory of the machine, or the limit of this process's control group (container) if that is less."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in CGROUP_LIMITS:
         with suppress(OSError, ValueError):  # absent, or "max"
@@ -34,7 +36,7 @@ def machine_memory() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says, on a GPU or on the CPU, that memory did not suffice."""
+    """Return whether an exception of torch means that a GPU or the CPU ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )

@@ -1,14 +1,14 @@
-"""What `--model` may name where texts are encoded or ranked: models, and what a user would pick instead.
+"""The values of `--model` where texts are encoded or ranked: models, and the baselines that they are compared with.
 
-| name | what |
+| value | meaning |
 |---|---|
-| `PATH` or Hub id | a model: one of ours, or any that sentence-transformers loads |
-| `truncate:PATH:N` | the same, reading the first N tokens of every text |
+| `PATH` or Hub id | a model of ours, or any model that sentence-transformers loads |
+| `truncate:PATH:N` | the same model, reading the first N tokens of every text |
 | `chunk-mean:PATH:N` | one vector: the token-weighted mean over chunks of N tokens (special tokens included) |
-| `chunk-max:PATH:N` | one vector a chunk; a document's score is that of its best chunk |
-| `bm25` | word statistics: Lucene's BM25 with k1 = 1.5, b = 0.75, English stop words, no stemming |
+| `chunk-max:PATH:N` | one vector per chunk; the score of a document is that of its best chunk |
+| `bm25` | no model: Lucene's BM25 with k1 = 1.5, b = 0.75, English stop words, no stemming |
 
-Queries are treated like documents, but for chunk-max, where a query is one vector: the mean over its chunks.
+Queries are treated like documents, except that for chunk-max a query is one vector, the mean over its chunks.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ _Spec = TypeVar("_Spec", bound="ModelSpec")
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One value of `--model`, parsed and found, but not loaded.
+    """A value of `--model` whose files have been found, but not loaded.
 
     Attributes:
         kind: `model`, `truncate`, `chunk-mean`, `chunk-max` or `bm25`.
         folder: the model's files; None for `bm25`.
-        tokens: N of `truncate` and the chunk baselines; for a model the `--max_length`; None: what the model is set to.
-        precision: `float32` or `bfloat16`.
+        tokens: N of `truncate` and the chunk baselines; the `--max_length` of a model; None: the model's own setting.
+        precision: `float32`, `bfloat16` or `int8`.
     """
 
     kind: str
@@ -39,15 +39,18 @@ class ModelSpec:
 
     @classmethod
     def parse(cls: type[_Spec], text: str, max_length: int | None = None, precision: str = "float32") -> _Spec:
-        """Read one value of `--model`.
+        """Parse a value of `--model`.
 
         Args:
-            text: see the module's table.
-            max_length: tokens that a model reads; baselines say theirs themselves.
-            precision: `float32` or `bfloat16`.
+            text: the value; see the table at the top of this module.
+            max_length: number of tokens that a model reads; baselines have their own N.
+            precision: `float32`, `bfloat16` or `int8`.
+
+        Returns:
+            An instance of the class that this is called on.
 
         Raises:
-            UserError: a form that the table does not have, or a model that is not there.
+            UserError: the table has no such form, or the model does not exist.
         """
         if text == "bm25":
             return cls("bm25")
@@ -60,10 +63,18 @@ class ModelSpec:
         return cls(kind, ModelFolder.find(path), int(tokens), precision)
 
     def load_encoder(self, batch_tokens: int, trust_remote_code: bool, normalize: bool = True) -> Encoder:
-        """What makes vectors of texts; `bm25` has no such thing.
+        """Load the encoder, which every kind but `bm25` has.
+
+        Args:
+            batch_tokens: token budget of a forward pass.
+            trust_remote_code: run the code in the model's folder.
+            normalize: scale the vectors to unit length, as for `Encoder`.
+
+        Returns:
+            An `Encoder`, or a `ChunkEncoder` for the chunk baselines.
 
         Raises:
-            UserError: it does not load, or `tokens` is more than its context.
+            UserError: the model does not load, or `tokens` exceeds its context.
         """
         assert self.folder is not None
         kind = ChunkEncoder if self.kind.startswith("chunk") else Encoder

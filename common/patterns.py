@@ -1,4 +1,4 @@
-"""Choices that a command line writes as `name:parameter=value,...`: attention patterns, position extensions."""
+"""Options written as `name:parameter=value,...` on the command line: attention patterns and position extensions."""
 
 import re
 
@@ -6,15 +6,18 @@ from common.errors import UserError
 
 
 def parse_pattern(text: str, *, option: str = "attention_patterns", key: str = "type") -> dict:
-    """An entry of `config.attention_patterns`, or another choice by name, from `name` or `name:parameter=value,...`.
+    """Parse `name` or `name:parameter=value,...` into an entry of `config.attention_patterns`, or a similar dictionary.
 
     Args:
-        text: what the user wrote.
-        option: the argument that it was given as, for the message.
-        key: the field that takes the name: `type` of a pattern, `method` of a position extension.
+        text: the value on the command line.
+        option: the name of the option, for the error message.
+        key: the key under which the name is stored: `type` for a pattern, `method` for a position extension.
+
+    Returns:
+        The name under `key`, and the parameters with values of type int, float, bool or str.
 
     Raises:
-        UserError: the text is not of this form. Which names and parameters there are is for the config to say.
+        UserError: the text does not have this form. The config checks the names and the parameters.
     """
     match = re.fullmatch(r"(\w+)(?::(\w+=[\w.+-]+(?:,\w+=[\w.+-]+)*))?", text)
     if match is None:

@@ -1,4 +1,4 @@
-"""Eight bits: weights of a model that serves on a CPU."""
+"""Quantization of weights to 8 bits, for models that serve on a CPU."""
 
 import warnings
 from typing import Any
@@ -10,17 +10,20 @@ from common.errors import UserError
 
 
 def int8_weights(model: nn.Module) -> nn.Module:
-    """Put the weights of all linear layers into 8 bits, in place, by torch's own dynamic quantisation.
+    """Quantize the weights of all linear layers to 8 bits, in place, with torch's dynamic quantization.
 
-    A weight is a number from -128 to 127 times a scale of its row; the inputs of a layer are put into 8 bits as they
-    come, with a scale of the batch. Embeddings and norms stay as they are. For CPUs alone, and not to be saved: the
-    weights are in no file, they are quantised when the model is loaded.
+    A weight is a whole number from -128 to 127 times a scale of its row. The inputs of a layer are quantized as they
+    come, with one scale for the batch. Embeddings and norms keep their precision. The result runs on CPUs only and
+    cannot be saved: a model is quantized each time it is loaded.
+
+    Args:
+        model: the model, on the CPU.
 
     Returns:
-        the model.
+        The same model.
 
     Raises:
-        UserError: torch has no kernels for it on this machine.
+        UserError: torch has no kernels for this on this machine.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.ao.quantization.*", category=DeprecationWarning)
@@ -32,7 +35,7 @@ def int8_weights(model: nn.Module) -> nn.Module:
         for module in [*model.modules()]:
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
-                    # A plain one: torch takes no subclasses, whatever they add.
+                    # torch quantizes `nn.Linear` itself only, not its subclasses.
                     plain: Any = nn.Linear(child.in_features, child.out_features, child.bias is not None, device="meta")
                     plain.weight, plain.bias = child.weight, child.bias
                     plain.qconfig = per_channel_dynamic_qconfig

@@ -1,6 +1,6 @@
-"""Where a sentence of a document ends."""
+"""The ends of sentences in a document."""
 
 import re
 
-# After a full stop comes a blank or a closing bracket or quote; Chinese and Japanese ones need neither.
+# White space must follow a full stop (or the closing bracket or quote after it), but not a Chinese or Japanese one.
 SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]]*\s+|(?<=[。！？])|\n\s*\n""")

@@ -1,4 +1,4 @@
-"""Vectors on disk by the text that they stand for, so that no text is encoded twice, not even after a kill."""
+"""A cache of vectors on disk, so that no text is encoded twice, even if the process is killed in between."""
 
 import sqlite3
 from collections.abc import Mapping, Sequence
@@ -8,20 +8,20 @@ import numpy as np
 
 from common.errors import UserError
 
-_KEYS_A_QUERY = 500  # SQLite takes at most 999 parameters in its oldest builds
+_KEYS_PER_QUERY = 500  # SQLite takes at most 999 parameters in its oldest builds
 
 
 class VectorCache:
-    """One SQLite file: a key (bytes, at most one row a key) -> a float32 matrix (k, d), k >= 1 vectors of one text.
+    """A SQLite file that maps a key (bytes) to the k >= 1 vectors of a text, a float32 matrix `(k, d)`.
 
-    SQLite because a `put` is then whole or absent whatever kills the process, several processes may share the file, and
-    memory stays that of the rows in hand.
+    With SQLite a `put` is stored whole or not at all if the process is killed, several processes may share the file,
+    and only the rows that are read are in memory.
 
     Args:
-        path: the file; it and its folder are made when missing.
+        path: the file; it and its folder are created if they are missing.
 
     Raises:
-        UserError: the file is there and is not such a cache, or cannot be made.
+        UserError: the file exists and is not such a cache, or cannot be created.
     """
 
     def __init__(self, path: str | Path):
@@ -42,14 +42,14 @@ class VectorCache:
             raise UserError(f"cannot use {self.path} as the cache of vectors ({error}); delete it") from None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """The matrices of those `keys` that are in the cache, each float32 (k, d).
+        """Return the matrices of those keys that are in the cache, each float32 `(k, d)`.
 
         Raises:
             UserError: the file is damaged.
         """
         found: dict[bytes, np.ndarray] = {}
-        for start in range(0, len(keys), _KEYS_A_QUERY):
-            part = keys[start : start + _KEYS_A_QUERY]
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = keys[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(part))
             try:
                 rows = self._connection.execute(f"SELECT * FROM vectors WHERE key IN ({marks})", part).fetchall()
@@ -62,10 +62,10 @@ class VectorCache:
         return found
 
     def rows(self, keys: Sequence[bytes]) -> np.ndarray:
-        """The matrices of all `keys`, in their order, one below the other: float32 (sum of k, d).
+        """Return the matrices of all keys, concatenated in the order of `keys`: float32 `(sum of k, d)`.
 
         Raises:
-            UserError: the file is damaged, or one is missing that was there: somebody has removed it.
+            UserError: the file is damaged, or a key is missing: the file has been removed since it was filled.
         """
         found = self.get(keys)
         if missing := len(set(keys) - found.keys()):
@@ -73,7 +73,7 @@ class VectorCache:
         return np.concatenate([found[key] for key in keys])
 
     def put(self, matrices: Mapping[bytes, np.ndarray]) -> None:
-        """Store matrices (k, d), all of them or none.
+        """Store matrices `(k, d)` by their keys, all of them or none.
 
         Raises:
             UserError: the disk is full or cannot be written to; what was stored before is kept.
