@@ -1,6 +1,6 @@
-"""Layouts: the order of the sublayers, one letter each, `s` self-attention and `f` feed-forward.
+"""The layout axis: the order of the sublayers, one letter each, `s` for self-attention and `f` for feed-forward.
 
-A layout is a string, `config.sublayer_pattern`; here are the published ways to write one.
+A layout is a string, `config.sublayer_pattern`. This file has the published layouts and their names.
 """
 
 import math
@@ -8,7 +8,7 @@ import re
 
 
 def interleaved(num_layers: int) -> str:
-    """The Transformer's own layout (Vaswani et al. 2017, section 3.1): `(sf)^n`, n = `num_layers` pairs.
+    """Return the layout of the Transformer (Vaswani et al. 2017, section 3.1): `(sf)^n` for n = `num_layers` pairs.
 
     Raises:
         ValueError: `num_layers` is less than 1.
@@ -17,10 +17,10 @@ def interleaved(num_layers: int) -> str:
 
 
 def sandwich(num_layers: int, coefficient: int) -> str:
-    """`s^k (sf)^(n-k) f^k`: attention towards the bottom, feed-forward towards the top, as many of each as before.
+    """Return the sandwich layout `s^k (sf)^(n-k) f^k`: more attention at the bottom, more feed-forward at the top.
 
     Press et al. 2020, "Improving Transformer Models by Reordering their Sublayers" (arXiv:1911.03864), section 5. Their
-    best for a language model of n = 16 pairs is k = 6. The number of parameters does not depend on k.
+    best coefficient for a language model of n = 16 pairs is k = 6. The number of parameters does not depend on k.
 
     Args:
         num_layers: n pairs of sublayers.
@@ -30,7 +30,7 @@ def sandwich(num_layers: int, coefficient: int) -> str:
         2n letters.
 
     Raises:
-        ValueError: no such k.
+        ValueError: `num_layers` is less than 1, or k is out of its range.
     """
     if num_layers < 1:
         raise ValueError(f"a layout of num_hidden_layers={num_layers} pairs is empty; give at least 1")
@@ -43,23 +43,23 @@ def sandwich(num_layers: int, coefficient: int) -> str:
 
 
 def par(blocks: int, ratio: float) -> str:
-    """Few attention sublayers, evenly spaced in the first two thirds, and feed-forward everywhere else.
+    """Return the PAR layout: a few attention sublayers, evenly spaced in the first two thirds, else feed-forward.
 
-    Mandava et al. 2020, "Pay Attention when Required" (arXiv:2009.04534). Of N = `blocks` sublayers, round(N / p) are
-    attention, p = `ratio` (5 in the paper's models). The paper leaves open which blocks of the first two thirds these
-    are; here number i of n_s stands at index floor(i * ceil(2N / 3) / n_s), so the first block is attention. Where an
-    attention sublayer (4 d^2 parameters) gives way to a feed-forward one (8 d^2 at the usual width), the model has MORE
-    parameters than the interleaved one of as many blocks; what falls is the time for long documents.
+    Mandava et al. 2020, "Pay Attention when Required" (arXiv:2009.04534). Of N = `blocks` sublayers, n_s = round(N / p)
+    are attention, with p = `ratio` (5 in the paper's models). The paper does not say which blocks of the first two
+    thirds these are; here attention sublayer i is at index floor(i * ceil(2N / 3) / n_s), so the first block is
+    attention. A feed-forward sublayer (8 d^2 parameters at the usual width) that replaces an attention sublayer (4 d^2)
+    makes the model LARGER than the interleaved model with as many blocks, but faster on long documents.
 
     Args:
-        blocks: N, sublayers of both kinds together.
-        ratio: p, all sublayers to attention sublayers; more than 2, which would be the interleaved layout's.
+        blocks: N, number of sublayers of both kinds.
+        ratio: p, ratio of all sublayers to attention sublayers; more than 2, the ratio of the interleaved layout.
 
     Returns:
         N letters.
 
     Raises:
-        ValueError: a ratio that the rule is not defined for, or that leaves no attention.
+        ValueError: the rule is not defined for this ratio, or it leaves no attention sublayer.
     """
     if not 2 < ratio < math.inf:
         raise ValueError(
@@ -75,17 +75,17 @@ def par(blocks: int, ratio: float) -> str:
 
 
 def expand_layout(layout: str, num_layers: int) -> str:
-    """The letters of a layout that is written by name.
+    """Return the letters of a layout given by name.
 
     Args:
         layout: `interleaved`, `sandwich(k)`, `par(p)`, or letters `s` and `f`, which are returned as they are.
-        num_layers: n pairs of sublayers of a named layout, which has 2n sublayers; letters have their own number.
+        num_layers: number n of pairs of sublayers; a named layout has 2n sublayers. Letters have their own number.
 
     Returns:
         Letters `s` and `f`.
 
     Raises:
-        ValueError: a name that does not exist, or an argument that its layout is not defined for.
+        ValueError: there is no layout of this name, or it is not defined for its argument.
     """
     if re.fullmatch("[sf]+", layout):
         return layout
@@ -102,13 +102,12 @@ def expand_layout(layout: str, num_layers: int) -> str:
 
 
 def layers_of(pattern: str) -> list[list[int]]:
-    """The layers of a layout: each begins at an `s` and takes the `f`s after it; leading `f`s are one of their own.
+    """Group sublayers into layers: an `s` with the `f`s after it; `f`s before the first `s` are a layer of their own.
 
     Args:
         pattern: letters `s` and `f`.
 
     Returns:
-        The indices of the sublayers of each layer; together all indices, in order. `sfssff` has three layers,
-        `[[0, 1], [2], [3, 4, 5]]`.
+        The indices of the sublayers of each layer, in order. For `sfssff`: `[[0, 1], [2], [3, 4, 5]]`.
     """
     return [list(range(*match.span())) for match in re.finditer("sf*|f+", pattern)]

@@ -1,4 +1,7 @@
-"""Pooling: packed token states become one vector a document (or a passage). The registry behind `config.pooling`."""
+"""The output axis: pooling of token states to one vector per document or passage, by the methods of `config.pooling`.
+
+The states of all documents are packed: T tokens in all, N segments (documents or passages), d model width.
+"""
 
 import torch
 from torch import Tensor
@@ -7,34 +10,80 @@ from .packing_longembed import PackedDocuments, segment_numbers
 
 
 def weighted_sum(hidden_states: Tensor, weights: Tensor, segment_ids: Tensor, segments: int) -> Tensor:
-    """Weighted mean by segment, `(T, d)`, `(T,)`, `(T,)` to `(N, d)`; fp32, for half precision loses 8,000 terms."""
+    """Compute the weighted mean of each segment, in fp32 because half precision cannot add up thousands of terms.
+
+    Args:
+        hidden_states: `(T, d)`.
+        weights: `(T,)`.
+        segment_ids: `(T,)` int64, the segment of each token.
+        segments: N, number of segments.
+
+    Returns:
+        `(N, d)`, fp32 or wider; zeros for a segment without tokens.
+    """
     with torch.autocast(hidden_states.device.type, enabled=False):
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         total = wide.new_zeros(segments, wide.shape[1]).index_add(
             0, segment_ids, wide * weights[:, None].to(wide.dtype)
         )
         norm = wide.new_zeros(segments).index_add(0, segment_ids, weights.to(wide.dtype))
-        return total / norm.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]  # a segment without tokens gives zeros
+        return total / norm.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]  # not 0 / 0 for a segment without tokens
 
 
 def mean_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean over all tokens, special ones too (SBERT, Reimers & Gurevych 2019)."""
+    """Average all tokens, special tokens included (SBERT, Reimers and Gurevych 2019, arXiv:1908.10084).
+
+    Args:
+        hidden_states: `(T, d)`.
+        segment_ids: `(T,)` int64, the segment of each token.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths of the segments.
+
+    Returns:
+        `(N, d)`.
+    """
     return weighted_sum(hidden_states, torch.ones_like(segment_ids), segment_ids, cu_seqlens.shape[0] - 1)
 
 
 def weighted_mean_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Mean weighted by place, 1 to L (SGPT, Muennighoff 2022)."""
+    """Average all tokens, weighted by their places 1 to L (SGPT, Muennighoff 2022, arXiv:2202.08904).
+
+    Args:
+        hidden_states: `(T, d)`.
+        segment_ids: `(T,)` int64, the segment of each token.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths of the segments.
+
+    Returns:
+        `(N, d)`.
+    """
     place = torch.arange(segment_ids.shape[0], device=segment_ids.device) - cu_seqlens[:-1].long()[segment_ids] + 1
     return weighted_sum(hidden_states, place, segment_ids, cu_seqlens.shape[0] - 1)
 
 
 def cls_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """State of the first token; zeros for a segment without tokens."""
+    """Take the state of the first token of each segment.
+
+    Args:
+        hidden_states: `(T, d)`.
+        segment_ids: `(T,)` int64, the segment of each token.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths of the segments.
+
+    Returns:
+        `(N, d)`; zeros for a segment without tokens.
+    """
     return _row_or_zero(hidden_states, cu_seqlens[:-1].long(), cu_seqlens)
 
 
 def last_pooling(hidden_states: Tensor, segment_ids: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """State of the last token; zeros for a segment without tokens."""
+    """Take the state of the last token of each segment.
+
+    Args:
+        hidden_states: `(T, d)`.
+        segment_ids: `(T,)` int64, the segment of each token.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths of the segments.
+
+    Returns:
+        `(N, d)`; zeros for a segment without tokens.
+    """
     return _row_or_zero(hidden_states, cu_seqlens[1:].long() - 1, cu_seqlens)
 
 
@@ -49,18 +98,22 @@ POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "wei
 
 
 def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularization: float) -> Tensor:
-    """What each token counts in a mean over its document, by generalized max pooling (Murray and Perronnin 2014).
+    """Compute the weight of each token in the mean over its document, by generalized max pooling.
 
-    It is `1 - x . v`, with the unit vectors x of the document's tokens and the vector v whose inner products with all
-    of them are as near to 1 as a penalty allows: `v = (sum of x x^T + regularization I)^-1 (sum of x)`. The paper
-    (arXiv:1406.0312) pools to v itself, which is `sum of weight x / regularization`; here the states keep their
-    lengths, so that a short document keeps its embedding. Tokens that come n times and are orthogonal to all others
-    count `regularization / (n + regularization)` each: together they saturate, as a word does in BM25.
+    Murray and Perronnin 2014, arXiv:1406.0312. With the unit vectors x of the tokens of a document and lambda =
+    `regularization`, the weight of a token is
+
+        1 - x . v    where    v = (sum of x x^T + lambda I)^-1 (sum of x)
+
+    so that the inner products of v with all x are as close to 1 as the penalty allows. The paper pools to v itself,
+    which is the sum of weight * x / lambda. Here the weights apply to the states with their lengths, so that the
+    embedding of a short document does not change. A token that occurs n times and is orthogonal to all others has the
+    weight lambda / (n + lambda) each time: the sum saturates, as the count of a word does in BM25.
 
     Args:
-        hidden_states: `(T, d)` packed.
-        documents: which rows belong together.
-        regularization: positive; a document of far fewer tokens has weights near 1.
+        hidden_states: `(T, d)`.
+        documents: which rows belong to which document.
+        regularization: lambda, positive; the weights of a document with far fewer tokens are close to 1.
 
     Returns:
         `(T,)`, fp32 or wider.
@@ -72,7 +125,7 @@ def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularizat
 
 
 def _weights(unit: Tensor, regularization: float) -> Tensor:
-    """Of one document, `(L, d)` to `(L,)`; by inner products of tokens or of channels, whichever are fewer."""
+    """Compute the weights `(L,)` of one document from unit vectors `(L, d)`, by the smaller of two Gram matrices."""
     short = unit.shape[0] <= unit.shape[1]
     gram, total = (unit @ unit.T, unit.new_ones(len(unit))) if short else (unit.T @ unit, unit.sum(0))
     ridge = gram + regularization * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -81,42 +134,44 @@ def _weights(unit: Tensor, regularization: float) -> Tensor:
 
 
 def pool(hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:
-    """One vector a segment.
+    """Pool the tokens of each segment to one vector.
 
     Args:
-        hidden_states: `(T, d)` packed.
-        cu_seqlens: `(N + 1,)` int32 cumulative segment lengths; segments may be empty.
+        hidden_states: `(T, d)`.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths of the segments, which may be empty.
         method: name in `POOLINGS`.
 
     Returns:
-        `(N, d)`, not normalised; zeros for an empty segment.
+        `(N, d)`, not normalized; zeros for an empty segment.
     """
     return POOLINGS[method](hidden_states, segment_numbers(cu_seqlens, hidden_states.shape[0]), cu_seqlens)
 
 
 def pool_on(pooled: Tensor, seen: Tensor, hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:
-    """`pool` of documents that come in pieces.
+    """Update the vectors of B documents that are read chunk by chunk: as `pool` of all chunks until now.
 
     Args:
-        pooled: `(B, d)`, the vectors of what came before.
-        seen: `(B,)` int64, tokens that came before.
-        hidden_states, cu_seqlens, method: of the pieces here, as in `pool`; a piece may be empty.
+        pooled: `(B, d)`, the vectors of the earlier chunks.
+        seen: `(B,)` int64, number of tokens in the earlier chunks.
+        hidden_states: `(T, d)`, the states of the new chunks.
+        cu_seqlens: `(B + 1,)` int32, cumulative lengths of the new chunks, which may be empty.
+        method: name in `POOLINGS`.
 
     Returns:
-        `(B, d)`, the vectors of what came before and the pieces together.
+        `(B, d)`, the vectors of the earlier chunks and the new ones together.
     """
-    piece, length = pool(hidden_states, cu_seqlens, method), cu_seqlens.diff().long()
-    pooled, total = pooled.to(piece.dtype), seen + length
+    chunk, length = pool(hidden_states, cu_seqlens, method), cu_seqlens.diff().long()
+    pooled, total = pooled.to(chunk.dtype), seen + length
 
     def share(part: Tensor, whole: Tensor) -> Tensor:
-        return (part.to(piece.dtype) / whole.clamp(min=1).to(piece.dtype))[:, None]
+        return (part.to(chunk.dtype) / whole.clamp(min=1).to(chunk.dtype))[:, None]
 
     if method == "cls":
-        return torch.where((seen > 0)[:, None], pooled, piece)
+        return torch.where((seen > 0)[:, None], pooled, chunk)
     if method == "last":
-        return torch.where((length > 0)[:, None], piece, pooled)
-    if method == "weighted_mean":  # a token's weight is its place: that in the piece, and `seen`
+        return torch.where((length > 0)[:, None], chunk, pooled)
+    if method == "weighted_mean":  # the weight of a token is its place: that in the chunk plus `seen`
         within, before = length * (length + 1), 2 * seen * length
-        piece = torch.lerp(piece, pool(hidden_states, cu_seqlens, "mean"), share(before, within + before))
+        chunk = torch.lerp(chunk, pool(hidden_states, cu_seqlens, "mean"), share(before, within + before))
         length, total = within + before, total * (total + 1)
-    return torch.lerp(pooled, piece, share(length, total))
+    return torch.lerp(pooled, chunk, share(length, total))

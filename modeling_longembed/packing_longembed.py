@@ -1,8 +1,8 @@
-"""Packed documents: every real token of a batch in one row, no padding.
+"""Packed documents: the tokens of a batch in one sequence, without padding.
 
-Shapes in this package: B documents, S longest document in a padded batch, T tokens in all documents together,
-H heads, D head size, d = H * D model width. A packed tensor is `(T, ...)`; document n owns the rows
-`cu_seqlens[n]` to `cu_seqlens[n + 1]`.
+Shapes in this package: B documents, S tokens in the longest document of a padded batch, T tokens in all documents, H
+heads, D head size, d = H * D model width. A packed tensor is `(T, ...)`; document n has the rows from `cu_seqlens[n]`
+to `cu_seqlens[n + 1]`.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,9 @@ from torch import Tensor
 
 
 def computed_once(method: Callable) -> property:
-    """A property that is computed once: `functools.cached_property` without the lock of Python < 3.12, which breaks
-    the graph of a compiled model.
+    """Make a property that is computed once per `PackedDocuments`.
+
+    `functools.cached_property` has a lock in Python < 3.12, which breaks the graph of a compiled model.
     """
 
     @wraps(method)
@@ -29,16 +30,17 @@ def computed_once(method: Callable) -> property:
 
 @dataclass
 class PackedDocuments:
-    """Which packed rows belong to which document.
+    """The documents of a packed batch: which rows belong to which of them.
 
     Args:
         cu_seqlens: `(B + 1,)` int32, cumulative document lengths, starting at 0.
         max_seqlen: length of the longest document in tokens.
-        is_global: `(T,)` bool, tokens that attend everywhere and are seen from everywhere in their document, or None.
+        is_global: `(T,)` bool, tokens that see and are seen by all tokens of their document; None: no token is.
         padded_index: `(T,)` int64, place of each token in the flattened `(B * S)` batch; None if the caller packed.
         batch_shape: `(B, S)` of the padded batch; None if the caller packed.
-        past: `(B,)` int64, tokens of each document that came before those here, or None: these are its beginning.
-        num_tokens: T; if None and the caller packed, the device is asked for it, which breaks a compiled graph.
+        past: `(B,)` int64, number of tokens of each document that came before those here; None: none did.
+        num_tokens: T; if it is None and the caller packed, it is read from the device, which breaks a compiled graph.
+        cache: what kernels derive from these lengths, such as block masks; see `once`.
     """
 
     cu_seqlens: Tensor
@@ -48,17 +50,16 @@ class PackedDocuments:
     batch_shape: tuple[int, int] | None = None
     past: Tensor | None = None
     num_tokens: int | None = None
-    # What kernels derive from these lengths (e.g. a block mask), see `once`.
     cache: dict = field(default_factory=dict)
 
     @classmethod
     def from_attention_mask(cls, attention_mask: Tensor) -> "PackedDocuments":
-        """From a `(B, S)` mask that is non-zero on real tokens, wherever the padding is."""
+        """Read the documents off a `(B, S)` mask that is non-zero on real tokens, on whichever side the padding is."""
         attention_mask = attention_mask != 0
         lengths = attention_mask.sum(dim=1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         padded_index = attention_mask.flatten().nonzero(as_tuple=True)[0]
-        if torch.compiler.is_exporting():  # a graph for all inputs knows no lengths, only what bounds them
+        if torch.compiler.is_exporting():  # an exported graph cannot depend on the lengths, only on their bound
             torch._check(padded_index.shape[0] > 0)
             max_seqlen = attention_mask.shape[1]
         else:
@@ -73,48 +74,49 @@ class PackedDocuments:
 
     @computed_once
     def lengths(self) -> list[int]:
-        """Tokens in each document, as Python integers: a device synchronisation, once a forward pass.
+        """The lengths of the documents in tokens, as Python integers.
 
-        For what goes through the documents one by one, on any device: token weights, dynamic RoPE, recurrence.
+        This synchronizes with the device, once per forward pass. It is for computations that go through the documents
+        one by one on any device: token weights, dynamic RoPE, recurrence.
         """
         return self.cu_seqlens.diff().tolist()
 
     @computed_once
     def bounds(self) -> list[tuple[int, int]]:
-        """First and one-past-last packed row of each document that has tokens."""
+        """The first packed row, and the one after the last, of each document that has tokens."""
         return [(start, end) for start, end in pairwise(self.cu_seqlens.tolist()) if end > start]
 
     @computed_once
     def document_ids(self) -> Tensor:
-        """`(T,)` int64, number of the document of each packed token."""
+        """The number of the document of each packed token, int64 `(T,)`."""
         tokens = int(self.cu_seqlens[-1]) if self.num_tokens is None else self.num_tokens
         return segment_numbers(self.cu_seqlens, tokens)
 
     @computed_once
     def token_index(self) -> Tensor:
-        """`(T,)` int64, place of each packed token in its own document, from 0, or from where the past ends."""
+        """The place of each packed token in its document, int64 `(T,)`, counted from 0, or from the end of the past."""
         starts = self.cu_seqlens[:-1].long()
         starts = (starts if self.past is None else starts - self.past)[self.document_ids]
         return torch.arange(starts.shape[0], device=starts.device) - starts
 
     @computed_once
     def document_lengths(self) -> Tensor:
-        """`(T,)` int64, length of the document of each packed token."""
+        """The length of the document of each packed token, int64 `(T,)`."""
         return self.cu_seqlens.diff().long()[self.document_ids]
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, computed once per forward pass under `key`, for all layers."""
+        """Return what `compute` returns; it is called once per forward pass and key, for all layers."""
         if key not in self.cache:
             self.cache[key] = compute()
         return self.cache[key]
 
     def pack(self, padded: Tensor) -> Tensor:
-        """`(B, S, ...)` to `(T, ...)`; `(1, T, ...)` of a caller that packed to `(T, ...)`."""
+        """Pack `(B, S, ...)`, or `(1, T, ...)` if the caller packed, to `(T, ...)`."""
         flat = padded.flatten(0, 1)
         return flat if self.padded_index is None else flat[self.padded_index]
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """`(T, ...)` to `(B, S, ...)` with zeros at padding; to `(1, T, ...)` for a caller that packed."""
+        """Unpack `(T, ...)` to `(B, S, ...)` with zeros at padding, or to `(1, T, ...)` if the caller packed."""
         if self.padded_index is None:
             return packed.unsqueeze(0)
         batch, length = self.batch_shape
@@ -123,31 +125,32 @@ class PackedDocuments:
 
 
 def segment_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """`(tokens,)` int64, number of the segment of each packed row, given cumulative lengths `(N + 1,)`."""
-    # `repeat_interleave` would ask the device how long its result is. The last place is for segments without rows.
+    """Return the number of the segment of each packed row, int64 `(tokens,)`, given cumulative lengths `(N + 1,)`."""
+    # `repeat_interleave` would read the length of its result from the device. The last entry is for empty segments.
     inner = cu_seqlens[1:-1].long()
     steps = torch.zeros(tokens + 1, dtype=torch.long, device=cu_seqlens.device)
     return steps.index_add(0, inner, torch.ones_like(inner)).cumsum(0)[:tokens]
 
 
 def split_documents(cu_seqlens: Tensor, size: int, first: int | None = None) -> Tensor:
-    """Cuts every document into pieces of `size` tokens, the last one shorter.
+    """Cut every document into chunks of `size` tokens, of which the last may be shorter.
 
     Args:
-        cu_seqlens: `(B + 1,)` int32 cumulative lengths.
-        size: tokens a piece.
-        first: tokens in the first piece of a document that has more than `size`; `size` if None.
+        cu_seqlens: `(B + 1,)` int32, cumulative lengths of the documents.
+        size: number of tokens per chunk.
+        first: number of tokens in the first chunk of a document of more than `size`; None: `size`.
 
     Returns:
-        `(P + 1,)` int32 cumulative lengths of the pieces. Pieces never cross a document; an empty document has none.
+        The cumulative lengths of the N chunks, int32 `(N + 1,)`. No chunk crosses the end of a document, and an empty
+        document has no chunk.
     """
     lengths = cu_seqlens.diff()
-    # Tokens that the first piece lacks: as if the document began so much earlier.
+    # The number of tokens that the first chunk lacks: the document is cut as if it began so much earlier.
     lead = torch.where(lengths > size, size - (size if first is None else first), 0)
-    pieces = (lengths + lead + size - 1) // size
-    starts = torch.repeat_interleave(cu_seqlens[:-1], pieces)
+    chunks = (lengths + lead + size - 1) // size
+    starts = torch.repeat_interleave(cu_seqlens[:-1], chunks)
     number = torch.arange(len(starts), device=lengths.device) - torch.repeat_interleave(
-        pieces.cumsum(0) - pieces, pieces
+        chunks.cumsum(0) - chunks, chunks
     )
-    offset = (number * size - torch.repeat_interleave(lead, pieces)).clamp(min=0)
+    offset = (number * size - torch.repeat_interleave(lead, chunks)).clamp(min=0)
     return torch.cat([starts + offset, cu_seqlens[-1:]]).to(torch.int32)

@@ -1,7 +1,8 @@
-"""Focused-Transformer layers (Tworkowski et al. 2023, arXiv:2307.03170): distractors in training, nearest keys in use.
+"""Attention pattern of the Focused Transformer: other documents as negatives in training, nearest keys in evaluation.
 
-Keys outside a query's own segment are read as if they stood at the segment's first place, whatever the position scheme
-(section 3.2): rope leaves them unrotated, a bias by distance takes the query's place in its segment.
+Tworkowski et al. 2023, arXiv:2307.03170. Keys outside the segment of a query are read as if they were at the first
+place of that segment, with every position scheme (section 3.2): RoPE leaves them unrotated, and a bias by distance uses
+the place of the query in its segment. T tokens of all documents, H heads, D head size, L tokens of one document.
 """
 
 from collections import defaultdict
@@ -19,23 +20,27 @@ from .position_schemes_longembed import Rotary, moved_rotary
 
 
 class Moves(NamedTuple):
-    """Rotations of T packed tokens that are rotated to their places in the document already."""
+    """Rotations that move T packed tokens from their places in the document, to which they are rotated already."""
 
-    to_place: Rotary  # in the segment
-    to_first: Rotary  # of a segment
+    to_place: Rotary  # to the place in the segment
+    to_first: Rotary  # to the first place of a segment
 
 
 @register_pattern
 class FocusedAttention(AttentionPattern):
-    """Segments of `size` tokens and, beyond them, the keys of a memory (Focused Transformer, Tworkowski et al. 2023).
+    """Focused attention: segments of `size` tokens, and beyond them the best keys of the document.
 
     In training a segment reads all keys of itself and of the `negatives` segments before it IN THE PACKED BATCH,
-    whichever document they are of, in one softmax and with gradient: keys learn to be told apart from those of other
-    documents. This is the one pattern under which documents see each other, and in training only. In evaluation every
-    query reads its own segment and, per head, the `top_k` keys of the rest of its document (causal: of what is before)
-    that score highest, found exactly. Cost in training L x size x (negatives + 1); in evaluation L^2 for the search and
-    L x (size + top_k) for the rest; linear in memory. `negatives=0` trains `block`, `top_k=0` serves it. For documents
-    in which few distant tokens matter, trained in batches that hold long ones.
+    whichever document they belong to, in one softmax and with gradients: keys learn to differ from those of other
+    documents. This is the only pattern under which documents see each other, and only in training. In evaluation every
+    query reads its own segment and, per head, those `top_k` keys of the rest of its document (if causal, of what comes
+    before the segment) that score highest, found by exact search.
+
+    With `negatives=0` training is that of `block`, with `top_k=0` evaluation is. Use the pattern for documents in which
+    few distant tokens matter, and train it in batches with long documents.
+
+    Cost: in training L x size x (negatives + 1); in evaluation L^2 for the search and L x (size + top_k) for the rest;
+    L in memory.
     """
 
     type = "focused"
@@ -57,7 +62,7 @@ class FocusedAttention(AttentionPattern):
         return False
 
     def visible(self, query, key, head, num_heads):
-        """The keys of the document that a query may choose from."""
+        """Return whether the key is one that the query may choose, see `AttentionPattern.visible`."""
         own = query.index // self.size == key.index // self.size
         return own | (key.index >= 0) if self.top_k else own
 
@@ -104,22 +109,31 @@ class FocusedAttention(AttentionPattern):
         return torch.cat(contexts, dim=1).transpose(0, 1)
 
     def local(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor, PastKeys]:
-        """Query and key `(T, H, D)` at their places in the segment, and the keys as other segments read them."""
+        """Return query and key `(T, H, D)` at their places in the segment, and the keys as other segments read them."""
         query, key, value = inputs.query, inputs.key, inputs.value
         if inputs.own is None:
             return query, key, PastKeys(key, value)
         return inputs.own.to_place(query), inputs.own.to_place(key), PastKeys(inputs.own.to_first(key), value)
 
     def cut(self, documents: PackedDocuments) -> Tensor:
-        """`(S + 1,)` int32, cumulative lengths of the segments of all documents."""
+        """Return the cumulative lengths of the S segments of all documents, int32 `(S + 1,)`."""
         return documents.once((self, "segments"), lambda: split_documents(documents.cu_seqlens, self.size))
 
     def one_document(self, inputs: AttentionInputs, query, key, value, far_key) -> Tensor:
-        """Own segment and nearest keys of the rest, a chunk of queries at a time: all `(H, L, D)`."""
+        """Read the own segment and the nearest keys of the rest of one document, a chunk of queries at a time.
+
+        Args:
+            inputs: the options of the call.
+            query, key, value: `(H, L, D)`, at their places in the segment.
+            far_key: `(H, L, D)`, the keys as other segments read them.
+
+        Returns:
+            The context `(H, L, D)`.
+        """
         (heads, length, width), device = query.shape, query.device
 
         def some_queries(query: Tensor, key: Tensor, value: Tensor, far_key: Tensor, at: Tensor, start: int, end: int):
-            """Queries `(H, Q, D)` at the places `at` `(Q,)` of the segment from `start` to `end`."""
+            """Compute queries `(H, Q, D)` at the places `at` `(Q,)`, all in the segment from `start` to `end`."""
             own, first = torch.arange(start, end, device=device), torch.zeros(1, dtype=torch.long, device=device)
             scores = query @ key[:, start:end].transpose(1, 2) * inputs.scaling
             mask = causal_mask(at, own) if inputs.causal else torch.ones_like(scores, dtype=torch.bool)
@@ -165,7 +179,7 @@ class FocusedAttention(AttentionPattern):
             query_HLD = query[rows].transpose(0, 1)
             near = near + inputs.bias.dense(query_HLD, index[rows], index[columns])
             far = far + inputs.bias.dense(query_HLD, place, index[:1])
-        behind = segment[rows, None] - segment[columns]  # segments between the query's and the key's
+        behind = segment[rows, None] - segment[columns]  # how many segments the key is before the query
         own = (behind == 0).expand_as(near)
         read = own & causal_mask(index[rows], index[columns]) if inputs.causal else own
         if inputs.training:
@@ -182,7 +196,7 @@ class FocusedAttention(AttentionPattern):
 
 
 def packed_context(cu_segments: Tensor, negatives: int) -> list[Segments]:
-    """Every segment of a packed batch with the `negatives` segments before it, those of one shape together."""
+    """Return every segment of a packed batch with the `negatives` segments before it, grouped by shape."""
     starts = cu_segments.tolist()
     shapes: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for number, (start, end) in enumerate(pairwise(starts)):
@@ -198,14 +212,16 @@ def packed_context(cu_segments: Tensor, negatives: int) -> list[Segments]:
 
 @torch.no_grad()
 def nearest_keys(query: Tensor, key: Tensor, among: Tensor, top_k: int) -> Tensor:
-    """Exact search, a chunk of keys at a time.
+    """Find the keys with the largest scores by exact search, a chunk of keys at a time.
 
     Args:
-        query, key: `(H, Q, D)` and `(H, L, D)`.
-        among: `(C,)` rows of the keys to choose from.
+        query: `(H, Q, D)`.
+        key: `(H, L, D)`.
+        among: `(C,)` int64, rows of the keys to choose from.
+        top_k: number of keys per query.
 
     Returns:
-        `(H, Q, min(top_k, C))` int64, rows of the keys with the largest scores.
+        The rows of the keys, int64 `(H, Q, min(top_k, C))`.
     """
     heads, queries = query.shape[:2]
     best = query.new_zeros(heads, queries, 0)

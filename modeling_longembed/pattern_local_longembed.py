@@ -1,4 +1,7 @@
-"""Patterns that are a mask alone, and their paths: full, sliding, block and shifted attention."""
+"""Attention patterns that are only a mask: full, block, shifted and sliding attention.
+
+T tokens of all documents, H heads, D head size, L tokens of one document.
+"""
 
 from dataclasses import replace
 
@@ -26,7 +29,17 @@ from .pattern_base_longembed import (
 
 
 def attend_segments(inputs: AttentionInputs, cu_seqlens: Tensor, longest: int, places: Tensor | None = None) -> Tensor:
-    """Full attention inside the segments `cu_seqlens`, with whatever positions the inputs carry: `(T, H, D)`."""
+    """Compute full attention within segments, with the positions that the inputs carry.
+
+    Args:
+        inputs: query, key and value `(T, H, D)`, and the options of the call.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths of the N segments.
+        longest: length of the longest segment in tokens.
+        places: `(T,)` int64, place of each token in its document; None: tokens are in the order of the document.
+
+    Returns:
+        The context `(T, H, D)`.
+    """
     return segment_attention(
         *inputs[:3],
         cu_seqlens,
@@ -42,7 +55,10 @@ def attend_segments(inputs: AttentionInputs, cu_seqlens: Tensor, longest: int, p
 
 @register_pattern
 class FullAttention(AttentionPattern):
-    """Every token of a document sees every other. Cost L^2 in time, linear in memory."""
+    """Full attention: every token of a document sees every other.
+
+    Cost: L^2 in time, L in memory.
+    """
 
     type = "full"
     layer_type = "full_attention"
@@ -62,10 +78,12 @@ class FullAttention(AttentionPattern):
 
 @register_pattern
 class BlockAttention(AttentionPattern):
-    """Full attention inside consecutive blocks of `size` tokens, none between them. Cost L x size, linear in memory.
+    """Block attention: full attention within consecutive blocks of `size` tokens, and none between blocks.
 
-    With `position_extension={"method": "restart"}` every block is read as a document of its own, so that a converted
-    model starts out as "cut into blocks, embed, token-weighted mean".
+    With `position_extension={"method": "restart"}` the positions of every block start at 0, so that a converted model
+    initially computes the token-weighted mean of the embeddings of the blocks.
+
+    Cost: L x size in time, L in memory.
     """
 
     type = "block"
@@ -91,12 +109,15 @@ class BlockAttention(AttentionPattern):
 
 @register_pattern
 class ShiftedAttention(AttentionPattern):
-    """S2-Attn of LongLoRA (Chen et al. 2023, arXiv:2309.12307): groups of `size` tokens, shifted for half the heads.
+    """Shifted attention: groups of `size` tokens, shifted for half of the heads.
 
-    The first half of the heads attends inside groups of `size` tokens counted from the start of each document, the
-    second half inside groups that are shifted by `size // 2`, so that neighbouring groups exchange. Without `wrap` the
-    half groups at both ends stay apart; with it (the paper's roll) the last group takes the first half group in. A
-    document of no more than `size` tokens is one group on all heads. Cost L x size, linear in memory.
+    This is S2-Attn of LongLoRA (Chen et al. 2023, arXiv:2309.12307). The first half of the heads attends within groups
+    of `size` tokens, counted from the start of each document. The second half attends within groups that are shifted by
+    `size // 2`, so that information passes between neighbouring groups. Without `wrap` the half groups at the two ends
+    of a document stay separate; with `wrap` (the paper's roll) they form one group. A document of at most `size` tokens
+    is one group for all heads.
+
+    Cost: L x size in time, L in memory.
     """
 
     type = "shifted"
@@ -144,7 +165,8 @@ class ShiftedAttention(AttentionPattern):
 
     def attend(self, inputs):
         documents, heads = inputs.documents, inputs.query.shape[1]
-        half = min(max(inputs.model_heads // 2 - inputs.first_head, 0), heads)  # so many of the heads here do not shift
+        # Tensor parallelism gives this process some of the model's heads; the first `half` of them are not shifted.
+        half = min(max(inputs.model_heads // 2 - inputs.first_head, 0), heads)
         longest, cu_seqlens = min(self.size, documents.max_seqlen), documents.cu_seqlens
         groups = documents.once(self, lambda: split_documents(cu_seqlens, self.size))
         plain = attend_segments(inputs.heads(slice(None, half)), groups, longest)
@@ -160,7 +182,7 @@ class ShiftedAttention(AttentionPattern):
         return torch.cat([plain, context[order.argsort()]], dim=1)
 
     def rolled(self, documents: PackedDocuments) -> Tensor:
-        """`(T,)` rows of the packed tokens with every document rolled by half a group to the left."""
+        """Return the packed rows `(T,)` with every document that has several groups rolled left by half a group."""
         lengths = documents.document_lengths
         shift = torch.where(lengths > self.size, self.size // 2, 0)
         starts = documents.cu_seqlens.long()[documents.document_ids]
@@ -168,7 +190,11 @@ class ShiftedAttention(AttentionPattern):
 
 
 class GlobalProjections(nn.Module):
-    """Longformer's second set of projections, which global tokens use; they start as copies of the first."""
+    """The second set of projections of Longformer, for the rows of global tokens; initialized as copies of the first.
+
+    Args:
+        config: the config of the model.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -180,13 +206,16 @@ class GlobalProjections(nn.Module):
 
 @register_pattern
 class SlidingAttention(AttentionPattern):
-    """A token sees `window` tokens on EACH side (Longformer's w and ModernBERT's `local_attention` are both sides).
+    """Sliding window: a token sees `window` tokens on EACH side, and itself.
 
-    `dilation` r takes every r-th token, `window` of them on each side. Global tokens (the first `global_tokens` of a
-    document, and those of `global_attention_mask`) see all and are seen by all, in the same softmax.
-    `global_projections` gives them projections of their own, as Longformer has them (Beltagy et al. 2020, 3.1): what a
-    global token sees is then computed from these alone, what others see of it from the ordinary ones. Cost L x window
-    in time and memory, and L for every global token.
+    Longformer's w and ModernBERT's `local_attention` count both sides together. With a `dilation` of r a token sees
+    every r-th token, `window` of them on each side. Global tokens (the first `global_tokens` of a document, and those
+    of `global_attention_mask`) see all tokens and are seen by all, in the same softmax. With `global_projections` they
+    have projections of their own, as in Longformer (Beltagy et al. 2020, arXiv:2004.05150, section 3.1): the query of a
+    global token, and the keys and values that it sees, come from these; the keys and values of a global token that
+    other tokens see come from the ordinary projections.
+
+    Cost: L x window in time and memory, and L more for every global token.
     """
 
     type = "sliding"
@@ -238,7 +267,7 @@ class SlidingAttention(AttentionPattern):
         return documents.cu_seqlens, documents.max_seqlen, self.window
 
     def is_global(self, documents: PackedDocuments) -> Tensor | None:
-        """`(T,)` bool: the global tokens; None if there are none."""
+        """Return which tokens are global, bool `(T,)`; None if no token can be."""
         if not self.global_tokens:
             return documents.is_global
         first = documents.token_index < self.global_tokens
@@ -263,7 +292,7 @@ class SlidingAttention(AttentionPattern):
                     init.copy_(own, other)
 
     def prepare(self, attention, states, context):
-        """Query, key and value of the global tokens' own rows, `(T, H, D)` each."""
+        """Return query, key and value from the global projections, `(T, H, D)` each; None if there are none."""
         if not self.global_projections or self.is_global(context.documents) is None:
             return None
         own = attention.own
@@ -307,7 +336,18 @@ class SlidingAttention(AttentionPattern):
         return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query)
 
     def one_document(self, inputs: AttentionInputs, rows: slice, is_global: Tensor | None) -> Tensor:
-        """The band, every residue of a dilated one as a document of its own, and the rows of the global tokens."""
+        """Compute the window of all tokens and the rows of the global tokens of one document.
+
+        With a dilation of r, the tokens whose places have the same remainder modulo r are computed as one sequence.
+
+        Args:
+            inputs: the inputs of all documents.
+            rows: the packed rows of the document.
+            is_global: `(L,)` bool; None if no token is global.
+
+        Returns:
+            The context `(L, H, D)`.
+        """
         query, key, value = (x[rows] for x in inputs[:3])
         scaling, dropout, bias, causal = inputs.scaling, inputs.dropout, inputs.bias, inputs.causal
         global_keys = None

@@ -1,4 +1,7 @@
-"""LSH attention (Reformer): tokens are hashed, sorted by bucket, and attend to their neighbours in that order."""
+"""Attention pattern of the Reformer: tokens are hashed, sorted by bucket, and attend to neighbours in that order.
+
+H heads, L tokens of a document, D head size, R hash rounds, C chunks of M tokens.
+"""
 
 import math
 from typing import NamedTuple
@@ -9,25 +12,26 @@ from torch import Tensor
 from .attention_kernels_longembed import MAX_UNFUSED_SCORES, recompute_in_backward
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, parameter, register_pattern, switch
 
-# Score of a token with itself: low enough for any other to win, high enough to be seen where there is no other.
+# Score of a token with itself: so low that any other token has more weight, but finite for a token without others.
 SELF_SCORE = -1e5
 
 
 class Rounds(NamedTuple):
     """One document, sorted by bucket in each of R hash rounds and cut into C chunks of M tokens."""
 
-    place: Tensor  # (H, R, C, M) int64, place in the document; L and more are filling
-    bucket: Tensor  # (H, R, C, M) int64, different in different rounds
+    place: Tensor  # (H, R, C, M) int64, place in the document; L and more are padding
+    bucket: Tensor  # (H, R, C, M) int64; no two rounds share a number
 
     @property
     def rank(self) -> Tensor:
-        """`(H, R, C * M)`: where each place of the document went."""
+        """The rank of each place of the document in the sorted order, `(H, R, C * M)`."""
         return self.place.flatten(2).argsort(dim=-1)
 
     def seen(self) -> "Rounds":
-        """What the tokens of each chunk may see: it and the chunk before, `(H, R, C, 2M)`; of a single chunk, it alone.
+        """Return what the tokens of each chunk may see: their own chunk and the chunk before, `(H, R, C, 2M)`.
 
-        Before the first chunk of a round is the last one of the round before, round the circle.
+        The chunk before the first one of a round is the last one of the previous round, and for the first round that of
+        the last round. If there is one chunk in all, it sees itself only.
         """
         if self.place.shape[1] * self.place.shape[2] == 1:
             return self
@@ -36,33 +40,37 @@ class Rounds(NamedTuple):
 
 
 def unit(states: Tensor) -> Tensor:
-    """Vectors of length sqrt(D), as transformers' Reformer normalises them."""
+    """Scale vectors to length sqrt(D), as the Reformer of transformers normalizes its keys."""
     wide = states.to(torch.promote_types(torch.float32, states.dtype))
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 1e-6)).to(states.dtype)
 
 
 def take(states: Tensor, place: Tensor) -> Tensor:
-    """`(H, N, D)` at the places `(H, ...)` of each head: `(H, ..., D)`."""
+    """Return the rows of `states` `(H, N, D)` at the places `(H, ...)` of each head: `(H, ..., D)`."""
     heads, length, _ = states.shape
     first = length * torch.arange(heads, device=place.device).view(-1, *[1] * (place.ndim - 1))
-    # Not `gather`: its index would have D entries a token.
+    # `gather` would need an index with D entries per token.
     return states.flatten(0, 1).index_select(0, (place + first).flatten()).unflatten(0, place.shape)
 
 
 @register_pattern
 class LshAttention(AttentionPattern):
-    """Locality-sensitive hashing attention (Reformer, Kitaev et al. 2020, arXiv:2001.04451).
+    """Attention by locality-sensitive hashing (Reformer, Kitaev et al. 2020, arXiv:2001.04451).
 
-    Query and key are one projection, the key scaled to unit length. In each of `hashes` rounds a random rotation puts
-    tokens that point the same way into the same bucket; sorted by bucket they are cut into chunks of `chunk`, and a
-    token attends to those of its bucket in its own chunk and the one before, to itself only if there is no other. The
-    rounds are averaged by the sums of their exponentials. `buckets` 0 means two for every chunk of the document.
-    `across_buckets` also shows a token the other buckets in its two chunks, as transformers' Reformer does. The
-    rotations come from `seed` alone: a document is hashed alike every time, in training too. A document of no more than
-    `chunk` tokens is not hashed. An approximation of attention with shared queries and keys, so that it starts from
-    random weights, not from those of another encoder. Cost L x chunk x hashes in memory and in time, and for the
-    hashing L^1.5 with a small factor: two hashes share the buckets where there are many. For long documents in which
-    tokens look for others like them, wherever they are.
+    Query and key are one projection, and the key is scaled to unit length. In each of `hashes` rounds a random rotation
+    puts tokens with similar directions into the same bucket. The tokens are sorted by bucket and cut into chunks of
+    `chunk` tokens. A token attends to the tokens of its bucket in its own chunk and in the chunk before, and to itself
+    only if there are no others. The rounds are averaged with the sums of their exponentials as weights.
+
+    `buckets=0` means two buckets for every chunk of the document. With `across_buckets` a token also sees the other
+    buckets in its two chunks, as in the Reformer of transformers. The rotations depend on `seed` only, so that a
+    document is hashed alike every time, in training too. A document of at most `chunk` tokens is not hashed.
+
+    The pattern approximates attention with shared queries and keys, so that a model with it starts from random weights
+    rather than those of another encoder. Use it for long documents in which tokens look for similar tokens anywhere.
+
+    Cost: L x chunk x hashes in time and memory, and L^1.5 with a small factor for the hashing, because many buckets are
+    split over two hashes.
     """
 
     type = "lsh"
@@ -100,14 +108,14 @@ class LshAttention(AttentionPattern):
         return True
 
     def visible(self, query, key, head, num_heads):
-        """The hash decides: any token may be seen."""
+        """Return True for all tokens, because the hash decides which are seen."""
         return (query.index >= 0) & (key.index >= 0)
 
     def sees_all(self, length):
         return False  # not itself
 
     def hash_sizes(self, length: int) -> list[int]:
-        """Buckets of the hashes that together give a token of a document of `length` tokens its bucket; [] for one."""
+        """Return the sizes of the hashes, whose product is the number of buckets for `length` tokens ([] for one)."""
         if length <= self.chunk or self.buckets == 1:
             return []
         count = self.buckets or 2 * -(-length // self.chunk)
@@ -118,7 +126,7 @@ class LshAttention(AttentionPattern):
 
     @torch.no_grad()
     def hash(self, inputs: AttentionInputs, query: Tensor) -> Tensor:
-        """Buckets `(H, R, L)` of the queries `(H, L, D)`; one round if there is one bucket."""
+        """Return the buckets `(H, R, L)` of the queries `(H, L, D)`; one round if there is only one bucket."""
         heads, length, width = query.shape
         sizes = self.hash_sizes(length)
         if not sizes:
@@ -141,15 +149,15 @@ class LshAttention(AttentionPattern):
         return torch.cat(parts, dim=-1)
 
     def rounds(self, inputs: AttentionInputs, query: Tensor) -> Rounds:
-        """The order of one document's queries `(H, L, D)`: by bucket, then by place; filling comes last."""
+        """Sort the queries `(H, L, D)` of one document by bucket, then by place; padding comes last."""
         bucket = self.hash(inputs, query)
         length = bucket.shape[-1]
         size = min(self.chunk, length)
-        chunks, filling = -(-length // size), math.prod(self.hash_sizes(length))
-        bucket = torch.nn.functional.pad(bucket, (0, chunks * size - length), value=filling)
+        chunks, padding = -(-length // size), math.prod(self.hash_sizes(length))
+        bucket = torch.nn.functional.pad(bucket, (0, chunks * size - length), value=padding)
         place = bucket.argsort(dim=-1, stable=True)
         round_number = torch.arange(bucket.shape[1], device=bucket.device)[:, None]
-        bucket = bucket.gather(-1, place) + round_number * (filling + 1)
+        bucket = bucket.gather(-1, place) + round_number * (padding + 1)
         return Rounds(*(x.unflatten(-1, (chunks, size)) for x in (place, bucket)))
 
     def attend(self, inputs):
@@ -161,14 +169,22 @@ class LshAttention(AttentionPattern):
         return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query)
 
     def one_document(self, inputs: AttentionInputs, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """From `(H, L, D)` to `(L, H, D)`."""
+        """Compute the attention of one document.
+
+        Args:
+            inputs: the options of the call.
+            query, key, value: `(H, L, D)`.
+
+        Returns:
+            The context `(L, H, D)`.
+        """
         heads, length, _ = query.shape
         rounds, key = self.rounds(inputs, query), unit(key)
         seen, size = rounds.seen(), rounds.place.shape[-1]
         head = torch.arange(heads, device=query.device).view(-1, 1, 1, 1)
 
         def some_chunks(query, key, value, query_place, key_place, query_bucket, key_bucket):
-            """Context `(H, c, M, D)` and log of the sum of exponentials `(H, c, M)` of some chunks of one round."""
+            """Compute the context `(H, c, M, D)` and log-sum-exp `(H, c, M)` of c chunks of one round."""
             scores = query @ key.transpose(-1, -2)
             scores = scores.to(torch.promote_types(torch.float32, scores.dtype)) * inputs.scaling
             query_place, key_place = query_place[..., None], key_place[..., None, :]
@@ -221,7 +237,7 @@ class LshAttention(AttentionPattern):
         weights, totals = [], []
         for number in range(count):
             after = chunk[:, number, :, None] - chunk[:, number, None]  # chunks from key to query
-            times = (((after == 0) | (after == 1)) & same_bucket(number, number)).long()  # that a query meets a key
+            times = (((after == 0) | (after == 1)) & same_bucket(number, number)).long()  # how often query meets key
             if count * chunks > 1:
                 wrapped = (chunk[:, number, :, None] == 0) & (chunk[:, number - 1, None] == chunks - 1)
                 times = times + (wrapped & same_bucket(number, number - 1))
