@@ -10,14 +10,15 @@ from typing import Any
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.data.curriculum import Course, RateSchedule
-from training.data.document_arguments import DocumentArguments, documents, sequence_lengths
-from training.data.masked_batches import MaskedBatches, PieceReader, Pieces, SpecialTokens, epoch_batches
+from training.data.curriculum import RateSchedule
+from training.data.document_arguments import DocumentArguments, document_batches, documents, sequence_lengths
+from training.data.masked_batches import PieceReader, Pieces, SpecialTokens
 from training.data.masking import NoMasking
 from training.engine.held_out import by_source
-from training.engine.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.engine.rehearsal import Budget, BudgetArguments, chosen_batch_tokens
-from training.models.load_save import HubArguments, ModelArguments, load_encoder, model_identity, save_and_push
+from training.engine.loop import Loop, Training
+from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.models.encoder import ModelArguments, load_encoder
+from training.models.identity import model_identity
 from training.models.students import StudentArguments, make_student
 from training.models.tuning import TuningArguments, select_parameters
 from training.teachers.relations import (
@@ -30,78 +31,58 @@ from training.teachers.relations import (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train; `argv` is the process's own if None."""
-    model_arguments, student_arguments, arguments, relations, tuning, loop_arguments, budget_arguments, hub = parse(
+    """Train with the command-line options `argv`; None: those of the process."""
+    model_args, student_args, data_args, relation_args, tuning_args, run_args = parse(
         ModelArguments,
         StudentArguments,
         DocumentArguments,
         RelationArguments,
         TuningArguments,
-        LoopArguments,
-        BudgetArguments,
-        HubArguments,
+        RunArguments,
         argv=argv,
     )
-    if model_arguments.layerdrop:
-        raise UserError(f"--layerdrop {model_arguments.layerdrop}: the layer that learns must not be left out")
-    if loop_arguments.gradient_accumulation_steps > 1:
-        raise UserError(
-            "--gradient_accumulation_steps: give more --per_device_train_tokens instead; --batch_tokens of them are "
-            "held at once"
-        )
-    arguments.batch_tokens = chosen_batch_tokens(
-        budget_arguments, arguments.batch_tokens, __file__, argv, loop_arguments
-    )
-    loop = Loop(loop_arguments)
-    model, tokenizer = load_encoder(model_arguments)
-    student = make_student(student_arguments, model_arguments, model, tokenizer)
-    relations.check(model.config, student.config)
-    student.config.layerdrop = 0.0  # the teacher's own, if it was trained with it
+    if model_args.layerdrop:
+        raise UserError(f"--layerdrop {model_args.layerdrop}: the layer that learns must not be left out")
+    data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
+    loop = Loop(run_args)
+
+    # Teacher and student. Hidden states are compared as they are, so neither weights its tokens in training; the
+    # config, which is saved, keeps the weighting.
+    model, tokenizer = load_encoder(model_args)
+    student = make_student(student_args, model_args, model, tokenizer)
+    relation_args.check(model.config, student.config)
+    student.config.layerdrop = 0.0  # the teacher may have been trained with it
     encoders: tuple[Any, Any] = (model, student)
     for encoder in encoders:
-        encoder.token_weighting = "none"  # hidden states are compared as they are; the config, which is saved, keeps it
-    teacher = RelationTeacher(model, relations.teacher_layer, loop.accelerator.device, loop.accelerator.autocast)
+        encoder.token_weighting = "none"
+    teacher = RelationTeacher(model, relation_args.teacher_layer, loop.device, loop.accelerator.autocast)
+
+    # The documents, in pieces of the sequence length.
     context = min(model.config.max_position_embeddings, student.config.max_position_embeddings)
-    lengths = sequence_lengths(arguments, context, "teacher and student must both read it: give a shorter one")
+    lengths = sequence_lengths(data_args, context, "teacher and student must both read it: give a shorter one")
     reader = PieceReader(SpecialTokens.of(tokenizer), NoMasking())
-    train = documents(arguments.train_data, arguments, tokenizer, loop)
-    processes = loop.accelerator.num_processes
-    steps = loop.total_steps(range(epoch_batches(train, arguments.per_device_train_tokens * processes)))
-    batches = MaskedBatches(
-        train,
-        reader,
-        Course(lengths, RateSchedule(0.0, 0.0), steps),
-        batch_size=arguments.per_device_train_tokens,
-        batch_tokens=arguments.batch_tokens,
-        seed=loop_arguments.seed,
-        rank=loop.accelerator.process_index,
-        world_size=processes,
-    )
-    held_out = {
+    batches = document_batches(data_args, reader, lengths, RateSchedule(0.0, 0.0), tokenizer, loop)
+    evaluations = {
         source.name: RelationEvaluation(
-            Pieces(source, arguments.eval_sequence_length or lengths.lengths[-1], reader),
+            Pieces(source, data_args.eval_sequence_length or lengths.lengths[-1], reader),
             reader.special,
             teacher,
-            relations,
-            arguments.batch_tokens,
+            relation_args,
+            data_args.batch_tokens,
         )
-        for source in documents(arguments.eval_data, arguments, tokenizer, loop)
+        for source in documents(data_args.eval_data, data_args, tokenizer, loop)
     }
-    learner = RelationStudent(select_parameters(student, tuning), relations)
-    evaluate = by_source(held_out, lambda of_source, model: of_source(model, loop.accelerator.device))
-    gradient = relation_gradient(teacher, relations)
-    budget = Budget(budget_arguments, loop, learner, batches, arguments.batch_tokens, length_option="sequence_length")
-    with budget.answering():
-        trained = loop.run(
-            learner,
-            batches,
-            gradient,
-            evaluate,
-            rehearse=budget.rehearsal(gradient),
-            settings=asdict(relations) | {"teacher": model_identity(model, tokenizer)},
-        )
-    if loop.is_main:
-        save_and_push(trained.model, tuning, loop_arguments.output_dir, hub)
+    training = Training(
+        model=RelationStudent(select_parameters(student, tuning_args), relation_args),
+        batches=batches,
+        gradient=relation_gradient(teacher, relation_args),
+        evaluate=by_source(evaluations, lambda of_source, model: of_source(model, loop.device)),
+        settings=asdict(relation_args) | {"teacher": model_identity(model, tokenizer)},
+        export=lambda trained: trained.model,
+        tuning=tuning_args.tuning,
+        length_option="sequence_length",
+    )
+    run_training(training, loop, run_args)
 
 
 if __name__ == "__main__":

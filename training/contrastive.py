@@ -5,15 +5,12 @@ accelerate launch training/contrastive.py --config training/recipes/contrastive/
 """
 
 from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
 
 from common.arguments import parse
 from common.errors import run
-from training.engine.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.engine.rehearsal import Budget, BudgetArguments, chosen_batch_tokens
-from training.models.load_save import HubArguments, ModelArguments, load_encoder, save_and_push
+from training.engine.loop import Loop, Training
+from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.models.encoder import ModelArguments, load_encoder
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive import ObjectiveArguments, build_objective, objective_groups
 from training.objectives.pair_step import (
@@ -24,50 +21,43 @@ from training.objectives.pair_step import (
     pair_retrieval,
     pair_tokenizer,
 )
-from training.objectives.second_modality import FeatureArguments, feature_task
+from training.objectives.second_modality import FeatureArguments, add_feature_task
 from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train; `argv` is the process's own if None."""
-    model_arguments, arguments, wanted, features, tuning, spans, loop_arguments, budget_arguments, hub = parse(
+    """Train with the command-line options `argv`; None: those of the process."""
+    model_args, data_args, objective_args, feature_args, tuning_args, span_args, run_args = parse(
         ModelArguments,
         ContrastiveArguments,
         ObjectiveArguments,
         FeatureArguments,
         TuningArguments,
         SpanArguments,
-        LoopArguments,
-        BudgetArguments,
-        HubArguments,
+        RunArguments,
         argv=argv,
     )
-    arguments.batch_tokens = chosen_batch_tokens(
-        budget_arguments, arguments.batch_tokens, __file__, argv, loop_arguments
+    data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
+    loop = Loop(run_args)
+
+    # The encoder, the pairs that it reads, and which of its parameters train.
+    encoder, tokenizer = load_encoder(model_args)
+    batches = pair_batches(data_args, objective_args, pair_tokenizer(data_args, encoder, tokenizer), loop)
+    model = select_parameters(encoder, tuning_args)
+
+    # What is minimised.
+    objective = build_objective(objective_args, model, batches.global_batch_size)
+    decay = run_args.weight_decay
+    training = Training(
+        model=model,
+        batches=batches,
+        evaluate=pair_retrieval(data_args, objective, batches, loop),
+        gradient=pair_gradient(objective, load_guide(data_args, objective_args), span_penalty(encoder, span_args)),
+        groups=[*span_groups(encoder, span_args, decay), *objective_groups(objective, decay)],
+        auxiliary=objective,
+        tuning=tuning_args.tuning,
     )
-    loop = Loop(loop_arguments)
-    model, tokenizer = load_encoder(model_arguments)
-    batches = pair_batches(arguments, wanted, pair_tokenizer(arguments, model, tokenizer), loop)
-    selected = select_parameters(model, tuning)
-    objective = build_objective(wanted, selected, batches.global_batch_size)
-    evaluate = pair_retrieval(arguments, objective, batches, loop)
-    gradient = pair_gradient(objective, load_guide(arguments, wanted), span_penalty(model, spans))
-    decay = loop_arguments.weight_decay
-    groups = [*span_groups(model, spans, decay), *objective_groups(objective, decay)]
-    data: Any = batches
-    beside: nn.Module = objective
-    second_task = feature_task(features, selected)
-    if second_task is not None:
-        data, gradient = second_task.batches(batches, loop), second_task.before(gradient)
-        beside = nn.ModuleDict({"texts": objective, "features": second_task})
-        groups += second_task.groups(decay)
-    budget = Budget(budget_arguments, loop, selected, data, arguments.batch_tokens)
-    with budget.answering():
-        trained = loop.run(
-            selected, data, gradient, evaluate, groups, rehearse=budget.rehearsal(gradient), objective=beside
-        )
-    if loop.is_main:
-        save_and_push(trained, tuning, loop_arguments.output_dir, hub)
+    run_training(add_feature_task(training, feature_args, loop), loop, run_args)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from common.arguments import parse
 from common.errors import UserError, run
 from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer
 from training.data.sources import Columns, Source, read_sources
 from training.engine.held_out import by_source
-from training.engine.loop import HOW_TO_RESUME, Loop, LoopArguments
-from training.engine.rehearsal import Budget, BudgetArguments, chosen_batch_tokens
+from training.engine.loop import Loop, Training
+from training.engine.optimizer import parameter_groups
+from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.models.encoder import ModelArguments, load_encoder, text_length
 from training.models.layer_choice import LayerArguments
-from training.models.load_save import HubArguments, ModelArguments, load_encoder, save_and_push, text_length
-from training.models.tuning import TuningArguments, parameter_groups, select_parameters
+from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.embed import pool
 from training.teachers.arguments import TeachingArguments
 from training.teachers.embedding_teachers import Teacher
@@ -77,47 +76,48 @@ class DistillationArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train; `argv` is the process's own if None."""
-    model_arguments, layers, arguments, wanted, tuning, loop_arguments, budget_arguments, hub = parse(
+    """Train with the command-line options `argv`; None: those of the process."""
+    model_args, layer_args, data_args, teaching_args, tuning_args, run_args = parse(
         ModelArguments,
         LayerArguments,
         DistillationArguments,
         TeachingArguments,
         TuningArguments,
-        LoopArguments,
-        BudgetArguments,
-        HubArguments,
+        RunArguments,
         argv=argv,
     )
-    arguments.batch_tokens = chosen_batch_tokens(
-        budget_arguments, arguments.batch_tokens, __file__, argv, loop_arguments
-    )
-    loop = Loop(loop_arguments)
-    model, tokenizer = load_encoder(model_arguments)
-    layers.apply(model)
-    tokenize = student_tokenizer(arguments, model, tokenizer)
+    data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
+    loop = Loop(run_args)
+
+    # The student, and the texts that it reads.
+    encoder, tokenizer = load_encoder(model_args)
+    layer_args.apply(encoder)
+    length = text_length("max_length", data_args.max_length, encoder, tokenizer)
+    tokenize = PairTokenizer(tokenizer, length, length, encoder.config.prompts)
     with loop.accelerator.main_process_first():
-        train = arguments.sources(arguments.train_data, wanted)
-        held_out = arguments.sources(arguments.eval_data, wanted)
+        train = data_args.sources(data_args.train_data, teaching_args)
+        held_out = data_args.sources(data_args.eval_data, teaching_args)
     batches = TaughtBatches(
         train,
         tokenize,
-        batch_size=arguments.per_device_train_batch_size,
-        batch_tokens=arguments.batch_tokens,
-        seed=loop_arguments.seed,
+        batch_size=data_args.per_device_train_batch_size,
+        batch_tokens=data_args.batch_tokens,
+        seed=run_args.seed,
         rank=loop.accelerator.process_index,
         world_size=loop.accelerator.num_processes,
         keep_texts=True,
     )
-    teachers = load_teachers(arguments, wanted, loop)
-    selected = select_parameters(model, tuning)
-    objective = Teaching(wanted, selected, {role: teacher.width for role, teacher in teachers.items()})
+
+    # The teachers, and what the student learns of them.
+    teachers = load_teachers(data_args, teaching_args, loop)
+    student = select_parameters(encoder, tuning_args)
+    objective = Teaching(teaching_args, student, {role: teacher.width for role, teacher in teachers.items()})
     objective.check_rows("--per_device_train_batch_size", batches.global_batch_size)
     for source in held_out:
         objective.check_rows(f"--eval_data {source.name}", min(len(source.rows), batches.global_batch_size))
     for teacher in teachers.values():
         teacher.read_all([*train, *held_out])
-    if wanted.structural_mask and isinstance(structural := teachers.get("structural"), Teacher):
+    if teaching_args.structural_mask and isinstance(structural := teachers.get("structural"), Teacher):
         report_mask(structural, train, loop)
     evaluations = {
         source.name: TeachingEvaluation(
@@ -126,33 +126,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             objective,
             teachers,
             batch_size=batches.global_batch_size,
-            batch_tokens=arguments.batch_tokens,
+            batch_tokens=data_args.batch_tokens,
         )
         for source in held_out
     }
-    device = loop.accelerator.device
-    evaluate = by_source(evaluations, lambda of_source, model: of_source(lambda chunk: pool(model, chunk), device))
-    gradient = teaching_gradient(objective, teachers)
-    decay = loop_arguments.weight_decay
-    groups = [*parameter_groups(selected, decay), *parameter_groups(objective, decay)]
-    budget = Budget(budget_arguments, loop, selected, batches, arguments.batch_tokens)
-    with budget.answering():
-        trained = loop.run(
-            selected,
-            batches,
-            gradient,
-            evaluate,
-            groups,
-            rehearse=budget.rehearsal(gradient),
-            objective=objective,
-            settings={
-                "text_columns": arguments.text_columns,
-                **wanted.describe(),
-                **{f"{role}_teacher": teacher.identity for role, teacher in teachers.items()},
-            },
-        )
-    if loop.is_main:
-        save_and_push(trained, tuning, loop_arguments.output_dir, hub)
+    decay = run_args.weight_decay
+    training = Training(
+        model=student,
+        batches=batches,
+        gradient=teaching_gradient(objective, teachers),
+        evaluate=by_source(
+            evaluations, lambda of_source, model: of_source(lambda chunk: pool(model, chunk), loop.device)
+        ),
+        groups=[*parameter_groups(student, decay), *parameter_groups(objective, decay)],
+        auxiliary=objective,
+        settings={
+            "text_columns": data_args.text_columns,
+            **teaching_args.describe(),
+            **{f"{role}_teacher": teacher.identity for role, teacher in teachers.items()},
+        },
+        tuning=tuning_args.tuning,
+    )
+    run_training(training, loop, run_args)
 
 
 class TaughtBatches(PairBatches):
@@ -165,18 +160,6 @@ class TaughtBatches(PairBatches):
         batch = super().heaviest()
         source = next(source for source in self.sources if source.name == batch.source)
         return replace(batch, texts=source.texts(list(range(batch.pairs))))
-
-
-def student_tokenizer(
-    arguments: DistillationArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> PairTokenizer:
-    """How the student reads texts.
-
-    Raises:
-        UserError: its context is shorter than asked for.
-    """
-    length = text_length("max_length", arguments.max_length, model, tokenizer)
-    return PairTokenizer(tokenizer, length, length, model.config.prompts)
 
 
 def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, loop: Loop) -> Teachers:

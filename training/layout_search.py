@@ -34,13 +34,14 @@ from transformers import PreTrainedConfig
 
 from common.arguments import parse
 from common.errors import UserError, run
-from common.files import atomic_folder, atomic_write
+from common.files import atomic_write
 from modeling_longembed import LongEmbedModel
 from training.data.pair_batches import PairBatch
-from training.engine.loop import HOW_TO_RESUME, AccumulateGradient, Loop, LoopArguments
-from training.models.load_save import ModelArguments, load_encoder
+from training.engine.loop import AccumulateGradient, Loop, Training
+from training.engine.optimizer import parameter_groups
+from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.models.encoder import ModelArguments, load_encoder
 from training.models.supernet import KINDS, Supernet
-from training.models.tuning import parameter_groups
 from training.objectives.contrastive import ObjectiveArguments, build_objective, objective_groups
 from training.objectives.pair_step import (
     ContrastiveArguments,
@@ -89,6 +90,22 @@ class SearchArguments:
                 f"{self.architecture_steps} steps; leave at least one to the architecture and one to the weights"
             )
 
+    def check_steps(self, steps: int) -> None:
+        """Check that a run is long enough for the search.
+
+        Args:
+            steps: number of steps of the run.
+
+        Raises:
+            UserError: it ends before the first cycle does.
+        """
+        least = self.weight_steps + self.cycle_steps
+        if steps < least:
+            raise UserError(
+                f"the run has {steps} steps, fewer than --weight_steps {self.weight_steps} and one cycle of "
+                f"--cycle_steps {self.cycle_steps}; give --max_steps of at least {least}"
+            )
+
     @property
     def architecture_steps(self) -> int:
         """Steps of a cycle in which the architecture trains."""
@@ -105,48 +122,51 @@ class SearchArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Search; `argv` is the process's own if None."""
-    model_arguments, arguments, wanted, search, loop_arguments = parse(
-        ModelArguments, ContrastiveArguments, ObjectiveArguments, SearchArguments, LoopArguments, argv=argv
+    """Search with the command-line options `argv`; None: those of the process."""
+    model_args, data_args, objective_args, search_args, run_args = parse(
+        ModelArguments, ContrastiveArguments, ObjectiveArguments, SearchArguments, RunArguments, argv=argv
     )
-    loop = Loop(loop_arguments)
+    data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
+    loop = Loop(run_args)
     if loop.sharding:
         raise UserError(
             "the layout search draws from weights that FSDP splits; launch with training/accelerate/ddp.yaml"
         )
-    model, tokenizer = load_encoder(model_arguments)
-    if not isinstance(model, LongEmbedModel):
+
+    # The encoder, the pairs that it reads, and the supernet that starts from it.
+    encoder, tokenizer = load_encoder(model_args)
+    if not isinstance(encoder, LongEmbedModel):
         raise UserError("--trust_remote_code: the sublayers that are tried are of our own code; leave it out")
-    batches = pair_batches(arguments, wanted, pair_tokenizer(arguments, model, tokenizer), loop)
-    steps = loop.total_steps(batches)
-    if steps < search.weight_steps + search.cycle_steps:
-        raise UserError(
-            f"the run has {steps} steps, fewer than --weight_steps {search.weight_steps} and one cycle of "
-            f"--cycle_steps {search.cycle_steps}; give --max_steps of at least "
-            f"{search.weight_steps + search.cycle_steps}"
-        )
-    supernet = Supernet(model, search.gumbel_temperature)
-    objective = build_objective(wanted, supernet, batches.global_batch_size)
-    supernet = loop.run(
-        supernet,
-        batches,
-        alternate(supernet, search, pair_gradient(objective, load_guide(arguments, wanted))),
-        pair_retrieval(arguments, objective, batches, loop),
-        groups=[
-            *search_groups(supernet, search, loop_arguments.weight_decay),
-            *objective_groups(objective, loop_arguments.weight_decay),
-        ],
-        objective=objective,
-        ends_after=cycle_end(supernet, search, report=loop.is_main),
-    )
-    if loop.is_main:
-        output_dir = Path(loop_arguments.output_dir).absolute()
+    batches = pair_batches(data_args, objective_args, pair_tokenizer(data_args, encoder, tokenizer), loop)
+    search_args.check_steps(loop.total_steps(batches))
+    supernet = Supernet(encoder, search_args.gumbel_temperature)
+
+    def derive(supernet: Supernet) -> LongEmbedModel:
         found = supernet.derive()
-        found.tokenizer = model.tokenizer
-        with atomic_folder(output_dir / "final") as folder:
-            found.eval().save_pretrained(str(folder), title=output_dir.name)
-        atomic_write(output_dir / "layout.json", json.dumps(describe(supernet, found.config), indent=2) + "\n")
-        print(f"sublayer_pattern: {found.config.sublayer_pattern}")
+        found.tokenizer = encoder.tokenizer
+        return found
+
+    # What is minimised, by the weights and by the architecture in turn.
+    objective = build_objective(objective_args, supernet, batches.global_batch_size)
+    training = Training(
+        model=supernet,
+        batches=batches,
+        gradient=alternate(supernet, search_args, pair_gradient(objective, load_guide(data_args, objective_args))),
+        evaluate=pair_retrieval(data_args, objective, batches, loop),
+        groups=[
+            *search_groups(supernet, search_args, run_args.weight_decay),
+            *objective_groups(objective, run_args.weight_decay),
+        ],
+        auxiliary=objective,
+        ends_after=cycle_end(supernet, search_args, report=loop.is_main),
+        export=derive,
+    )
+    supernet = run_training(training, loop, run_args)
+    if loop.is_main:
+        config = supernet.derive().config
+        file = Path(run_args.output_dir).absolute() / "layout.json"
+        atomic_write(file, json.dumps(describe(supernet, config), indent=2) + "\n")
+        print(f"sublayer_pattern: {config.sublayer_pattern}")
 
 
 def search_groups(supernet: Supernet, search: SearchArguments, weight_decay: float) -> list[dict[str, Any]]:
@@ -159,7 +179,9 @@ def search_groups(supernet: Supernet, search: SearchArguments, weight_decay: flo
     return [*groups, {"params": supernet.logits(), **own}]
 
 
-def alternate(supernet: Supernet, search: SearchArguments, objective: AccumulateGradient) -> AccumulateGradient:
+def alternate(
+    supernet: Supernet, search: SearchArguments, objective: AccumulateGradient[PairBatch]
+) -> AccumulateGradient[PairBatch]:
     """The objective of a mixture drawn anew for every batch, whose gradient reaches what trains in this step alone."""
     architecture = set(supernet.logits())
 

@@ -28,8 +28,9 @@ from common.files import atomic_write
 from modeling_longembed.layout_registry_longembed import layers_of
 from training.data.pair_batches import PairTokenizer
 from training.data.sources import PAIRS, read_sources
-from training.models.load_save import ModelArguments, load_encoder, model_identity, save, text_length
-from training.models.tuning import TuningArguments
+from training.engine.saving import save
+from training.models.encoder import ModelArguments, load_encoder, text_length
+from training.models.identity import model_identity
 from training.objectives.embed import embed
 from training.objectives.pair_retrieval import PairRetrieval
 
@@ -151,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = known[kept]
         assert value is not None
         print(f"{len(kept)} {arguments.unit}s: nDCG@10 {100 * value:.2f}, kept {' '.join(map(str, kept))}")
-    save(pruned(model, path[-1], arguments.unit), TuningArguments(), output_dir, title=output_dir.name)
+    save(pruned(model, path[-1], arguments.unit), output_dir, title=output_dir.name)
 
 
 def _hash_texts(retrievals: list[PairRetrieval]) -> str:

@@ -26,8 +26,8 @@ from common.arguments import parse
 from common.errors import UserError, run
 from training.data.masked_batches import tokenize_documents
 from training.data.sources import Columns, read_sources
-from training.models.load_save import ModelArguments, load_encoder, save
-from training.models.tuning import TuningArguments
+from training.engine.saving import save
+from training.models.encoder import ModelArguments, load_encoder
 
 # What is left of a piece without the marks of a word's start or middle.
 _BARE = re.compile(r"^(?:##|\u2581)?(.*)$", re.DOTALL)
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trimmed = trim_tokenizer(tokenizer, keep)
     trim_embeddings(model, keep)
     model.tokenizer = trimmed
-    final = save(model, TuningArguments(), output_dir, title=output_dir.name)
+    final = save(model, output_dir, title=output_dir.name)
     print(
         f"{final}: {len(keep):,} of {before[1]:,} pieces, {model.num_parameters():,} of {before[0]:,} parameters; "
         f"{counts[keep].sum() / max(1, counts.sum()):.2%} of the tokens of the corpus are as they were"

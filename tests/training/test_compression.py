@@ -228,7 +228,7 @@ def test_a_rehearsal_changes_no_bit_and_ends_in_an_answer(compress, monkeypatch,
     weights = [load_file(final / "model.safetensors") for _, final in (with_it, without)]
     torch.testing.assert_close(*weights, atol=0, rtol=0)
     monkeypatch.setattr(compression.RelationStudent, "forward", lambda *_: (_ for _ in ()).throw(OUT_OF_MEMORY))
-    with pytest.raises(UserError, match=r"with 200 tokens at once and texts of up to 40, .* use --gradient_checkpoint"):
+    with pytest.raises(UserError, match=r"with 200 tokens at once and texts of up to 40 tokens; use --grad"):
         compress("", "failed")
     assert not (tmp_path / "failed" / "final").exists()
 

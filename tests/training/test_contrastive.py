@@ -12,7 +12,7 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from training.contrastive import main
-from training.models.tuning import WHOLE_WEIGHTS, load_adapter
+from training.engine.saving import WHOLE_WEIGHTS, load_adapter
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from tests.training.tiny_training import losses, tiny_config
 from training import layout_search
-from training.engine.loop import Loop, LoopArguments
+from training.engine.loop import Loop, LoopArguments, Training
 from training.layout_search import SearchArguments, alternate, cycle_end, main, search_groups
 from training.models.supernet import KINDS, MixedSublayer, Supernet
 
@@ -306,13 +306,14 @@ def test_the_search_finds_the_only_kind_that_can_solve_the_problem(tmp_path, els
     )
     search = SearchArguments(weight_steps=50, cycle_steps=50, architecture_learning_rate=0.1, changed_share=0.0)
     supernet, riddles = Supernet(model, 1.0), Riddles(elsewhere)
-    Loop(arguments).run(
-        supernet,
-        riddles,
-        alternate(supernet, search, riddles.solve),
+    training = Training(
+        model=supernet,
+        batches=riddles,
+        gradient=alternate(supernet, search, riddles.solve),
         groups=search_groups(supernet, search, 0.0),
         ends_after=cycle_end(supernet, search, report=False),
     )
+    Loop(arguments).run(training)
     assert KINDS[supernet.choice] == kind
     assert supernet.probabilities().max() > 0.7
     assert riddles.solve(supernet.eval(), riddles[0], 1.0, True)["loss"] < 0.1  # alone, as it is in evaluation

@@ -1,5 +1,6 @@
 """Paragraph Vectors against gensim's own, the same in every process, and able to tell documents apart."""
 
+import hashlib
 import json
 import os
 import random
@@ -15,7 +16,8 @@ from safetensors.numpy import load_file
 from common.errors import UserError
 from tests.training.tiny_training import write_jsonl
 from training import paragraph_vector
-from training.paragraph_vector import WEIGHTS, ParagraphVector, split_words
+from training.data.sources import Columns, read_sources
+from training.teachers.paragraph_vector import SETTING_NAMES, WEIGHTS, ParagraphVector, _new_model, split_words
 
 doc2vec = pytest.importorskip("gensim.models.doc2vec", reason="gensim is not installed (extra paragraph-vector)")
 
@@ -61,7 +63,7 @@ def test_a_vector_is_the_same_in_every_process_and_order(trained_model):
     """Under another salt of Python's hashes, which gensim's own inference starts from."""
     folder, texts = trained_model
     code = (
-        "import sys, json; from pathlib import Path; from training.paragraph_vector import ParagraphVector; "
+        "import sys, json; from pathlib import Path; from training.teachers.paragraph_vector import ParagraphVector; "
         "rows = ParagraphVector.load(Path(sys.argv[1]))(json.loads(sys.argv[2])); "
         "print(json.dumps([row[0].tolist() for row in rows]))"
     )
@@ -89,14 +91,13 @@ def test_inference_of_a_loaded_model_is_gensims(trained_model, monkeypatch):
     """gensim's `infer_vector`, its start and its draws set to ours, on a model that was never saved."""
     folder, texts = trained_model
     report = json.loads((folder / "report.json").read_text())["arguments"]
-    arguments = paragraph_vector.ParagraphVectorArguments(**report)
-    sources = paragraph_vector.read_sources(
-        [f"{folder}/train.jsonl"], paragraph_vector.Columns(("text",), None, "texts")
-    )
-    fresh, loaded = ParagraphVector.train(sources, arguments), ParagraphVector.load(folder / "final")
+    architectures = ["dm", "dbow"] if report["architecture"] == "both" else [report["architecture"]]
+    settings = {name: report[name] for name in SETTING_NAMES}
+    sources = read_sources([f"{folder}/train.jsonl"], Columns(("text",), None, "texts"))
+    fresh, loaded = ParagraphVector.train(sources, architectures, settings), ParagraphVector.load(folder / "final")
     for text in texts[:3]:
         words, expected = split_words(text, loaded.settings), []
-        seeds = np.frombuffer(paragraph_vector.hashlib.sha256(" ".join(words).encode()).digest(), dtype=np.uint32)
+        seeds = np.frombuffer(hashlib.sha256(" ".join(words).encode()).digest(), dtype=np.uint32)
 
         def start(size, seed_string, seeds=seeds):
             return (np.random.default_rng(seeds).random(size, dtype=np.float32) - 0.5) / size
@@ -139,16 +140,17 @@ def test_stretches_of_a_document_are_examples_of_one_tag(tmp_path, architecture,
     arguments = paragraph_vector.ParagraphVectorArguments(
         [str(data)], str(tmp_path), architecture=architecture, vector_size=8, epochs=3
     )
-    sources = paragraph_vector.read_sources([str(data)], paragraph_vector.Columns(("text",), None, "texts"))
-    vectors = ParagraphVector.train(sources, arguments)
+    sources = read_sources([str(data)], Columns(("text",), None, "texts"))
+    settings = {name: getattr(arguments, name) for name in SETTING_NAMES}
+    vectors = ParagraphVector.train(sources, [architecture], settings)
     model, halves = vectors.models[0], [(text.split()[:10_000], text.split()[10_000:]) for text in texts]
-    plain = paragraph_vector._new_model(vectors.settings, architecture)
+    plain = _new_model(vectors.settings, architecture)
     examples = [doc2vec.TaggedDocument(half, [n]) for n, pair in enumerate(halves) for half in pair]
     plain.build_vocab(examples)
     plain.train(examples, total_examples=4, epochs=3)
     assert np.array_equal(model.dv.vectors, plain.dv.vectors)
 
-    seeds = np.frombuffer(paragraph_vector.hashlib.sha256(texts[0].encode()).digest(), dtype=np.uint32)
+    seeds = np.frombuffer(hashlib.sha256(texts[0].encode()).digest(), dtype=np.uint32)
     expected = (np.random.default_rng(seeds).random(8, dtype=np.float32) - 0.5) / 8
     monkeypatch.setattr(doc2vec, "pseudorandom_weak_vector", lambda *_, **__: expected)
     plain.random.seed(seeds)

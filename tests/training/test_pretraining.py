@@ -26,7 +26,7 @@ from training.data.masked_batches import MaskedText, mask_batch, pack_masked
 from training.data.masking import Masking
 from training.data.next_sentence import NextSentenceHead
 from training.engine.checkpoints import find_checkpoint
-from training.models.tuning import WHOLE_WEIGHTS, load_adapter
+from training.engine.saving import WHOLE_WEIGHTS, load_adapter
 from training.objectives.masked_lm import MaskedLanguageModel, masked_gradient
 
 MASKING = Masking(4, tuple(range(5)), 31)

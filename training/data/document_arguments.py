@@ -5,8 +5,14 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from training.data.curriculum import LengthSchedule
-from training.data.masked_batches import TokenizedDocuments, tokenize_documents
+from training.data.curriculum import Course, LengthSchedule, RateSchedule
+from training.data.masked_batches import (
+    MaskedBatches,
+    PieceReader,
+    TokenizedDocuments,
+    epoch_batches,
+    tokenize_documents,
+)
 from training.data.sources import Columns, read_sources
 from training.engine.loop import Loop
 
@@ -73,3 +79,44 @@ def documents(
     sources = read_sources(specifications, columns)
     with loop.accelerator.main_process_first():
         return [tokenize_documents(source, tokenizer, loop.output_dir / "tokens") for source in sources]
+
+
+def document_batches(
+    arguments: DocumentArguments,
+    read: PieceReader,
+    lengths: LengthSchedule,
+    mask_rates: RateSchedule,
+    tokenizer: PreTrainedTokenizerBase,
+    loop: Loop,
+) -> MaskedBatches:
+    """Return the training data in batches of packed pieces of documents.
+
+    Args:
+        arguments: parsed command-line options.
+        read: makes masked texts of pieces.
+        lengths: length of the pieces over the run.
+        mask_rates: fraction of masked tokens over the run.
+        tokenizer: of the model.
+        loop: of the run.
+
+    Raises:
+        UserError: the data cannot be read, or gradients are accumulated over batches.
+    """
+    if loop.arguments.gradient_accumulation_steps > 1:
+        raise UserError(
+            "--gradient_accumulation_steps: give more --per_device_train_tokens instead; --batch_tokens of them are "
+            "held at once"
+        )
+    sources = documents(arguments.train_data, arguments, tokenizer, loop)
+    processes = loop.accelerator.num_processes
+    steps = loop.total_steps(range(epoch_batches(sources, arguments.per_device_train_tokens * processes)))
+    return MaskedBatches(
+        sources,
+        read,
+        Course(lengths, mask_rates, steps),
+        batch_size=arguments.per_device_train_tokens,
+        batch_tokens=arguments.batch_tokens,
+        seed=loop.arguments.seed,
+        rank=loop.accelerator.process_index,
+        world_size=processes,
+    )

@@ -23,6 +23,7 @@ from training.data.masking import Masking
 from training.data.next_sentence import Segment, draw_pair
 from training.data.packing import PackedTexts, pack
 from training.data.sources import Source
+from training.models.identity import tokenizer_identity
 
 IDS, STARTS_WORD, LENGTHS = "ids.int32", "starts_word.bool", "lengths.npy"
 
@@ -91,14 +92,6 @@ def word_starts(
         return np.array([not word.startswith("##") for word in words], np.bool_)
     words = encodings[number].word_ids
     return np.array([place == 0 or word is None or word != words[place - 1] for place, word in enumerate(words)])
-
-
-def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that the ids of a whole text depend on: not how the tokenizer cut or padded what it was last called with."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
 
 
 @dataclass(frozen=True)

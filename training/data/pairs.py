@@ -11,11 +11,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from training.data.masked_batches import tokenizer_identity
 from training.data.pair_batches import PairTokenizer
 from training.data.pair_makers import Crops, Document, InverseCloze, Neighbours, Positives, Segments
 from training.data.sources import TOKENS, Columns, Source, read_sources
 from training.data.streams import Stream, open_streams
+from training.models.identity import tokenizer_identity
 
 REALM_WINDOW = 288  # tokens of a segment, as in REALM and ORQA
 LABELS = {"entailment": "entailment", "0": "entailment", "contradiction": "contradiction", "2": "contradiction"}

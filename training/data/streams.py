@@ -312,7 +312,7 @@ class StreamedBatches(Dataset):
         weights = np.array([stream.weight for stream in self.streams])
         return int(np.random.default_rng((self.seed, 0, index)).choice(len(weights), p=weights / weights.sum()))
 
-    def __getitem__(self, index: int) -> "PairBatch | Refusal":
+    def __getitem__(self, index: int) -> PairBatch:
         try:
             if index < self.index:
                 self.go_to(self.start)
@@ -322,7 +322,7 @@ class StreamedBatches(Dataset):
             batch = blocks.load()[blocks.used]
             self._pass()
         except UserError as error:
-            return Refusal(str(error))
+            return Refusal(str(error))  # type: ignore[return-value] # raises where the batch is moved to its device
         positions = [blocks.position() for blocks in self.blocks]
         return replace(batch, bookmark={"index": self.index, "streams": positions})
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and the choice of the one to resume from."""
+"""Checkpoints: written atomically, verified when they are opened, and chosen for a resumed run."""
 
 import importlib.metadata
 import json
@@ -27,15 +27,15 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "numpy", 
 class Progress:
     """Where a run is.
 
-    Args:
-        step: optimiser steps done.
-        epoch: epochs of data done, whole.
-        offset: batches of the current epoch done.
-        world_size: processes.
-        data: what a resumed run must agree in: `describe()` of the batches, and settings of the script.
+    Attributes:
+        step: number of optimiser steps done.
+        epoch: number of whole epochs done.
+        offset: number of batches of the current epoch done.
+        world_size: number of processes.
+        data: what a resumed run must have in common: `describe()` of the batches, and settings of the script.
         window: metrics of the steps since the last logged one.
-        ended: the script has ended the run here, before the last step that its arguments name.
-        bookmark: where the next batch is, of data that is read as it comes.
+        ended: whether the training ended itself here, before the last step that the options name.
+        bookmark: where the next batch begins, if the data is a stream.
     """
 
     step: int
@@ -50,13 +50,13 @@ class Progress:
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint: `path` and what its COMPLETE.json says."""
+    """A complete checkpoint: its folder, and what its COMPLETE.json says."""
 
     path: Path
     progress: Progress
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The trained parameters and buffers by name, and the rest of the state as `save_checkpoint` got it."""
+        """Return the trained parameters and buffers by name, and the `state` that `save_checkpoint` was given."""
         state = torch.load(self.path / STATE, map_location="cpu", weights_only=True)
         return load_file(self.path / WEIGHTS), state
 
@@ -64,14 +64,15 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, progress: Progress, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int | None
 ) -> None:
-    """Write `folder/step-N`, and only when it is whole under its name remove older ones.
+    """Write the checkpoint `folder/step-N` atomically, and then remove the oldest ones.
 
     Args:
         folder: where the checkpoints are.
         progress: where the run is.
         tensors: the parameters that train and the buffers, by name.
-        state: optimiser, schedule and random states; tensors, numbers and containers of them (no pickled classes).
-        keep: how many checkpoints stay; all if None.
+        state: state of optimiser, schedule and random generators: tensors, numbers and containers of these, because
+            no class is unpickled on loading.
+        keep: number of checkpoints to keep; None: all.
     """
     with atomic_folder(folder / f"step-{progress.step}") as temporary:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
@@ -81,7 +82,7 @@ def save_checkpoint(
             "sha256": {name: sha256_file(temporary / name) for name in (WEIGHTS, STATE)},
             "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         }
-        # Last: without it the folder is no checkpoint, whatever a copy or a full disk leaves of it.
+        # Written last: a folder without it, such as a half-made copy, is not taken for a checkpoint.
         (temporary / COMPLETE).write_text(json.dumps(complete, indent=2))
     if keep is not None:
         for path in _step_folders(folder)[keep:]:
@@ -89,25 +90,25 @@ def save_checkpoint(
 
 
 def has_checkpoints(folder: Path) -> bool:
-    """Whether an earlier run left checkpoints here, whole or damaged."""
+    """Return whether a folder has checkpoints of an earlier run, complete or damaged."""
     return bool(_step_folders(folder))
 
 
-def find_checkpoint(folder: Path, wanted: str) -> Checkpoint | None:
-    """The checkpoint to resume from.
+def find_checkpoint(folder: Path, choice: str) -> Checkpoint | None:
+    """Return the checkpoint to resume from.
 
     Args:
         folder: where the run's checkpoints are.
-        wanted: `last`, or the path of one.
+        choice: `last`, or the path of a checkpoint.
 
     Returns:
-        With `last` the newest whole one; a damaged one is skipped with a sentence on stderr. None if there is none.
+        With `last` the newest complete one, after a warning on stderr for each damaged one; None if there is none.
 
     Raises:
-        UserError: the one at a path is missing or damaged.
+        UserError: the checkpoint at the path is missing or damaged.
     """
-    if wanted != "last":
-        return _open(Path(wanted))
+    if choice != "last":
+        return _open(Path(choice))
     for path in _step_folders(folder):
         try:
             return _open(path)
@@ -116,8 +117,34 @@ def find_checkpoint(folder: Path, wanted: str) -> Checkpoint | None:
     return None
 
 
+def check_resumable(checkpoint: Checkpoint, data: dict[str, Any], world_size: int | None) -> None:
+    """Check that a run may resume from a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        data: what the run has to have in common with the one that made it, as `Progress.data`.
+        world_size: number of processes of the run; None: it may differ.
+
+    Raises:
+        UserError: something differs; the message names the first difference.
+    """
+    path, progress = checkpoint.path, checkpoint.progress
+    for name in progress.data | data:
+        before, now = progress.data.get(name), data.get(name)
+        if before != now:
+            raise UserError(
+                f"{path}: was made with {name} = {before}, now it is {now}; use the same arguments and data, or "
+                "start anew in another --output_dir"
+            )
+    if world_size not in (None, progress.world_size):
+        raise UserError(
+            f"{path}: was made by {progress.world_size} processes, now there are {world_size}; launch as "
+            "before, or add --allow_reshard (the same batches, but other dropout masks)"
+        )
+
+
 def _step_folders(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Return the folders of checkpoints, the newest first."""
     found = [
         (int(match[1]), path) for path in folder.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))
     ]

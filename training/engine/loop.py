@@ -1,30 +1,43 @@
-"""The loop that every kind of training shares: devices, precision, accumulation, schedule, logging, exact resume."""
+"""The loop that all trainings share: devices, precision, accumulation, logging, checkpoints, exact resume.
+
+`Training` says what is trained; `Loop` trains it. `Loop.train_step` is one step of the optimiser; `Loop.run` is
+everything around the steps. Scripts call `training.engine.run.run_training`, which adds what precedes and follows them.
+"""
 
 import copy
 import math
 import os
-import random
 import sys
-import time
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, runtime_checkable
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import gather_object, set_seed
+from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import get_scheduler
+from transformers import PreTrainedModel
 
 from common.errors import UserError
-from training.engine.checkpoints import Checkpoint, Progress, find_checkpoint, has_checkpoints, save_checkpoint
+from training.engine.checkpoints import (
+    Checkpoint,
+    Progress,
+    check_resumable,
+    find_checkpoint,
+    has_checkpoints,
+    save_checkpoint,
+)
 from training.engine.distributed import average_gradients, broadcast, mean_over_processes, settle
-from training.engine.run_log import MetricsLog, peak_memory_gib
+from training.engine.held_out import Evaluate
+from training.engine.optimizer import OptimizerArguments, make_optimizer, make_scheduler, parameter_groups
+from training.engine.random_state import get_random_state, set_random_state
+from training.engine.run_log import MetricsLog, Throughput
 from training.engine.sharding import (
     clip_gradients,
     launched_sharding,
@@ -33,51 +46,42 @@ from training.engine.sharding import (
     whole,
     whole_optimizer_state,
 )
-from training.models.tuning import parameter_groups
-
-# What the scripts answer Ctrl-C with.
-HOW_TO_RESUME = "with --resume_from_checkpoint last the same command goes on from the newest checkpoint"
 
 
-@dataclass
-class LoopArguments:
-    """How long, how fast, how often."""
+@dataclass(kw_only=True)
+class LoopArguments(OptimizerArguments):
+    """How long a run is, how it computes, and when it logs, evaluates and saves."""
 
     output_dir: str = field(metadata={"help": "folder for checkpoints/, metrics.jsonl, tensorboard/ and final/"})
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of AdamW"})
-    weight_decay: float = field(
-        default=0.01, metadata={"help": "decay of matrices; biases, norms and tables have none"}
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes through the training data"})
+    max_steps: int = field(default=-1, metadata={"help": "optimiser steps; overrides --num_train_epochs if positive"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimiser step"})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "recompute activations in the backward pass: less memory, slower"}
     )
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0: never"})
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
-        default="linear", metadata={"help": "course of the learning rate after the warm-up"}
-    )
-    warmup_ratio: float = field(default=0.0, metadata={"help": "share of the steps in which the learning rate rises"})
-    warmup_steps: int = field(default=0, metadata={"help": "the same in steps; wins over --warmup_ratio"})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "times through the data"})
-    max_steps: int = field(default=-1, metadata={"help": "optimiser steps; wins over --num_train_epochs if positive"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches a step"})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations: less memory, slower"})
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights stay float32)"})
-    seed: int = field(default=42, metadata={"help": "of everything that is random"})
-    dataloader_num_workers: int = field(default=1, metadata={"help": "processes that tokenise ahead; 0: none"})
+    seed: int = field(default=42, metadata={"help": "random seed"})
+    dataloader_num_workers: int = field(
+        default=1, metadata={"help": "processes that tokenize ahead; 0: tokenize in the training process"}
+    )
     logging_steps: int = field(default=10, metadata={"help": "steps between two lines of metrics.jsonl"})
     report_to: Literal["tensorboard", "none"] = field(
-        default="tensorboard", metadata={"help": "tracker beside metrics.jsonl"}
+        default="tensorboard", metadata={"help": "tracker that metrics go to, beside metrics.jsonl"}
     )
-    eval_steps: int = field(default=0, metadata={"help": "steps between two evaluations; 0: at the end only"})
-    save_steps: int = field(default=500, metadata={"help": "steps between two checkpoints; there is one at the end"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints that are kept"})
+    eval_steps: int = field(default=0, metadata={"help": "steps between two evaluations; 0: only after the last step"})
+    save_steps: int = field(default=500, metadata={"help": "steps between two checkpoints; the last step makes one"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "number of checkpoints to keep"})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'last' (from the start if there is none) or the path of a checkpoint"}
+        default=None,
+        metadata={"help": "'last' (the newest checkpoint; if there is none, start anew) or the path of a checkpoint"},
     )
-    allow_reshard: bool = field(default=False, metadata={"help": "resume with another number of processes"})
+    allow_reshard: bool = field(
+        default=False, metadata={"help": "allow a resumed run to have another number of processes"}
+    )
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "logging_steps", "save_steps", "gradient_accumulation_steps"):
+        super().__post_init__()
+        for name in ("logging_steps", "save_steps", "gradient_accumulation_steps"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
@@ -86,41 +90,146 @@ class LoopArguments:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")
 
 
-Model = TypeVar("Model", bound=nn.Module)
+class PackedTokens(Protocol):
+    """Texts that are computed at once, their tokens in one row."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """`(1, T)`."""
+
+    @property
+    def max_length_q(self) -> int:
+        """Tokens of the longest text."""
 
 
-class Batches(Protocol):
-    """Batch number `index` of an endless run, as a pure function of `index`; `len` is the batches of an epoch."""
+class Batch(Protocol):
+    """What one process computes between two optimiser steps, or between two accumulations."""
 
-    def __len__(self) -> int: ...
+    def to(self, device: torch.device) -> Any:
+        """Return the batch on a device."""
 
-    def __getitem__(self, index: int) -> Any: ...
+    def largest_chunk(self) -> PackedTokens:
+        """Return the texts of the chunk that takes the most memory."""
 
-    def describe(self) -> dict[str, Any]: ...
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
+Batched = TypeVar("Batched", bound=Batch, covariant=True)
 
 
-# Adds the gradient of one batch, times a scale, to the parameters, with DDP's all-reduce only if told so (model, batch,
-# scale, synchronize), and returns metrics of this process: scalars without gradient. Those named `*_count` are summed.
-AccumulateGradient = Callable[[nn.Module, Any, float, bool], dict[str, Tensor]]
+class Batches(Protocol[Batched]):
+    """The batches of an endless run by their number; each is a pure function of it.
+
+    Attributes:
+        batch_tokens: the most tokens whose activations are held at once.
+    """
+
+    batch_tokens: int
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+
+    def __getitem__(self, index: int) -> Batched:
+        """Return batch number `index`, counted from 0."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with this one, by name."""
+
+    def heaviest(self) -> Batched:
+        """Return a batch that takes as much memory as any that the data can make."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Batches of data that is read once, front to back, such as a stream from the Hub."""
+
+    def go_to(self, bookmark: dict[str, Any]) -> None:
+        """Continue at the place that the `bookmark` of the last batch names."""
+
+
+# Adds the gradient of one batch to the parameters and returns metrics of this process, scalars without gradient; those
+# named `*_count` are summed over processes and batches, all others averaged. The arguments are the model, the batch, a
+# factor of the loss, and whether the gradients are to be reduced over the processes after it.
+AccumulateGradient = Callable[[nn.Module, AnyBatch, float, bool], dict[str, Tensor]]
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
+@dataclass(kw_only=True)
+class Training(Generic[AnyModel, AnyBatch]):
+    """All that a training is, as a script builds it.
+
+    Attributes:
+        model: what trains is what requires a gradient. A checkpoint holds that, and the model's buffers.
+        batches: the data.
+        gradient: the objective: adds the gradient of one batch to the parameters.
+        evaluate: returns metrics of the model in evaluation mode; it is called on all processes.
+        groups: parameter groups of the optimiser, the first at `--learning_rate`; None: `parameter_groups(model)`.
+        auxiliary: a module that trains, or remembers, beside the model, such as a learnable temperature or a queue. It
+            is part of the optimiser's groups and of checkpoints, but not of the final model.
+        settings: what a resumed run must have in common with this one beside what the batches describe: values of JSON
+            types by name.
+        ends_after: called with the number of each step after it, on all processes; True ends the run. What it has to
+            remember of earlier steps belongs into buffers of the model, which checkpoints hold.
+        export: returns what is saved of the trained model, such as the encoder without its heads; None: the model.
+        tuning: the `--tuning` that chose the parameters, if the script has the option.
+        length_option: name of the option that says where texts are truncated, for the answer to memory that runs out.
+    """
+
+    model: AnyModel
+    batches: Batches[AnyBatch]
+    gradient: AccumulateGradient[AnyBatch]
+    evaluate: Evaluate | None = None
+    groups: list[dict[str, Any]] | None = None
+    auxiliary: nn.Module = field(default_factory=nn.Module)
+    settings: dict[str, Any] = field(default_factory=dict)
+    ends_after: Callable[[int], bool] | None = None
+    export: Callable[[AnyModel], PreTrainedModel | PeftModel] | None = None
+    tuning: str | None = None
+    length_option: str = "max_length"
+
+
+@dataclass
+class _State:
+    """What a run changes from step to step.
+
+    Attributes:
+        model: the model as DDP or FSDP wraps it.
+        auxiliary: see `Training`.
+        optimizer, scheduler: of both.
+        tensors: what a checkpoint holds, by name: the parameters that train and all buffers.
+        parameters: those that train.
+        final: under FSDP an unsharded copy of the model, which receives the weights at the end.
+    """
+
+    model: nn.Module
+    auxiliary: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    tensors: dict[str, Tensor]
+    parameters: list[nn.Parameter]
+    final: nn.Module | None
 
 
 class Loop:
-    """Trains a model; a script says where batches come from, which parameters train, and what the objective is."""
+    """Trains what a `Training` describes, on one process or on many.
+
+    Args:
+        arguments: parsed command-line options.
+
+    Raises:
+        UserError: the output folder holds checkpoints of another run, or the launcher asks for what the loop cannot do.
+    """
 
     def __init__(self, arguments: LoopArguments) -> None:
-        """Raises:
-        UserError: checkpoints of another run in the output folder, or a launcher setting that the loop cannot honour.
-        """
         self.arguments = arguments
         self.output_dir = Path(arguments.output_dir)
         self.sharding = launched_sharding()  # before Accelerate reads the same settings
         self.accelerator = Accelerator(
-            # Without it Accelerate takes the processes of a machine that has no accelerator for runs of their own.
+            # Without it Accelerate takes the processes of a machine without accelerators for independent runs.
             cpu=not torch.accelerator.is_available(),
             mixed_precision="bf16" if arguments.bf16 else None,
             log_with=None if arguments.report_to == "none" else arguments.report_to,
             project_dir=arguments.output_dir,
-            # Buffers are never trained here, and broadcasting them in every forward pass would be a second collective.
+            # No buffer is trained, and broadcasting them in every forward pass would be a second collective.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -135,286 +244,243 @@ class Loop:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this is the process that writes files and prints."""
         return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.accelerator.device
+
+    def total_steps(self, batches: Sized) -> int:
+        """Return the number of optimiser steps of the whole run; `len(batches)` are the batches of an epoch."""
+        arguments = self.arguments
+        if arguments.max_steps > 0:
+            return arguments.max_steps
+        return max(1, round(arguments.num_train_epochs * len(batches) / arguments.gradient_accumulation_steps))
 
     def run(
         self,
-        model: Model,
-        batches: Batches,
-        accumulate_gradient: AccumulateGradient,
-        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
-        groups: list[dict[str, Any]] | None = None,
-        ends_after: Callable[[int], bool] | None = None,
+        training: Training[AnyModel, AnyBatch],
         rehearse: Callable[[nn.Module, torch.optim.Optimizer], None] | None = None,
-        objective: nn.Module | None = None,
-        settings: dict[str, Any] | None = None,
-    ) -> Model:
-        """Train `model` to the last step, going on from the checkpoint that the arguments name.
+    ) -> AnyModel:
+        """Train to the last step, from the start or from the checkpoint that the options name.
 
         Args:
-            model: what trains is what requires a gradient. A checkpoint holds that and the model's buffers.
-            batches: the data.
-            accumulate_gradient: the objective, see `AccumulateGradient`.
-            evaluate: metrics of the model at hand, called in evaluation mode on all processes.
-            groups: parameter groups of the optimiser, the first at `--learning_rate`; `parameter_groups` if None.
-            ends_after: called with the number of each step after it, on all processes; True ends the run there. What
-                it needs to know of earlier steps belongs in buffers of the model, which come back on resume.
-            rehearse: called in training mode before anything is written; it leaves model and optimiser as they are.
-            objective: what trains, or is remembered, beside the model: in the groups and in the checkpoints, and not in
-                what is returned. It is in evaluation mode while `rehearse` is called.
-            settings: what else a resumed run must agree in, beside what `batches` describe, by its name; of JSON's
-                types.
+            training: what is trained.
+            rehearse: called with model and optimiser before anything is written. It has to leave both unchanged. The
+                model is in training mode then, the auxiliary module in evaluation mode.
 
         Returns:
-            The trained model, without the wrappers of distributed training; of a sharded run on the main process alone,
-            the others return their share.
+            The trained model without the wrappers of distributed training. Under FSDP only the main process has it
+            whole; the others return their share.
         """
-        arguments, accelerator = self.arguments, self.accelerator
+        arguments, batches, accumulation = self.arguments, training.batches, self.arguments.gradient_accumulation_steps
         total = self.total_steps(batches)
-        if arguments.gradient_checkpointing:
-            _enable_gradient_checkpointing(model)
-        groups = parameter_groups(model, arguments.weight_decay) if groups is None else groups
-        wrapped, groups, unsharded = self._distribute(model, groups)
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-            fused=True,
-        )
-        scheduler = get_scheduler(
-            arguments.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=arguments.warmup_steps or round(arguments.warmup_ratio * total),
-            num_training_steps=total,
-        )
-        beside = nn.Module() if objective is None else objective.to(accelerator.device)
-        broadcast(beside)
-        trained = [parameter for part in (model, beside) for parameter in part.parameters() if parameter.requires_grad]
-        tensors = _training_tensors(model) | {f"objective.{n}": t for n, t in _training_tensors(beside).items()}
-        progress = self._resume(tensors, optimizer, scheduler, batches, settings or {})
+        state = self._prepare(training, total)
+        progress = self._resume(state, training)
         if progress.ended:
             total = progress.step
+        state.model.train()
         if rehearse is not None:
-            wrapped.train()
-            beside.eval()
-            rehearse(wrapped, optimizer)
-        log = MetricsLog(accelerator, self.output_dir, progress.step)
-        bar = tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=not self.is_main)
+            state.auxiliary.eval()
+            rehearse(state.model, state.optimizer)
+        state.auxiliary.train()
 
-        accumulation = arguments.gradient_accumulation_steps
-        loader: DataLoader = DataLoader(
-            batches,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=range(progress.step * accumulation, total * accumulation),
-            num_workers=arguments.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            # Its own generator: a loader draws a seed for its workers when it starts, and from the global generator
-            # that draw would come at another place in a resumed run.
-            generator=torch.Generator(),
-            worker_init_fn=_start_worker,
-        )
-        stream = iter(loader)
-        speed = _Speed(accelerator.device)
-        wrapped.train()
-        beside.train()
+        log = MetricsLog(self.accelerator, self.output_dir, progress.step)
+        throughput = Throughput(self.device)
+        stream = self._stream(batches, progress.step * accumulation, total * accumulation)
+        bar = tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=not self.is_main)
         for step in range(progress.step + 1, total + 1):
-            metrics, places = [], []
-            for number in range(accumulation):
-                batch = next(stream).to(accelerator.device)
-                places.append(batch.locate() if hasattr(batch, "locate") else "")
-                metrics.append(accumulate_gradient(wrapped, batch, 1 / accumulation, number == accumulation - 1))
-            settle(wrapped)
-            average_gradients(beside)
-            norm = clip_gradients(trained, arguments.max_grad_norm or float("inf"))
-            learning_rate = scheduler.get_last_lr()[0]
-            progress.window.append(self._reduce(metrics) | {"grad_norm": norm.item()})
-            self._check_finite(step, progress.window[-1], places)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            speed.add(progress.window[-1])
-            progress.step, progress.bookmark = step, getattr(batch, "bookmark", None)
+            learning_rate = state.scheduler.get_last_lr()[0]
+            metrics, progress.bookmark = self.train_step(step, state, training.gradient, stream)
+            throughput.add(metrics)
+            progress.window.append(metrics)
+            progress.step = step
             progress.epoch, progress.offset = divmod(step * accumulation, len(batches))
-            progress.ended = ends_after is not None and ends_after(step)
+            progress.ended = training.ends_after is not None and training.ends_after(step)
             is_last = step == total or progress.ended
             bar.update()
-            bar.set_postfix(loss=f"{progress.window[-1]['loss']:.4f}")
+            bar.set_postfix(loss=f"{metrics['loss']:.4f}")
             if step % arguments.logging_steps == 0 or is_last:
-                epoch = {"epoch": step * accumulation / len(batches), "learning_rate": learning_rate}
-                log.write(step, epoch | _mean(progress.window) | speed.read())
+                values = {"epoch": step * accumulation / len(batches), "learning_rate": learning_rate}
+                log.write(step, values | _mean(progress.window) | throughput.read())
                 progress.window.clear()
-            if evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
-                with speed.paused():
-                    log.write(step, self._evaluate(wrapped, evaluate))
+            if training.evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
+                with throughput.paused():
+                    log.write(step, self._evaluate(state.model, training.evaluate))
             if step % arguments.save_steps == 0 or is_last:
-                with speed.paused():
-                    self._save(progress, tensors, optimizer, scheduler)
+                with throughput.paused():
+                    self._save(state, progress)
             if is_last:
                 break
         bar.close()
-        if unsharded is None:
-            trained_model = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        else:
-            trained_model = _copy_whole(model, unsharded)
-        accelerator.end_training()
-        return trained_model
+        trained = self._final_model(state, training)
+        self.accelerator.end_training()
+        return trained
 
-    def _distribute(
-        self, model: Model, groups: list[dict[str, Any]]
-    ) -> tuple[nn.Module, list[dict[str, Any]], Model | None]:
-        """The model as DDP or FSDP has it, the groups with its parameters, and of a sharded one a copy for the end."""
+    def train_step(
+        self, step: int, state: _State, gradient: AccumulateGradient[AnyBatch], stream: Iterator[AnyBatch]
+    ) -> tuple[dict[str, float], dict[str, Any] | None]:
+        """Make one step of the optimiser: the gradient of the next batches, clipping, the update, the schedule.
+
+        Args:
+            step: its number, for the error message.
+            state: model, optimiser and schedule.
+            gradient: the objective.
+            stream: the batches to come.
+
+        Returns:
+            The metrics of the step over all processes, and the bookmark of the last batch, if the data is a stream.
+
+        Raises:
+            UserError: the loss or the gradient is not finite; the model is then as before the step.
+        """
+        accumulation = self.arguments.gradient_accumulation_steps
+        found, places = [], []
+        for number in range(accumulation):
+            batch = next(stream).to(self.device)
+            places.append(batch.locate() if hasattr(batch, "locate") else "")
+            found.append(gradient(state.model, batch, 1 / accumulation, number == accumulation - 1))
+        settle(state.model)
+        average_gradients(state.auxiliary)
+        norm = clip_gradients(state.parameters, self.arguments.max_grad_norm or float("inf"))
+        metrics = self._reduce(found) | {"grad_norm": norm.item()}
+        _check_finite(step, metrics, places)
+        state.optimizer.step()
+        state.scheduler.step()
+        state.optimizer.zero_grad()
+        return metrics, getattr(batch, "bookmark", None)
+
+    def _prepare(self, training: Training[AnyModel, AnyBatch], total_steps: int) -> _State:
+        """Distribute the model, and make the optimiser and the schedule."""
+        arguments, model, auxiliary = self.arguments, training.model, training.auxiliary.to(self.device)
+        if arguments.gradient_checkpointing:
+            _enable_gradient_checkpointing(model)
+        groups = training.groups
+        if groups is None:
+            groups = parameter_groups(model, arguments.weight_decay)
+        final: nn.Module | None = None
         if self.sharding is None:
-            return self.accelerator.prepare(model), groups, None
-        unsharded = copy.deepcopy(model) if self.is_main else model
-        wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # device and precision alone
-        now = self.sharding.shard(wrapped, self.accelerator.device)
-        groups = [group | {"params": [now.get(p, p) for p in group["params"]]} for group in groups]
-        return wrapped, groups, unsharded
+            wrapped = self.accelerator.prepare(model)
+        else:
+            final = copy.deepcopy(model) if self.is_main else model
+            wrapped = self.accelerator.prepare_model(model, evaluation_mode=True)  # device and precision alone
+            sharded = self.sharding.shard(wrapped, self.device)
+            groups = [group | {"params": [sharded.get(p, p) for p in group["params"]]} for group in groups]
+        optimizer = make_optimizer(groups, arguments)
+        broadcast(auxiliary)
+        tensors = _training_tensors(model)
+        # Checkpoints of earlier versions call it the objective.
+        tensors |= {f"objective.{name}": tensor for name, tensor in _training_tensors(auxiliary).items()}
+        parameters = [p for module in (model, auxiliary) for p in module.parameters() if p.requires_grad]
+        scheduler = make_scheduler(optimizer, arguments, total_steps)
+        return _State(wrapped, auxiliary, optimizer, scheduler, tensors, parameters, final)
 
-    def _evaluate(self, model: nn.Module, evaluate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+    def _stream(self, batches: Batches[AnyBatch], first: int, end: int) -> Iterator[AnyBatch]:
+        """Return the batches number `first` to `end - 1`, tokenized ahead by worker processes."""
+        loader: DataLoader = DataLoader(
+            batches,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=range(first, end),
+            num_workers=self.arguments.dataloader_num_workers,
+            pin_memory=self.device.type == "cuda",
+            # Its own generator: a loader draws a seed for its workers when it starts, and a resumed run would draw it
+            # from the global generator at another point.
+            generator=torch.Generator(),
+            worker_init_fn=_start_worker,
+        )
+        return iter(loader)
+
+    def _evaluate(self, model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
         model.eval()
         with self.sharding.whole_weights(model) if self.sharding else nullcontext():
             values = evaluate(model)
         model.train()
         return values
 
-    def total_steps(self, batches: Sized) -> int:
-        """Optimiser steps of the whole run; `len` of `batches` is what an epoch has."""
-        arguments = self.arguments
-        if arguments.max_steps > 0:
-            return arguments.max_steps
-        return max(1, round(arguments.num_train_epochs * len(batches) / arguments.gradient_accumulation_steps))
-
     def _choose_checkpoint(self) -> Checkpoint | None:
-        folder, wanted = self.output_dir / "checkpoints", self.arguments.resume_from_checkpoint
-        if wanted is None:
+        folder, chosen = self.output_dir / "checkpoints", self.arguments.resume_from_checkpoint
+        if chosen is None:
             if has_checkpoints(folder):
                 raise UserError(
                     f"{folder} holds checkpoints of an earlier run; go on with --resume_from_checkpoint last, or "
                     "choose another --output_dir"
                 )
             return None
-        # Hashes are checked on the main process alone, and all others take what it has found.
-        found = [find_checkpoint(folder, wanted)] if self.is_main else [None]
+        # The main process alone checks hashes, and all others use what it found.
+        found = [find_checkpoint(folder, chosen)] if self.is_main else [None]
         checkpoint = gather_object(found)[0]
         if self.is_main:
-            where = (
-                f"going on from {checkpoint.path}" if checkpoint else f"no checkpoint in {folder} yet: from the start"
-            )
-            print(where, file=sys.stderr)
+            if checkpoint:
+                print(f"going on from {checkpoint.path}", file=sys.stderr)
+            else:
+                print(f"no checkpoint in {folder} yet: from the start", file=sys.stderr)
         return checkpoint
 
-    def _resume(
-        self, own: dict[str, Tensor], optimizer: Any, scheduler: Any, batches: Batches, settings: dict[str, Any]
-    ) -> Progress:
-        world_size, data = self.accelerator.num_processes, batches.describe() | settings
+    def _resume(self, state: _State, training: Training[AnyModel, AnyBatch]) -> Progress:
+        """Restore what the checkpoint holds, if there is one, and return where the run is."""
+        world_size, data = self.accelerator.num_processes, training.batches.describe() | training.settings
         data["batches a step"] = self.arguments.gradient_accumulation_steps
         if self.checkpoint is None:
             return Progress(step=0, epoch=0, offset=0, world_size=world_size, data=data)
-        path, progress = self.checkpoint.path, self.checkpoint.progress
-        for name in progress.data | data:
-            before, now = progress.data.get(name), data.get(name)
-            if before != now:
-                raise UserError(
-                    f"{path}: was made with {name} = {before}, now it is {now}; use the same arguments and data, or "
-                    "start anew in another --output_dir"
-                )
-        if progress.world_size != world_size and not self.arguments.allow_reshard:
+        progress = self.checkpoint.progress
+        check_resumable(self.checkpoint, data, None if self.arguments.allow_reshard else world_size)
+        tensors, stored = self.checkpoint.load()
+        if state.tensors.keys() != tensors.keys():
+            name = sorted(state.tensors.keys() ^ tensors.keys())[0]
             raise UserError(
-                f"{path}: was made by {progress.world_size} processes, now there are {world_size}; launch as "
-                "before, or add --allow_reshard (the same batches, but other dropout masks)"
-            )
-        tensors, state = self.checkpoint.load()
-        if own.keys() != tensors.keys():
-            name = sorted(own.keys() ^ tensors.keys())[0]
-            raise UserError(
-                f"{path}: trains other parameters than now ({name}); use the same model, --tuning and --objective"
+                f"{self.checkpoint.path}: trains other parameters than now ({name}); use the same model, --tuning and "
+                "--objective"
             )
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in state.tensors.items():
                 tensor.copy_(share(tensors[name], tensor))
-        load_optimizer_state(optimizer, state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
+        load_optimizer_state(state.optimizer, stored["optimizer"])
+        state.scheduler.load_state_dict(stored["scheduler"])
         if progress.world_size == world_size:
-            _set_random_state(state["random"][self.accelerator.process_index])
+            set_random_state(stored["random"][self.accelerator.process_index])
         else:
             set_seed(self.arguments.seed + progress.step, device_specific=True)
         progress.world_size = world_size
         if progress.bookmark is not None:
-            batches.go_to(progress.bookmark)  # type: ignore[attr-defined] # who makes bookmarks reads them
+            assert isinstance(training.batches, Stream)
+            training.batches.go_to(progress.bookmark)
         return progress
 
-    def _save(self, progress: Progress, own: dict[str, Tensor], optimizer: Any, scheduler: Any) -> None:
-        # Whole tensors, so that a checkpoint does not know how the run was split.
-        tensors = {name: whole(tensor) for name, tensor in own.items()}
-        state = {
-            "optimizer": whole_optimizer_state(optimizer),
-            "scheduler": scheduler.state_dict(),
-            "random": gather_object([_random_state()]),
+    def _save(self, state: _State, progress: Progress) -> None:
+        # Whole tensors, so that a checkpoint does not depend on how the run was sharded.
+        tensors = {name: whole(tensor) for name, tensor in state.tensors.items()}
+        stored = {
+            "optimizer": whole_optimizer_state(state.optimizer),
+            "scheduler": state.scheduler.state_dict(),
+            "random": gather_object([get_random_state()]),
         }
         if self.is_main:
             keep = self.arguments.save_total_limit
-            save_checkpoint(self.output_dir / "checkpoints", progress, tensors, state, keep)
+            save_checkpoint(self.output_dir / "checkpoints", progress, tensors, stored, keep)
         self.accelerator.wait_for_everyone()
 
-    def _check_finite(self, step: int, metrics: dict[str, float], places: list[str]) -> None:
-        """Stop all processes, before the optimiser has made a step of it, at a loss or gradient that is no number."""
-        for name, words in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
-            if not math.isfinite(metrics[name]):
-                rows = "; ".join(filter(None, gather_object(places)))
-                where = f", whose batch is {rows}" if rows else ""
-                raise UserError(
-                    f"the {words} is {metrics[name]} at step {step}{where}; the model is as it was before that step: "
-                    "lower --learning_rate or raise --warmup_steps and go on from an earlier checkpoint, or start anew"
-                )
+    def _final_model(self, state: _State, training: Training[AnyModel, AnyBatch]) -> AnyModel:
+        """Return the trained model without wrappers; under FSDP, a collective, whole on the main process."""
+        if state.final is None:
+            return self.accelerator.unwrap_model(state.model, keep_fp32_wrapper=False)
+        return _copy_whole(training.model, state.final)
 
     def _reduce(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Metrics of the step: means over its batches and processes, sums of the counts."""
+        """Return the metrics of a step: means over its batches and processes, sums of the counts."""
         names = list(batches[0])
         rows = torch.stack([torch.stack([batch[name].double().cpu() for name in names]) for batch in batches])
-        values = mean_over_processes(rows.mean(0).to(self.accelerator.device)).tolist()
-        whole = len(batches) * self.accelerator.num_processes
+        values = mean_over_processes(rows.mean(0).to(self.device)).tolist()
+        terms = len(batches) * self.accelerator.num_processes
         return {
-            name: round(value * whole) if name.endswith("_count") else value
+            name: round(value * terms) if name.endswith("_count") else value
             for name, value in zip(names, values, strict=True)
         }
 
 
-class _Speed:
-    """Tokens, pairs and whatever else a step counts, a second, since the last reading."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._restart()
-
-    def _restart(self) -> None:
-        self.start, self.sums = time.perf_counter(), dict[str, float]()
-
-    def add(self, step: dict[str, float]) -> None:
-        """Add what a step has counted: its metrics `*_count`."""
-        for name, value in step.items():
-            if name.endswith("_count"):
-                self.sums[name] = self.sums.get(name, 0.0) + value
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not training and does not count."""
-        begin = time.perf_counter()
-        yield
-        self.start += time.perf_counter() - begin
-
-    def read(self) -> dict[str, float]:
-        """The speed and peak memory; counting starts anew."""
-        seconds = time.perf_counter() - self.start
-        speeds = {f"{name.removesuffix('_count')}s_per_second": value / seconds for name, value in self.sums.items()}
-        self._restart()
-        return speeds | {"peak_memory_gib": peak_memory_gib(self.device)}
-
-
 def _training_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What changes in training, by name: the parameters that train, and the buffers."""
+    """Return what changes in training, by name: the parameters that train, and the buffers."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return trained | dict(model.named_buffers())
 
@@ -423,8 +489,20 @@ def _mean(window: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(step[name] for step in window) / len(window) for name in window[0]}
 
 
-def _copy_whole(sharded: nn.Module, model: Model) -> Model:
-    """Write the whole tensors of a sharded model into `model` if it is another one; a collective."""
+def _check_finite(step: int, metrics: dict[str, float], places: list[str]) -> None:
+    """Raise on all processes, before the optimiser makes a step of it, if loss or gradient is not finite."""
+    for name, words in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
+        if not math.isfinite(metrics[name]):
+            rows = "; ".join(filter(None, gather_object(places)))
+            where = f", whose batch is {rows}" if rows else ""
+            raise UserError(
+                f"the {words} is {metrics[name]} at step {step}{where}; the model is as it was before that step: "
+                "lower --learning_rate or raise --warmup_steps and go on from an earlier checkpoint, or start anew"
+            )
+
+
+def _copy_whole(sharded: nn.Module, model: Any) -> Any:
+    """Copy the whole tensors of a sharded model into `model`, unless that is the same object; a collective."""
     own = dict([*model.named_parameters(), *model.named_buffers()])
     for name, tensor in [*sharded.named_parameters(), *sharded.named_buffers()]:
         value = whole(tensor)
@@ -434,44 +512,14 @@ def _copy_whole(sharded: nn.Module, model: Model) -> Model:
 
 
 def _enable_gradient_checkpointing(model: nn.Module) -> None:
-    # transformers is renaming it; the first argument is the same under both names.
+    # transformers is renaming the method; the first argument is the same under both names.
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
-        enable({"use_reentrant": False})  # reentrant ones lose the gradient where no input needs one, as under LoRA
+        enable({"use_reentrant": False})  # a reentrant one loses the gradient where no input needs one, as under LoRA
     except ValueError as error:
         raise UserError(f"--gradient_checkpointing: {error}") from None
 
 
 def _start_worker(worker: int) -> None:
-    # The processes are the parallelism; tokenizers' threads do not survive the fork that made this one.
+    # The worker processes are the parallelism, and the threads of tokenizers do not survive the fork that made them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-@contextmanager
-def restored_random_state() -> Iterator[None]:
-    """Random numbers go on after the block as if nothing had been drawn inside."""
-    state = _random_state()
-    try:
-        yield
-    finally:
-        _set_random_state(state)
-
-
-def _random_state() -> dict[str, Any]:
-    """All random generators of this process, in types that `torch.load(weights_only=True)` reads."""
-    kind, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 (libraries draw from the global generator)
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, [int(key) for key in keys], *rest],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])

@@ -1,99 +1,112 @@
-"""What a step of training takes of memory, in closed form; a rule of thumb for choosing, not a measurement.
+"""How much memory a run may take, and the answer to memory that runs out."""
 
-Per token, a width of d and m inner units, autograd keeps until the backward pass:
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-- of an attention sublayer its input, query, key, value, what is attended to twice (as the kernel gives it, and in the
-  order of the next product), and the input of the norm: 7d. Kernels in linear memory are taken for granted; a pattern
-  that gathers neighbouring blocks (`sliding`) keeps up to a half more than this.
-- of a feed-forward sublayer its input, that of the norm, and the inner units before and after the activation: 2d + 2m,
-  gated 2d + 4m. Where its weights are frozen (LoRA on the attention) the inputs of the products need not be kept.
-- of each dropout its mask.
+import torch
 
-With gradient checkpointing only the input of each sublayer is kept, and all of one sublayer at a time. Gradients of a
-feed-forward's inner units come on top when the backward pass begins. AdamW has two moments for every parameter that
-trains.
-"""
-
-from dataclasses import dataclass
-from typing import Any, cast
-
-from torch import nn
-from transformers import PreTrainedConfig
+from common.errors import UserError
+from common.memory import is_out_of_memory, machine_memory
+from training.engine.loop import Loop, PackedTokens, Training
 
 GIB = 2**30
-FLOAT = 4  # bytes
+CPU_SHARE = 0.9  # of the machine's memory that a run on the CPU may take if no limit is given
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes of a step of training.
+@dataclass(kw_only=True)
+class MemoryArguments:
+    """How much memory there is, and what is tried before the first step."""
 
-    Attributes:
-        weights: of all parameters.
-        gradients, moments: of those that train, and AdamW's of these.
-        activations: of the tokens whose activations are held at once.
-        logits: of a masked-language-model head on the tokens that are predicted.
-    """
+    rehearse: Literal["first", "only", "never"] = field(
+        default="first",
+        metadata={
+            "help": "first: compute the heaviest batch before the first step and discard the result, so that too "
+            "little memory shows at once; only: do that, print the peak memory as a line of JSON, and exit"
+        },
+    )
+    find_batch_tokens: bool = field(
+        default=False, metadata={"help": "train with the largest --batch_tokens that fits in memory (one process only)"}
+    )
+    memory_limit_gib: float | None = field(
+        default=None,
+        metadata={
+            "help": "GiB that a process may take; default: all of the GPU, or nine tenths of the machine or container"
+        },
+    )
 
-    weights: int
-    gradients: int
-    moments: int
-    activations: int
-    logits: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.moments + self.activations + self.logits
+    def __post_init__(self) -> None:
+        if self.memory_limit_gib is not None and self.memory_limit_gib <= 0:
+            raise UserError(f"--memory_limit_gib {self.memory_limit_gib}: must be more than 0")
 
 
-def estimate_memory(
-    model: nn.Module,
-    tokens: int,
-    *,
-    predicted: int = 0,
-    gradient_checkpointing: bool = False,
-    bf16: bool = False,
-    lora: bool = False,
-) -> MemoryEstimate:
-    """The memory of a step.
+class Memory:
+    """The memory of a training: its limit, and what to change if it does not suffice.
 
     Args:
-        model: of ours, with or without an adapter; what trains is what requires a gradient.
-        tokens: whose activations are held at once.
-        predicted: how many of them a masked-language-model head predicts.
-        gradient_checkpointing, bf16: as in training.
-        lora: as if it trained low-rank updates of the attention alone, whatever trains in fact.
+        training: whose options the answer names.
+        loop: whose device is used.
+        arguments: parsed command-line options.
     """
-    parameters, config = list(model.named_parameters()), cast(PreTrainedConfig, model.config)
-    weights = sum(parameter.nbytes for _, parameter in parameters)
-    if bf16:  # autocast keeps a copy of each matrix in half the bytes until the step ends
-        weights += sum(parameter.nbytes // 2 for _, parameter in parameters if parameter.ndim > 1)
-    trained = 0 if lora else sum(parameter.nbytes for _, parameter in parameters if parameter.requires_grad)
-    inner_trains = not lora and any(p.requires_grad for name, p in parameters if ".feed_forward." in name)
-    per_token = _activations_of_a_token(
-        config, gradient_checkpointing, FLOAT // 2 if bf16 else FLOAT, inner_trains, parameters[0][1].is_cuda
-    )
-    return MemoryEstimate(
-        weights,
-        trained,
-        2 * trained,
-        tokens * per_token,
-        # Scores, their log-softmax, and their gradient in float32; under autocast the scores in bfloat16 too.
-        predicted * config.vocab_size * (3 * FLOAT + (FLOAT // 2 if bf16 else 0)) if predicted else 0,
-    )
+
+    def __init__(self, training: Training[Any, Any], loop: Loop, arguments: MemoryArguments) -> None:
+        self.training, self.options = training, loop.arguments
+        self.largest: tuple[int, int] | None = None
+        if arguments.memory_limit_gib is None:
+            self.limit_gib = available_gib(loop.device)
+            return
+        self.limit_gib = arguments.memory_limit_gib
+        if loop.device.type == "cuda":
+            share = self.limit_gib / available_gib(loop.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), loop.device)
+
+    def note(self, chunk: PackedTokens) -> None:
+        """Remember the sizes of the largest chunk of the data, for the answer."""
+        self.largest = chunk.input_ids.numel(), int(chunk.max_length_q)
+
+    def answer(self, peak_gib: float = 0.0) -> str:
+        """Return a sentence: how much memory was needed for what, and what to change.
+
+        Args:
+            peak_gib: the peak that was measured; 0 if memory did not suffice to reach one.
+        """
+        batch_tokens = self.training.batches.batch_tokens
+        tokens, longest = self.largest or (batch_tokens, batch_tokens)
+        half = tokens // 2
+        remedies = []
+        if not self.options.gradient_checkpointing:
+            remedies.append("--gradient_checkpointing")
+        if longest <= half:
+            remedies.append(f"--batch_tokens {half}")
+        else:  # one text fills the chunk, which a smaller budget does not change
+            both = [f"--{self.training.length_option} {half}"] + [f"--batch_tokens {half}"] * (batch_tokens > half)
+            remedies.append(" with ".join(both))
+        if self.training.tuning == "full":
+            remedies.append("--tuning lora")
+        found = f"a peak of {peak_gib:.2f} GiB" if peak_gib else "memory did not suffice"
+        return (
+            f"out of memory: {found} where {self.limit_gib:.2f} GiB are available, with {tokens} tokens at once and "
+            f"texts of up to {longest} tokens; use {' or '.join(remedies)}"
+        )
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Turn memory that runs out inside the block into a `UserError` that says what to change."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            answer = self.answer()
+        else:
+            return
+        raise UserError(answer)  # outside of the handler, because its traceback would hold on to the activations
 
 
-def _activations_of_a_token(config: Any, checkpointing: bool, size: int, inner_trains: bool, cuda: bool) -> int:
-    """Bytes; `size` are those of a number in matrix products. Norms compute in float32."""
-    width, inner = config.hidden_size, config.intermediate_size * (2 if config.feed_forward_gated else 1)
-    mask = width * (1 if cuda else size) if config.hidden_dropout_prob else 0
-    bytes_of = {
-        "s": 6 * width * size + width * FLOAT + mask,
-        "f": (width + 2 * inner if inner_trains else 2 * inner - config.intermediate_size) * size
-        + width * FLOAT
-        + mask,
-    }
-    sublayers = [bytes_of[kind] for kind in config.sublayer_pattern]
-    kept = len(sublayers) * width * FLOAT + max(sublayers) if checkpointing else sum(sublayers)
-    embeddings, gradient = 3 * width * FLOAT + mask, 2 * config.intermediate_size * size
-    return embeddings + kept + gradient
+def available_gib(device: torch.device) -> float:
+    """Return the memory of a process in GiB: all of its GPU, or its part of nine tenths of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return CPU_SHARE * machine_memory() / GIB / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

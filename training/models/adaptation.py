@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.patterns import parse_pattern
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from modeling_longembed.conversion_longembed import MissingHeadError
-from training.models.load_save import ModelArguments
+from training.models.encoder import ModelArguments
 
 
 @dataclass

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.patterns import parse_pattern
-from training.data.masked_batches import tokenizer_identity
+from training.models.encoder import ModelArguments, load_encoder
+from training.models.identity import tokenizer_identity
 from training.models.layer_choice import keep_layers
-from training.models.load_save import ModelArguments, load_encoder
 
 # Of a fresh student.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")

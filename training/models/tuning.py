@@ -1,22 +1,16 @@
 """Which parameters train: all, LoRA, LoRA with embeddings and norms (LongLoRA), or the position table alone."""
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError
 from modeling_longembed.position_schemes_longembed import extension_factor
-
-TUNING = "tuning.json"
-WHOLE_WEIGHTS = "train_embed_norm.safetensors"
 
 
 @dataclass
@@ -59,52 +53,6 @@ def select_parameters(model: PreTrainedModel, arguments: TuningArguments) -> Pre
     elif arguments.tuning in ("lora", "longlora"):
         return _add_lora(model, arguments)
     return model
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimiser groups: matrices decay, biases, norms and embedding tables do not.
-
-    Tables do not because AdamW's decay also pulls rows that no text has used, or that are frozen, to zero.
-    """
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [parameter for name, parameter in trained if parameter.ndim > 1 and "embed" not in name.lower()]
-    plain = [parameter for name, parameter in trained if parameter.ndim <= 1 or "embed" in name.lower()]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def save_adapter(model: PeftModel, tuning: str, folder: Path) -> None:
-    """Write a LoRA adapter to `folder`, and beside it what trained whole, which peft does not save: the embeddings and
-    norms of `longlora`, and a head that was new.
-    """
-    model.save_pretrained(str(folder))
-    whole = {
-        name: parameter.detach().contiguous()
-        for name, parameter in model.get_base_model().named_parameters()
-        if parameter.requires_grad and "lora_" not in name
-    }
-    if whole:
-        save_file(whole, folder / WHOLE_WEIGHTS)
-    (folder / TUNING).write_text(json.dumps({"tuning": tuning, "whole_parameters": sorted(whole)}))
-
-
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put an adapter that `save_adapter` wrote on the model that it was trained on.
-
-    Raises:
-        UserError: the file with the parameters that trained whole is missing: without them the adapter is another
-            model.
-    """
-    whole = json.loads((folder / TUNING).read_text())["whole_parameters"]
-    adapted = PeftModel.from_pretrained(model, str(folder))
-    if whole:
-        if not (folder / WHOLE_WEIGHTS).is_file():
-            raise UserError(f"{folder}: {WHOLE_WEIGHTS} is missing; copy it beside the adapter, it was trained too")
-        weights = load_file(folder / WHOLE_WEIGHTS)
-        with torch.no_grad():
-            for name in whole:
-                adapted.get_base_model().get_parameter(name).copy_(weights[name])
-    return adapted
 
 
 def _add_lora(model: PreTrainedModel, arguments: TuningArguments) -> PeftModel:

@@ -19,7 +19,7 @@ from common.errors import UserError
 from training.data.packing import PackedTexts
 from training.data.pair_batches import PairBatch
 from training.data.sources import PAIRS, Columns
-from training.models.tuning import parameter_groups
+from training.engine.optimizer import parameter_groups
 from training.objectives.heads import ProjectionHead
 from training.objectives.losses.contrastive import info_nce
 from training.objectives.losses.matryoshka import matryoshka

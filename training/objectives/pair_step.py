@@ -17,7 +17,7 @@ from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.held_out import by_source
 from training.engine.loop import AccumulateGradient, Loop
-from training.models.load_save import text_length
+from training.models.encoder import text_length
 from training.objectives.contrastive import GatheredBatch, Objective, ObjectiveArguments
 from training.objectives.embed import embed, pool
 from training.objectives.guide import Guide

@@ -15,12 +15,11 @@ from torch.utils.data import Dataset
 from common.errors import UserError
 from training.data.modality_features import FeatureBatch, FeatureBatches, FeatureSource, PackedFeatures, read_features
 from training.data.packing import PackedTexts
-from training.data.pair_batches import PairBatch, PairBatches
-from training.data.streams import StreamedBatches
+from training.data.pair_batches import PairBatch
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
-from training.engine.loop import AccumulateGradient, Loop
-from training.models.tuning import parameter_groups
+from training.engine.loop import AccumulateGradient, AnyModel, Batches, Loop, Stream, Training
+from training.engine.optimizer import parameter_groups
 from training.objectives.losses.supcon import sup_con
 
 
@@ -76,8 +75,8 @@ class TwoTaskBatch:
 class TwoTaskBatches(Dataset):
     """Batches of texts, each with one of features; what an epoch is the texts say."""
 
-    def __init__(self, texts: PairBatches | StreamedBatches, features: FeatureBatches) -> None:
-        self.texts, self.features = texts, features
+    def __init__(self, texts: Batches[PairBatch], features: FeatureBatches) -> None:
+        self.texts, self.features, self.batch_tokens = texts, features, texts.batch_tokens
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -92,7 +91,7 @@ class TwoTaskBatches(Dataset):
 
     def go_to(self, bookmark: dict[str, Any]) -> None:
         """Let a stream of texts go on from there."""
-        assert isinstance(self.texts, StreamedBatches)  # which alone make bookmarks
+        assert isinstance(self.texts, Stream)  # which alone makes bookmarks
         self.texts.go_to(bookmark)
 
     def heaviest(self) -> TwoTaskBatch:
@@ -132,7 +131,7 @@ class FeatureTask(nn.Module):
         nn.init.normal_(self.adapter.weight, std=config.initializer_range, generator=generator)
         nn.init.zeros_(self.adapter.bias)
 
-    def batches(self, texts: PairBatches | StreamedBatches, loop: Loop) -> TwoTaskBatches:
+    def batches(self, texts: Batches[PairBatch], loop: Loop) -> TwoTaskBatches:
         """Batches of both tasks."""
         features = FeatureBatches(
             self.source,
@@ -183,6 +182,36 @@ class FeatureTask(nn.Module):
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """The optimiser groups of the adapter."""
         return parameter_groups(self, weight_decay)
+
+
+def add_feature_task(
+    training: Training[AnyModel, PairBatch], arguments: FeatureArguments, loop: Loop
+) -> Training[AnyModel, Any]:
+    """Add the second task to a training on texts, unless there is none or its weight is 0.
+
+    Args:
+        training: the training on texts alone.
+        arguments: parsed command-line options.
+        loop: of the run.
+
+    Raises:
+        UserError: the features cannot be read, or do not fit the model.
+    """
+    task = feature_task(arguments, training.model)
+    if task is None:
+        return training
+    assert training.groups is not None
+    return Training(
+        model=training.model,
+        batches=task.batches(training.batches, loop),
+        gradient=task.before(training.gradient),
+        evaluate=training.evaluate,
+        groups=[*training.groups, *task.groups(loop.arguments.weight_decay)],
+        auxiliary=nn.ModuleDict({"texts": training.auxiliary, "features": task}),
+        settings=training.settings,
+        tuning=training.tuning,
+        length_option=training.length_option,
+    )
 
 
 def feature_task(arguments: FeatureArguments, model: nn.Module) -> FeatureTask | None:

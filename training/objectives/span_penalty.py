@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from training.models.tuning import parameter_groups
+from training.engine.optimizer import parameter_groups
 
 
 @dataclass

@@ -132,7 +132,7 @@ class _Rows:
 
 def _load(name: str, batch_tokens: int, precision: str, normalize: bool) -> _Rows:
     if name.startswith(PARAGRAPH_VECTOR):
-        from training.paragraph_vector import ParagraphVector
+        from training.teachers.paragraph_vector import ParagraphVector
 
         return _Rows(ParagraphVector.load(Path(name.removeprefix(PARAGRAPH_VECTOR))), "document", None, False)
     spec = ModelSpec.parse(name, precision=resolve_precision(precision))

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM
-from training.data.masked_batches import MaskedChunk, tokenizer_identity
+from training.data.masked_batches import MaskedChunk
 from training.models.adaptation import AdaptationArguments, load_masked_lm
-from training.models.load_save import ModelArguments, model_identity
+from training.models.encoder import ModelArguments
+from training.models.identity import model_identity, tokenizer_identity
 from training.objectives.losses.soft_targets import soft_targets
 
 

@@ -21,9 +21,9 @@ from training import contrastive
 from training.data.packing import cut_to_fill, pack
 from training.data.pair_batches import PairBatches, PairTokenizer
 from training.data.sources import read_sources
-from training.engine import rehearsal as budget
-from training.engine.loop import LoopArguments
-from training.engine.rehearsal import FOUND, BudgetArguments, Probe, chosen_batch_tokens, largest_that_fits
+from training.engine import run
+from training.engine.rehearsal import Probe, largest_that_fits, run_probe
+from training.engine.run import FOUND, RunArguments, find_batch_tokens
 
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 
@@ -72,7 +72,7 @@ def test_a_rehearsal_of_pretraining_changes_no_bit_and_ends_in_an_answer(train_s
     train_script("pretraining", without)
     assert losses(with_it) == losses(tmp_path / "never")
     failing_above(63, monkeypatch)
-    with pytest.raises(UserError, match=r"with 64 tokens at once .*, logits \d.*; use --gradient_checkpointing"):
+    with pytest.raises(UserError, match=r"with 64 tokens at once .*; use --gradient_checkpointing"):
         train_script("pretraining", f"--batch_tokens 64 --output_dir {tmp_path}/failed")
     assert not (tmp_path / "failed" / "final").exists()
     assert not (tmp_path / "failed" / "metrics.jsonl").exists()
@@ -121,7 +121,7 @@ def test_memory_that_does_not_suffice_shows_before_the_first_step(train_contrast
     text = str(caught.value)
     assert "\n" not in text
     assert "with 100 tokens at once and texts of up to" in text
-    for remedy in ("--gradient_checkpointing (", "--batch_tokens 50 (", "--tuning lora ("):
+    for remedy in ("--gradient_checkpointing or", "--batch_tokens 50 or", "--tuning lora"):
         assert remedy in text
     assert "--max_length" not in text
     assert not (tmp_path / "out").exists()
@@ -133,7 +133,7 @@ def test_what_the_run_uses_already_is_no_remedy(train_contrastive, monkeypatch):
         train_contrastive("--batch_tokens 36 --gradient_checkpointing --tuning lora")
     text = str(caught.value)
     remedies = text.split("; use ")[1]
-    longest = int(text.split("texts of up to ")[1].split(",")[0])
+    longest = int(text.split("texts of up to ")[1].split(" ")[0])
     # A chunk is one text: a smaller budget alone would not make it smaller.
     assert remedies.startswith(f"--max_length {longest // 2}")
     assert " or " not in remedies
@@ -157,7 +157,7 @@ def test_other_errors_stay_errors(train_contrastive, monkeypatch):
 
 
 def test_on_the_cpu_the_peak_is_compared_with_the_limit(train_contrastive, tmp_path):
-    with pytest.raises(UserError, match=r"out of memory: a peak of \d+\.\d\d GiB where 0\.05 GiB are"):
+    with pytest.raises(UserError, match=r"out of memory: a peak of \d+\.\d\d GiB where 0\.05 GiB are available"):
         train_contrastive("--memory_limit_gib 0.05")
     assert not (tmp_path / "out").exists()
     train_contrastive("--memory_limit_gib 100 --max_steps 1")
@@ -212,7 +212,7 @@ def test_every_try_is_a_process_and_the_found_budget_is_used_and_remembered(trai
         tried.append(int(command[-1]))
         return Probe(tried[-1] <= 96, min(tried[-1], 200), answer="no")
 
-    monkeypatch.setattr(budget, "_run_probe", probe)
+    monkeypatch.setattr(run, "run_probe", probe)
     seen = failing_above(10_000, monkeypatch)
     output = train_contrastive("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last")
     assert tried == [64, 128]
@@ -235,7 +235,7 @@ def test_rehearse_only_tells_and_writes_nothing(train_contrastive, tmp_path, cap
 
 
 def run_python(code):
-    return budget._run_probe([sys.executable, "-c", code])
+    return run_probe([sys.executable, "-c", code])
 
 
 def test_what_a_process_says_is_heard():
@@ -248,11 +248,11 @@ def test_what_a_process_says_is_heard():
 
 def test_mistakes(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--memory_limit_gib -1\.0: must be more than 0"):
-        BudgetArguments(memory_limit_gib=-1.0)
+        RunArguments(output_dir=str(tmp_path), memory_limit_gib=-1.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = BudgetArguments(find_batch_tokens=True)
+    arguments = RunArguments(output_dir=str(tmp_path), find_batch_tokens=True)
     with pytest.raises(UserError, match="works in one process"):
-        chosen_batch_tokens(arguments, 64, "script.py", [], LoopArguments(output_dir=str(tmp_path)))
+        find_batch_tokens(arguments, 64, "script.py", [])
 
 
 def test_the_script_ends_with_2(model_folder, pairs_file, tmp_path):

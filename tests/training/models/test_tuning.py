@@ -8,15 +8,9 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
-from training.models.tuning import (
-    WHOLE_WEIGHTS,
-    TuningArguments,
-    load_adapter,
-    original_rows,
-    parameter_groups,
-    save_adapter,
-    select_parameters,
-)
+from training.engine.optimizer import parameter_groups
+from training.engine.saving import WHOLE_WEIGHTS, load_adapter, save_adapter
+from training.models.tuning import TuningArguments, original_rows, select_parameters
 from training.objectives.embed import embed
 
 TEXTS = pack([[2, 7, 8, 9, 3], [2, *range(5, 31), *range(5, 31), 3], [2, 11, 3]], 1000)[0]

@@ -25,7 +25,7 @@ from training.data.pair_batches import PairTokenizer
 from training.data.sources import read_sources
 from training.engine.checkpoints import WEIGHTS
 from training.engine.loop import LoopArguments
-from training.models.load_save import ModelArguments
+from training.models.encoder import ModelArguments
 from training.objectives.contrastive import OBJECTIVES, ObjectiveArguments
 from training.objectives.embed import embed
 from training.objectives.pair_retrieval import PairRetrieval

@@ -1,0 +1,38 @@
+"""Hashes that tell whether two models, or two tokenizers, compute the same, wherever they were loaded from."""
+
+import hashlib
+import json
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Fields of a config that have no influence on an embedding.
+IGNORED_FIELDS = {
+    "hidden_dropout_prob",
+    "attention_dropout",
+    "layerdrop",
+    "layerdrop_unit",
+    "_name_or_path",
+    "transformers_version",
+}
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return all that the token ids of a whole text depend on.
+
+    The truncation and padding of the last call, which a fast tokenizer remembers, are no part of it.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
+
+
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of all that an embedding depends on: weights, config and tokenizer."""
+    config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(tokenizer_identity(tokenizer).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:40]
