@@ -5,7 +5,6 @@ accelerate launch training/compression.py --config training/recipes/compression/
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from common.arguments import parse
@@ -77,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches=batches,
         gradient=relation_gradient(teacher, relation_args),
         evaluate=by_source(evaluations, lambda of_source, model: of_source(model, loop.device)),
-        settings=asdict(relation_args) | {"teacher": model_identity(model, tokenizer)},
+        settings=relation_args.describe() | {"teacher": model_identity(model, tokenizer)},
         export=lambda trained: trained.model,
         tuning=tuning_args.tuning,
         length_option="sequence_length",

@@ -1,11 +1,12 @@
 """Imports point one way, from experiments down to the model, and no file of a script folder hides a library."""
 
-import ast
 import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from tests.repository.import_arrows import folder_of, import_arrows, imported_modules
 
 ROOT = Path(__file__).parents[2]
 MAY_IMPORT = {
@@ -19,13 +20,7 @@ MAY_IMPORT = {
 
 def imported_packages(path: Path) -> set[str]:
     """Top-level packages that a file imports absolutely, at any depth of its code."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module.split(".")[0])
-    return names
+    return {name.split(".")[0] for name in imported_modules(path)}
 
 
 @pytest.mark.parametrize("folder", MAY_IMPORT)
@@ -37,6 +32,26 @@ def test_imports_point_one_way(folder):
         if (found := imported_packages(path) & forbidden)
     }
     assert not wrong
+
+
+def test_imports_inside_training_point_down():
+    """From a script at the top to the engine: a folder imports itself and the folders that are listed after it."""
+    order = [".", "teachers", "objectives", "objectives/losses", "data", "models", "engine"]
+    arrows = {arrow for arrow in import_arrows(ROOT / "training") if "__init__" not in arrow[1]}
+    assert {folder_of(file) for arrow in arrows for file in arrow} == {*order}
+    upward = {arrow for arrow in arrows if order.index(folder_of(arrow[0])) > order.index(folder_of(arrow[1]))}
+    assert not upward
+    scripts = {arrow for arrow in arrows if folder_of(arrow[0]) == folder_of(arrow[1]) == "."}
+    assert not scripts  # a script is started, not imported
+
+
+def test_a_chain_of_imports_is_counted(tmp_path):
+    (tmp_path / "package" / "inner").mkdir(parents=True)
+    (tmp_path / "package" / "one.py").write_text("from package.inner import two\nimport package.inner.three, os")
+    (tmp_path / "package" / "inner" / "two.py").write_text("def f():\n    from package.inner.three import g")
+    (tmp_path / "package" / "inner" / "three.py").write_text("from package.inner.three import g")
+    expected = {("one", "inner/two"), ("one", "inner/three"), ("inner/two", "inner/three")}
+    assert import_arrows(tmp_path / "package") == expected
 
 
 @pytest.mark.parametrize("folder", ["training", "eval", "experiments"])

@@ -93,7 +93,7 @@ def test_evenly_spaced_layers_are_those_of_distilbert():
 def test_a_fresh_student_of_another_width_pattern_and_scheme_learns(compress, tmp_path, objective):
     """The loss on other documents falls by a fifth, and each of its parts falls."""
     held_out_file = write_jsonl(tmp_path / "held-out.jsonl", random_documents(4, seed=1))
-    options = f"--objective {objective} --student_hidden_size 16 --student_num_hidden_layers 2 "
+    options = f"--relation_objective {objective} --student_hidden_size 16 --student_num_hidden_layers 2 "
     options += "--student_attention_patterns sliding:window=12 --student_position_embedding_type rope "
     options += f"--eval_data {held_out_file} --max_steps 40 --learning_rate 1e-2 --eval_steps 1 --logging_steps 40"
     lines, final = compress(options)
@@ -142,7 +142,7 @@ def test_hidden_states_are_compared_as_they_are(compress, teacher, tmp_path, wei
     """The loss of the first step against what the two models give for the same pieces; the last feed-forward learns."""
     folder = tmp_path / "weighed"
     LongEmbedModel.from_pretrained(teacher, token_weighting=weighting).save_pretrained(folder)
-    options = f"--model_name_or_path {folder} --query_weight 0 --key_weight 0 --value_weight 0 --hidden_weight 3 "
+    options = f"--model_name_or_path {folder} --query_weight 0 --key_weight 0 --value_weight 0 --hidden_mse_weight 3 "
     options += f"--dropout 0 --student_layers 0 3 --learning_rate 1e-30 --eval_data {documents_file} --weight_decay 0 "
     (step, evaluation), final = compress(options + "--max_steps 1 --num_train_epochs 1")
     student = LongEmbedModel.from_pretrained(final)
@@ -180,11 +180,11 @@ def test_a_student_with_another_tokenizer_is_refused_with_the_reason(compress, t
         ("--student_layers 0 --student_hidden_size 16", r"are three ways to a student; give one"),
         ("--relation_heads 5", r"--relation_heads 5: does not divide the attention's width of 32"),
         ("--student_hidden_size 17", r"the student cannot be made: .*hidden_size"),
-        ("--student_num_attention_heads 2 --objective minilm", r"4 attention heads, the student 2"),
-        ("--student_hidden_size 16 --hidden_weight 1", r"--hidden_weight 1.0: hidden states of width 32 and 16"),
+        ("--student_num_attention_heads 2 --relation_objective minilm", r"4 attention heads, the student 2"),
+        ("--student_hidden_size 16 --hidden_mse_weight 1", r"--hidden_mse_weight 1.0: hidden states of width 32 and 16"),
         ("--teacher_layer 5", r"--teacher_layer 5: the teacher has attention layers 1 to 4"),
         ("--teacher_layer 0", r"--teacher_layer 0: the teacher has attention layers 1 to 4"),
-        ("--teacher_layer -4 --objective minilm", r"--teacher_layer -4: the teacher has attention layers 1 to 4"),
+        ("--teacher_layer -4 --relation_objective minilm", r"--teacher_layer -4: the teacher has attention layers 1 to 4"),
         ("--student_hidden_size 0", r"--student_hidden_size 0: must be at least 1"),
         ("--student_num_hidden_layers 0", r"--student_num_hidden_layers 0: must be at least 1"),
         ("--student_num_attention_heads -2", r"--student_num_attention_heads -2: must be at least 1"),
@@ -210,7 +210,7 @@ def test_a_resumed_run_has_the_same_teacher_and_learns_the_same(compress, teache
     model.layers[0].attention.q_proj.weight.data[0, 0] += 1  # no layer of the student
     model.save_pretrained(other)
     for change, name in (
-        ("--objective minilm", "objective = minilmv2, now it is minilm;"),
+        ("--relation_objective minilm", "objective = minilmv2, now it is minilm;"),
         ("--teacher_layer 2", "teacher_layer = None, now it is 2;"),
         ("--key_weight 0.5", "key_weight = 1.0, now it is 0.5;"),
         ("--relation_heads 4", "relation_heads = 8, now it is 4;"),
@@ -237,10 +237,10 @@ def test_a_distribution_that_is_more_than_a_mask_cannot_be_compared(teacher):
     patterns = {"type": "lsh"}
     config = tiny_config(attention_patterns=patterns, max_position_embeddings=64)
     with pytest.raises(UserError, match="'lsh' is more than a mask"):
-        RelationArguments(objective="minilm").check(config, config)
-    RelationArguments(objective="minilm", attention_weight=0).check(config, config)
+        RelationArguments(relation_objective="minilm").check(config, config)
+    RelationArguments(relation_objective="minilm", attention_weight=0).check(config, config)
     mixed = tiny_config(attention_patterns=["full", patterns], max_position_embeddings=64)
-    RelationArguments(objective="minilm", teacher_layer=1).check(mixed, tiny_config())
+    RelationArguments(relation_objective="minilm", teacher_layer=1).check(mixed, tiny_config())
 
 
 def test_the_final_model_has_no_layer_that_is_left_out(compress):

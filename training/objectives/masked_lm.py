@@ -1,6 +1,6 @@
 """Masked-language modelling of packed documents: the model under training, its objective and its evaluation."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,23 @@ from training.data.next_sentence import NextSentenceHead
 from training.engine.distributed import mean_over_processes, own_share, passes_together, synchronizing, world_size
 from training.engine.loop import AccumulateGradient
 from training.objectives.span_penalty import Penalty
-from training.teachers.masked_teachers import MaskedTeachers
 
 # What the model returns of a chunk, and what each is a mean over: predicted tokens, pairs, or all tokens.
 SUMS = {"masked_lm_loss": 0, "accuracy": 0, "next_sentence_loss": 1, "next_sentence_accuracy": 1}
 SUMS |= {"soft_target_loss": 0, "hidden_state_loss": 2}
+
+
+class Teachers(Protocol):
+    """Models that a masked-language model learns from beside its labels.
+
+    Attributes:
+        hidden: whether they compare hidden states too.
+    """
+
+    hidden: bool
+
+    def terms(self, chunk: MaskedChunk, logits: Tensor, hidden_states: Tensor | None) -> dict[str, Tensor]:
+        """Return what they add to the loss, as sums over a chunk; see `training.teachers.masked_teachers`."""
 
 
 class MaskedLanguageModel(nn.Module):
@@ -35,7 +47,7 @@ class MaskedLanguageModel(nn.Module):
         self,
         model: PreTrainedModel | PeftModel,
         next_sentence: NextSentenceHead | None = None,
-        teachers: MaskedTeachers | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         super().__init__()
         self.model, self.next_sentence, self.teachers = model, next_sentence, teachers

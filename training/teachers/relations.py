@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from training.teachers.projections import Projections, ProjectionTap
 class RelationArguments:
     """What of the teacher's attention the student learns."""
 
-    objective: Literal["minilm", "minilmv2"] = field(
+    relation_objective: Literal["minilm", "minilmv2"] = field(
         default="minilmv2",
         metadata={
             "help": "minilm: the attention distribution and the relations of the values, head by head; minilmv2: the "
@@ -42,7 +42,7 @@ class RelationArguments:
     query_weight: float = field(default=1.0, metadata={"help": "of the relations of queries in minilmv2; 0: without"})
     key_weight: float = field(default=1.0, metadata={"help": "of the relations of keys in minilmv2; 0: without"})
     value_weight: float = field(default=1.0, metadata={"help": "of the relations of values; 0: without"})
-    hidden_weight: float = field(
+    hidden_mse_weight: float = field(
         default=0.0,
         metadata={
             "help": "of the squared distance of last hidden states, which teaches what comes after the last attention "
@@ -57,37 +57,42 @@ class RelationArguments:
     @property
     def weights(self) -> dict[str, float]:
         """Of the losses, by name."""
-        names = ("attention", "value") if self.objective == "minilm" else ("query", "key", "value")
-        return {name: getattr(self, f"{name}_weight") for name in (*names, "hidden")}
+        names = ("attention", "value") if self.relation_objective == "minilm" else ("query", "key", "value")
+        return {name: getattr(self, f"{name}_weight") for name in names} | {"hidden": self.hidden_mse_weight}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a resumed run must have in common with this one, under the names that checkpoints use."""
+        stored = {"relation_objective": "objective", "hidden_mse_weight": "hidden_weight"}
+        return {stored.get(name, name): value for name, value in asdict(self).items()}
 
     def check(self, teacher: Any, student: Any) -> None:
         """Raises `UserError` if models of these two configs have nothing that can be compared."""
         layers = len(teacher.get_patterns())
         if self.teacher_layer is not None and not 1 <= self.teacher_layer <= layers:
             raise UserError(f"--teacher_layer {self.teacher_layer}: the teacher has attention layers 1 to {layers}")
-        if self.hidden_weight and teacher.hidden_size != student.hidden_size:
+        if self.hidden_mse_weight and teacher.hidden_size != student.hidden_size:
             raise UserError(
-                f"--hidden_weight {self.hidden_weight}: hidden states of width {teacher.hidden_size} and "
+                f"--hidden_mse_weight {self.hidden_mse_weight}: hidden states of width {teacher.hidden_size} and "
                 f"{student.hidden_size} cannot be compared; give 0"
             )
-        if self.objective == "minilm" and teacher.num_attention_heads != student.num_attention_heads:
+        if self.relation_objective == "minilm" and teacher.num_attention_heads != student.num_attention_heads:
             raise UserError(
-                f"--objective minilm: the teacher has {teacher.num_attention_heads} attention heads, the student "
-                f"{student.num_attention_heads}; give a student with as many, or use --objective minilmv2"
+                f"--relation_objective minilm: the teacher has {teacher.num_attention_heads} attention heads, the student "
+                f"{student.num_attention_heads}; give a student with as many, or use --relation_objective minilmv2"
             )
         for config in (teacher, student):
             width = config.num_attention_heads * config.head_dim
-            if self.objective == "minilmv2" and (self.relation_heads < 1 or width % self.relation_heads):
+            if self.relation_objective == "minilmv2" and (self.relation_heads < 1 or width % self.relation_heads):
                 raise UserError(
                     f"--relation_heads {self.relation_heads}: does not divide the attention's width of {width}; give "
                     "a divisor of the widths of both models"
                 )
-        if self.objective == "minilm" and self.attention_weight:
+        if self.relation_objective == "minilm" and self.attention_weight:
             for pattern in (teacher.get_patterns()[(self.teacher_layer or 0) - 1], student.get_patterns()[-1]):
                 if not pattern.is_mask:
                     raise UserError(
-                        f"--objective minilm: the pattern {pattern.type!r} is more than a mask, its distribution "
-                        "cannot be compared; give --attention_weight 0, or use --objective minilmv2"
+                        f"--relation_objective minilm: the pattern {pattern.type!r} is more than a mask, its distribution "
+                        "cannot be compared; give --attention_weight 0, or use --relation_objective minilmv2"
                     )
 
 
@@ -171,7 +176,7 @@ def relation_losses(teacher: Lesson, student: Lesson, arguments: RelationArgumen
             ).mean(1)
         elif weight:
             of_teacher, of_student = getattr(teacher.projections, name), getattr(student.projections, name)
-            if arguments.objective == "minilmv2":
+            if arguments.relation_objective == "minilmv2":
                 of_teacher, of_student = (relation_heads(x, arguments.relation_heads) for x in (of_teacher, of_student))
             losses[name] = relation_kl(of_teacher, of_student, bounds)
     return losses
