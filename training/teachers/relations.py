@@ -77,8 +77,8 @@ class RelationArguments:
             )
         if self.relation_objective == "minilm" and teacher.num_attention_heads != student.num_attention_heads:
             raise UserError(
-                f"--relation_objective minilm: the teacher has {teacher.num_attention_heads} attention heads, the student "
-                f"{student.num_attention_heads}; give a student with as many, or use --relation_objective minilmv2"
+                f"--relation_objective minilm: the teacher has {teacher.num_attention_heads} attention heads, the "
+                f"student {student.num_attention_heads}; give a student with as many, or use --relation_objective minilmv2"
             )
         for config in (teacher, student):
             width = config.num_attention_heads * config.head_dim
@@ -91,8 +91,8 @@ class RelationArguments:
             for pattern in (teacher.get_patterns()[(self.teacher_layer or 0) - 1], student.get_patterns()[-1]):
                 if not pattern.is_mask:
                     raise UserError(
-                        f"--relation_objective minilm: the pattern {pattern.type!r} is more than a mask, its distribution "
-                        "cannot be compared; give --attention_weight 0, or use --relation_objective minilmv2"
+                        f"--relation_objective minilm: the pattern {pattern.type!r} is more than a mask, its "
+                        "distribution cannot be compared; give --attention_weight 0, or use --relation_objective minilmv2"
                     )
 
 
