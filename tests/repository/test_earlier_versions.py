@@ -1,8 +1,8 @@
 """What earlier versions wrote still loads: a published model, and a training that stopped in the middle.
 
 `tests/fixtures/before_the_house.tar.gz` was written by the version before the files of training/ and of the model
-moved: `hub/`, a model with its own code, and the vectors it gave; `start/`, a model, `pairs.jsonl`, and `run/`, a contrastive
-training of six steps that was stopped after the third, with the vectors that the undisturbed run ended with.
+moved: `hub/`, a model with its own code, and the vectors it gave; `start/`, a model, `pairs.jsonl`, and `run/`, a
+contrastive training of six steps that was stopped after the third, with the vectors that the undisturbed run ended with.
 """
 
 import json

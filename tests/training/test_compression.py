@@ -184,7 +184,7 @@ def test_a_student_with_another_tokenizer_is_refused_with_the_reason(compress, t
         ("--student_hidden_size 16 --hidden_mse_weight 1", r"--hidden_mse_weight 1.0: hidden states of width 32"),
         ("--teacher_layer 5", r"--teacher_layer 5: the teacher has attention layers 1 to 4"),
         ("--teacher_layer 0", r"--teacher_layer 0: the teacher has attention layers 1 to 4"),
-        ("--teacher_layer -4 --relation_objective minilm", r"--teacher_layer -4: the teacher has attention layers 1 to"),
+        ("--teacher_layer -4 --relation_objective minilm", r"--teacher_layer -4: the teacher has attention layers 1"),
         ("--student_hidden_size 0", r"--student_hidden_size 0: must be at least 1"),
         ("--student_num_hidden_layers 0", r"--student_num_hidden_layers 0: must be at least 1"),
         ("--student_num_attention_heads -2", r"--student_num_attention_heads -2: must be at least 1"),

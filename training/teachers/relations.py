@@ -78,7 +78,8 @@ class RelationArguments:
         if self.relation_objective == "minilm" and teacher.num_attention_heads != student.num_attention_heads:
             raise UserError(
                 f"--relation_objective minilm: the teacher has {teacher.num_attention_heads} attention heads, the "
-                f"student {student.num_attention_heads}; give a student with as many, or use --relation_objective minilmv2"
+                f"student {student.num_attention_heads}; give a student with as many, or use "
+                "--relation_objective minilmv2"
             )
         for config in (teacher, student):
             width = config.num_attention_heads * config.head_dim
@@ -92,7 +93,8 @@ class RelationArguments:
                 if not pattern.is_mask:
                     raise UserError(
                         f"--relation_objective minilm: the pattern {pattern.type!r} is more than a mask, its "
-                        "distribution cannot be compared; give --attention_weight 0, or use --relation_objective minilmv2"
+                        "distribution cannot be compared; give --attention_weight 0, or use "
+                        "--relation_objective minilmv2"
                     )
 
 
