@@ -2,8 +2,8 @@
 
 `tests/fixtures/before_the_house.tar.gz` was written by the version before the files of training/ and of the model
 moved: `hub/`, a model with its own code, and the vectors it gave; `start/`, a model, `pairs.jsonl`, and `run/`, a
-contrastive training of six steps that was stopped after the third, with the vectors that the undisturbed run ended with.
-a """
+contrastive training stopped after three of six steps, and the vectors that an undisturbed run ended with.
+"""
 
 import json
 import shutil
