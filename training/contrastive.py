@@ -12,7 +12,8 @@ from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
 from training.models.encoder import ModelArguments, load_encoder
 from training.models.tuning import TuningArguments, select_parameters
-from training.objectives.contrastive import ObjectiveArguments, build_objective, objective_groups
+from training.objectives.arguments import ObjectiveArguments
+from training.objectives.contrastive import build_objective, objective_groups
 from training.objectives.pair_step import (
     ContrastiveArguments,
     load_guide,

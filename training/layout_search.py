@@ -42,7 +42,8 @@ from training.engine.optimizer import parameter_groups
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
 from training.models.encoder import ModelArguments, load_encoder
 from training.models.supernet import KINDS, Supernet
-from training.objectives.contrastive import ObjectiveArguments, build_objective, objective_groups
+from training.objectives.arguments import ObjectiveArguments
+from training.objectives.contrastive import build_objective, objective_groups
 from training.objectives.pair_step import (
     ContrastiveArguments,
     load_guide,

@@ -48,9 +48,6 @@ NOT_YET: set[str] = {
     "training/data",
     "training/engine",
     "training/models",
-    "training/objectives",
-    "training/objectives/losses",
-    "training/teachers",
 }
 # Methods that a library calls and defines the meaning of.
 LIBRARY_METHODS = {

@@ -1,5 +1,7 @@
-"""What stands between embedding and loss in training alone: SimCLR's projection head, VICReg's expander, a
-student's way to its teacher's width."""
+"""Heads between the embedding and the loss, in training only.
+
+They are SimCLR's projection head, VICReg's expander, and the projection from a student's width to its teacher's.
+"""
 
 from collections.abc import Sequence
 
@@ -8,20 +10,21 @@ from torch import Tensor, nn
 
 
 class ProjectionHead(nn.Module):
-    """Linear layers with batch norm and ReLU between them; the last one is linear alone, without bias.
+    """Linear layers with batch norm and ReLU between them; the last layer is linear without a bias.
 
-    Chen et al. 2020 (arXiv:2002.05709, section 4.2: the layer before the head is the better representation) and Bardes
-    et al. 2022 (arXiv:2105.04906, section 4.2), as in the authors' code of VICReg.
+    This is the head of SimCLR (Chen et al. 2020, arXiv:2002.05709, section 4.2: the layer before the head is the better
+    representation) and the expander of VICReg (Bardes et al. 2022, arXiv:2105.04906, section 4.2), as in the code of
+    VICReg's authors.
 
-    The statistics of the batch norm are those of the rows that it is given, in training and evaluation alike: give it
-    the gathered rows of all processes, and two of them compute what one does.
+    The batch norm uses the statistics of its input in training and evaluation. Given the gathered rows of all
+    processes, two processes compute the same as one.
+
+    Args:
+        width: width of an embedding.
+        dims: widths of the layers; the last one is that of the output.
     """
 
     def __init__(self, width: int, dims: Sequence[int]) -> None:
-        """Args:
-        width: of an embedding.
-        dims: of the layers, the last one that of the result.
-        """
         super().__init__()
         self.width = width
         layers: list[nn.Module] = []
@@ -30,16 +33,31 @@ class ProjectionHead(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear((width, *dims)[-2], dims[-1], bias=False))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """`(n, m)` to `(n, dims[-1])`, m at most `width`.
+        """Project embeddings, which may be shortened ones.
 
-        Shortened embeddings are read by the first columns of the first layer (the tied form of Matryoshka, MRL-E:
+        Shortened embeddings are multiplied by the first columns of the first layer (the tied form of Matryoshka, MRL-E:
         Kusupati et al. 2022, arXiv:2205.13147, section 3).
+
+        Args:
+            embeddings: `(n, m)`, m at most `width`.
+
+        Returns:
+            `(n, dims[-1])`.
         """
         return self.layers(F.pad(embeddings, (0, self.width - embeddings.shape[1])))
 
 
 def projection(width: int, hidden: Sequence[int], out: int) -> nn.Module:
-    """Linear layers with ReLU between them, from `width` over `hidden` to `out`; nothing if nothing is to be done."""
+    """Build linear layers with ReLU between them, or the identity if the width does not change and no layer is hidden.
+
+    Args:
+        width: width of the input.
+        hidden: widths of the hidden layers.
+        out: width of the output.
+
+    Returns:
+        The module.
+    """
     if not hidden and width == out:
         return nn.Identity()
     layers: list[nn.Module] = []

@@ -1,4 +1,4 @@
-"""How well a model finds the positives of held-out pairs."""
+"""Evaluation on held-out pairs: how well a model retrieves the positive of each query."""
 
 from collections.abc import Callable
 
@@ -16,14 +16,16 @@ from training.objectives.losses.contrastive import info_nce
 
 
 class PairRetrieval:
-    """Held-out pairs of one source: each query must find its own positive among all documents of the source."""
+    """Retrieval on the held-out pairs of one source: each query searches its positive among all documents.
+
+    Args:
+        source: the pairs; their hard negatives are documents, too.
+        tokenize: tokenizer of queries and documents.
+        batch_size: number of pairs in a batch of the loss.
+        batch_tokens: number of tokens of one packed chunk.
+    """
 
     def __init__(self, source: Source, tokenize: PairTokenizer, *, batch_size: int, batch_tokens: int) -> None:
-        """Args:
-        source: the pairs; hard negatives join the documents.
-        batch_size: pairs a batch of the loss.
-        batch_tokens: tokens of one packed chunk.
-        """
         self.tokenize, self.batch_size, self.batch_tokens = tokenize, batch_size, batch_tokens
         columns = source.texts(list(range(len(source.rows))))
         self.queries, self.documents = columns[0], list(dict.fromkeys(text for texts in columns[1:] for text in texts))
@@ -36,16 +38,16 @@ class PairRetrieval:
 
     @torch.no_grad()
     def __call__(self, embed: Callable[[PackedTexts], Tensor], temperature: float) -> dict[str, float]:
-        """Metrics of a model in evaluation mode; the texts are shared out over the processes.
+        """Evaluate a model in evaluation mode; the processes share the texts.
 
         Args:
-            embed: a packed chunk, on this process's device or not, to unit vectors `(n, d)`.
-            temperature: of the loss.
+            embed: a function from a packed chunk, on any device, to unit vectors `(n, d)`.
+            temperature: temperature of the loss.
 
         Returns:
-            `eval_loss` and `eval_accuracy` inside batches of `batch_size`, `eval_ndcg_at_10` over all documents, and
-            `eval_alignment` of the pairs and `eval_uniformity`, the mean of queries and documents (Wang and Isola 2020,
-            arXiv:2005.10242, section 4.1).
+            `eval_loss` and `eval_accuracy` of InfoNCE in batches of `batch_size`, `eval_ndcg_at_10` over all documents,
+            `eval_alignment` of the pairs, and `eval_uniformity`, the mean of that of queries and that of documents
+            (Wang and Isola 2020, arXiv:2005.10242, section 4.1).
         """
         query = self._embed(self.queries, "query", embed)
         document = self._embed(self.documents, "document", embed)
@@ -71,8 +73,9 @@ class PairRetrieval:
         }
 
     def _embed(self, texts: list[str], kind: str, embed: Callable[[PackedTexts], Tensor]) -> Tensor:
+        """Embed this process's share of the texts and gather all, `(n, d)` on the CPU."""
         own = own_share(len(texts))
-        # In portions: the token ids of a large corpus need not be held at once.
+        # In portions, so that the token ids of a large corpus are not held at once.
         portions = range(own.start, own.stop, 256)
         rows: list[Tensor] = []
         for start in tqdm(portions, desc=f"evaluating: {kind}", disable=own.start > 0, leave=False):
@@ -81,8 +84,10 @@ class PairRetrieval:
         return torch.cat(gather_object(rows))
 
     def _ndcg(self, query: Tensor, document: Tensor) -> float:
-        """nDCG@10 with one relevant document a query: 1 / log2(1 + rank). Ties count against the model,
-        so that equal vectors earn nothing; other positives of the query are passed over."""
+        """Compute nDCG@10 with one relevant document per query: 1 / log2(1 + rank).
+
+        Ties count against the model, so equal vectors score 0. Other positives of the same query are ignored.
+        """
         total = 0.0
         for start in range(0, len(query), 1024):
             rows = slice(start, start + 1024)

@@ -1,4 +1,4 @@
-"""Contrastive training on pairs, as scripts take it: arguments, data, gradient, evaluation."""
+"""Contrastive training on pairs, as scripts use it: arguments, data, gradient and evaluation."""
 
 import sys
 from collections.abc import Callable
@@ -18,47 +18,60 @@ from training.engine.gradient_cache import cached_backward
 from training.engine.held_out import by_source
 from training.engine.loop import AccumulateGradient, Loop
 from training.models.encoder import text_length
-from training.objectives.contrastive import GatheredBatch, Objective, ObjectiveArguments
+from training.objectives.arguments import ObjectiveArguments, check_range
+from training.objectives.contrastive import objective_columns
 from training.objectives.embed import embed, pool
 from training.objectives.guide import Guide
+from training.objectives.objective import GatheredBatch, Metrics, Objective
 from training.objectives.pair_retrieval import PairRetrieval
 from training.objectives.span_penalty import Penalty
 
 
 @dataclass(kw_only=True)
 class ContrastiveArguments(PairArguments):
-    """The data."""
+    """The training and evaluation data."""
 
     train_data: list[str] = field(
         metadata={
-            "help": "path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name[@config] on "
-            "the Hub, with the columns of --pairs; the weight says how often an epoch goes through it"
+            "help": "training data, path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or "
+            "org/name[@config] on the Hub, with the columns of --pairs; the weight is how often an epoch repeats it"
         }
     )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out labelled pairs, in the same forms"})
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "held-out labelled pairs, in the same formats"}
+    )
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens at which a document is cut off; the model's context if not given"}
+        default=None,
+        metadata={"help": "tokens after which a document is truncated; default: the model's context length"},
     )
     query_max_length: int | None = field(
-        default=None, metadata={"help": "the same for queries; --max_length if not given"}
+        default=None, metadata={"help": "tokens after which a query is truncated; default --max_length"}
     )
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "pairs of one process in a batch"})
-    batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "number of pairs of a batch on each process"}
+    )
+    batch_tokens: int = field(default=16384, metadata={"help": "number of tokens whose activations fit in memory"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("per_device_train_batch_size", "batch_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+        check_range(self, "per_device_train_batch_size", "batch_tokens", positive=True)
 
 
 def pair_tokenizer(
     arguments: ContrastiveArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> PairTokenizer:
-    """How a model reads pairs.
+    """Build the tokenizer of queries and documents.
+
+    Args:
+        arguments: parsed command-line options, with the lengths of queries and documents.
+        model: the model, with its prompts and its context length.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        A tokenizer that adds prompts and truncates.
 
     Raises:
-        UserError: its context is shorter than asked for.
+        UserError: a length is more than the model's context.
     """
     max_length = text_length("max_length", arguments.max_length, model, tokenizer)
     query_max_length = max_length
@@ -70,17 +83,30 @@ def pair_tokenizer(
 def pair_batches(
     arguments: ContrastiveArguments, objective: ObjectiveArguments, tokenize: PairTokenizer, loop: Loop
 ) -> PairBatches | StreamedBatches:
-    """The training data, as the loop takes it and the objective reads it."""
-    given: PairArguments = arguments
+    """Read the training data and divide it into batches with the columns that the objective reads.
+
+    Args:
+        arguments: parsed command-line options of the data.
+        objective: parsed command-line options of the objective.
+        tokenize: tokenizer of queries and documents.
+        loop: the training loop; its seed, processes and number of steps are used.
+
+    Returns:
+        Batches from memory-mapped data, or with `--streaming` from a stream.
+
+    Raises:
+        UserError: the data cannot be read, or its options contradict the objective.
+    """
+    pair_arguments: PairArguments = arguments
     if objective.objective == "simcse":
         if arguments.pairs not in ("columns", "twins"):
             raise UserError(
                 f"--pairs {arguments.pairs}: the pairs of --objective simcse are twins; use another objective"
             )
         if arguments.pairs == "columns":
-            given = replace(arguments, pairs="twins", text_column=arguments.anchor_column)
+            pair_arguments = replace(arguments, pairs="twins", text_column=arguments.anchor_column)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if loop.is_main:
             print(line, file=sys.stderr)
 
@@ -92,23 +118,33 @@ def pair_batches(
         "world_size": loop.accelerator.num_processes,
         "keep_texts": objective.guide_model is not None,
     }
+    columns = objective_columns(objective)
     if arguments.streaming:
         if loop.arguments.max_steps <= 0:
             raise UserError("--streaming: how long an epoch is is not known; give --max_steps")
-        streams = stream_pairs(arguments.train_data, given, objective.columns, tokenize)
+        streams = stream_pairs(arguments.train_data, pair_arguments, columns, tokenize)
         length = loop.arguments.max_steps * loop.arguments.gradient_accumulation_steps
         return StreamedBatches(streams, tokenize, length=length, buffer=arguments.shuffle_buffer, **options)
-    with loop.accelerator.main_process_first():  # what it has tokenised the others find
-        sources = read_pairs(arguments.train_data, given, objective.columns, tokenize, say)
+    with loop.accelerator.main_process_first():  # the other processes find its tokenised data in the cache
+        sources = read_pairs(arguments.train_data, pair_arguments, columns, tokenize, log)
     return PairBatches(sources, tokenize, **options)
 
 
 def pair_retrieval(
     arguments: ContrastiveArguments, objective: Objective, batches: PairBatches | StreamedBatches, loop: Loop
 ) -> Callable[[nn.Module], dict[str, float]] | None:
-    """The evaluation of a model on each source of `--eval_data`; None if there is none.
+    """Build the evaluation of a model on each source of `--eval_data`.
 
-    Its loss is InfoNCE at the temperature of the objective, whatever the objective.
+    Its loss is InfoNCE at the temperature of the objective, whatever the objective is.
+
+    Args:
+        arguments: parsed command-line options of the data.
+        objective: the objective in training.
+        batches: the training batches; the evaluation uses their tokenizer and their size.
+        loop: the training loop.
+
+    Returns:
+        A function from a model to metrics; None without `--eval_data`.
     """
     retrievals = {
         source.name: PairRetrieval(
@@ -125,29 +161,39 @@ def pair_retrieval(
 
 
 def load_guide(arguments: ContrastiveArguments, objective: ObjectiveArguments) -> Guide | None:
-    """The model that tells false negatives, if one is asked for."""
+    """Load the model of `--guide_model`, which detects false negatives; return None without that option."""
     return None if objective.guide_model is None else Guide(objective.guide_model, arguments.batch_tokens)
 
 
 def pair_gradient(
     objective: Objective, guide: Guide | None = None, penalty: Penalty | None = None
 ) -> AccumulateGradient:
-    """The gradient of an objective over the batches of all processes, and maybe of a penalty on parameters."""
+    """Build the gradient of an objective over the batches of all processes.
 
-    def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
+    Args:
+        objective: the contrastive objective.
+        guide: a model that detects false negatives.
+        penalty: a term of the loss that depends on parameters only.
+
+    Returns:
+        The function that the loop calls for each batch.
+    """
+
+    def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
         text_ids = gather_rows(by_row(batch.text_ids, batch.pairs))
         classes = {name: gather_rows(ids) for name, ids in batch.classes.items()}
-        guiding = None
+        guide_vectors = None
         if guide is not None:
             assert batch.texts is not None
-            guiding = gather_rows(guide(batch.texts, text_ids.device))
+            guide_vectors = gather_rows(guide(batch.texts, text_ids.device))
         key = objective.keys(model, batch)
         if key is not None:
             key = gather_rows(key)
 
-        def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
             gathered = gather_rows(by_row(embeddings, batch.pairs))
-            value, metrics = objective(GatheredBatch(gathered, text_ids, own_rows(batch.pairs), classes, guiding, key))
+            rows = own_rows(batch.pairs)
+            value, metrics = objective(GatheredBatch(gathered, text_ids, rows, classes, guide_vectors, key))
             if penalty is not None:
                 term, measures = penalty()
                 value, metrics = value + term, metrics | measures
@@ -164,5 +210,13 @@ def pair_gradient(
 
 
 def by_row(texts: Tensor, pairs: int) -> Tensor:
-    """What belongs to the texts of a batch, all of a column after another, as `(pairs, columns, ...)`."""
+    """Rearrange the texts of a batch, one column after the other, into rows.
+
+    Args:
+        texts: `(columns * pairs, ...)`.
+        pairs: number of pairs on this process.
+
+    Returns:
+        `(pairs, columns, ...)`.
+    """
     return texts.unflatten(0, (-1, pairs)).transpose(0, 1).contiguous()

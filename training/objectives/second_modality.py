@@ -1,6 +1,7 @@
-"""Non-linguistic supervision: a second task on another modality's features, through the same encoder.
+"""Non-linguistic supervision: a second task, on features of another modality, through the same encoder.
 
-Jian et al. 2022 (arXiv:2209.09433): sentence encoders cluster better when they also learn to cluster images or sounds.
+Jian et al. 2022 (arXiv:2209.09433): sentence encoders cluster texts better if they also learn to cluster images or
+sounds.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from common.errors import UserError
 from training.data.modality_features import FeatureBatch, FeatureBatches, FeatureSource, PackedFeatures, read_features
 from training.data.packing import PackedTexts
 from training.data.pair_batches import PairBatch
@@ -20,60 +20,68 @@ from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import AccumulateGradient, AnyModel, Batches, Loop, Stream, Training
 from training.engine.optimizer import parameter_groups
+from training.objectives.arguments import check_range
 from training.objectives.losses.supcon import sup_con
+from training.objectives.objective import Metrics
 
 
 @dataclass
 class FeatureArguments:
-    """The second task."""
+    """The second task and its weight."""
 
     feature_data: str | None = field(
         default=None,
         metadata={
-            "help": "a second task through the same encoder: a .jsonl, .jsonl.gz or .parquet file or a folder of these "
-            "with the columns features, a list of vectors of another modality, and label (Jian et al. 2022)"
+            "help": "data of a second task through the same encoder (Jian et al. 2022): a .jsonl, .jsonl.gz or "
+            ".parquet file, or a folder of these, with the columns features, a list of vectors of another modality, "
+            "and label"
         },
     )
-    feature_weight: float = field(default=0.05, metadata={"help": "of the second task's loss; 0: none of it"})
-    feature_temperature: float = field(default=0.07, metadata={"help": "similarities of features are divided by it"})
+    feature_weight: float = field(
+        default=0.05, metadata={"help": "weight of the second task's loss; 0: no second task"}
+    )
+    feature_temperature: float = field(
+        default=0.07, metadata={"help": "similarities of the second task are divided by the temperature"}
+    )
     per_device_feature_batch_size: int = field(
-        default=48, metadata={"help": "rows of features of one process in a batch; each comes with one of its label"}
+        default=48,
+        metadata={
+            "help": "number of rows of features of a batch on each process; each is paired with another of its label"
+        },
     )
 
     def __post_init__(self) -> None:
-        if self.feature_weight < 0:
-            raise UserError(f"--feature_weight {self.feature_weight}: must not be less than 0")
-        for name in ("feature_temperature", "per_device_feature_batch_size"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+        check_range(self, "feature_weight")
+        check_range(self, "feature_temperature", "per_device_feature_batch_size", positive=True)
 
 
 @dataclass(frozen=True)
 class TwoTaskBatch:
-    """One process's share of a batch of texts and of one of features."""
+    """One process's share of a batch of texts and of a batch of features."""
 
     texts: PairBatch
     features: FeatureBatch
 
     def to(self, device: torch.device) -> "TwoTaskBatch":
+        """Move the tensors to a device."""
         return replace(self, texts=self.texts.to(device), features=self.features.to(device))
 
     @property
     def bookmark(self) -> dict[str, Any] | None:
-        """Of a stream of texts, where the next batch begins."""
+        """The place in a stream of texts where the next batch begins; None for data that is not streamed."""
         return self.texts.bookmark
 
     def locate(self) -> str:
-        """Where the texts come from."""
+        """Return the source and the rows of the texts, for error messages."""
         return self.texts.locate()
 
     def largest_chunk(self) -> PackedTexts:
-        """The texts that take the most memory at once; a chunk of features holds no more tokens than theirs may."""
+        """Return the texts that need the most memory at once; a chunk of features has no more tokens than they may."""
         return self.texts.largest_chunk()
 
 
 class TwoTaskBatches(Dataset):
-    """Batches of texts, each with one of features; what an epoch is the texts say."""
+    """Batches of texts, each with a batch of features; the texts determine the length of an epoch."""
 
     def __init__(self, texts: Batches[PairBatch], features: FeatureBatches) -> None:
         self.texts, self.features, self.batch_tokens = texts, features, texts.batch_tokens
@@ -82,57 +90,58 @@ class TwoTaskBatches(Dataset):
         return len(self.texts)
 
     def __getitem__(self, index: int) -> TwoTaskBatch:
-        texts: Any = self.texts[index]  # or a stream's `Refusal`, which raises where the batch goes to its device
+        texts: Any = self.texts[index]  # or a stream's `Refusal`, which raises when the batch is moved to its device
         return TwoTaskBatch(texts, self.features[index])
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must agree in."""
+        """Return the settings that a resumed run must share."""
         return self.texts.describe() | self.features.describe()
 
     def go_to(self, bookmark: dict[str, Any]) -> None:
-        """Let a stream of texts go on from there."""
-        assert isinstance(self.texts, Stream)  # which alone makes bookmarks
+        """Continue a stream of texts at a bookmark."""
+        assert isinstance(self.texts, Stream)  # only streams make bookmarks
         self.texts.go_to(bookmark)
 
     def heaviest(self) -> TwoTaskBatch:
-        """The batch that takes the most memory."""
+        """Return a batch that needs as much memory as any."""
         return TwoTaskBatch(self.texts.heaviest(), self.features.heaviest())
 
 
 class FeatureTask(nn.Module):
-    """SupCon over the labels of features that enter the encoder in place of word vectors.
+    """SupCon over the labels of features that enter the encoder in place of word embeddings.
 
         L = L_texts + weight L_features
 
-    An adapter, linear after a layer norm without parameters, so that the unit of the features does not matter, makes a
-    word vector of each feature vector; positions are added, the encoder's layers and its pooling follow as for a text.
-    The positives of a row are those of its label: the proper SupCon, which the authors' paper states, not the variant
-    that their code takes by default.
+    A trained adapter, a linear layer behind a layer norm without parameters (so that the unit of the features does not
+    matter), maps each feature vector to the width of a word embedding. Positions are added, and the encoder's layers
+    and pooling follow as for a text. Rows with the same label are positives of each other: this is the SupCon loss that
+    the paper states, and not the variant that the authors' code runs by default.
 
-    Features come first in each step, as in the authors' code, which has an optimiser of its own for them. Here both
-    gradients are one step of one optimiser: two AdamW on the same weights would decay them twice, and in one of its own
-    the weight of a loss would hardly matter, as AdamW divides it out.
+    As in the authors' code, each step computes the features first. The authors give the two tasks an optimiser each;
+    here both gradients enter one step of one optimiser. Two AdamW optimisers would decay the shared weights twice, and
+    the weight of a loss would hardly matter in an optimiser of its own, because AdamW divides it out.
 
-    Dropout draws from a generator of its own, so the texts see the masks that they would see without this task.
+    Dropout draws from its own random generator, so the texts get the dropout masks that they would get without this
+    task.
+
+    Args:
+        arguments: parsed command-line options.
+        source: the features and their labels.
+        model: the encoder.
     """
 
     def __init__(self, arguments: FeatureArguments, source: FeatureSource, model: nn.Module) -> None:
-        """Args:
-        arguments: of the user.
-        source: the features.
-        model: the encoder.
-        """
         super().__init__()
         config: Any = model.config
         self.arguments, self.source = arguments, source
-        # Random numbers of its own: what is drawn later, for the texts, is drawn as without this task.
+        # Initialised from its own generator: random numbers drawn later, for the texts, are those of a run without it.
         self.adapter = nn.utils.skip_init(nn.Linear, source.width, config.hidden_size)
         generator = torch.Generator().manual_seed(0)
         nn.init.normal_(self.adapter.weight, std=config.initializer_range, generator=generator)
         nn.init.zeros_(self.adapter.bias)
 
     def batches(self, texts: Batches[PairBatch], loop: Loop) -> TwoTaskBatches:
-        """Batches of both tasks."""
+        """Pair the batches of texts with batches of features."""
         features = FeatureBatches(
             self.source,
             batch_size=self.arguments.per_device_feature_batch_size,
@@ -144,20 +153,25 @@ class FeatureTask(nn.Module):
         return TwoTaskBatches(texts, features)
 
     def pool(self, model: Callable[..., Any], chunk: PackedFeatures) -> Tensor:
-        """Vectors of rows of features as the model pools them, `(n, d)`, not normalised."""
-        words = self.adapter(F.layer_norm(chunk.features, (self.source.width,)))
+        """Return the model's pooled vectors of n rows of features, `(n, d)`, not normalised."""
+        word_embeddings = self.adapter(F.layer_norm(chunk.features, (self.source.width,)))
         return model(
-            inputs_embeds=words, cu_seq_lens_q=chunk.cu_seq_lens_q, max_length_q=chunk.max_length_q
+            inputs_embeds=word_embeddings, cu_seq_lens_q=chunk.cu_seq_lens_q, max_length_q=chunk.max_length_q
         ).pooler_output
 
-    def accumulate_gradient(self, model: nn.Module, batch: FeatureBatch, scale: float) -> dict[str, Tensor]:
-        """Add the gradient of the weighted loss; a later pass of the step makes DDP's all-reduce.
+    def accumulate_gradient(self, model: nn.Module, batch: FeatureBatch, scale: float) -> Metrics:
+        """Add the gradient of the weighted loss; DDP reduces gradients in a later pass of the same step.
+
+        Args:
+            model: the encoder, wrapped by DDP in a distributed run.
+            batch: this process's rows of features.
+            scale: factor of the loss, for gradient accumulation.
 
         Returns:
             `feature_loss`, without its weight.
         """
 
-        def loss(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
             unit, label = gather_rows(F.normalize(embeddings, dim=-1)), gather_rows(batch.label)
             rows = own_rows(len(embeddings))
             value, _ = sup_con(unit, label, temperature=self.arguments.feature_temperature, rows=rows)
@@ -169,33 +183,34 @@ class FeatureTask(nn.Module):
             return cached_backward(model, batch.chunks, lambda chunk: self.pool(model, chunk), loss, synchronize=False)
 
     def before(self, text_gradient: AccumulateGradient) -> AccumulateGradient:
-        """The gradient of this task and then that of the texts."""
+        """Build the gradient of both tasks: that of the features first, then that of the texts."""
 
-        def accumulate_gradient(
-            model: nn.Module, batch: TwoTaskBatch, scale: float, synchronize: bool
-        ) -> dict[str, Tensor]:
+        def accumulate_gradient(model: nn.Module, batch: TwoTaskBatch, scale: float, synchronize: bool) -> Metrics:
             metrics = self.accumulate_gradient(model, batch.features, scale)
             return text_gradient(model, batch.texts, scale, synchronize) | metrics
 
         return accumulate_gradient
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimiser groups of the adapter."""
+        """Return the optimiser's parameter groups of the adapter."""
         return parameter_groups(self, weight_decay)
 
 
 def add_feature_task(
     training: Training[AnyModel, PairBatch], arguments: FeatureArguments, loop: Loop
 ) -> Training[AnyModel, Any]:
-    """Add the second task to a training on texts, unless there is none or its weight is 0.
+    """Add the second task to a training on texts.
 
     Args:
         training: the training on texts alone.
         arguments: parsed command-line options.
-        loop: of the run.
+        loop: the training loop; its seed, processes and weight decay are used.
+
+    Returns:
+        The training on both; `training` itself without `--feature_data`, or at a weight of 0.
 
     Raises:
-        UserError: the features cannot be read, or do not fit the model.
+        UserError: the features cannot be read, or are longer than the model's context.
     """
     task = feature_task(arguments, training.model)
     if task is None:
@@ -215,14 +230,17 @@ def add_feature_task(
 
 
 def feature_task(arguments: FeatureArguments, model: nn.Module) -> FeatureTask | None:
-    """The second task; None without it, or with a weight of 0.
+    """Build the second task of `--feature_data`.
 
     Args:
-        arguments: of the user.
-        model: the encoder, in which what trains is chosen already.
+        arguments: parsed command-line options.
+        model: the encoder; its trainable parameters have been selected already.
+
+    Returns:
+        The task; None without `--feature_data`, or at a weight of 0.
 
     Raises:
-        UserError: the features cannot be read, or do not fit the model.
+        UserError: the features cannot be read, or are longer than the model's context.
     """
     if arguments.feature_data is None or not arguments.feature_weight:
         return None

@@ -1,4 +1,4 @@
-"""Adaptive attention spans in training: the penalty that shortens them, and their own learning rate."""
+"""Training of adaptive attention spans: the penalty that shortens them, and their own learning rate."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,47 +9,51 @@ from torch import Tensor
 
 from common.errors import UserError
 from training.engine.optimizer import parameter_groups
+from training.objectives.arguments import check_range
+
+# A term of the loss that depends on parameters only, and its metrics.
+Penalty = Callable[[], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass
 class SpanArguments:
-    """The spans of a model whose attention_patterns are 'adaptive'."""
+    """Training of a model whose attention patterns are 'adaptive'."""
 
     span_penalty_weight: float = field(
         default=0.0,
         metadata={
-            "help": "what a token of span costs: this times the mean span of the heads of each attention sublayer, in "
-            "tokens, is added to the loss (2e-6 in the paper, whose loss is that of language modelling)"
+            "help": "weight of the span penalty: the mean span of the heads of each attention sublayer, in tokens, is "
+            "multiplied by it and added to the loss (2e-6 in the paper, for a language-model loss)"
         },
     )
     span_learning_rate: float = field(
         default=1e-3,
-        metadata={"help": "peak learning rate of the spans, in shares of max_span a step; follows --lr_scheduler_type"},
+        metadata={
+            "help": "peak learning rate of the spans, as a fraction of max_span per step; follows --lr_scheduler_type"
+        },
     )
 
     def __post_init__(self) -> None:
-        if self.span_penalty_weight < 0:
-            raise UserError(f"--span_penalty_weight {self.span_penalty_weight}: must be at least 0")
-        if self.span_learning_rate <= 0:
-            raise UserError(f"--span_learning_rate {self.span_learning_rate}: must be more than 0")
-
-
-# A term of the loss that depends on the parameters alone, and its metrics.
-Penalty = Callable[[], tuple[Tensor, dict[str, Tensor]]]
+        check_range(self, "span_penalty_weight")
+        check_range(self, "span_learning_rate", positive=True)
 
 
 def span_penalty(model: Any, arguments: SpanArguments) -> Penalty | None:
-    """The auxiliary loss of adaptive spans (Sukhbaatar et al. 2019, arXiv:1905.07799), section 3; None without spans.
+    """Build the auxiliary loss of adaptive spans (Sukhbaatar et al. 2019, arXiv:1905.07799, section 3).
 
-    It is a term of the loss over all embeddings of a batch, not of each chunk's: gradient caching is exact for a loss
-    that has parameters of its own, and what is the same on all processes survives the mean over them.
+    It is a term of the loss over all embeddings of a batch and not of each chunk's. Gradient caching is exact for a
+    loss with parameters of its own, and a term that is equal on all processes survives the mean over them.
 
     Args:
-        model: a `LongEmbedModel`, of our code or of its folder's, after `select_parameters`; the wrappers of LoRA and
-            of distributed training share its parameters.
+        model: a `LongEmbedModel`, of our code or of its folder's, whose trainable parameters have been selected; the
+            wrappers of LoRA and of distributed training share its parameters.
+        arguments: parsed command-line options.
+
+    Returns:
+        The penalty; None if the model has no adaptive spans.
 
     Raises:
-        UserError: there is a weight, and no span that it could shorten.
+        UserError: there is a weight, but no span that it could shorten.
     """
     weight, spans = arguments.span_penalty_weight, model.adaptive_spans()
     if weight and not spans:
@@ -70,15 +74,23 @@ def span_penalty(model: Any, arguments: SpanArguments) -> Penalty | None:
 
 
 def span_groups(model: Any, arguments: SpanArguments, weight_decay: float) -> list[dict[str, Any]]:
-    """The optimiser groups of `parameter_groups`, and one of the spans.
+    """Return the optimiser's parameter groups of a model, with its spans in a group of their own.
 
-    A span is a fraction of `max_span`, and AdamW moves a number by about its learning rate: at that of the weights a
-    span would not get anywhere.
+    A span is stored as a fraction of `max_span`. AdamW moves a number by about its learning rate at each step, so at
+    the learning rate of the weights a span would hardly move.
+
+    Args:
+        model: a `LongEmbedModel`, or a module around one.
+        arguments: parsed command-line options.
+        weight_decay: weight decay of the matrices.
+
+    Returns:
+        The groups of `parameter_groups`, and a group of the spans without decay if the model has any that train.
     """
     spans = [span.fraction for span in model.adaptive_spans() if span.fraction.requires_grad]
-    of_spans = {id(fraction) for fraction in spans}
+    span_ids = {id(fraction) for fraction in spans}
     groups = parameter_groups(model, weight_decay)
     for group in groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in of_spans]
-    own = {"params": spans, "lr": arguments.span_learning_rate, "weight_decay": 0.0}
-    return [*groups, own] if spans else groups
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in span_ids]
+    span_group = {"params": spans, "lr": arguments.span_learning_rate, "weight_decay": 0.0}
+    return [*groups, span_group] if spans else groups

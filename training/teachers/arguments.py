@@ -1,97 +1,126 @@
-"""What a student is asked to take over from its teachers, as the user says it.
+"""Command-line options of distillation: the teachers, and the losses of the student against them.
 
-After Burian (Document embedding using Transformers, thesis, Charles University; code in
-dburian/transformer_document_embedding): a structural teacher, which reads a short text well, says what the vector is
-to be; a contextual one, which has seen all of a document, says what can be told from it.
+The two kinds of embedding teachers follow Burian (Document embedding using Transformers, thesis, Charles University;
+code in dburian/transformer_document_embedding). A structural teacher embeds short texts well, and the student's vectors
+should equal its vectors. A contextual teacher has read whole documents, and the student's vectors should carry the same
+information.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from common.errors import UserError
+from training.objectives.arguments import check_range
 
 
 @dataclass
 class TeachingArguments:
-    """The teachers, and what is asked of the student."""
+    """The teachers and the losses against them.
+
+    Raises:
+        UserError: there is no teacher, an option is out of range, or two options contradict each other.
+    """
 
     structural_teacher: str | None = field(
         default=None,
         metadata={
-            "help": "whose vectors the student's are to be: a folder or Hub id, truncate:PATH:N, chunk-mean:PATH:N, or "
-            "paragraph-vector:FOLDER"
+            "help": "teacher whose vectors the student learns: a folder or Hub id, truncate:PATH:N, chunk-mean:PATH:N, "
+            "or paragraph-vector:FOLDER"
         },
     )
     structural_loss: Literal["mse", "cosine", "max_margin_mse"] = field(
         default="mse",
-        metadata={"help": "max_margin_mse: and far from those of the other documents of the batch"},
+        metadata={
+            "help": "loss against the structural teacher; max_margin_mse also increases the distance from its vectors "
+            "of the other documents of the batch"
+        },
     )
-    structural_weight: float = field(default=1.0, metadata={"help": "of the structural loss"})
-    structural_gamma: float = field(default=1.0, metadata={"help": "of max_margin_mse: weight of the other documents"})
+    structural_weight: float = field(default=1.0, metadata={"help": "weight of the structural loss"})
+    structural_gamma: float = field(default=1.0, metadata={"help": "weight of the other documents in max_margin_mse"})
     structural_mask: bool = field(
-        default=False, metadata={"help": "a text that the structural teacher does not read to its end does not count"}
+        default=False,
+        metadata={"help": "leave texts out of the structural loss that are longer than the teacher's window"},
     )
     structural_head_dims: list[int] = field(
         default_factory=list,
         metadata={
-            "help": "widths of hidden layers between the student's vector and the structural loss; if not given, a "
-            "linear projection where the teacher has another width, and else nothing"
+            "help": "widths of hidden layers between the student's vector and the structural loss; default: a linear "
+            "projection if the teacher has another width, else nothing"
         },
     )
     contextual_teacher: str | None = field(
-        default=None, metadata={"help": "of which the student is to tell the same, in the same forms"}
+        default=None,
+        metadata={"help": "teacher whose information the student learns, in the formats of --structural_teacher"},
     )
     contextual_loss: Literal["mse", "cosine", "soft_cca", "dcca"] = field(
-        default="soft_cca", metadata={"help": "soft_cca, dcca: agree up to a projection of both"}
+        default="soft_cca",
+        metadata={
+            "help": "loss against the contextual teacher; soft_cca and dcca compare the vectors up to a projection of "
+            "both"
+        },
     )
-    contextual_weight: float = field(default=1.0, metadata={"help": "of the contextual loss"})
+    contextual_weight: float = field(default=1.0, metadata={"help": "weight of the contextual loss"})
     contextual_head_dims: list[int] = field(
-        default_factory=list, metadata={"help": "as --structural_head_dims, before the contextual loss"}
+        default_factory=list, metadata={"help": "as --structural_head_dims, for the contextual loss"}
     )
     contextual_teacher_head_dims: list[int] = field(
-        default_factory=list, metadata={"help": "of soft_cca and dcca: the same on the teacher's side"}
+        default_factory=list,
+        metadata={"help": "widths of hidden layers between the teacher's vector and soft_cca or dcca"},
     )
     contextual_width: int | None = field(
         default=None,
         metadata={
-            "help": "of soft_cca and dcca: width of both projections; the teacher's, dcca: their own if not given"
+            "help": "width of both projections of soft_cca and dcca; default: the teacher's width, for dcca each "
+            "model's own"
         },
     )
-    sdl_momentum: float = field(default=0.95, metadata={"help": "of soft_cca: share of earlier batches' covariance"})
-    sdl_weight: float = field(default=0.03, metadata={"help": "of soft_cca: of the decorrelation of dimensions"})
-    dcca_regularization: float = field(default=1e-3, metadata={"help": "of dcca: added to variances, which are 1"})
+    sdl_momentum: float = field(
+        default=0.95, metadata={"help": "decay of the running covariance of earlier batches in soft_cca"}
+    )
+    sdl_weight: float = field(default=0.03, metadata={"help": "weight of the decorrelation of dimensions in soft_cca"})
+    dcca_regularization: float = field(
+        default=1e-3, metadata={"help": "number added to the variances of dcca, which are 1"}
+    )
     dcca_components: int | None = field(
-        default=None, metadata={"help": "of dcca: correlations that count; default: all"}
+        default=None, metadata={"help": "number of canonical correlations in the loss of dcca; default: all"}
     )
     score_teacher: str | None = field(
         default=None,
         metadata={
-            "help": "a cross-encoder, folder or Hub id: of the first of --text_columns, a query, and each of the other "
-            "ones the student is to give its scores"
+            "help": "cross-encoder, a folder or Hub id, whose scores the student learns: of the first of "
+            "--text_columns, a query, with each of the others, its candidates"
         },
     )
     score_column: str | None = field(
-        default=None, metadata={"help": "the same from the data: a column that holds a list of numbers"}
+        default=None,
+        metadata={"help": "column of the data that holds such scores as a list of numbers, instead of --score_teacher"},
     )
     score_loss: Literal["kl", "margin_mse"] = field(
         default="kl",
         metadata={
-            "help": "kl: the distribution over the candidates; margin_mse: how far the first is above each other"
+            "help": "loss against the scores. kl: divergence between the distributions over candidates; margin_mse: "
+            "squared error of the differences between the first candidate's score and the others'"
         },
     )
-    score_weight: float = field(default=1.0, metadata={"help": "of that loss"})
-    score_scale: float = field(default=20.0, metadata={"help": "the student's score is so many times the cosine"})
-    score_temperature: float = field(default=1.0, metadata={"help": "of kl: by which the scores of both are divided"})
-    normalize_teacher: bool = field(default=True, metadata={"help": "teachers' vectors have unit length"})
+    score_weight: float = field(default=1.0, metadata={"help": "weight of the score loss"})
+    score_scale: float = field(default=20.0, metadata={"help": "factor between a cosine of the student and its score"})
+    score_temperature: float = field(
+        default=1.0, metadata={"help": "temperature of kl, which divides the scores of teacher and student"}
+    )
+    normalize_teacher: bool = field(default=True, metadata={"help": "scale the teachers' vectors to unit length"})
     normalize_student: bool = field(
-        default=True, metadata={"help": "the student's have, behind the head, in all losses but soft_cca and dcca"}
+        default=True,
+        metadata={
+            "help": "scale the student's vectors to unit length, behind the head, in all losses but soft_cca and dcca"
+        },
     )
     teacher_precision: Literal["float32", "bfloat16", "auto"] = field(
-        default="float32", metadata={"help": "that embedding teachers compute in; auto: bfloat16 where it is fast"}
+        default="float32",
+        metadata={"help": "precision of embedding teachers; auto: bfloat16 where the device is fast at it"},
     )
     teacher_cache: str | None = field(
-        default=None, metadata={"help": "file of the teachers' vectors; teachers.sqlite in --output_dir if not given"}
+        default=None,
+        metadata={"help": "file that caches the teachers' vectors; default: teachers.sqlite in --output_dir"},
     )
 
     def __post_init__(self) -> None:
@@ -105,13 +134,9 @@ class TeachingArguments:
                 "--structural_teacher and --contextual_teacher are of texts and their translations, --score_teacher "
                 "and --score_column of a query and its candidates; give one kind, and of scores one source"
             )
-        for name in ("score_scale", "score_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: must be a number of more than 0")
-        weights = ("structural_weight", "contextual_weight", "score_weight", "sdl_weight")
-        for name in (*weights, "structural_gamma", "dcca_regularization"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: must be a number of at least 0")
+        check_range(self, "score_scale", "score_temperature", positive=True)
+        check_range(self, "structural_weight", "contextual_weight", "score_weight", "sdl_weight")
+        check_range(self, "structural_gamma", "dcca_regularization")
         for name in ("structural_head_dims", "contextual_head_dims", "contextual_teacher_head_dims"):
             if any(dim < 1 for dim in getattr(self, name)):
                 raise UserError(f"--{name} {' '.join(map(str, getattr(self, name)))}: each must be at least 1")
@@ -134,11 +159,11 @@ class TeachingArguments:
 
     @property
     def scores(self) -> bool:
-        """Whether the columns are a query and its candidates."""
+        """Whether the columns of the data are a query and its candidates."""
         return self.score_teacher is not None or self.score_column is not None
 
     def describe(self) -> dict[str, Any]:
-        """What a resumed run must agree in beside the teachers, which may have another name and be the same."""
+        """Return the settings that a resumed run must share, without the teachers: a teacher may have moved."""
         names = ("structural_teacher", "contextual_teacher", "score_teacher", "score_column")
         others = (*names, "teacher_cache", "teacher_precision")
         return {name: value for name, value in asdict(self).items() if name not in others}

@@ -1,4 +1,4 @@
-"""Vectors of the texts by other models, computed once and kept on disk: what a student learns from."""
+"""Embedding teachers: models whose vectors of the training texts are computed once and cached on disk."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,16 +23,27 @@ PARAGRAPH_VECTOR = "paragraph-vector:"
 
 
 class Teacher:
-    """A model whose vectors are read from a cache, once all of them are there.
+    """A model that embeds all training texts before the first step; later its vectors are read from the cache.
 
-    A vector is kept by what it depends on: the teacher's files, its length and precision, its prompts, and the text.
-    Another teacher in the same file is therefore no harm, and a run that was stopped goes on with what is missing.
+    The key of a vector hashes all that it depends on: the teacher's files, its length and precision, its prompts, and
+    the text. Several teachers can therefore share a file, and a run that was stopped computes only what is missing.
+
+    Args:
+        option: name of the command-line option, for error messages.
+        name: a folder or Hub id, `truncate:PATH:N`, `chunk-mean:PATH:N`, or `paragraph-vector:FOLDER`.
+        cache: the file that caches vectors.
+        batch_tokens: number of tokens of a forward pass.
+        normalize: whether `read` returns unit vectors; otherwise they have the length that the model gives them.
+        precision: `float32`, `bfloat16`, or `auto`: bfloat16 where the device is fast at it.
+
+    Raises:
+        UserError: there is no such teacher, or the packages that load it are not installed.
 
     Attributes:
-        width: of a vector.
-        identity: what the vectors depend on beside the texts.
-        window: tokens that the teacher reads of a text; None: all of them.
-        shares: of each source that was read, by its name: how many of its texts the teacher reads to their end.
+        width: width of a vector.
+        identity: what the vectors depend on besides the texts.
+        window: number of tokens of a text that the teacher reads; None: all of them.
+        shares: for each source by name, the share of its texts that fit into the window.
     """
 
     def __init__(
@@ -45,17 +56,6 @@ class Teacher:
         normalize: bool = True,
         precision: str = "float32",
     ) -> None:
-        """Args:
-        option: of the script, for its complaints.
-        name: a folder or Hub id, `truncate:PATH:N`, `chunk-mean:PATH:N`, or `paragraph-vector:FOLDER`.
-        cache: the file of the vectors.
-        batch_tokens: token budget of a forward pass.
-        normalize: vectors are read at unit length; otherwise as long as the model makes them.
-        precision: `float32`, `bfloat16`, or `auto`: bfloat16 where it is fast.
-
-        Raises:
-            UserError: there is no such teacher, or what loads it is not installed.
-        """
         self.option, self.name, self.cache, self.normalize = option, name, cache, normalize
         try:
             self._rows = _load(name, batch_tokens, precision, normalize)
@@ -70,17 +70,20 @@ class Teacher:
         self.width, self.identity, self.window = self._rows.dimension, self._rows.identity, self._rows.window
 
     def read_all(self, sources: Iterable[Source]) -> None:
-        """Compute what the cache does not hold yet of the first column of all sources, and let go of the model.
+        """Embed the texts of the first column of all sources that are not cached yet, and free the model.
 
-        The processes share the texts out; none has finished before all of them have.
+        The processes share the texts, and wait for each other at the end.
+
+        Args:
+            sources: the training and the held-out data.
 
         Raises:
-            UserError: the file is no such cache, or the disk is full.
+            UserError: the file is not a cache of vectors, or the disk is full.
         """
         cache = VectorCache(self.cache)
         for source in sources:
             rows = source.rows.select(own_share(len(source.rows)))
-            texts: Any = rows[source.columns[0]]  # read from the disk as they are needed
+            texts: Any = rows[source.columns[0]]  # a column that is read from disk as needed
             inside = 0
             for _, matrices in stream(texts, self._rows, self._rows.kind, cache, f"--{self.option}"):
                 inside += int(self._inside(np.concatenate(matrices)[:, -1]).sum())
@@ -89,30 +92,35 @@ class Teacher:
         wait_for_everyone()
 
     def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Vectors of the first texts of a batch, float32 `(n, t)`, and whether the teacher reads each to its end,
-        `(n,)`.
+        """Read the vectors of the first column of a batch.
+
+        Args:
+            batch: a batch that holds its texts.
+
+        Returns:
+            Float32 vectors `(n, t)`, and whether each text fits into the teacher's window, `(n,)`.
 
         Raises:
-            UserError: the cache does not hold them: somebody has removed it.
+            UserError: a vector is no longer in the cache.
         """
         assert batch.texts is not None
         keys = cache_keys(batch.texts[0], self._rows, self._rows.kind)
-        # Opened anew: SQLite forbids that a process uses what it opened before a fork.
+        # Opened for each batch: a process must not use a SQLite connection that was opened before a fork.
         rows = VectorCache(self.cache).rows(keys)
         vectors, tokens = torch.from_numpy(rows[:, :-1]), rows[:, -1]
         return (F.normalize(vectors, dim=-1) if self.normalize else vectors), torch.from_numpy(self._inside(tokens))
 
     def _inside(self, tokens: np.ndarray) -> np.ndarray:
-        """Which texts of so many tokens the teacher reads to their end, `(n,)`."""
+        """Return whether texts of these numbers of tokens fit into the window, `(n,)`."""
         return np.full(len(tokens), True) if self.window is None else tokens <= self.window
 
 
 class _Rows:
-    """An encoder that gives one row a text: its vector, and behind it how many tokens the text has.
+    """An encoder that returns one row for each text: its vector, followed by its number of tokens.
 
     Attributes:
         kind: whether the texts are queries or documents.
-        chunks: a vector is a sum over chunks, of which the direction counts.
+        chunks: whether a vector is a sum over chunks, of which only the direction has a meaning.
     """
 
     def __init__(self, encoder: Any, kind: PromptType, window: int | None, chunks: bool) -> None:

@@ -1,7 +1,7 @@
-"""Masked-language models as teachers of another one: their distributions, and their hidden states."""
+"""Masked-language models as teachers of a smaller one: their distributions over tokens, and their hidden states."""
 
 import copy
-import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,94 +17,115 @@ from training.models.adaptation import AdaptationArguments, load_masked_lm
 from training.models.encoder import ModelArguments
 from training.models.identity import model_identity, tokenizer_identity
 from training.objectives.losses.soft_targets import soft_targets
+from training.objectives.objective import Metrics
+from training.teachers.arguments import check_range
 
 
 @dataclass
 class MaskedTeacherArguments:
-    """Teachers of a masked-language model; the weights are DistilBERT's."""
+    """Teachers of a masked-language model; the default weights are those of DistilBERT.
+
+    Raises:
+        UserError: an option is out of range, or hidden states of several teachers are asked for.
+    """
 
     masked_teachers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "folders or Hub ids of masked-language models with the same tokenizer, which teach; several: the "
-            "mean of their distributions"
+            "help": "folders or Hub ids of masked-language models with the student's tokenizer, to distil from; of "
+            "several teachers the distributions are averaged"
         },
     )
-    teacher_temperature: float = field(default=2.0, metadata={"help": "by which logits of both sides are divided"})
-    soft_weight: float = field(default=5.0, metadata={"help": "of the distance from the teachers' distributions"})
-    hard_weight: float = field(default=2.0, metadata={"help": "of masked-language modelling, if there are teachers"})
+    teacher_temperature: float = field(
+        default=2.0, metadata={"help": "temperature that the logits of teachers and student are divided by"}
+    )
+    soft_weight: float = field(
+        default=5.0, metadata={"help": "weight of the divergence from the teachers' distributions"}
+    )
+    hard_weight: float = field(
+        default=2.0, metadata={"help": "weight of the masked-language-model loss if there are teachers"}
+    )
     hidden_weight: float = field(
-        default=1.0, metadata={"help": "of the cosine distance of last hidden states; takes one teacher of equal width"}
+        default=1.0,
+        metadata={
+            "help": "weight of the cosine distance between last hidden states; needs a single teacher of the student's "
+            "width"
+        },
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.teacher_temperature < math.inf:
-            raise UserError(f"--teacher_temperature {self.teacher_temperature}: must be a number of more than 0")
-        for name in ("soft_weight", "hard_weight", "hidden_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"--{name} {getattr(self, name)}: must be a number of at least 0")
+        check_range(self, "teacher_temperature", positive=True)
+        check_range(self, "soft_weight", "hard_weight", "hidden_weight")
         if len(self.masked_teachers) > 1 and self.hidden_weight:
             raise UserError("--hidden_weight: hidden states of several teachers have nothing in common; give 0")
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the parts of the loss by their names; those that are not named have 1."""
+        """Weights of the losses by name; empty without teachers. A loss that is not named has weight 1."""
         if not self.masked_teachers:
             return {}
         soft, hard, hidden = self.soft_weight, self.hard_weight, self.hidden_weight
         return {"masked_lm_loss": hard, "soft_target_loss": soft, "hidden_state_loss": hidden}
 
     def describe(self, teachers: "MaskedTeachers | None") -> dict[str, Any]:
-        """What a resumed run must agree in: all that the objective depends on, the teachers by what they are."""
+        """Return the settings that a resumed run must share, the teachers by their content and not by their path."""
         if teachers is None:
             return {}
         return asdict(self) | {"masked_teachers": [model_identity(model, model.tokenizer) for model in teachers.models]}
 
 
 class MaskedTeachers:
-    """Models that do not train. Not a module: they are no part of what is saved, wrapped or checkpointed."""
+    """Frozen masked-language models, and the losses of a student against them: an `AuxiliaryLoss` of `masked_lm.py`.
+
+    This is not a module, so that teachers are not saved, wrapped or checkpointed with the student.
+
+    Args:
+        models: the teachers.
+        temperature: temperature of the soft targets.
+        hidden: whether last hidden states are compared as well.
+
+    Attributes:
+        models: the teachers.
+        needs_hidden_states: whether last hidden states are compared.
+        denominators: by loss, the count that the sum over a batch is divided by.
+    """
+
+    denominators: Mapping[str, str] = {"soft_target_loss": "prediction_count", "hidden_state_loss": "token_count"}
 
     def __init__(self, models: list[LongEmbedForMaskedLM], temperature: float, hidden: bool) -> None:
-        """Args:
-        models: the teachers.
-        temperature: of the soft targets.
-        hidden: whether hidden states are compared as well.
-        """
         self.models = [model.eval().requires_grad_(False) for model in models]
-        self.temperature, self.hidden = temperature, hidden
+        self.temperature, self.needs_hidden_states = temperature, hidden
 
     def __deepcopy__(self, memo: dict) -> "MaskedTeachers":
-        return copy.copy(self)  # a copy of the student has the same teachers
+        return copy.copy(self)  # a copy of the student shares the teachers
 
-    def terms(self, chunk: MaskedChunk, logits: Tensor, hidden_states: Tensor | None) -> dict[str, Tensor]:
-        """Sums over a chunk, as `MaskedLanguageModel` gives them.
+    def __call__(self, chunk: MaskedChunk, logits: Tensor, hidden_states: Tensor | None) -> Metrics:
+        """Compute the losses of DistilBERT, L_ce and L_cos (Sanh et al. 2019, arXiv:1910.01108, section 3).
 
         Args:
-            chunk: of T tokens, P of which are predicted.
+            chunk: T packed tokens, P of which are predicted.
             logits: `(P, V)`, the student's.
-            hidden_states: `(1, T, d)`, its last ones.
+            hidden_states: `(1, T, d)`, the student's last ones; None if they are not compared.
 
         Returns:
-            `soft_target_loss`, over the predicted tokens alone, and `hidden_state_loss`, over all, as DistilBERT's
-            L_ce and L_cos (Sanh et al. 2019, arXiv:1910.01108, section 3).
+            Sums over the chunk: `soft_target_loss` over the predicted tokens, `hidden_state_loss` over all tokens.
         """
         inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "labels": chunk.labels}
         inputs["token_type_ids"] = chunk.token_type_ids
         inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
-        if self.hidden:
+        if self.needs_hidden_states:
             inputs["output_hidden_states"] = True
         with torch.no_grad():
             outputs = [model.to(logits.device)(**inputs) for model in self.models]
         if len(logits):
             loss, _ = soft_targets(logits, [output.logits for output in outputs], temperature=self.temperature)
-            terms = {"soft_target_loss": loss * len(logits)}
+            sums = {"soft_target_loss": loss * len(logits)}
         else:
-            terms = {"soft_target_loss": logits.sum() * 0.0}
-        if self.hidden:
-            assert hidden_states is not None
+            sums = {"soft_target_loss": logits.sum() * 0.0}
+        if hidden_states is not None:
             cosine = F.cosine_similarity(hidden_states[0].float(), outputs[0].hidden_states[-1][0].float(), dim=-1)
-            terms["hidden_state_loss"] = (1 - cosine).sum()
-        return terms
+            sums["hidden_state_loss"] = (1 - cosine).sum()
+        return sums
 
 
 def load_masked_teachers(
@@ -113,16 +134,20 @@ def load_masked_teachers(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
 ) -> MaskedTeachers | None:
-    """The teachers, if there are any.
+    """Load the teachers of `--masked_teachers`.
 
     Args:
-        arguments: of the user.
+        arguments: parsed command-line options.
         model: the student.
-        tokenizer: its own.
-        length: the longest text of the run, in tokens.
+        tokenizer: the student's tokenizer.
+        length: length of the longest text of the run, in tokens.
+
+    Returns:
+        The teachers; None if there are none.
 
     Raises:
-        UserError: there is no such model, it reads other tokens or shorter texts, has no head, or another width.
+        UserError: a teacher cannot be loaded, has no head, another tokenizer, a shorter context, or a width that does
+            not fit `--hidden_weight`.
     """
     teachers = []
     for name in arguments.masked_teachers:

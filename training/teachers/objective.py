@@ -1,4 +1,4 @@
-"""The objective of a student of teachers: the distance of its vectors, behind heads, from theirs, or of its scores."""
+"""The objective of a student: the distances of its vectors, behind heads, from its teachers' vectors or scores."""
 
 from typing import Any
 
@@ -11,14 +11,22 @@ from training.objectives.heads import projection
 from training.objectives.losses.correlation import SoftCCA, dcca
 from training.objectives.losses.embedding_distillation import embedding_cosine, embedding_mse, max_margin_mse
 from training.objectives.losses.soft_targets import margin_mse, soft_targets
+from training.objectives.objective import Metrics
 from training.teachers.arguments import TeachingArguments
 
-Metrics = dict[str, Tensor]
-Targets = dict[str, tuple[Tensor, Tensor]]  # by role: vectors or scores `(N, width)`, and which rows count, `(N,)`
+LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}
+# By role (structural, contextual or score): vectors or scores `(N, width)`, and which rows have a target, `(N,)`.
+Targets = dict[str, tuple[Tensor, Tensor]]
 
 
 class Structural(nn.Module):
-    """The student's vectors, behind a head, are to be those of a teacher."""
+    """The student's vectors, behind a head, should equal the teacher's.
+
+    Args:
+        arguments: parsed command-line options.
+        width: width of the student's vectors.
+        teacher_width: width of the teacher's vectors.
+    """
 
     def __init__(self, arguments: TeachingArguments, width: int, teacher_width: int) -> None:
         super().__init__()
@@ -26,71 +34,102 @@ class Structural(nn.Module):
         self.head = projection(width, arguments.structural_head_dims, teacher_width)
 
     def forward(self, student: Tensor, teacher: Tensor, inside: Tensor) -> tuple[Tensor, Metrics]:
-        """Of `(n, d)` and `(n, t)`; `inside` `(n,)` says which texts the teacher reads to their end."""
-        counts = inside if self.arguments.structural_mask else torch.ones_like(inside)
-        metrics = {"share": counts.float().mean()} if self.arguments.structural_mask else {}
-        projected = _unit(self.head(student), self.arguments.normalize_student)
-        if not counts.any():
-            nothing = projected.sum() * 0.0
-            return nothing, metrics | dict.fromkeys(self._names(), nothing.detach())
-        own, target = projected[counts], teacher[counts]
+        """Compute the structural loss.
+
+        Args:
+            student: `(n, d)`, not normalised.
+            teacher: `(n, t)`.
+            inside: `(n,)`, whether each text fits into the teacher's window.
+
+        Returns:
+            The loss, and detached scalars.
+        """
+        counted = inside if self.arguments.structural_mask else torch.ones_like(inside)
+        metrics = {"share": counted.float().mean()} if self.arguments.structural_mask else {}
+        projected = _unit_if(self.arguments.normalize_student, self.head(student))
+        if not counted.any():
+            zero = projected.sum() * 0.0
+            return zero, metrics | dict.fromkeys(self._metric_names(), zero.detach())
+        own, target = projected[counted], teacher[counted]
         if self.arguments.structural_loss == "max_margin_mse":
             loss, more = max_margin_mse(own, target, gamma=self.arguments.structural_gamma)
         else:
             loss, more = LOSSES[self.arguments.structural_loss](own, target)
-        return loss, metrics | more | {"cosine": _cosine(own, target)}
+        return loss, metrics | more | {"cosine": _mean_cosine(own, target)}
 
-    def _names(self) -> list[str]:
-        """Of what is reported beside the loss, so that a batch without any text that counts reports the same."""
+    def _metric_names(self) -> list[str]:
+        """Return the names of the metrics, so that a batch without any counted text reports the same ones."""
         more = ["own_mse", "other_mse"] if self.arguments.structural_loss == "max_margin_mse" else []
         return [*more, "cosine"]
 
 
 class Contextual(nn.Module):
-    """A projection of the student's vectors is to agree with one of a teacher's."""
+    """A projection of the student's vectors should agree with a projection of the teacher's.
+
+    Args:
+        arguments: parsed command-line options.
+        width: width of the student's vectors.
+        teacher_width: width of the teacher's vectors.
+    """
 
     def __init__(self, arguments: TeachingArguments, width: int, teacher_width: int) -> None:
         super().__init__()
-        self.arguments, wanted = arguments, arguments.contextual_width
+        self.arguments, common_width = arguments, arguments.contextual_width
         # Correlations do not change under linear maps: dcca needs no projection to a common width.
-        out = wanted or (width if arguments.contextual_loss == "dcca" else teacher_width)
+        out = common_width or (width if arguments.contextual_loss == "dcca" else teacher_width)
+        teacher_out = teacher_width if common_width is None else common_width
         self.head = projection(width, arguments.contextual_head_dims, out)
-        self.teacher_head = projection(
-            teacher_width, arguments.contextual_teacher_head_dims, teacher_width if wanted is None else wanted
-        )
+        self.teacher_head = projection(teacher_width, arguments.contextual_teacher_head_dims, teacher_out)
         self.fewest_rows = 1
         self.soft_cca: SoftCCA | None = None
         if arguments.contextual_loss == "soft_cca":
             self.soft_cca = SoftCCA(out, momentum=arguments.sdl_momentum, sdl_weight=arguments.sdl_weight)
             self.fewest_rows = 2
         if arguments.contextual_loss == "dcca":
-            self.fewest_rows = 1 + max(out, teacher_width if wanted is None else wanted)
+            self.fewest_rows = 1 + max(out, teacher_out)
 
     def forward(self, student: Tensor, teacher: Tensor, inside: Tensor) -> tuple[Tensor, Metrics]:
-        """Of `(n, d)` and `(n, t)`."""
+        """Compute the contextual loss.
+
+        Args:
+            student: `(n, d)`, not normalised.
+            teacher: `(n, t)`.
+            inside: `(n,)`, not used: a contextual teacher is asked about whole documents.
+
+        Returns:
+            The loss, and detached scalars.
+        """
         arguments = self.arguments
         projected, target = self.head(student), self.teacher_head(teacher)
         if self.soft_cca is not None:
             return self.soft_cca(projected, target)
         if arguments.contextual_loss == "dcca":
-            # At a variance of 1 in every dimension the regularisation means the same for every teacher.
+            # With a variance of 1 in every dimension the regularisation has the same effect for every teacher.
             views = [F.batch_norm(view.double(), None, None, training=True) for view in (projected, target)]
             components = arguments.dcca_components
             return dcca(views[0], views[1], regularization=arguments.dcca_regularization, components=components)
-        projected = _unit(projected, arguments.normalize_student)
+        projected = _unit_if(arguments.normalize_student, projected)
         loss, metrics = LOSSES[arguments.contextual_loss](projected, target)
-        return loss, metrics | {"cosine": _cosine(projected, target)}
+        return loss, metrics | {"cosine": _mean_cosine(projected, target)}
 
 
 class Scores(nn.Module):
-    """The student's scores of candidates are to be those of a teacher."""
+    """The student's scores of candidates, which are scaled cosines, should equal the teacher's."""
 
     def __init__(self, arguments: TeachingArguments) -> None:
         super().__init__()
         self.arguments = arguments
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Metrics]:
-        """Of `(n, 1 + candidates, d)`, queries first, and `(n, candidates)`."""
+        """Compute the score loss.
+
+        Args:
+            student: `(n, 1 + candidates, d)`, the query's vector first; not normalised.
+            teacher: `(n, candidates)` scores.
+
+        Returns:
+            The loss, and detached scalars.
+        """
         query, *candidates = F.normalize(student, dim=-1).unbind(1)
         scores = self.arguments.score_scale * torch.stack([(query * text).sum(-1) for text in candidates], dim=1)
         if self.arguments.score_loss == "margin_mse":
@@ -98,21 +137,19 @@ class Scores(nn.Module):
         return soft_targets(scores, teacher, temperature=self.arguments.score_temperature)
 
 
-LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}
-
-
 class Teaching(nn.Module):
-    """The weighted losses of all teachers. Its heads and averages are in the checkpoints, never in the saved model.
+    """The weighted sum of the losses against all teachers.
 
-    Every process computes the whole loss of the gathered rows: the mean of the processes' gradients is that of one.
+    Its heads and running averages are in the checkpoints of a run and never in the saved model. Every process computes
+    the whole loss of the gathered rows; the mean of the processes' gradients is then the gradient of one process.
+
+    Args:
+        arguments: parsed command-line options.
+        encoder: the student.
+        widths: by role of a teacher, the width of its vectors or its number of candidates.
     """
 
     def __init__(self, arguments: TeachingArguments, encoder: nn.Module, widths: dict[str, int]) -> None:
-        """Args:
-        arguments: of the user.
-        encoder: the student.
-        widths: of what the teachers give, by role.
-        """
         super().__init__()
         config: Any = encoder.config
         self.weights = {"structural": arguments.structural_weight, "contextual": arguments.contextual_weight}
@@ -126,14 +163,14 @@ class Teaching(nn.Module):
             self.parts["score"] = Scores(arguments)
 
     def check_rows(self, option: str, rows: int) -> None:
-        """Refuse what would end the run at its first batch.
+        """Check that a batch has enough rows for the losses, before the first batch is read.
 
         Args:
-            option: where the rows come from.
-            rows: that are looked at at once, over all processes.
+            option: the option that determines the number of rows, for the error message.
+            rows: number of rows of a batch, over all processes.
 
         Raises:
-            UserError: too few for the loss.
+            UserError: there are too few rows.
         """
         fewest = max(getattr(part, "fewest_rows", 1) for part in self.parts.values())
         if rows < fewest:
@@ -144,15 +181,16 @@ class Teaching(nn.Module):
             )
 
     def forward(self, student: Tensor, targets: Targets) -> tuple[Tensor, Metrics]:
-        """The loss of N rows.
+        """Compute the loss of N rows.
 
         Args:
-            student: `(N, columns, d)`: a text and its translations, of which each is to have the vector of the first;
+            student: `(N, columns, d)`: a text and its translations, which all learn the teacher's vector of the first;
                 or a query and its candidates.
-            targets: of each teacher its vectors `(N, t)` and which texts it reads to their end, `(N,)`; or its scores.
+            targets: by role the teacher's vectors `(N, t)` or scores `(N, candidates)`, and which texts fit into its
+                window, `(N,)`.
 
         Returns:
-            The weighted sum of the losses, each a mean over the columns, and detached metrics of each.
+            The weighted sum of the losses, each a mean over the columns, and detached scalars by role.
         """
         total, metrics = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), Metrics()
         for role, part in self.parts.items():
@@ -169,9 +207,9 @@ class Teaching(nn.Module):
         return total, metrics | {"loss": total.detach()}
 
 
-def _unit(vectors: Tensor, wanted: bool) -> Tensor:
-    return F.normalize(vectors, dim=-1) if wanted else vectors
+def _unit_if(normalize: bool, vectors: Tensor) -> Tensor:
+    return F.normalize(vectors, dim=-1) if normalize else vectors
 
 
-def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+def _mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return F.cosine_similarity(student.detach().float(), teacher.detach().float(), dim=-1).mean()

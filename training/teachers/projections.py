@@ -1,4 +1,4 @@
-"""What one attention sublayer of a model computes, kept while the model runs: its queries, keys and values."""
+"""Queries, keys and values of one attention sublayer, recorded while the model runs."""
 
 from typing import Any, NamedTuple
 
@@ -11,11 +11,13 @@ from modeling_longembed.pattern_landmark_longembed import landmark_size
 
 
 class Projections(NamedTuple):
-    """Of T packed tokens, H heads of size D.
+    """The projections of T packed tokens in H heads of size D.
 
     Args:
-        query, key, value: `(T, H, D)`, as projected: no rotation yet.
-        attention: what attention makes its distribution of: rotated queries and keys, pattern, biases, documents.
+        query: `(T, H, D)`, before any rotation.
+        key: `(T, H, D)`, before any rotation.
+        value: `(T, H, D)`.
+        attention: the inputs of the attention distribution: rotated queries and keys, pattern, biases, documents.
     """
 
     query: Tensor
@@ -25,20 +27,20 @@ class Projections(NamedTuple):
 
 
 class ProjectionTap:
-    """Keeps the projections of one attention sublayer of a model, from a forward pass until they are taken.
+    """Records the projections of one attention sublayer in each forward pass.
 
-    A hook on the sublayer, so that the model is run, sharded and checkpointed as ever. The projections are computed a
-    second time: they are a small part of one of many sublayers.
+    It is a hook on the sublayer, so the model is run, sharded and checkpointed as usual. The projections are computed a
+    second time, which costs little: they are a small part of one of many sublayers.
+
+    Args:
+        model: a LongEmbed model, maybe wrapped for LoRA.
+        number: number of the attention sublayer, from 1; None: the last one.
+
+    Raises:
+        UserError: there is no such sublayer, or it also reads landmarks and not only the tokens of the text.
     """
 
     def __init__(self, model: nn.Module, number: int | None = None) -> None:
-        """Args:
-        model: a LongEmbed model, maybe wrapped for LoRA.
-        number: of the attention sublayer, counted from 1; the last if None.
-
-        Raises:
-            UserError: there is no such sublayer, or it reads more than the tokens of the text.
-        """
         sublayers = [module for module in model.modules() if isinstance(module, LongEmbedAttention)]
         number = len(sublayers) if number is None else number
         if not 1 <= number <= len(sublayers):
@@ -49,34 +51,37 @@ class ProjectionTap:
         self.sublayer.register_forward_hook(self._keep)
 
     def take(self) -> Projections:
-        """Those of the last forward pass."""
+        """Return the projections of the last forward pass, and forget them."""
         projections = self._kept[-1]
         self._kept.clear()
         return projections
 
     def _keep(self, sublayer: LongEmbedAttention, inputs: tuple[Tensor, LayerContext], output: Any) -> None:
-        # Gradient checkpointing runs the sublayer again in the backward pass, and nobody takes those.
+        # Gradient checkpointing runs the sublayer again in the backward pass; those projections are not taken.
         self._kept[:] = [project(sublayer, *inputs)]
 
 
 def project(sublayer: LongEmbedAttention, states: Tensor, context: LayerContext) -> Projections:
-    """The projections of a sublayer; its distribution under the pattern that serves, without dropout.
+    """Compute the projections of a sublayer, and the inputs of its attention without dropout.
 
     Args:
-        sublayer: of a model.
-        states: `(T, d)`, what it reads.
-        context: of this forward pass.
+        sublayer: an attention sublayer.
+        states: `(T, d)`, its input.
+        context: positions, documents and biases of this forward pass.
+
+    Returns:
+        The projections.
     """
     query, key, value = sublayer.project(states)
-    turned_query, turned_key, bias, grouped = query, key, context.bias, None
+    rotated_query, rotated_key, bias, grouped = query, key, context.bias, None
     if context.rope:
-        turned_query, turned_key, grouped = context.rope[sublayer.layer_type](query, key)
+        rotated_query, rotated_key, grouped = context.rope[sublayer.layer_type](query, key)
     if sublayer.distance is not None:
         reach = sublayer.pattern.reach(context.documents)
-        turned_query, bias = sublayer.distance(turned_query, context.distances, reach)
+        rotated_query, bias = sublayer.distance(rotated_query, context.distances, reach)
     attention = AttentionInputs(
-        turned_query,
-        turned_key,
+        rotated_query,
+        rotated_key,
         value,
         sublayer.pattern,
         context.documents,

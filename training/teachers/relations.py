@@ -1,4 +1,4 @@
-"""Self-attention distillation of packed documents: the student under training, its teacher, objective, evaluation."""
+"""Self-attention distillation (MiniLM, MiniLMv2) of packed documents: teacher, student, gradient and evaluation."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -9,44 +9,64 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from common.errors import UserError
-from training.data.masked_batches import MaskedBatch, Pieces, SpecialTokens
+from training.data.masked_batches import MaskedBatch, MaskedChunk, Pieces, SpecialTokens
 from training.data.packing import PackedTexts, pack
-from training.engine.distributed import mean_over_processes, own_share, passes_together, synchronizing, world_size
+from training.engine.distributed import mean_over_processes
 from training.engine.loop import AccumulateGradient
+from training.objectives.chunked_loss import (
+    LossModule,
+    add_detached,
+    backward_over_chunks,
+    denominator,
+    sums_over_processes,
+    weighted_sum,
+)
 from training.objectives.losses.relations import attention_kl, relation_heads, relation_kl
+from training.objectives.objective import Metrics
 from training.teachers.projections import Projections, ProjectionTap
 
 
 @dataclass
 class RelationArguments:
-    """What of the teacher's attention the student learns."""
+    """The losses between the attention of the teacher and of the student, and their weights.
+
+    Raises:
+        UserError: a weight is negative, or all are 0.
+    """
 
     relation_objective: Literal["minilm", "minilmv2"] = field(
         default="minilmv2",
         metadata={
-            "help": "minilm: the attention distribution and the relations of the values, head by head; minilmv2: the "
-            "relations of queries, of keys and of values, in --relation_heads heads"
+            "help": "what is distilled. minilm: attention distributions and value relations, head by head; "
+            "minilmv2: relations of queries, keys and values, split into --relation_heads heads"
         },
     )
     relation_heads: int = field(
-        default=48, metadata={"help": "of minilmv2: a divisor of the width of the attention of both models"}
+        default=48,
+        metadata={"help": "number of relation heads of minilmv2; divides the attention width of both models"},
     )
     teacher_layer: int | None = field(
-        default=None, metadata={"help": "attention layer of the teacher that is learned, from 1; the last if not given"}
+        default=None,
+        metadata={"help": "number of the teacher's attention layer to distil, from 1; default: the last"},
     )
-    attention_weight: float = field(default=1.0, metadata={"help": "of the attention distribution in minilm"})
-    query_weight: float = field(default=1.0, metadata={"help": "of the relations of queries in minilmv2; 0: without"})
-    key_weight: float = field(default=1.0, metadata={"help": "of the relations of keys in minilmv2; 0: without"})
-    value_weight: float = field(default=1.0, metadata={"help": "of the relations of values; 0: without"})
+    attention_weight: float = field(
+        default=1.0, metadata={"help": "weight of the attention distributions in minilm; 0: not computed"}
+    )
+    query_weight: float = field(
+        default=1.0, metadata={"help": "weight of the query relations in minilmv2; 0: not computed"}
+    )
+    key_weight: float = field(
+        default=1.0, metadata={"help": "weight of the key relations in minilmv2; 0: not computed"}
+    )
+    value_weight: float = field(default=1.0, metadata={"help": "weight of the value relations; 0: not computed"})
     hidden_mse_weight: float = field(
         default=0.0,
         metadata={
-            "help": "of the squared distance of last hidden states, which teaches what comes after the last attention "
-            "too; takes a student of the teacher's width"
+            "help": "weight of the squared distance between last hidden states, which also trains what follows the "
+            "last attention layer; needs a student of the teacher's width"
         },
     )
 
@@ -56,17 +76,30 @@ class RelationArguments:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of the losses, by name."""
+        """Weights of the objective's losses by the name of what is compared, zeros included."""
         names = ("attention", "value") if self.relation_objective == "minilm" else ("query", "key", "value")
         return {name: getattr(self, f"{name}_weight") for name in names} | {"hidden": self.hidden_mse_weight}
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the losses that are computed, by the name of the loss."""
+        return {f"{name}_loss": weight for name, weight in self.weights.items() if weight}
+
     def describe(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common with this one, under the names that checkpoints use."""
+        """Return the settings that a resumed run must share, under the names that checkpoints use."""
         stored = {"relation_objective": "objective", "hidden_mse_weight": "hidden_weight"}
         return {stored.get(name, name): value for name, value in asdict(self).items()}
 
     def check(self, teacher: Any, student: Any) -> None:
-        """Raises `UserError` if models of these two configs have nothing that can be compared."""
+        """Check that the models of two configs can be compared.
+
+        Args:
+            teacher: config of the teacher.
+            student: config of the student.
+
+        Raises:
+            UserError: the layer does not exist, or widths, heads or patterns do not fit the losses.
+        """
         layers = len(teacher.get_patterns())
         if self.teacher_layer is not None and not 1 <= self.teacher_layer <= layers:
             raise UserError(f"--teacher_layer {self.teacher_layer}: the teacher has attention layers 1 to {layers}")
@@ -98,21 +131,26 @@ class RelationArguments:
                     )
 
 
-class Lesson(NamedTuple):
-    """What a model computes of T packed tokens: the projections of an attention layer, and `(T, d)`, its output."""
+class LayerOutputs(NamedTuple):
+    """What a model computes of T packed tokens.
+
+    Args:
+        projections: queries, keys and values of the attention layer that is compared.
+        hidden_states: `(T, d)`, the output of the last layer.
+    """
 
     projections: Projections
     hidden_states: Tensor
 
 
 class RelationTeacher:
-    """A model that does not train, and what it computes.
+    """A frozen model whose attention a student learns.
 
     Args:
         model: the teacher; it is put into evaluation mode.
-        layer: the attention layer, from 1; the last if None.
-        device: where it runs.
-        autocast: makes the context of a forward pass.
+        layer: number of the attention layer, from 1; None: the last one.
+        device: device that the teacher runs on.
+        autocast: returns the context manager of a forward pass.
     """
 
     def __init__(
@@ -126,47 +164,59 @@ class RelationTeacher:
         self.model = model.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()
-    def __call__(self, texts: PackedTexts) -> Lesson:
+    def __call__(self, texts: PackedTexts) -> LayerOutputs:
+        """Compute the layer outputs of packed texts."""
         with self.autocast():
-            return lesson(self.model, self.tap, texts)[0]
+            return layer_outputs(self.model, self.tap, texts)[0]
 
 
-class RelationStudent(nn.Module):
-    """A student, maybe wrapped for LoRA, whose forward pass gives its losses.
+class RelationStudent(LossModule):
+    """A student whose forward pass returns sums of its losses against the teacher.
 
     Args:
-        model: an encoder; the last of its attention layers learns.
-        arguments: what it learns.
+        model: an encoder, maybe wrapped for LoRA.
+        arguments: parsed command-line options.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, arguments: RelationArguments) -> None:
-        super().__init__()
-        self.model, self.arguments, self.tap = model, arguments, ProjectionTap(model)
+        super().__init__(model)
+        self.arguments, self.tap = arguments, ProjectionTap(model)
 
-    def __getattr__(self, name: str) -> Any:
-        """What it has not its model has, such as the switch for gradient checkpointing."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
-
-    def forward(self, texts: PackedTexts, teacher: Lesson) -> dict[str, Tensor]:
-        """Sums over the tokens of packed texts, of each loss that has a weight, by name."""
-        student, embeddings = lesson(self.model, self.tap, texts)
-        # What comes after the last projections may learn nothing, and must have its part in the graph.
-        untrained = 0.0 * embeddings.sum()
+    def forward(self, texts: PackedTexts, teacher: LayerOutputs) -> Metrics:
+        """Compute each loss that has a weight, summed over the tokens of packed texts."""
+        student, embeddings = layer_outputs(self.model, self.tap, texts)
+        # Parameters after the last projections may get no gradient, but must take part in the graph.
+        unused = 0.0 * embeddings.sum()
         losses = relation_losses(teacher, student, self.arguments)
-        return {f"{name}_loss": loss.sum() + untrained for name, loss in losses.items()}
+        return {f"{name}_loss": loss.sum() + unused for name, loss in losses.items()}
 
 
-def lesson(model: nn.Module, tap: ProjectionTap, texts: PackedTexts) -> tuple[Lesson, Tensor]:
-    """What a model computes of packed texts, and their embeddings."""
+def layer_outputs(model: nn.Module, tap: ProjectionTap, texts: PackedTexts) -> tuple[LayerOutputs, Tensor]:
+    """Run a model on packed texts.
+
+    Args:
+        model: the teacher or the student.
+        tap: the hook on its attention layer.
+        texts: n packed texts.
+
+    Returns:
+        The outputs that are compared, and the embeddings of the texts, `(n, d)`.
+    """
     output = model(input_ids=texts.input_ids, cu_seq_lens_q=texts.cu_seq_lens_q, max_length_q=texts.max_length_q)
-    return Lesson(tap.take(), output.last_hidden_state[0]), output.pooler_output
+    return LayerOutputs(tap.take(), output.last_hidden_state[0]), output.pooler_output
 
 
-def relation_losses(teacher: Lesson, student: Lesson, arguments: RelationArguments) -> dict[str, Tensor]:
-    """The losses that have a weight, by name, each `(T,)`."""
+def relation_losses(teacher: LayerOutputs, student: LayerOutputs, arguments: RelationArguments) -> dict[str, Tensor]:
+    """Compute the losses that have a weight.
+
+    Args:
+        teacher: layer outputs of T packed tokens.
+        student: layer outputs of the same tokens.
+        arguments: parsed command-line options.
+
+    Returns:
+        By name `(T,)`, the loss of each token.
+    """
     bounds = student.projections.attention.documents.bounds
     losses = {}
     for name, weight in arguments.weights.items():
@@ -185,37 +235,41 @@ def relation_losses(teacher: Lesson, student: Lesson, arguments: RelationArgumen
 
 
 def relation_gradient(teacher: RelationTeacher, arguments: RelationArguments) -> AccumulateGradient:
-    """The objective: the weighted sum of the losses, each the mean over the tokens of the step on all processes."""
+    """Build the gradient of the weighted losses, each a mean over the tokens of a step on all processes.
 
-    def accumulate_gradient(model: nn.Module, batch: MaskedBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
+    Args:
+        teacher: the frozen teacher.
+        arguments: parsed command-line options.
+
+    Returns:
+        The function that the loop calls for each batch.
+    """
+
+    def accumulate_gradient(model: nn.Module, batch: MaskedBatch, scale: float, synchronize: bool) -> Metrics:
         measures = batch.measures()
-        # Local sums over the processes' mean count: their mean over the processes, DDP's, is the mean over all tokens.
+        # As in `masked_gradient`: local sums over the mean count, of whose gradients DDP takes the mean.
         tokens = mean_over_processes(measures["token_count"].float().to(batch.chunks[0].labels.device))
-        metrics: dict[str, Tensor] = {}
-        passes = passes_together(model, len(batch.chunks))
-        for number, chunk in enumerate([*batch.chunks, *batch.chunks[-1:] * (passes - len(batch.chunks))]):
-            share = 1.0 if number < len(batch.chunks) else 0.0
-            with synchronizing(model, synchronize and number == passes - 1):
-                sums = model(chunk.texts, teacher(chunk.texts))
-                means = {name: value * share / tokens for name, value in sums.items()}
-                loss = _weighted(means, arguments)
-                for name, value in (means | {"loss": loss}).items():
-                    metrics[name] = metrics.get(name, 0.0) + value.detach()
-                (loss * scale).backward()
+
+        def parts_of(chunk: MaskedChunk) -> Metrics:
+            return {name: value / tokens for name, value in model(chunk.texts, teacher(chunk.texts)).items()}
+
+        metrics = backward_over_chunks(
+            model, batch.chunks, parts_of, arguments.loss_weights, scale=scale, synchronize=synchronize
+        )
         return metrics | {name: measures[name] for name in ("token_count", "text_count", "sequence_length")}
 
     return accumulate_gradient
 
 
 class RelationEvaluation:
-    """How far the student is from its teacher on held-out documents of one source.
+    """The losses of a student against its teacher on the documents of one held-out source.
 
     Args:
-        pieces: of the documents.
-        special: what stands around a piece.
-        teacher: of the student.
-        arguments: what it learns.
-        batch_tokens: tokens of one packed chunk.
+        pieces: spans of the documents.
+        special: special tokens around a span.
+        teacher: the frozen teacher.
+        arguments: parsed command-line options.
+        batch_tokens: number of tokens of one packed chunk.
     """
 
     def __init__(
@@ -231,23 +285,28 @@ class RelationEvaluation:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
-        """`eval_loss`, and `eval_` of each of its parts; all processes share the texts."""
-        own = own_share(len(self.pieces))
-        names = [f"{name}_loss" for name, weight in self.arguments.weights.items() if weight]
-        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
-        for start in tqdm(range(own.start, own.stop, 64), desc="evaluating", disable=own.start > 0, leave=False):
-            segments = [self.pieces.segment(number) for number in range(start, min(start + 64, own.stop))]
+        """Evaluate a student; the processes share the texts.
+
+        Args:
+            model: a `RelationStudent` in evaluation mode.
+            device: the model's device.
+
+        Returns:
+            `eval_loss`, and each of its parts as `eval_...`.
+        """
+
+        def sums_of(numbers: range) -> Metrics:
+            segments = [self.pieces.segment(number) for number in numbers]
             texts = [self.special.frame(self.pieces.documents.read(segment))[0] for segment in segments]
+            sums = Metrics()
             for chunk in pack(texts, self.batch_tokens):
                 found = model(chunk.to(device), self.teacher(chunk.to(device)))
-                tokens = torch.tensor(chunk.input_ids.numel())
-                sums += torch.stack([*(found[name].double().cpu() for name in names), tokens.double()])
-        *values, tokens = mean_over_processes(sums.to(device)).cpu()
-        means = {name: value / tokens.clamp(min=1 / world_size()) for name, value in zip(names, values, strict=True)}
-        means = {"loss": _weighted(means, self.arguments)} | means
+                tokens = {"token_count": torch.tensor(chunk.input_ids.numel())}
+                sums = add_detached(sums, {name: value.double().cpu() for name, value in (found | tokens).items()})
+            return sums
+
+        names = list(self.arguments.loss_weights)
+        sums = sums_over_processes(len(self.pieces), sums_of, [*names, "token_count"], device)
+        means = {name: sums[name] / denominator(sums["token_count"]) for name in names}
+        means = {"loss": weighted_sum(means, self.arguments.loss_weights)} | means
         return {f"eval_{name}": value.item() for name, value in means.items()}
-
-
-def _weighted(means: dict[str, Tensor], arguments: RelationArguments) -> Tensor:
-    terms = [weight * means[f"{name}_loss"] for name, weight in arguments.weights.items() if weight]
-    return torch.stack(terms).sum()

@@ -1,4 +1,4 @@
-"""Scores of the candidates of a query as targets: by a cross-encoder, or from a column of the data."""
+"""Score teachers: scores of the candidates of a query, from a cross-encoder or from a column of the data."""
 
 import hashlib
 import math
@@ -20,30 +20,33 @@ from training.data.pair_batches import PairBatch
 from training.data.sources import Source, check_numbers
 from training.engine.distributed import own_share
 
-_ROWS_AT_ONCE = 64  # of a put: what a kill loses
+_ROWS_AT_ONCE = 64  # rows that are scored before they are stored; a killed run loses no more
 
 
 class ColumnScores:
-    """Scores that a column of the data holds: a list of numbers, the positive's first.
+    """Scores from a column of the data, which holds a list of numbers, the positive's score first.
+
+    Args:
+        column: name of the column.
+        candidates: number of candidates of a query.
 
     Attributes:
-        width: candidates of a query.
-        identity: what the scores depend on beside the row.
+        width: number of candidates of a query.
+        identity: what the scores depend on besides the row.
     """
 
     def __init__(self, column: str, candidates: int) -> None:
-        """Args:
-        column: its name.
-        candidates: of a query.
-        """
         self.column, self.width, self.identity = column, candidates, f"column {column}"
         self._rows: dict[str, datasets.Dataset] = {}
 
     def read_all(self, sources: Iterable[Source]) -> None:
-        """Look at the scores of all rows, each process at those of its share, before the first step needs them.
+        """Check the scores of all rows before the first step; the processes share the rows.
+
+        Args:
+            sources: the training and the held-out data.
 
         Raises:
-            UserError: a row without scores as they should be.
+            UserError: a row does not hold a list of as many numbers as there are candidates.
         """
         for source in sources:
             self._rows[source.name] = source.rows.select_columns([self.column])
@@ -56,8 +59,13 @@ class ColumnScores:
         wait_for_everyone()
 
     def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Scores of the rows of a batch, float32 `(n, candidates)`, and that all count, `(n,)`: by the row, because
-        another one may have the same texts and other scores.
+        """Read the scores of a batch by the numbers of its rows: another row may have the same texts and other scores.
+
+        Args:
+            batch: a batch that holds its source and row numbers.
+
+        Returns:
+            Float32 scores `(n, candidates)`, and True for every row, `(n,)`.
         """
         values = self._rows[batch.source][[number - 1 for number in batch.rows]][self.column]
         return torch.tensor(values, dtype=torch.float32), torch.ones(len(values), dtype=torch.bool)
@@ -73,24 +81,26 @@ class ColumnScores:
 
 
 class CrossEncoderScores:
-    """Scores of a model that reads query and candidate together, before any activation; kept in the cache by what they
-    depend on: the model, and the texts.
+    """Scores of a cross-encoder, which reads query and candidate together; the logits, before any activation.
+
+    Scores are cached on disk under a hash of the model and the texts.
+
+    Args:
+        name: a folder or Hub id that sentence-transformers loads as a cross-encoder.
+        candidates: number of candidates of a query.
+        cache: the file that caches scores.
+        batch_tokens: number of tokens of a forward pass.
+
+    Raises:
+        UserError: there is no such model, it returns more than one score, or the packages that load it are not
+            installed.
 
     Attributes:
-        width: candidates of a query.
-        identity: what the scores depend on beside the texts.
+        width: number of candidates of a query.
+        identity: what the scores depend on besides the texts.
     """
 
     def __init__(self, name: str, candidates: int, cache: Path, batch_tokens: int) -> None:
-        """Args:
-        name: a folder or Hub id that sentence-transformers loads as a cross-encoder.
-        candidates: of a query.
-        cache: the file of the scores.
-        batch_tokens: token budget of a forward pass.
-
-        Raises:
-            UserError: there is no such model, or it gives more than one score.
-        """
         try:
             from sentence_transformers import CrossEncoder
         except ImportError as error:
@@ -109,10 +119,13 @@ class CrossEncoderScores:
         self._batch_size = max(1, batch_tokens // length)
 
     def read_all(self, sources: Iterable[Source]) -> None:
-        """Bring the scores of all rows into the cache, each process those of its share, and let go of the model.
+        """Score the rows of all sources that are not cached yet, and free the model; the processes share the rows.
+
+        Args:
+            sources: the training and the held-out data.
 
         Raises:
-            UserError: a cache that cannot be written.
+            UserError: the file is not a cache of vectors, or the disk is full.
         """
         cache = VectorCache(self.cache)
         for source in sources:
@@ -121,26 +134,39 @@ class CrossEncoderScores:
             for start in tqdm(starts, desc=f"scores of {source.name}", disable=own.start > 0, leave=False):
                 columns = source.texts(list(range(start, min(start + _ROWS_AT_ONCE, own.stop))))
                 keys = self._keys(columns)
-                there = cache.get(keys)
-                missing = [place for place, key in enumerate(keys) if key not in there]
+                cached = cache.get(keys)
+                missing = [row for row, key in enumerate(keys) if key not in cached]
                 if missing:
-                    scores = self.scores_of([[column[place] for place in missing] for column in columns])
-                    cache.put({keys[place]: row[None] for place, row in zip(missing, scores, strict=True)})
+                    scores = self.scores_of([[column[row] for row in missing] for column in columns])
+                    cache.put({keys[row]: found[None] for row, found in zip(missing, scores, strict=True)})
         self._model = None
         wait_for_everyone()
 
     def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Scores of the texts of a batch, float32 `(n, candidates)`, and that all count, `(n,)`.
+        """Read the scores of a batch.
+
+        Args:
+            batch: a batch that holds its texts.
+
+        Returns:
+            Float32 scores `(n, candidates)`, and True for every row, `(n,)`.
 
         Raises:
-            UserError: the cache does not hold them: somebody has removed it.
+            UserError: a score is no longer in the cache.
         """
         assert batch.texts is not None
         scores = torch.from_numpy(VectorCache(self.cache).rows(self._keys(batch.texts)))
         return scores, torch.ones(len(scores), dtype=torch.bool)
 
     def scores_of(self, columns: list[list[str]]) -> np.ndarray:
-        """Float32 `(n, candidates)` of n queries, the first column, and their candidates."""
+        """Score the candidates of n queries.
+
+        Args:
+            columns: the n queries, and for each candidate its n texts.
+
+        Returns:
+            Float32 `(n, candidates)`.
+        """
         pairs = [(query, text) for query, *texts in zip(*columns, strict=True) for text in texts]
         scores = self._model.predict(
             pairs, batch_size=self._batch_size, activation_fn=nn.Identity(), show_progress_bar=False

@@ -1,4 +1,4 @@
-"""What the loop calls: the gradient of what teachers ask for on a batch of texts, and the same of held-out texts."""
+"""Distillation of embeddings and scores, as the loop uses it: the gradient of a batch, and the evaluation."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -16,39 +16,48 @@ from training.engine.distributed import gather_rows, own_share
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import AccumulateGradient
 from training.objectives.embed import pool
+from training.objectives.objective import Metrics
 from training.objectives.pair_step import by_row
-from training.teachers.objective import Metrics, Targets, Teaching
+from training.teachers.objective import Targets, Teaching
 
 
 class TextTeacher(Protocol):
-    """What knows of every row of the data what a student is to give.
+    """A teacher that has a target, a vector or scores, for every row of the data.
 
     Attributes:
-        width: of what it gives: a vector's, or the candidates of a query.
-        identity: what that depends on beside the data.
+        width: width of a vector, or number of candidates of a query.
+        identity: what the targets depend on besides the data.
     """
 
     width: int
     identity: str
 
     def read_all(self, sources: Iterable[Source]) -> None:
-        """Make ready what `read` gives of the rows of all sources; the processes share them out."""
+        """Prepare the targets of all rows of the sources; the processes share the rows."""
 
     def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Vectors or scores of a batch that holds its texts, float32 `(n, width)`, and which rows count, `(n,)`."""
+        """Return the targets of a batch, float32 `(n, width)`, and which texts fit into the window, `(n,)`."""
 
 
 Teachers = Mapping[str, TextTeacher]  # by role: `structural` and `contextual`, or `score`
 
 
 def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGradient:
-    """The gradient of an objective over the batches of all processes, which hold their texts."""
+    """Build the gradient of an objective over the batches of all processes.
+
+    Args:
+        objective: the losses against the teachers.
+        teachers: the teachers by role; their targets have been prepared.
+
+    Returns:
+        The function that the loop calls for each batch, which must hold its texts.
+    """
 
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
         device = batch.text_ids.device
         targets = {
             role: (gather_rows(vectors), gather_rows(inside.float()).bool())
-            for role, (vectors, inside) in _read(batch, teachers, device).items()
+            for role, (vectors, inside) in _read_targets(batch, teachers, device).items()
         }
 
         def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
@@ -62,7 +71,17 @@ def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGrad
 
 
 class TeachingEvaluation:
-    """Held-out texts of one source, in batches as large as those of training, which the processes share."""
+    """The objective on the held-out texts of one source, in batches as large as those of training.
+
+    Args:
+        source: the held-out texts.
+        tokenize: the student's tokenizer.
+        objective: the losses against the teachers.
+        teachers: the teachers by role; their targets have been prepared.
+        batch_size: smallest number of rows of a batch, if the source has as many; the remainder is spread over the
+            batches.
+        batch_tokens: number of tokens of one packed chunk.
+    """
 
     def __init__(
         self,
@@ -74,10 +93,6 @@ class TeachingEvaluation:
         batch_size: int,
         batch_tokens: int,
     ) -> None:
-        """Args:
-        batch_size: rows of a batch, or all that there are; the rest is shared out over the batches.
-        batch_tokens: tokens of one packed chunk.
-        """
         self.source, self.tokenize, self.objective, self.teachers = source, tokenize, objective, teachers
         rows = np.arange(len(source.rows))
         self.batches = np.array_split(rows, max(1, len(rows) // batch_size))
@@ -85,7 +100,15 @@ class TeachingEvaluation:
 
     @torch.no_grad()
     def __call__(self, embed: Callable[[PackedTexts], Tensor], device: torch.device) -> dict[str, float]:
-        """The metrics of the objective as `eval_*`: means over the batches."""
+        """Evaluate a model; the processes share the batches.
+
+        Args:
+            embed: a function from a packed chunk to pooled vectors `(n, d)`.
+            device: the model's device.
+
+        Returns:
+            The metrics of the objective as `eval_...`, means over the batches.
+        """
         sums: dict[str, float] = {}
         self.objective.eval()
         for number in own_share(len(self.batches)):
@@ -94,7 +117,7 @@ class TeachingEvaluation:
             batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind=self.source.anchor_kind)
             batch = replace(batch, texts=texts, source=self.source.name, rows=self.source.numbers(rows))
             vectors = torch.cat([embed(chunk.to(device)).float() for chunk in batch.chunks])
-            _, metrics = self.objective(by_row(vectors, batch.pairs), _read(batch, self.teachers, device))
+            _, metrics = self.objective(by_row(vectors, batch.pairs), _read_targets(batch, self.teachers, device))
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
         self.objective.train()
         shares = gather_object([sums])
@@ -102,6 +125,7 @@ class TeachingEvaluation:
         return {f"eval_{name}": sum(share.get(name, 0.0) for share in shares) / len(self.batches) for name in names}
 
 
-def _read(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:
+def _read_targets(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:
+    """Read the targets of a batch from all teachers, and move them to a device."""
     found = {role: teacher.read(batch) for role, teacher in teachers.items()}
-    return {role: (target.to(device), counts.to(device)) for role, (target, counts) in found.items()}
+    return {role: (target.to(device), inside.to(device)) for role, (target, inside) in found.items()}

@@ -6,7 +6,9 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
 from training.data.pair_batches import PairBatch
-from training.objectives.contrastive import Objective, ObjectiveArguments, build_objective
+from training.objectives.arguments import ObjectiveArguments
+from training.objectives.contrastive import build_objective
+from training.objectives.objective import Objective
 
 # A name, and behind it the options of a case. Queues are longer than a batch and no multiple of it.
 CASES = {

@@ -19,9 +19,10 @@ from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
 from training.engine.loop import _enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
-from training.objectives import contrastive as objectives
+from training.objectives import objective as objectives
 from training.objectives import pair_step
-from training.objectives.contrastive import OBJECTIVES, GatheredBatch, ObjectiveArguments, build_objective
+from training.objectives.arguments import ObjectiveArguments
+from training.objectives.contrastive import OBJECTIVES, build_objective
 from training.objectives.embed import embed, pool
 from training.objectives.heads import ProjectionHead
 from training.objectives.losses.contrastive import info_nce
@@ -30,6 +31,7 @@ from training.objectives.losses.regularizers import debias, spread_out
 from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.supcon import sup_con
 from training.objectives.losses.vicreg import vicreg
+from training.objectives.objective import GatheredBatch
 from training.objectives.pair_step import pair_gradient
 
 PAIRS = 6
@@ -335,7 +337,7 @@ def test_simcse_without_dropout_is_refused():
         ({"false_negative_relative": True}, "give --guide_model or --false_negative_margin as well"),
         ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
         ({"objective": "momentum", "momentum": 1.5}, "--momentum 1.5: must be from 0 to 1"),
-        ({"spread_out_weight": -1.0}, "--spread_out_weight -1.0: must not be less than 0"),
+        ({"spread_out_weight": -1.0}, "--spread_out_weight -1.0: must be at least 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(options, complaint):

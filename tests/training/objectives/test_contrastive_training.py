@@ -26,7 +26,8 @@ from training.data.sources import read_sources
 from training.engine.checkpoints import WEIGHTS
 from training.engine.loop import LoopArguments
 from training.models.encoder import ModelArguments
-from training.objectives.contrastive import OBJECTIVES, ObjectiveArguments
+from training.objectives.arguments import ObjectiveArguments
+from training.objectives.contrastive import OBJECTIVES
 from training.objectives.embed import embed
 from training.objectives.pair_retrieval import PairRetrieval
 from training.objectives.pair_step import ContrastiveArguments

@@ -54,8 +54,9 @@ def test_the_weighted_sum_of_three_losses_text_by_text(budget):
     student, teacher = model(0).train(), model(1).eval()
     weights = MaskedTeacherArguments(masked_teachers=["teacher"], soft_weight=5, hard_weight=2, hidden_weight=1).weights
     given = batch(budget)
-    teaching = MaskedLanguageModel(student, teachers=MaskedTeachers([teacher], TEMPERATURE, hidden=True))
-    metrics = masked_gradient(weights=weights)(teaching, given, 1.0, True)
+    teachers = MaskedTeachers([teacher], TEMPERATURE, hidden=True)
+    taught = MaskedLanguageModel(student, auxiliary=teachers)
+    metrics = masked_gradient(weights=weights, auxiliary=teachers)(taught, given, 1.0, True)
     ours = gradients(student)
 
     soft, hard, cosine, predicted, tokens = 0.0, 0.0, 0.0, 0, 0
@@ -93,9 +94,10 @@ def test_nothing_to_learn_from_oneself(pairs):
     """Pairs of segments too: the teacher is told where the second begins."""
     student = model(0).train()
     head = NextSentenceHead(32, 0.02).double() if pairs else None
-    teaching = MaskedLanguageModel(student, head, MaskedTeachers([model(0)], TEMPERATURE, hidden=True))
+    teachers = MaskedTeachers([model(0)], TEMPERATURE, hidden=True)
+    taught = MaskedLanguageModel(student, head, teachers)
     weights = {"masked_lm_loss": 0.0, "next_sentence_loss": 0.0}
-    metrics = masked_gradient(weights=weights)(teaching, batch(segments=pairs), 1.0, True)
+    metrics = masked_gradient(weights=weights, auxiliary=teachers)(taught, batch(segments=pairs), 1.0, True)
     assert metrics["soft_target_loss"] + metrics["hidden_state_loss"] < 1e-6
     assert max(gradient.abs().max() for gradient in gradients(student).values()) < 1e-6
 
@@ -105,18 +107,20 @@ def test_hard_targets_alone_are_masked_language_modelling():
     student, given = model(0).train(), batch()
     teachers = MaskedTeachers([model(1), model(2)], TEMPERATURE, hidden=False)
     weights = {"soft_target_loss": 0.0}
-    masked_gradient(weights=weights)(MaskedLanguageModel(student, teachers=teachers), given, 1.0, True)
+    taught = MaskedLanguageModel(student, auxiliary=teachers)
+    masked_gradient(weights=weights, auxiliary=teachers)(taught, given, 1.0, True)
     with_teachers = gradients(student)
     masked_gradient()(MaskedLanguageModel(student), given, 1.0, True)
     torch.testing.assert_close(with_teachers, gradients(student), atol=1e-12, rtol=0)
 
 
 def test_teachers_are_no_part_of_the_student():
-    teaching = MaskedLanguageModel(model(0), teachers=MaskedTeachers([model(1)], TEMPERATURE, hidden=True))
-    assert not [name for name in teaching.state_dict() if "teacher" in name]
-    assert not teaching.teachers.models[0].training
-    teaching.eval()
-    assert "soft_target_loss" not in teaching(batch().chunks[0])
+    teachers = MaskedTeachers([model(1)], TEMPERATURE, hidden=True)
+    taught = MaskedLanguageModel(model(0), auxiliary=teachers)
+    assert taught.state_dict().keys() == MaskedLanguageModel(model(0)).state_dict().keys()
+    assert not teachers.models[0].training
+    taught.eval()
+    assert "soft_target_loss" not in taught(batch().chunks[0])
 
 
 @pytest.mark.promise("D2")
@@ -192,8 +196,8 @@ def test_teachers_that_cannot_teach(train_script, masked_lm_folder, model_folder
         (f"--masked_teachers {saved('short', max_position_embeddings=32)}", "reads 32 tokens, fewer than the 60"),
         (f"--masked_teachers {saved('wide', hidden_size=40)}", "hidden states of width 40 and 32 cannot be compared"),
         (f"--masked_teachers {masked_lm_folder} {masked_lm_folder}", "--hidden_weight: .* nothing in common; give 0"),
-        ("--teacher_temperature 0", "--teacher_temperature 0.0: must be a number of more than 0"),
-        ("--soft_weight nan", "--soft_weight nan: must be a number of at least 0"),
+        ("--teacher_temperature 0", "--teacher_temperature 0.0: must be more than 0"),
+        ("--soft_weight nan", "--soft_weight nan: must be a finite number"),
         ("--keep_layers 7", "--keep_layers 7: "),
     ):
         with pytest.raises(UserError, match=complaint) as caught:

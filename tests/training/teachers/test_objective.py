@@ -299,9 +299,9 @@ def test_dcca_does_not_see_the_scale_of_a_dimension():
     ("options", "complaint"),
     [
         ({}, "no teacher: give --structural_teacher"),
-        ({"structural_weight": -1.0}, "--structural_weight -1.0: must be a number of at least 0"),
+        ({"structural_weight": -1.0}, "--structural_weight -1.0: must be at least 0"),
         *[
-            ({name: float(value)}, f"--{name} {value}: must be a number of ")
+            ({name: float(value)}, f"--{name} {value}: must be a finite number")
             for name in ("structural_gamma", "structural_weight", "contextual_weight", "sdl_weight", "score_scale")
             for value in ("nan", "inf")
         ],

@@ -1,4 +1,4 @@
-"""InfoNCE: recognise the document that belongs to a query among the other documents of the batch."""
+"""InfoNCE: classify the document that belongs to a query among the other documents of the batch."""
 
 import torch
 import torch.nn.functional as F
@@ -26,41 +26,64 @@ def info_nce(
     guide_relative: bool = False,
     rows: slice = slice(None),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """InfoNCE with in-batch and hard negatives (van den Oord et al. 2018, arXiv:1807.03748, equation 4).
+    """Compute InfoNCE: classify the positive of each query among the documents of the batch.
 
         L = -1/|rows| sum_{i in rows} log( exp(q_i.d_i / t) / sum_j exp(q_i.d_j / t) )
 
-    The sum runs over the N positives and the N * M hard negatives of the batch. `symmetric` averages L with the same
-    loss of the positives against the queries. A batch whose vectors are all equal has L = ln(N + N * M).
+    The sum over j runs over the N positives and the N * M hard negatives of the batch. With `symmetric`, L is averaged
+    with the same loss of the positives against the queries. If all vectors are equal, L = ln(N + N * M).
+
+    Source: van den Oord et al. 2018 (arXiv:1807.03748, equation 4). The weight of hard negatives is from supervised
+    SimCSE (Gao et al. 2021, arXiv:2104.08821, appendix), the guide from GISTEmbed (Solatorio 2024, arXiv:2402.16829,
+    here without its query-query and positive-positive columns), the learned temperature from CLIP (Radford et al. 2021,
+    arXiv:2103.00020, which trains log(1 / t) and keeps 1 / t at or below 100).
+
+    When to use it: the default for pairs of a query and its document. The more rows, the better: all other documents of
+    the batch are negatives, and they are free. Not for data in which most documents of a batch answer most queries
+    (use labels and `sup_con`), and not if large batches do not fit even with cached gradients (use
+    `momentum_contrast`). Pass text ids whenever texts can repeat, because a duplicate is a false negative.
+
+    Related losses: `nt_xent` also uses the other queries as negatives; `momentum_contrast` takes its negatives from a
+    queue; `soft_targets` over scores of candidates replaces the one positive by a teacher's distribution.
 
     Args:
         query: `(N, d)`, unit length.
         positive: `(N, d)`, unit length; row i belongs to query i.
         negative: `(N * M, d)`, unit length, in any order, or None.
-        temperature: t; a scalar tensor that requires a gradient is learned (CLIP, Radford et al. 2021,
-            arXiv:2103.00020, trains log(1 / t) and keeps 1 / t at or below 100).
-        symmetric: also find the query of a positive.
-        negative_weight: added to the score of the row's own hard negatives: the logarithm of how often each of them
-            counts (supervised SimCSE, Gao et al. 2021, arXiv:2104.08821, appendix). 0 is neutral, -inf drops them.
-        negative_row: `(N * M,)`, the row whose own hard negative each is; needed with a `negative_weight`. In gathered
-            columns these are rows of the gathered batch.
+        temperature: t; a scalar tensor that requires a gradient is learned.
+        symmetric: whether to classify the query of each positive as well.
+        negative_weight: added to the score of a row's own hard negatives: the logarithm of how often each of them
+            counts. 0 is neutral, -inf drops them.
+        negative_row: `(N * M,)`, the row of the (gathered) batch that each hard negative belongs to; needed with a
+            `negative_weight`.
         query_id: `(N,)` integers that are equal where the texts are equal. With `positive_id`, a column that shares the
-            query or the text with row i's own positive is no negative of row i and leaves the sum.
+            query or the text of row i's own positive is not a negative of row i and leaves the sum.
         positive_id: `(N,)`, from the same numbering of texts.
-        negative_id: `(N * M,)`, from the same numbering of texts; needed if `negative` and `positive_id` are given.
-        guide: queries, positives and negatives, of unit length, by which false negatives are told: a column that is
-            more like the row than the row's own positive is leaves the sum. They come from another model (GISTEmbed,
-            Solatorio 2024, arXiv:2402.16829, without its query-query and positive-positive columns), or are `query`,
-            `positive` and `negative` themselves.
-        guide_margin: how far below the own positive's a column's similarity by the guide must stay; if negative, how
-            far above it may go.
-        guide_relative: the margin is a share of the own positive's similarity.
+        negative_id: `(N * M,)`, from the same numbering of texts; needed with `negative` and `positive_id`.
+        guide: queries, positives and negatives as unit vectors of a guide: another model, or the model in training
+            (`query`, `positive` and `negative` themselves). A column that the guide scores higher than the row's own
+            positive is a false negative and leaves the sum.
+        guide_margin: how far a column's score must stay below the own positive's; if negative, how far it may exceed
+            it.
+        guide_relative: whether the margin is a fraction of the own positive's score.
         rows: the rows that the loss is averaged over; the others only serve as columns. A process of a distributed run
             passes its own rows of the gathered batch.
 
     Returns:
-        The loss, and `accuracy`: the share of `rows` whose own positive has the highest score; with a guide
-        `false_negative_share`: the share of the other columns that it takes out of the sum.
+        The loss, and `accuracy`: the share of `rows` whose own positive has the highest score. With a guide also
+        `false_negative_share`: the share of the other columns that leave the sum.
+
+    Raises:
+        ValueError: there is a `negative_weight` without `negative_row`.
+
+    Example:
+        >>> import torch
+        >>> query = torch.eye(3)
+        >>> loss, metrics = info_nce(query, query.roll(1, 0), temperature=1.0)  # every positive is another row's query
+        >>> round(loss.item(), 4), metrics["accuracy"].item()
+        (1.5514, 0.0)
+        >>> round(info_nce(query, query, temperature=1.0)[0].item(), 4)
+        0.5514
     """
     target = torch.arange(len(query), device=query.device)[rows]
     scores = similarity(query[rows], positive if negative is None else torch.cat([positive, negative]), temperature)

@@ -1,4 +1,4 @@
-"""Matryoshka: the first dimensions of an embedding are an embedding."""
+"""Matryoshka: the first dimensions of an embedding are an embedding of their own."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,21 +9,35 @@ Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 def matryoshka(loss: Loss, dims: Sequence[int], weights: Sequence[float] | None = None, normalize: bool = True) -> Loss:
-    """Matryoshka representation learning (Kusupati et al. 2022, arXiv:2205.13147, equation 1) over any loss.
+    """Build the Matryoshka form of a loss: its sum over embeddings that are cut to their first dimensions.
 
         L(Z, ...) = sum_m weight_m loss(Z[:, :m] / |Z[:, :m]|, ...)
 
+    Source: Matryoshka representation learning (Kusupati et al. 2022, arXiv:2205.13147, equation 1; weights 1).
+
+    When to use it: around any loss of embeddings, if the model is to be served at several embedding sizes; include the
+    full width in `dims`. Not if one size is served: the sizes compete for the first dimensions.
+
     Args:
         loss: takes embeddings `(n_i, d)`, one or several arguments, and returns the loss and detached scalars.
-        dims: the m, at most d. What is d is passed on as it is: the loss of `dims=[d]` is the plain loss.
-        weights: of the dims; 1 each if None.
-        normalize: unit length for the shortened embeddings; False for a loss of embeddings that have none (VICReg).
+        dims: the sizes m, at most d. A size of d passes the embeddings on as they are, so `dims=[d]` is the plain loss.
+        weights: weights of the sizes; 1 each if None.
+        normalize: whether shortened embeddings are scaled to unit length; False for a loss of embeddings that are not
+            normalised (VICReg).
 
     Returns:
-        A loss of the same arguments. Its scalars are those of the widest of `dims`, and `loss_at_<m>` of all.
+        A loss of the same arguments. Its scalars are those of the largest of `dims`, and `loss_at_<m>` of each.
 
     Raises:
-        ValueError: no dims, dims below 1, not as many weights as dims; when called, dims above d.
+        ValueError: there are no dims, one is below 1, or the number of weights is another; when the loss is called,
+            a size is above d.
+
+    Example:
+        >>> import torch
+        >>> from training.objectives.losses.contrastive import info_nce
+        >>> loss, metrics = matryoshka(info_nce, dims=[4, 2])(torch.eye(4), torch.eye(4))
+        >>> sorted(metrics)
+        ['accuracy', 'loss_at_2', 'loss_at_4']
     """
     weights = [1.0] * len(dims) if weights is None else weights
     if not dims or min(dims) < 1 or len(weights) != len(dims):

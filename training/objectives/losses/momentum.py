@@ -1,4 +1,4 @@
-"""Momentum contrast: negatives that a slowly following copy of the encoder has embedded in earlier batches."""
+"""Momentum contrast: negatives from earlier batches, embedded by a moving average of the encoder."""
 
 from collections.abc import Iterable
 
@@ -19,26 +19,41 @@ def momentum_contrast(
     queue_id: Tensor | None = None,
     rows: slice = slice(None),
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of MoCo (He et al. 2020, arXiv:1911.05722, equation 1), as in Contriever (Izacard et al. 2022,
-    arXiv:2112.09118).
+    """Compute the loss of MoCo: classify the own key of a query among the keys of a queue.
 
         L = -1/|rows| sum_{i in rows} log( exp(q_i.k_i / t) / (exp(q_i.k_i / t) + sum_j exp(q_i.u_j / t)) )
 
-    The negatives are the queue's u alone, not the keys of the batch. With an empty queue L = 0.
+    The negatives are the keys u of the queue, not the other keys of the batch. With an empty queue L = 0.
+
+    Source: He et al. 2020 (arXiv:1911.05722, equation 1), as in Contriever (Izacard et al. 2022, arXiv:2112.09118:
+    131,072 keys, momentum 0.9995, temperature 0.05).
+
+    When to use it: many more negatives than fit into a batch, for small batches and long training runs. Not for short
+    runs: the queue must fill first and the momentum encoder must follow. With a batch of some thousand rows `info_nce`
+    with cached gradients is simpler and trains both sides.
+
+    Related losses: `info_nce`, whose negatives are the documents of the batch, with a gradient.
 
     Args:
-        query: `(N, d)`, unit length, by the encoder that trains.
-        key: `(N, d)`, unit length, by the momentum encoder, which gets no gradient; row i belongs to query i.
+        query: `(N, d)`, unit length, from the encoder in training.
+        key: `(N, d)`, unit length, from the momentum encoder, without gradient; row i belongs to query i.
         queue: `(K, d)`, unit length, keys of earlier batches: `MomentumQueue.filled()`.
         temperature: t; a scalar tensor that requires a gradient is learned.
         key_id: `(N,)` integers that are equal where the documents are equal. With `queue_id`, an earlier key of the
-            same document is no negative: a queue longer than the data holds each document.
+            same document is not a negative: a queue longer than the data holds every document.
         queue_id: `(K,)`, from the same numbering of documents.
-        rows: the rows that the loss is averaged over. Rows do not meet each other here, so a process may as well pass
-            its own rows without gathering.
+        rows: the rows that the loss is averaged over. Rows do not interact here, so a process may also pass its own
+            rows without gathering.
 
     Returns:
         The loss, and `accuracy`: the share of `rows` whose own key has the highest score.
+
+    Example:
+        >>> import torch
+        >>> vectors = torch.eye(4)
+        >>> loss, _ = momentum_contrast(vectors[:2], vectors[:2], queue=vectors[2:], temperature=1.0)
+        >>> round(loss.item(), 4)  # ln(1 + 2 / e)
+        0.5514
     """
     query, key, queue = query[rows], key[rows].detach(), queue.detach()
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -54,7 +69,19 @@ def momentum_contrast(
 class MomentumQueue(nn.Module):
     """The last keys, first in, first out, in buffers that a checkpoint holds.
 
-    Every process puts the gathered keys in, so all have the same queue.
+    Every process enqueues the gathered keys, so all processes have the same queue.
+
+    Args:
+        size: number of keys that it holds.
+        dim: width of a key.
+
+    Example:
+        >>> import torch
+        >>> queue = MomentumQueue(size=3, dim=1)
+        >>> queue.enqueue(torch.tensor([[1.0], [2.0]]), torch.tensor([10, 20]))
+        >>> queue.enqueue(torch.tensor([[3.0], [4.0]]), torch.tensor([30, 40]))
+        >>> queue.filled()[1].sort().values  # 10 has left
+        tensor([20, 30, 40])
     """
 
     keys: Tensor
@@ -62,50 +89,54 @@ class MomentumQueue(nn.Module):
     count: Tensor
 
     def __init__(self, size: int, dim: int) -> None:
-        """Args:
-        size: keys that it holds.
-        dim: of a key.
-        """
         super().__init__()
         self.register_buffer("keys", torch.zeros(size, dim))
         self.register_buffer("ids", torch.zeros(size, dtype=torch.long))
-        self.register_buffer("count", torch.tensor(0))  # keys ever put in; modulo the size, where the next one goes
+        self.register_buffer("count", torch.tensor(0))  # of all keys so far; modulo the size, the place of the next
 
     @torch.no_grad()
     def enqueue(self, key: Tensor, key_id: Tensor | None = None) -> None:
-        """Put keys in, the oldest go out.
+        """Add keys in place of the oldest ones.
 
         Args:
-            key: `(n, d)`, any number of them; it need not divide the size.
+            key: `(n, d)`; n need not divide the size.
             key_id: `(n,)` integers that are equal where the documents are equal.
         """
         size = len(self.keys)
         place = (self.count + torch.arange(len(key), device=key.device)) % size
-        kept = slice(max(0, len(key) - size), None)  # two at one place: which of them stays would be left to the kernel
+        # If two keys had the same place, the kernel would decide which one stays: only the last `size` are written.
+        kept = slice(max(0, len(key) - size), None)
         self.keys[place[kept]] = key[kept].to(self.keys.dtype)
         if key_id is not None:
             self.ids[place[kept]] = key_id[kept]
         self.count += len(key)
 
     def filled(self) -> tuple[Tensor, Tensor]:
-        """The keys that are in, `(k, d)`, and their ids, `(k,)`.
+        """Return the keys so far, `(k, d)`, and their ids, `(k,)`.
 
-        Contriever starts with random vectors instead, which are the negatives of its first steps.
+        Contriever fills the queue with random vectors instead, which are the negatives of its first steps.
         """
-        count = min(int(self.count), len(self.keys))  # until it is full, the places from 0 on are
+        count = min(int(self.count), len(self.keys))  # the queue is filled from place 0 on
         return self.keys[:count], self.ids[:count]
 
 
 @torch.no_grad()
 def exponential_moving_average(target: Iterable[Tensor], source: Iterable[Tensor], momentum: float) -> None:
-    """Let `target` follow `source`: target = momentum * target + (1 - momentum) * source, in place.
+    """Update a moving average in place: target = momentum * target + (1 - momentum) * source.
 
-    MoCo, equation 2. It comes before the keys of a batch are computed.
+    Source: MoCo (He et al. 2020, arXiv:1911.05722, equation 2). Call it before the keys of a batch are computed.
 
     Args:
         target: the weights of the momentum encoder.
-        source: those of the encoder that trains, in the same order.
-        momentum: 1 leaves `target` as it is, 0 copies.
+        source: the weights of the encoder in training, in the same order.
+        momentum: share of the target that is kept; 1 leaves it as it is, 0 copies the source.
+
+    Example:
+        >>> import torch
+        >>> average = torch.zeros(2)
+        >>> exponential_moving_average([average], [torch.ones(2)], momentum=0.75)
+        >>> average
+        tensor([0.2500, 0.2500])
     """
     for followed, weight in zip(target, source, strict=True):
         followed.lerp_(weight, 1 - momentum)

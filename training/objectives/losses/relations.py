@@ -1,7 +1,7 @@
 """Self-attention distillation: the student relates the tokens of a document to each other as the teacher does.
 
-Every loss here is a Kullback-Leibler divergence of rows of L x L numbers a head. They are computed a tile of rows at a
-time, and again in the backward pass, so that of a document's L x L never more than a tile is in memory.
+Every loss here is a Kullback-Leibler divergence between rows of an L x L matrix for each head. The rows are computed in
+tiles, and again in the backward pass, so that no more than a tile of a document's L x L matrices is in memory.
 """
 
 import copy
@@ -13,29 +13,52 @@ from torch import Tensor
 
 from modeling_longembed.pattern_base_longembed import AttentionInputs
 
-MAX_SCORES = 2**22  # of a tile, all heads together: some seven tensors of this size are there at once
-# The scores `(A, Q, L)` of some rows `(Q,)` of a document, given by its number, against all of its tokens.
+MAX_SCORES = 2**22  # elements of a tile, all heads together; about seven tensors of this size exist at once
+# From the number of a document and some of its rows `(Q,)` to their scores `(A, Q, L)` against all of its tokens.
 Scores = Callable[[int, Tensor], Tensor]
 
 
 def attention_kl(teacher: AttentionInputs, student: AttentionInputs, max_scores: int = MAX_SCORES) -> Tensor:
-    """How far the student's attention is from the teacher's (MiniLM: Wang et al. 2020, arXiv:2002.10957, section 3.1).
+    """Compute the divergence of the student's attention distributions from the teacher's, for each token.
 
         KL_i = 1/A sum_a sum_j T_aij log(T_aij / S_aij),    T, S = softmax(q_i . k_j / sqrt(D) + bias)
 
-    over the keys j that query i sees in both models: where their patterns differ, a key that one of the two does not
-    see has no probability to be compared. Positions and biases are in the scores of each as its own scheme has them.
+    The sum runs over the keys j that query i sees in both models: where their attention patterns differ, a key that
+    only one of them sees has no probability to compare with. Positions and biases enter the scores of each model as its
+    own scheme defines them.
+
+    Source: MiniLM (Wang et al. 2020, arXiv:2002.10957, section 3.1), with `relation_kl` of the values as its second
+    term.
+
+    When to use it: teacher and student have the same number of attention heads, and plain masks as attention patterns.
+    Otherwise use `relation_kl` of queries, keys and values.
+
+    Related losses: `relation_kl`; `soft_targets` is the same divergence for classes.
 
     Args:
-        teacher, student: what the attention of a sublayer reads of the same T packed tokens; the heads are as many, the
-            head sizes need not be the same. The teacher gets no gradient.
-        max_scores: elements of a tile.
+        teacher: inputs of an attention sublayer for T packed tokens, in A heads; it gets no gradient.
+        student: inputs for the same tokens, in as many heads; the size of a head may differ.
+        max_scores: number of elements of a tile, all heads together.
 
     Returns:
-        `(T,)`, the mean over the heads of each token; 0 where a query sees no key in both.
+        `(T,)`, the mean over the heads for each token; 0 where a query sees no key in both models.
 
     Raises:
-        ValueError: other numbers of heads.
+        ValueError: the numbers of heads differ.
+
+    Example:
+        >>> import torch
+        >>> from modeling_longembed import LongEmbedConfig, LongEmbedModel
+        >>> from training.teachers.projections import ProjectionTap
+        >>> config = LongEmbedConfig(
+        ...     vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        ... )
+        >>> model = LongEmbedModel(config).eval()
+        >>> tap = ProjectionTap(model)
+        >>> _ = model(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=torch.ones(1, 3, dtype=torch.long))
+        >>> attention = tap.take().attention
+        >>> attention_kl(attention, attention).abs().max().item()
+        0.0
     """
     if teacher.query.shape[1] != student.query.shape[1]:
         raise ValueError(
@@ -57,22 +80,36 @@ def attention_kl(teacher: AttentionInputs, student: AttentionInputs, max_scores:
 def relation_kl(
     teacher: Tensor, student: Tensor, bounds: list[tuple[int, int]], max_scores: int = MAX_SCORES
 ) -> Tensor:
-    """How far the student's relations of vectors are from the teacher's: value relations of MiniLM (Wang et al. 2020,
-    arXiv:2002.10957, section 3.2), query, key and value relations of MiniLMv2 (Wang et al. 2021, arXiv:2012.15828,
-    section 3.1).
+    """Compute the divergence of the student's relations between token vectors from the teacher's, for each token.
 
-        KL_i = 1/A sum_a sum_j T_aij log(T_aij / S_aij),    R_aij = softmax_j(x_ai . x_aj / sqrt(D of the model))
+        KL_i = 1/A sum_a sum_j R_aij log(R_aij / S_aij),    R, S = softmax_j(x_ai . x_aj / sqrt(D))
 
-    over the tokens j of the document of token i.
+    R is of the teacher's and S of the student's vectors x, each with its own head size D; the sum runs over the tokens
+    j of the document of token i.
+
+    Source: value relations of MiniLM (Wang et al. 2020, arXiv:2002.10957, section 3.2); query, key and value relations
+    of MiniLMv2 (Wang et al. 2021, arXiv:2012.15828, section 3.1, with 48 relation heads for base-size teachers).
+
+    When to use it: students of another width or another number of heads (with `relation_heads`), and attention patterns
+    that are more than a mask. Queries and keys are compared before any rotation: the relations do not see positions.
+
+    Related losses: `attention_kl`, which compares queries with keys and so does see positions.
 
     Args:
-        teacher: `(T, A, Dt)` queries, keys or values of packed tokens, split into A relation heads; gets no gradient.
+        teacher: `(T, A, Dt)`, queries, keys or values of packed tokens in A relation heads; they get no gradient.
         student: `(T, A, Ds)`.
-        bounds: first and one-past-last row of each document.
-        max_scores: elements of a tile.
+        bounds: first row and row behind the last one, for each document.
+        max_scores: number of elements of a tile, all heads together.
 
     Returns:
-        `(T,)`, the mean over the relation heads of each token.
+        `(T,)`, the mean over the relation heads for each token.
+
+    Example:
+        >>> import torch
+        >>> teacher = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
+        >>> rotated = teacher.flip(-1)  # products of vectors do not change under a rotation or a reflection
+        >>> relation_kl(teacher, rotated, bounds=[(0, 3), (3, 5)]).abs().max().item() < 1e-6
+        True
     """
 
     boundary = _Boundary()
@@ -89,10 +126,25 @@ def relation_kl(
 
 
 def relation_heads(vectors: Tensor, heads: int) -> Tensor:
-    """Vectors `(T, H, D)` of attention heads as `(T, heads, H * D / heads)`, whatever the number of attention heads.
+    """Return vectors `(T, H, D)` of H attention heads as `(T, heads, H * D / heads)`.
+
+    Source: MiniLMv2 (Wang et al. 2021, arXiv:2012.15828, section 3.1): teacher and student are split into the same
+    number of relation heads, whatever their numbers of attention heads.
+
+    Args:
+        vectors: `(T, H, D)`.
+        heads: number of relation heads.
+
+    Returns:
+        The same numbers in another shape.
 
     Raises:
         ValueError: `heads` does not divide H * D.
+
+    Example:
+        >>> import torch
+        >>> relation_heads(torch.zeros(5, 2, 6), heads=3).shape
+        torch.Size([5, 3, 4])
     """
     width = vectors.shape[1] * vectors.shape[2]
     if width % heads:
@@ -101,10 +153,10 @@ def relation_heads(vectors: Tensor, heads: int) -> Tensor:
 
 
 class _Boundary:
-    """Where the graph that leads to the student's scores is cut: the tensors on both sides.
+    """The tensors on both sides of the place where the graph of the student's scores is cut.
 
-    A checkpoint a tile would do the same, but leaves something small behind for each of them, between which the memory
-    of the tiles is lost to the allocator: gigabytes for a document of 4,096 tokens on a CPU.
+    Checkpointing each tile would compute the same, but leaves small tensors behind for each tile. They fragment the
+    memory of the allocator: gigabytes are lost for a document of 4,096 tokens on a CPU.
     """
 
     def __init__(self) -> None:
@@ -112,7 +164,7 @@ class _Boundary:
         self.inside: list[Tensor] = []
 
     def cut(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The same numbers, whose gradient stays with them."""
+        """Return copies of the tensors that collect their own gradients."""
         inside = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         pairs = [pair for pair in zip(tensors, inside, strict=True) if pair[0].requires_grad]
         self.outside += [tensor for tensor, _ in pairs]
@@ -120,7 +172,7 @@ class _Boundary:
         return inside
 
     def cut_attributes(self, of: Any) -> Any:
-        """A copy of an object, such as a bias, whose tensors are cut, and wide enough for scores."""
+        """Return a copy of an object, such as a bias, whose floating-point tensors are cut and at least float32."""
         if of is None:
             return None
         inner = copy.copy(of)
@@ -131,7 +183,7 @@ class _Boundary:
 
 
 def _attention_scores(inputs: AttentionInputs, boundary: _Boundary) -> Scores:
-    """Those before the mask, positions and bias in them, as `AttentionInputs.scores` has them."""
+    """Return the scores before the mask, with positions and bias, as `AttentionInputs.scores` computes them."""
     bounds = inputs.documents.bounds
     queries, keys = (boundary.cut(_by_document(vectors, bounds)) for vectors in inputs[:2])
     groups = [boundary.cut_attributes(inputs.grouped and inputs.grouped[slice(*rows)]) for rows in bounds]
@@ -150,13 +202,13 @@ def _attention_scores(inputs: AttentionInputs, boundary: _Boundary) -> Scores:
 
 
 def _by_document(vectors: Tensor, bounds: list[tuple[int, int]]) -> list[Tensor]:
-    """Packed `(T, A, D)` as `(A, L, D)` of each document, wide enough for scores."""
-    # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens.
+    """Split packed `(T, A, D)` into `(A, L, D)` for each document, in at least float32."""
+    # `split` instead of slices: the backward pass of each slice would fill a tensor of all T tokens.
     return [part.transpose(0, 1) for part in _wide(vectors).split([end - start for start, end in bounds])]
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In at least float32: the exponentials of scores need it."""
+    """Convert to at least float32, which the exponentials of scores need."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -169,7 +221,7 @@ def _tiled(
     like: Tensor,
     max_scores: int,
 ) -> Tensor:
-    """`(T,)` divergences, from the teacher's and the student's scores of a document and which of them count."""
+    """Compute the divergences `(T,)` of two score functions in tiles of rows; `visible` masks the scores of both."""
     tiles = []
     for number, (start, end) in enumerate(bounds):
         rows = max(1, max_scores // (like.shape[1] * (end - start)))
@@ -189,7 +241,7 @@ def _tiled(
 
 
 class _Tiles(torch.autograd.Function):
-    """Tile after tile in both passes; the backward pass computes each again and leaves nothing behind but gradients."""
+    """Compute tile after tile in both passes; the backward pass recomputes each tile and keeps only gradients."""
 
     @staticmethod
     def forward(ctx: Any, divergence: Callable, tiles: list, empty: Tensor, inside: list[Tensor], *outside: Tensor):
@@ -213,9 +265,9 @@ class _Tiles(torch.autograd.Function):
 
 
 def _divergence(teacher: Tensor, student: Tensor, visible: Tensor | None) -> Tensor:
-    """KL of the softmax of scores `(A, Q, K)`, the mean over the heads: `(Q,)`; `visible` broadcasts against them."""
+    """Return the KL divergence of softmax rows of scores `(A, Q, K)`, averaged over the heads, `(Q,)`."""
     if visible is not None:
-        # Finite, so that the difference of two logarithms that do not count is a number, which is then times zero.
+        # A finite minimum: the difference of two masked logarithms must be a number before it is multiplied by 0.
         teacher, student = (x.masked_fill(~visible, torch.finfo(x.dtype).min) for x in (teacher, student))
     log_teacher, log_student = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
     return (log_teacher.exp() * (log_teacher - log_student)).sum(dim=-1).mean(dim=0)

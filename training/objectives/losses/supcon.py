@@ -1,4 +1,4 @@
-"""SupCon: everything of the same class is a positive."""
+"""SupCon: contrast with several positives, all texts of the same class."""
 
 import torch
 from torch import Tensor
@@ -9,22 +9,38 @@ from training.objectives.losses.similarity import similarity
 def sup_con(
     embeddings: Tensor, label: Tensor, *, temperature: float | Tensor = 0.07, rows: slice = slice(None)
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362, equation 2).
+    """Compute the supervised contrastive loss: all texts of a label are positives of each other.
 
         L = mean_a -1/|P(a)| sum_{p in P(a)} log( exp(z_a.z_p / t) / sum_{c != a} exp(z_a.z_c / t) )
 
-    P(a) is all else that has a's label. The mean is over the anchors that have a positive in the batch; the others are
-    in the denominators alone. Two views each of documents with labels of their own make it NT-Xent.
+    P(a) holds all other rows with a's label. The mean is over the anchors that have a positive in the batch; the others
+    only take part in the denominators.
+
+    Source: Khosla et al. 2020 (arXiv:2004.11362, equation 2, L_out; 0.07 is the temperature in the authors' code).
+
+    When to use it: texts with class labels, several of each class in a batch. Not for labels that nearly every row
+    has alone, where most anchors drop out, and not if texts of one class should keep apart: they are pulled to one
+    point.
+
+    Related losses: with two views of each document and a label for each document it equals `nt_xent`. It is also the
+    loss of the second modality (`second_modality.py`).
 
     Args:
         embeddings: `(N, d)`, unit length.
         label: `(N,)` integers.
         temperature: t; a scalar tensor that requires a gradient is learned.
         rows: the anchors of this process, an equal share of the gathered batch. The mean of the processes' losses is
-            the mean over all anchors that have a positive, however they are spread.
+            the mean over all anchors that have a positive, however these are distributed.
 
     Returns:
-        The loss, 0 if no anchor has a positive, and `without_positive_share`: of the anchors in `rows`.
+        The loss, 0 if no anchor has a positive, and `without_positive_share`: the share of `rows` without a positive.
+
+    Example:
+        >>> import torch
+        >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> loss, metrics = sup_con(embeddings, torch.tensor([7, 7, 8]), temperature=1.0)
+        >>> round(loss.item(), 4), round(metrics["without_positive_share"].item(), 4)  # ln(1 + 1 / e)
+        (0.3133, 0.3333)
     """
     number = torch.arange(len(embeddings), device=embeddings.device)
     itself = number[rows, None] == number

@@ -1,4 +1,4 @@
-"""VICReg: two views agree, every dimension varies, and no two dimensions tell the same."""
+"""VICReg: two views agree, every dimension varies, and no two dimensions correlate."""
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +16,27 @@ def vicreg(
     covariance_weight: float = 1.0,
     epsilon: float = 1e-4,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Variance-invariance-covariance regularisation (Bardes et al. 2022, arXiv:2105.04906).
+    """Compute VICReg: variance-invariance-covariance regularisation of two views.
 
         L = lambda s(Z, Z') + mu (v(Z) + v(Z')) / 2 + nu (c(Z) + c(Z'))
         s = 1/(N d) sum_ij (Z_ij - Z'_ij)^2
         v = 1/d sum_j max(0, 1 - sqrt(Var(Z_j) + epsilon))
         c = 1/d sum_{j != k} Cov(Z)_jk^2,    Var and Cov divided by N - 1
 
-    This is the form of the authors' code, with which their figures and the weights 25, 25, 1 come. In the paper's
-    equations s has no 1/d and v no 1/2; for them give d times its lambda and twice its mu.
+    Source: Bardes et al. 2022 (arXiv:2105.04906), in the form of the authors' code, with which their results and the
+    weights 25, 25 and 1 come. In the equations of the paper s has no factor 1/d and v no factor 1/2; to get those, pass
+    d times the paper's lambda and twice its mu.
 
-    The statistics are those of the whole batch, so there are no rows to share out: every process computes the whole
-    loss of the gathered views. The backward pass of the gather sums over the processes and DDP takes the mean of the
-    parameters' gradients, which leaves the gradient of one process.
+    When to use it: two views without any negatives, behind an expander, in large batches (the authors use 2,048). Not
+    for small batches, where the covariance of d dimensions is mostly noise. For retrieval a contrastive loss such as
+    `info_nce` is the better first choice.
+
+    The statistics are those of the whole batch, so there are no rows to divide: every process computes the whole loss
+    of the gathered views. The backward pass of the gather sums over the processes and DDP takes the mean of the
+    parameters' gradients, which results in the gradient of one process.
+
+    Related losses: `nt_xent` keeps views apart by negatives instead; `SoftCCA` decorrelates dimensions with a running
+    covariance; `spread_out` is a similar regulariser for unit vectors.
 
     Args:
         first: `(N, d)`, one view of each document, after the expander. Not normalised: unit vectors cannot have a
@@ -40,11 +48,17 @@ def vicreg(
         epsilon: keeps the gradient of the square root finite.
 
     Returns:
-        The loss, and the terms without their weights: `invariance`, `variance`, the mean of both views, and
-        `covariance`, the sum of both.
+        The loss, and its terms without weights: `invariance`, `variance` (the mean of both views), and `covariance`
+        (the sum of both views).
 
     Raises:
-        UserError: there is one row, of which there is no variance.
+        UserError: there is a single row, which has no variance.
+
+    Example:
+        >>> import torch
+        >>> loss, terms = vicreg(torch.ones(8, 4), torch.ones(8, 4))  # collapsed views
+        >>> round(loss.item(), 2), {name: round(term.item(), 2) for name, term in terms.items()}
+        (24.75, {'invariance': 0.0, 'variance': 0.99, 'covariance': 0.0})
     """
     if len(first) < 2:
         raise UserError("VICReg takes the variance of a batch, and this one has a single pair; give it two or more")
@@ -59,7 +73,7 @@ def vicreg(
 
 
 def _variance_and_covariance(z: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """v and c of one view."""
+    """Return the terms v and c of one view."""
     z = z - z.mean(dim=0)
     with torch.autocast(z.device.type, enabled=False):
         covariance = z.T @ z / (len(z) - 1)

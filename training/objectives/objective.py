@@ -1,0 +1,172 @@
+"""What contrastive objectives have in common: the gathered batch that they read, and their base class.
+
+An objective takes embeddings, not texts. `pair_step.py` gathers the embeddings of all processes and caches their
+gradient; the formulas are pure functions in `losses/`. The parameters and buffers of an objective (a temperature, a
+projection head, a queue) are in the checkpoints of a run and never in the saved model.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.errors import UserError
+from training.data.packing import PackedTexts
+from training.data.pair_batches import PairBatch
+from training.data.sources import PAIRS, Columns
+from training.objectives.arguments import GROUP_COLUMN, ObjectiveArguments
+from training.objectives.losses.matryoshka import matryoshka
+from training.objectives.losses.regularizers import debias, spread_out
+
+Metrics = dict[str, Tensor]
+Loss = Callable[..., tuple[Tensor, Metrics]]
+ROWS_AT_ONCE = 512  # rows of the score matrix at a time: 17 MB for 4,096 pairs with one hard negative each
+
+
+@dataclass(frozen=True)
+class GatheredBatch:
+    """A batch of N rows, gathered from all processes in the order of the processes.
+
+    Args:
+        embeddings: `(N, columns, d)`, pooled but not normalised; differentiable on every process.
+        text_ids: `(N, text columns)` integers, equal where the texts are equal.
+        rows: the slice of the N rows that belongs to this process.
+        classes: for each class column `(N,)` integers, equal where the classes are equal.
+        guide: `(N, columns, g)`, unit vectors of the same texts from a guide model.
+        key: `(N, d)`, unit vectors of the second column from the momentum encoder.
+    """
+
+    embeddings: Tensor
+    text_ids: Tensor
+    rows: slice
+    classes: dict[str, Tensor] = field(default_factory=dict)
+    guide: Tensor | None = None
+    key: Tensor | None = None
+
+
+class Objective(nn.Module):
+    """A loss of embeddings, with the parameters and buffers that it needs.
+
+    Every process computes the objective of the same gathered rows: the mean over its own rows, or the whole loss where
+    that is a statistic of the batch. In both cases the mean of the processes' gradients equals the gradient of one
+    process with the whole batch. For the encoder, the backward pass of the gather sums over the processes and DDP takes
+    the mean; for the objective's own parameters the loop takes the mean (`average_gradients`).
+
+    In evaluation mode an objective computes the same loss, but does not update its buffers.
+
+    Args:
+        arguments: parsed command-line options.
+        model: the encoder; its trainable parameters have been selected already.
+
+    Raises:
+        UserError: the model is narrower than a Matryoshka dimension, or cannot be trained with the objective.
+
+    Attributes:
+        columns: the columns of the data that the objective reads.
+        default_temperature: the temperature of the paper.
+        smallest_batch: the smallest number of rows, over all processes, that can be compared.
+    """
+
+    columns: ClassVar[Columns] = PAIRS
+    default_temperature: ClassVar[float] = 0.05
+    smallest_batch: ClassVar[int] = 1
+
+    def __init__(self, arguments: ObjectiveArguments, model: nn.Module) -> None:
+        super().__init__()
+        self.arguments = arguments
+        config: Any = model.config
+        self.width: int = config.hidden_size
+        too_wide = [dim for dim in arguments.matryoshka_dims if not 0 < dim <= self.width]
+        if too_wide:
+            raise UserError(f"--matryoshka_dims {too_wide[0]}: must be from 1 to {self.width}, the width of the model")
+        temperature = arguments.temperature or self.default_temperature
+        self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if arguments.learnable_temperature else None
+        self.fixed_temperature = temperature
+
+    def temperature(self) -> float | Tensor:
+        """Return the temperature, as a scalar tensor if it is trained.
+
+        The trained parameter is log(1 / t) (CLIP, Radford et al. 2021, arXiv:2103.00020, section 2.4; cpt, Neelakantan
+        et al. 2022, arXiv:2201.10005).
+        """
+        return self.fixed_temperature if self.log_scale is None else (-self.log_scale).exp()
+
+    def trained_chunks(self, batch: PairBatch) -> list[PackedTexts]:
+        """Return the packed texts that the encoder embeds with a gradient: the first columns, or all of them."""
+        return batch.chunks
+
+    def keys(self, encoder: nn.Module, batch: PairBatch) -> Tensor | None:
+        """Return this process's keys from a momentum encoder, `(n, d)`; None if the objective has no such encoder."""
+        return None
+
+    def remember(self, key: Tensor, key_id: Tensor) -> None:
+        """Store the gathered keys of a batch for later batches; called after the backward pass."""
+
+    def forward(self, batch: GatheredBatch) -> tuple[Tensor, Metrics]:
+        """Compute the loss of a batch, auxiliary terms included.
+
+        Returns:
+            The loss, and detached scalars for the log; the metric `loss` is the loss without auxiliary terms.
+        """
+        if self.log_scale is not None and self.training:
+            with torch.no_grad():
+                self.log_scale.clamp_(max=math.log(100.0))  # as in CLIP: beyond it training becomes unstable
+        loss, metrics = self.loss(batch)
+        metrics |= {"loss": loss.detach()}
+        if self.log_scale is not None:
+            metrics |= {"temperature": torch.as_tensor(self.temperature()).detach()}
+        unit = F.normalize(batch.embeddings[:, :2], dim=-1)
+        if self.arguments.spread_out_weight:
+            terms = [spread_out(column)[0] for column in unit.unbind(1)]
+            term = torch.stack(terms).mean()
+            loss, metrics = loss + self.arguments.spread_out_weight * term, metrics | {"spread_out": term.detach()}
+        if self.arguments.debias_weight:
+            term, measures = debias(unit[:, -1], batch.classes[GROUP_COLUMN])
+            loss = loss + self.arguments.debias_weight * term
+            metrics |= measures | {"debias": term.detach()}
+        return loss, metrics
+
+    def loss(self, batch: GatheredBatch) -> tuple[Tensor, Metrics]:
+        """Compute the objective itself, without auxiliary terms."""
+        raise NotImplementedError
+
+    def over_dims(self, loss: Loss, *embeddings: Tensor, normalize: bool = True) -> tuple[Tensor, Metrics]:
+        """Apply `loss` to the embeddings, or with `--matryoshka_dims` sum it over their first dimensions."""
+        dims, weights = self.arguments.matryoshka_dims, self.arguments.matryoshka_weights
+        return (matryoshka(loss, dims, weights or None, normalize) if dims else loss)(*embeddings)
+
+
+def in_blocks(loss: Loss, rows: slice, count: int) -> Loss:
+    """Compute a loss that is a mean over rows in blocks of `ROWS_AT_ONCE` rows.
+
+    The scores of a block are dropped after the forward pass and computed again in the backward pass, so memory grows
+    with the number of rows and not with its square.
+
+    Args:
+        loss: a function of embeddings and of the keyword `rows`, a slice.
+        rows: the rows that the loss is averaged over.
+        count: the number of all rows.
+
+    Returns:
+        The loss as a function of embeddings alone.
+    """
+    start, stop, _ = rows.indices(count)
+    blocks = [slice(first, min(first + ROWS_AT_ONCE, stop)) for first in range(start, stop, ROWS_AT_ONCE)]
+
+    def mean_over_blocks(*embeddings: Tensor) -> tuple[Tensor, Metrics]:
+        if len(blocks) == 1:
+            return loss(*embeddings, rows=rows)
+        total, means = embeddings[0].new_zeros(()), dict[str, Tensor]()
+        for block in blocks:
+            value, metrics = checkpoint(loss, *embeddings, rows=block, use_reentrant=False, preserve_rng_state=False)
+            share = (block.stop - block.start) / (stop - start)
+            total = total + share * value
+            means = {name: means.get(name, 0.0) + share * metric for name, metric in metrics.items()}
+        return total, means
+
+    return mean_over_blocks
