@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
-PARALLEL = --numprocesses logical --maxprocesses 4
+# Tests that share what they train (marked xdist_group) run in one process, the others in whichever is free.
+PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup
+PYTEST = -m pytest -q --promises $(PARALLEL)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help demo test lint test-lower clean
+.PHONY: help demo test test-all test-isa test-lower lint clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -15,8 +17,28 @@ help: ## list the targets
 demo: $(VENV)/.stamp-demo ## convert, train, judge and publish a real model; goes on where it was stopped
 	$(BIN)/python experiments/demo.py
 
-test: lint ## lint, then all tests, then what each promise came to
-	$(BIN)/python -m pytest -q --promises $(PARALLEL)
+test: lint ## lint, then all tests that are not slow, then what each promise came to
+	$(BIN)/python $(PYTEST) -m 'not slow'
+
+test-all: lint ## the same with the long sweeps, which are marked slow
+	$(BIN)/python $(PYTEST)
+
+# oneDNN and ATen are told to use no more than the named instructions; rounding differs from one to the other.
+test-isa: $(VENV)/.stamp-dev ## the tests with the instructions of other processors: AVX2, AVX-512, all that there are
+	@failed=; \
+	best=$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'); \
+	for isa in avx2 avx512 default; do \
+		case $$isa:$$best in \
+		avx2:AVX2* | avx2:AVX512*) limits='ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2' ;; \
+		avx512:AVX512*) limits='ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=avx512' ;; \
+		default:*) limits= ;; \
+		*) echo "$$isa: not on this processor"; continue ;; \
+		esac; \
+		echo "$$isa: $$limits"; \
+		env $$limits $(BIN)/python $(PYTEST) || failed="$$failed $$isa"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "failed with:$$failed" >&2; exit 1; fi; \
+	echo 'passed with every set of instructions'
 
 lint: $(VENV)/.stamp-dev ## style, format and types
 	$(BIN)/ruff check
@@ -25,7 +47,7 @@ lint: $(VENV)/.stamp-dev ## style, format and types
 
 test-lower: ## the tests with the lowest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory VENV=.venv-lower CONSTRAINTS=constraints-lower.txt .venv-lower/.stamp-dev
-	.venv-lower/bin/python -m pytest -q --promises $(PARALLEL)
+	.venv-lower/bin/python $(PYTEST)
 
 clean: ## remove the environments and what tools cached; runs/ stays
 	rm -rf .venv .venv-lower build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

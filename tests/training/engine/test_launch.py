@@ -1,7 +1,8 @@
 """The configurations of training/accelerate, launched: each trains as one process with the whole batch does.
 
 The weights at the end are the trace of the gradients. Processes have chunks in different numbers, so one that waits for
-another would wait for ever: a launch has a limit.
+another would wait for ever: a launch has a limit. The runs that are compared compute in float64 (see launched_runs.py),
+where a difference is a mistake and no rounding that the steps before have amplified.
 """
 
 import json
@@ -20,6 +21,9 @@ from tests.training.tiny_training import SCRIPTS
 from training.engine.checkpoints import WEIGHTS
 
 TRAINING = Path(__file__).parents[3] / "training"
+# Parallel test processes would each make the runs of this file again.
+pytestmark = pytest.mark.xdist_group("launches")
+
 COMPARED = {"step", "loss", "grad_norm", "accuracy", "token_count", "pair_count", "prediction_count", "eval_loss"}
 COMPARED |= {"eval_ndcg_at_10", "eval_accuracy", "next_sentence_loss", "eval_next_sentence_accuracy"}
 OPTIONS = {
@@ -30,56 +34,99 @@ OPTIONS = {
     "temperature": "--learnable_temperature",
     "lora": "--tuning longlora --gradient_checkpointing",
 }
+# The checkpoint of a run under the first configuration goes on under the second.
+RESUMED = [
+    ("single", "ddp"),
+    ("ddp", "single"),
+    ("ddp", "ddp"),
+    ("single", "fsdp2"),
+    ("fsdp2", "single"),
+    ("ddp", "fsdp2"),
+    ("fsdp2", "fsdp2"),
+]
+
+
+def launch(config: str, program: list[str]) -> str:
+    """Run a program under a configuration; return what it says on stderr."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(TRAINING / "accelerate" / f"{config}.yaml"), *program]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.fixture(scope="module")
-def launch(inputs):
-    """Run a script under a configuration; returns what it says on stderr."""
+def options_of(inputs):
+    """Return a function that gives the options of a run."""
 
-    def run(config: str, folder: Path, options: str = "", script: str = "contrastive") -> str:
+    def options(config: str, name: str, folder: Path, more: str = "") -> list[str]:
+        script = name if name in SCRIPTS else "contrastive"
         (model, data), own = inputs[script], SCRIPTS[script]
         processes = 1 if config == "single" else 2
-        command = [sys.executable, "-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(TRAINING / "accelerate" / f"{config}.yaml"), str(TRAINING / f"{script}.py")]
-        command += f"--model_name_or_path {model} --train_data {data} --eval_data {data}".split()
-        command += own.options.format(model=model).split()
-        command += f"--dropout 0 --learning_rate 1e-3 --logging_steps 1 --max_steps 4 --save_steps 2 {own.size}".split()
-        command += [str(own.sizes[0] // processes), "--output_dir", str(folder), *options.split()]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-        return done.stderr
+        given = f"--model_name_or_path {model} --train_data {data} --eval_data {data} {own.options.format(model=model)}"
+        given += " --dropout 0 --learning_rate 1e-3 --logging_steps 1 --max_steps 4 --save_steps 2"
+        given += f" {own.size} {own.sizes[0] // processes} --output_dir {folder} {OPTIONS[name]} {more}"
+        return given.split()
 
-    return run
+    return options
 
 
 @pytest.fixture(scope="module")
-def finished(launch, tmp_path_factory):
-    """The output folder of a run, made once; it has checkpoints of steps 2 and 4."""
-    folders: dict[tuple[str, str], Path] = {}
+def finished(options_of, tmp_path_factory):
+    """Return a function that gives the output folder of a finished run, which has checkpoints of steps 2 and 4.
 
-    def folder(config: str, name: str = "contrastive") -> Path:
-        if (config, name) not in folders:
-            folders[config, name] = tmp_path_factory.mktemp(f"{config}-{name}")
-            said = launch(config, folders[config, name], OPTIONS[name], name if name in SCRIPTS else "contrastive")
-            assert (folders[config, name] / "final").is_dir(), said
-        return folders[config, name]
+    One launch a configuration makes all its runs, and goes on from checkpoints of the configurations before it; the
+    last launch goes on under `single`. A run that goes on has the name of the configuration that it began under.
+    """
+    root = tmp_path_factory.mktemp("launches")
 
-    return folder
+    def run(config: str, name: str) -> dict:
+        more = ""
+        if name not in OPTIONS:
+            more = f"--resume_from_checkpoint {root}/{name}/contrastive/checkpoints/step-2"
+            more += " --allow_reshard" if name != config else ""
+        kind = name if name in OPTIONS else "contrastive"
+        options = options_of(config, kind, root / config / name, more)
+        return {"script": kind if kind in SCRIPTS else "contrastive", "options": options}
+
+    def launch_runs(config: str, names: list[str]) -> None:
+        (root / "runs.json").write_text(json.dumps([run(config, name) for name in names]))
+        said = launch(config, ["--module", "tests.training.engine.launched_runs", str(root / "runs.json")])
+        for name in names:
+            assert (root / config / name / "final").is_dir(), said
+            if name not in OPTIONS:
+                assert f"going on from {root}/{name}/contrastive/checkpoints/step-2" in said
+
+    def resumed(config: str, *before: str) -> list[str]:
+        return [first for first, second in RESUMED if second == config and first in before]
+
+    launch_runs("single", list(OPTIONS))
+    launch_runs("ddp", [*OPTIONS, *resumed("ddp", "single", "ddp")])
+    launch_runs("fsdp2", [*OPTIONS, *resumed("fsdp2", "single", "ddp", "fsdp2")])
+    launch_runs("single", resumed("single", "ddp", "fsdp2"))
+    return lambda config, name="contrastive": root / config / name
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_metrics(line: dict, expected: dict, rel: float) -> None:
+    assert line.keys() == expected.keys()
+    names = expected.keys() & COMPARED
+    assert {name: line[name] for name in names} == pytest.approx({name: expected[name] for name in names}, rel=rel)
 
 
 def assert_same_run(folder: Path, expected: Path, first: int = 0) -> None:
     """Metrics of the steps after `first`, and the weights at the end."""
-    lines, of_one = (
-        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, expected)
-    )
-    of_one = [line for line in of_one if line["step"] > first]
+    lines, of_one = lines_of(folder), [line for line in lines_of(expected) if line["step"] > first]
     assert len(lines) == len(of_one) > 0
     for line, one in zip(lines, of_one, strict=True):
-        assert line.keys() == one.keys()
-        names = one.keys() & COMPARED
-        assert {name: line[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-5)
+        assert_same_metrics(line, one, rel=1e-6)  # held-out metrics and teachers' vectors are float32
     weights, of_one = (load_file(run / "final" / "model.safetensors") for run in (folder, expected))
-    torch.testing.assert_close(weights, of_one, atol=1e-5, rtol=1e-4)
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float64}
+    torch.testing.assert_close(weights, of_one, atol=1e-7, rtol=1e-6)
 
 
 @pytest.mark.promise("C9")
@@ -89,24 +136,25 @@ def test_two_processes_train_as_one(config, name, finished):
     assert_same_run(finished(config, name), finished("single", name))
 
 
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [("single", "ddp"), ("ddp", "single"), ("single", "fsdp2"), ("fsdp2", "single"), ("ddp", "fsdp2")],
-)
-def test_a_checkpoint_goes_on_under_another_configuration(before, after, finished, launch, tmp_path):
+def test_a_launched_script_trains_as_one_process(finished, options_of, tmp_path):
+    """The command of the guide, in float32: the first step, before which no step has amplified a rounding error."""
+    script = str(TRAINING / "contrastive.py")
+    launch("ddp", [script, *options_of("ddp", "contrastive", tmp_path, "--max_steps 1 --eval_steps 2")])
+    assert_same_metrics(lines_of(tmp_path)[0], lines_of(finished("single"))[0], rel=1e-4)
+    weights = load_file(tmp_path / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("before", "after"), [pair for pair in RESUMED if pair[0] != pair[1]])
+def test_a_checkpoint_goes_on_under_another_configuration(before, after, finished):
     """It holds whole tensors, so that it does not matter how the run was split; without dropout the run is the same."""
-    checkpoint = finished(before) / "checkpoints" / "step-2"
-    said = launch(after, tmp_path, f"{OPTIONS['contrastive']} --resume_from_checkpoint {checkpoint} --allow_reshard")
-    assert f"going on from {checkpoint}" in said
-    assert_same_run(tmp_path, finished("single"), first=2)
+    assert_same_run(finished(after, before), finished("single"), first=2)
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
-def test_two_processes_go_on_to_the_same_bytes(config, finished, launch, tmp_path):
-    checkpoint = finished(config) / "checkpoints" / "step-2"
-    launch(config, tmp_path, f"{OPTIONS['contrastive']} --resume_from_checkpoint {checkpoint}")
+def test_two_processes_go_on_to_the_same_bytes(config, finished):
     for name in (f"checkpoints/step-4/{WEIGHTS}", "final/model.safetensors"):
-        assert sha256_file(tmp_path / name) == sha256_file(finished(config) / name)
+        assert sha256_file(finished(config, config) / name) == sha256_file(finished(config) / name)
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
