@@ -1,7 +1,8 @@
-"""Native export: a model whose choices an architecture of transformers can say too is written as that architecture.
+"""Native export: write a model as an architecture of transformers, if one can express all choices of its config.
 
-Such a folder holds no code: software that serves a fixed list of architectures serves it as it stands. What can be said
-is found by saying it: the config is written in the other's words and read back, and every field must mean the same.
+Such a folder holds no code, so that software for a fixed list of architectures can serve it. Whether an architecture
+can express a config is found by a round trip: the config is translated to the architecture's fields and read back, and
+every field must have the same meaning as before.
 """
 
 import copy
@@ -28,10 +29,10 @@ from .position_schemes_longembed import (
     unscaled_rope_theta,
 )
 
-# The architectures that servers know best, and what they are called; in this order.
+# The architectures in the order in which they are tried: those that servers know best come first.
 NATIVE = {"bert": "BERT", "modernbert": "ModernBERT", "nomic_bert": "NomicBERT"}
-# Fields that no output depends on in evaluation, or that stand in files of their own.
-SILENT = (
+# Fields that no output in evaluation depends on, or that are stored in other files.
+IGNORED_FIELDS = (
     "attribute_map",
     "layer_types",  # derived from attention_patterns
     "training_attention_patterns",
@@ -47,8 +48,8 @@ SILENT = (
     "original_model",
     "license",
 )
-OF_THE_HEAD = ("mlm_head_bias", "tie_word_embeddings")
-# The special tokens that a config may name -> those of the tokenizer, the first that it has.
+HEAD_FIELDS = ("mlm_head_bias", "tie_word_embeddings")
+# Special tokens in a native config, and those of the tokenizer that they are set to: the first that it has.
 SPECIAL_TOKENS = {"bos": ("bos", "cls"), "eos": ("eos", "sep"), "cls": ("cls", "bos"), "sep": ("sep", "eos")}
 
 CARD = """---
@@ -77,9 +78,10 @@ There is no code in this repository. It was written by longembed's `to_native`.
 
 
 def without_extension(config):
-    """A copy that says the same positions without `position_extension`, where every document is read alike.
+    """Return a copy of the config that expresses the same positions without `position_extension`, where possible.
 
-    There a position is a row of a learned table, or an angle of one rotation, whatever the length of the document.
+    It is possible if a position does not depend on the length of the document: it is then a row of a learned table, or
+    an angle of one rotation.
     """
     config = copy.deepcopy(config)
     extension, length = config.position_extension, config.max_position_embeddings
@@ -101,7 +103,7 @@ def without_extension(config):
 
 
 def stretched_rotation(config, parameters: dict) -> dict:
-    """The parameters of the stretched rotation in transformers' words, which have no name for `ntk` and `theta`."""
+    """Return the RoPE parameters of an extended config for transformers, which has no name for `ntk` and `theta`."""
     parameters = extended_rope_parameters(config.position_extension, parameters, config.max_position_embeddings)
     if parameters["rope_type"] in ("ntk", "theta"):
         return {"rope_type": "default", "rope_theta": unscaled_rope_theta(parameters, config.head_dim)}
@@ -109,7 +111,7 @@ def stretched_rotation(config, parameters: dict) -> dict:
 
 
 def position_table(encoder) -> Tensor:
-    """The vector that is added at each place of a document, `(max_position_embeddings, d)`."""
+    """Return the vector that is added at each place of a document, `(max_position_embeddings, d)`."""
     config, length = encoder.config, encoder.config.max_position_embeddings
     documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
     places = position_ids(config, documents, torch.arange(length))
@@ -119,11 +121,11 @@ def position_table(encoder) -> Tensor:
 
 
 def meaning(config) -> dict[str, Any]:
-    """Field -> value, such that two configs with the same values are the same model in evaluation."""
-    fields = {name: getattr(config, name) for name in type(config).__annotations__ if name not in SILENT}
+    """Return fields and values such that configs with equal values compute the same in evaluation."""
+    fields = {name: getattr(config, name) for name in type(config).__annotations__ if name not in IGNORED_FIELDS}
     length = config.max_position_embeddings
     fields["attention_patterns"] = [
-        # A window that no document outgrows is none.
+        # A window that is as long as the context is full attention.
         build_pattern("full") if x.is_mask and not x.own_weights and x.sees_all(length) else x
         for x in config.get_patterns()
     ]
@@ -131,19 +133,33 @@ def meaning(config) -> dict[str, Any]:
     return fields
 
 
-def unsayable(config, native_config, family: Family, with_head: bool) -> list[str]:
-    """Fields of our config that mean something else when they are read back from the native one."""
+def inexpressible_fields(config, native_config, family: Family, with_head: bool) -> list[str]:
+    """Find the fields of our config that have another meaning when they are read back from the native config.
+
+    Args:
+        config: our config.
+        native_config: its translation.
+        family: the family of the native architecture.
+        with_head: whether the fields of the masked-language-model head count.
+
+    Returns:
+        The names of the fields.
+    """
     ours, theirs = meaning(config), meaning(type(config)(**family.fields(native_config)))
     if theirs["type_vocab_size"] == 1 and not ours["type_vocab_size"]:
         del ours["type_vocab_size"]  # one row of zeros
-    return [name for name in ours if ours[name] != theirs[name] and (with_head or name not in OF_THE_HEAD)]
+    return [name for name in ours if ours[name] != theirs[name] and (with_head or name not in HEAD_FIELDS)]
 
 
 def native_config_of(config, with_head: bool):
-    """The config of the first architecture that can say all of ours.
+    """Return the config of the first architecture in `NATIVE` that can express all of ours.
+
+    Args:
+        config: our config.
+        with_head: whether the masked-language-model head is exported too.
 
     Raises:
-        ValueError: there is none; names the fields that the nearest one cannot say.
+        ValueError: there is none; the message names the fields that the closest one cannot express.
     """
     if config.pooling not in ST_POOLINGS:
         known = ", ".join(ST_POOLINGS)
@@ -153,9 +169,9 @@ def native_config_of(config, with_head: bool):
         family = FAMILIES[model_type]
         try:
             native_config = AutoConfig.for_model(model_type, **family.native_fields(plain))
-            fields = unsayable(plain, native_config, family, with_head)
+            fields = inexpressible_fields(plain, native_config, family, with_head)
         except Exception as error:
-            # There is no rotation of an odd head_dim, and in older releases no ModernBERT with one kind of layers.
+            # An odd head_dim has no rotation, and older releases have no ModernBERT with one type of layers only.
             if not isinstance(error, ValueError) and not isinstance(error.__cause__, (TypeError, ValueError)):
                 raise
             continue
@@ -176,7 +192,7 @@ def native_config_of(config, with_head: bool):
 
 
 def native_weights(model, family: Family) -> dict[str, Tensor]:
-    """State dict of the native base model: the inverse of `converted_weights`."""
+    """Return the state dict of the native base model: the inverse of `converted_weights`."""
     ours = model.state_dict()
     if "embeddings.position_embeddings" in family.outside:
         ours["embeddings.position_embeddings.weight"] = position_table(model)
@@ -187,7 +203,7 @@ def native_weights(model, family: Family) -> dict[str, Tensor]:
 
 
 def renamed(ours: dict[str, Tensor], modules: dict) -> dict[str, Tensor]:
-    """Tensors under the names that `modules` (our module -> theirs) gives them, parts of a projection put together."""
+    """Rename tensors by `modules` (our module to theirs), and concatenate the parts of a fused projection."""
     pieces: dict[str, list[Tensor]] = {}
     for mine, theirs in sorted(modules.items(), key=lambda item: item[1][1:] if isinstance(item[1], tuple) else ()):
         name = theirs[0] if isinstance(theirs, tuple) else theirs
@@ -198,8 +214,8 @@ def renamed(ours: dict[str, Tensor], modules: dict) -> dict[str, Tensor]:
 
 
 def native_class(model_type: str, with_head: bool) -> tuple[type, dict]:
-    """The Auto class that makes the native model, and its options."""
-    # BERT's dense layer over the first token is no part of the embedding.
+    """Return the Auto class that builds the native model, and its options."""
+    # The pooling layer of BERT, a dense layer over the first token, is not part of the embedding.
     options = {"add_pooling_layer": False} if model_type == "bert" and not with_head else {}
     return AutoModelForMaskedLM if with_head else AutoModel, options
 

@@ -1,4 +1,4 @@
-"""What a published folder holds beside weights, config and code: tokenizer, sentence-transformers files, model card."""
+"""Loading and saving of folders for the Hub: tokenizer, files of sentence-transformers and model card."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_longembed.LongEmbedModel",
     "AutoModelForMaskedLM": "modeling_longembed.LongEmbedForMaskedLM",
 }
-# Our name of a pooling -> that of sentence-transformers.
+# The names of poolings in sentence-transformers.
 ST_POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "weighted_mean": "weightedmean_tokens"}
 
 CARD = """---
@@ -65,13 +65,13 @@ Weights are safetensors. The code in this repository runs on your machine when y
 
 
 def find_file(name_or_path: str, file: str, **hub) -> str | None:
-    """Where a file of a model folder or Hub repository lies, None where there is none."""
+    """Return the path of a file of a model folder or Hub repository (cached or downloaded), or None if it has none."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     return cached_file(name_or_path, file, **quiet, **hub)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while part := stream.read(1 << 20):
@@ -80,22 +80,22 @@ def sha256(path: Path) -> str:
 
 
 def summarize_patterns(entries: list[dict]) -> str:
-    """`4 x block (size 254), 2 x full`: the patterns of a config in the order they first appear."""
+    """Return the patterns of a config in the order they first appear, such as `4 x block (size 254), 2 x full`."""
     shown = [entry["type"] + "".join(f" ({k} {v})" for k, v in entry.items() if k != "type") for entry in entries]
     return ", ".join(f"{shown.count(name)} x {name}" for name in dict.fromkeys(shown))
 
 
 class HubMixin:
-    """Loading with a tokenizer from the same revision, and saving everything that a published folder needs."""
+    """A model that loads the tokenizer of its own revision, and saves everything that a published folder needs."""
 
     _tokenizer = None
     _tokenizer_source: dict | None = None
-    # Rows of the card's table, `{"task": ..., "metric": ..., "score": ...}`; whoever measures sets them before saving.
+    # Rows of the table in the model card, `{"task": ..., "metric": ..., "score": ...}`; set them before saving.
     results: Sequence[dict] = ()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; remembers where the files came from, so that the tokenizer is of the same revision."""
+        """Load as transformers does, and remember the source, so that the tokenizer comes from the same revision."""
         names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -105,11 +105,15 @@ class HubMixin:
 
     @property
     def tokenizer(self):
-        """The tokenizer saved beside the model, loaded at first use; can be set."""
+        """The tokenizer in the model's folder, loaded at first use; can be set.
+
+        Raises:
+            ValueError: none was set, and the model's folder has none.
+        """
         if self._tokenizer is None:
             if not self.has_tokenizer():
                 raise ValueError("there is no tokenizer beside this model; set model.tokenizer first")
-            # Given our config, transformers need not ask for trust in code to find out what it is.
+            # With our config, transformers does not load one, for which it would ask to trust remote code.
             source = self._tokenizer_source or {}
             self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, **source)
         return self._tokenizer
@@ -119,24 +123,28 @@ class HubMixin:
         self._tokenizer = tokenizer
 
     def has_tokenizer(self) -> bool:
-        """Whether a tokenizer was set or stands beside the weights."""
+        """Return whether a tokenizer was set or is in the model's folder."""
         if self._tokenizer is not None or not self.name_or_path:
             return self._tokenizer is not None
         return find_file(self.name_or_path, "tokenizer_config.json", **(self._tokenizer_source or {})) is not None
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, title: str | None = None, **kwargs):
-        """As in transformers; beside weights, config and code: tokenizer, sentence-transformers files, a model card.
+        """Save weights, config, code, tokenizer, the files of sentence-transformers, and a model card.
 
-        `title` is what the card calls the model; the name of the folder if None.
+        Args:
+            save_directory: the folder.
+            is_main_process: whether this process writes.
+            title: name of the model in the card; None: the name of the folder.
+            **kwargs: as in transformers.
         """
-        # All three classes, whichever is saved: the folder loads as encoder and as masked-language model.
+        # All three classes, whichever is saved: the folder loads as an encoder and as a masked language model.
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
             self._write_companions(Path(save_directory), title)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        """transformers' `push_to_hub` calls this once it has put a generic card into the folder: ours replaces it."""
+        """Replace the generic card that `push_to_hub` of transformers has put into the folder before it calls this."""
         self._write_companions(Path(working_dir), title=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
@@ -145,7 +153,7 @@ class HubMixin:
         (folder / "README.md").write_text(self._card(folder, title or folder.name), encoding="utf-8")
 
     def _write_tokenizer(self, folder: Path):
-        """The tokenizer, and the files that make the folder a model of sentence-transformers."""
+        """Write the tokenizer, and the files with which sentence-transformers loads the folder."""
         if self.has_tokenizer():
             self.tokenizer.model_max_length = self.config.max_position_embeddings
             self.tokenizer.save_pretrained(folder)
@@ -158,7 +166,7 @@ class HubMixin:
         modes = {f"pooling_mode_{name}": name == ST_POOLINGS[self.config.pooling] for name in ST_POOLINGS.values()}
         return {
             "modules.json": [
-                # These names are understood by old and new releases alike.
+                # Old and new releases both understand these names.
                 {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
                 for index, (path, kind) in enumerate(kinds)
             ],
@@ -187,7 +195,7 @@ class HubMixin:
         ]
         metadata += [f"license: {config.license}"] if config.license else []
         base = config.original_model
-        metadata += [f"base_model: {base}"] if base and "/" in base else []  # a Hub id, not the name of a folder
+        metadata += [f"base_model: {base}"] if base and "/" in base else []  # the id of a model on the Hub
         extension, extended = config.position_extension, ""
         if extension is not None:
             original = extension["original_max_position_embeddings"]

@@ -1,4 +1,4 @@
-"""Adaptive attention span (Sukhbaatar et al. 2019, arXiv:1905.07799): every head learns how far it looks."""
+"""Attention pattern with adaptive spans (Sukhbaatar et al. 2019, arXiv:1905.07799): every head learns its window."""
 
 import math
 from typing import Any
@@ -15,7 +15,12 @@ from .tensor_parallel_longembed import read_by_heads
 
 
 class AdaptiveSpan(nn.Module):
-    """The spans z of the heads of one attention sublayer, learned as fractions of `max_span`."""
+    """The spans z of the H heads of one attention sublayer, learned as fractions of `max_span`.
+
+    Args:
+        num_heads: H.
+        max_span: the longest span in tokens.
+    """
 
     def __init__(self, num_heads: int, max_span: int):
         super().__init__()
@@ -23,24 +28,25 @@ class AdaptiveSpan(nn.Module):
         self.fraction = nn.Parameter(torch.ones(num_heads))
 
     def forward(self) -> Tensor:
-        """The spans in tokens, `(H,)`, at least fp32 and between 0 and `max_span`.
+        """Return the spans in tokens, `(H,)`, fp32 or wider, between 0 and `max_span`.
 
-        The gradient takes no notice of the clamp (straight-through), or a span below 0 could never grow again. It is
-        linear and no parameter is written, so that several forward passes may come before one backward pass.
+        The gradient ignores the clamp (straight-through), because otherwise a span below 0 could never grow again. The
+        parameter itself is not clamped, so that several forward passes may come before one backward pass.
         """
         fraction = self.wide_fraction()
         clamped = fraction + (fraction.clamp(0.0, 1.0) - fraction).detach()
         return self.max_span * clamped
 
     def penalty(self) -> Tensor:
-        """Mean span of the heads in tokens, to be minimised.
+        """Return the mean span of the heads in tokens, a term of the loss.
 
-        A span below 0, which counts as 0, has no gradient. One above `max_span` has: nothing else brings it back.
+        A span below 0 counts as 0 and has no gradient. A span above `max_span` has one, because nothing else makes it
+        shorter.
         """
         return self.max_span * self.wide_fraction().clamp(min=0.0).mean()
 
     def wide_fraction(self) -> Tensor:
-        """In fp32 at least: in bf16 a token more or less of many would be lost."""
+        """Return the fractions in fp32 or wider: bf16 would round differences of one token away."""
         return self.fraction.to(torch.promote_types(self.fraction.dtype, torch.float32))
 
 
@@ -69,14 +75,16 @@ class AdaptiveSpanMixin:
 
 
 class SpanBias(ScoreBias):
-    """log m_z(|i - j|) with m_z(d) = clamp((R + z - d) / R, 0, 1), on top of the bias of the position scheme.
+    """The soft mask of the spans as a bias of the scores, added to the bias of the position scheme.
 
-    softmax(s + log m) is m exp(s) renormalised: no second normalisation, and no epsilon in it.
+        log m_z(|i - j|)    with    m_z(d) = clamp((R + z - d) / R, 0, 1)
+
+    softmax(s + log m) is m exp(s) divided by its sum, so that no second normalization is needed.
 
     Args:
         spans: `(H,)`, z in tokens.
         ramp: R in tokens.
-        scheme: what the position scheme adds, or None.
+        scheme: the bias of the position scheme, or None.
     """
 
     def __init__(self, spans: Tensor, ramp: int, scheme: ScoreBias | None):
@@ -85,8 +93,8 @@ class SpanBias(ScoreBias):
     def dense(self, query, query_index, key_index):
         distance = (query_index[:, None] - key_index[None, :]).abs()  # (Q, K)
         ratio = (self.ramp + self.spans[:, None, None] - distance) / self.ramp  # (H, Q, K)
-        # Where the clamp holds, a constant and no gradient: log(0) would have one of 0 times infinity. At 1 exactly
-        # too, or the furthest key alone would push a span at its maximum beyond it.
+        # Where the clamp is active there is a constant without a gradient, because that of log(0) would be 0 times
+        # infinity. A ratio of exactly 1 counts as clamped: else the furthest key would push a span beyond its maximum.
         on_ramp = (ratio > 0) & (ratio < 1)
         log_mask = torch.where(on_ramp, ratio, 1.0).log().masked_fill(ratio <= 0, float("-inf"))
         return log_mask if self.scheme is None else log_mask + self.scheme.dense(query, query_index, key_index)
@@ -94,16 +102,21 @@ class SpanBias(ScoreBias):
 
 @register_pattern
 class AdaptiveAttention(AttentionPattern):
-    """A sliding window whose width every head learns: at most `max_span` tokens on EACH side, faded out over `ramp`.
+    """A sliding window whose width every head learns: at most `max_span` tokens on EACH side, with a soft edge.
 
-    Head h with the span z weighs a key at the distance d by clamp((ramp + z - d) / ramp, 0, 1) before the softmax is
-    normalised. A span never closes entirely: at z = 0 distances below `ramp` still count, or it could not learn. Keys
-    that no head of the sublayer reaches are not read, so that what is learned is saved: cost L x (largest span + ramp),
-    linear in memory. Exact for the learned spans; at `max_span` equal to `sliding` with that window.
+    A head with the span z multiplies the weight of a key at distance d by clamp((ramp + z - d) / ramp, 0, 1) before the
+    weights are normalized. A span never closes entirely: at z = 0 distances below `ramp` still count, because otherwise
+    it could not learn. Keys that no head of the sublayer reaches are not read, so that short spans save time. At
+    `max_span` the pattern equals `sliding` with that window.
 
-    Spans start at `initial_span` tokens, by default at `max_span`: a converted model then starts as a sliding window
-    and shrinks under the penalty (`span_penalty`, `--span_penalty_weight`) where it can afford to. The authors, who
-    train from scratch, start at 0. Use it to find out how far each layer has to look, and to pay for no more.
+    Spans start at `initial_span` tokens, by default `max_span`: a converted model then starts as a sliding window, and
+    its spans shrink under the penalty (`span_penalty`, `--span_penalty_weight`) where that does little harm. The
+    authors train from scratch and start at 0. Use the pattern to find out how far each layer has to look.
+
+    Cost: L x (longest span + ramp) in time, L in memory.
+
+    Raises:
+        ValueError: `initial_span` is more than `max_span`.
     """
 
     type = "adaptive"
@@ -163,11 +176,11 @@ class AdaptiveAttention(AttentionPattern):
         init.constant_(attention.own.fraction, self.initial_span / self.max_span)
 
     def prepare(self, attention, states, context) -> Any:
-        """The spans in tokens, `(H,)`."""
+        """Return the spans in tokens, `(H,)`."""
         return read_by_heads(attention.own(), attention.q_proj)
 
     def bias(self, inputs: AttentionInputs) -> SpanBias:
-        """The mask of the heads here."""
+        """Return the bias of those heads that are in `inputs`."""
         first = inputs.first_head
         return SpanBias(inputs.own[first : first + inputs.query.shape[1]], self.ramp, inputs.bias)
 
@@ -176,7 +189,7 @@ class AdaptiveAttention(AttentionPattern):
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
         bias = self.bias(inputs)
-        # The furthest key that any head gives a weight; a Python number because shapes depend on it (it synchronises).
+        # The largest distance with a weight, as a Python number because shapes depend on it: this synchronizes.
         furthest = min(self.max_span, math.ceil(bias.spans.max().item()) + self.ramp - 1)
         contexts = [
             window_attention(
