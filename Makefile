@@ -8,7 +8,7 @@ PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup
 PYTEST = -m pytest -q --promises $(PARALLEL)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help demo test test-all test-isa test-lower lint clean
+.PHONY: help demo test test-all test-isa test-lower lint docs reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -49,8 +49,14 @@ test-lower: ## the tests with the lowest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory VENV=.venv-lower CONSTRAINTS=constraints-lower.txt .venv-lower/.stamp-dev
 	.venv-lower/bin/python $(PYTEST)
 
+docs: reference ## build the documentation into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+reference: $(VENV)/.stamp-dev ## write the option tables of docs/reference/ from the scripts
+	$(BIN)/python docs/make_reference.py
+
 clean: ## remove the environments and what tools cached; runs/ stays
-	rm -rf .venv .venv-lower build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lower build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is made last: a setup that was interrupted leaves none and is taken up again. An interrupted `python -m venv`

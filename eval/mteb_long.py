@@ -5,7 +5,7 @@
 
 Results land in MTEB's own files under `<output_dir>/results/`; the table is printed and written to
 `<output_dir>/table.md`. The same command again repeats nothing that is finished; a killed one goes on.
-docs/evaluation.md says what the numbers mean.
+docs/guides/evaluate.md says what the numbers mean.
 """
 
 from collections.abc import Sequence

@@ -6,7 +6,7 @@
 
 The rows are {question, long_answer}, one JSON object a line. The documents are the long answers of all rows, each text
 once; the questions are those of the rows from `--judge_from` on, so that the rows before it may be trained on.
-docs/evaluation.md says what the numbers mean.
+docs/guides/measure.md says what the numbers mean.
 """
 
 from dataclasses import dataclass, field

@@ -4,7 +4,7 @@
 
 Spearman's correlation of cosine and human score, times 100, over all pairs of a task at once, as SimCSE (Gao et al.
 2021) and MTEB have it; MTEB computes it, and its files lie under `<output_dir>/results/`. The table also has what a
-contrastive loss does taken apart, alignment and uniformity. docs/evaluation.md says what the numbers mean.
+contrastive loss does taken apart, alignment and uniformity. docs/guides/measure.md says what the numbers mean.
 """
 
 import hashlib

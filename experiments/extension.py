@@ -11,7 +11,7 @@ The rows of the table, and what each is made from:
 - rows that are trained, from `base`, by training/pretraining.py with the recipe of their name in
   experiments/extension.
 
-What is finished is not done again; a killed run goes on. docs/extension.md says what the numbers mean.
+What is finished is not done again; a killed run goes on. docs/reports/extension.md says what the numbers mean.
 """
 
 import json

@@ -7,7 +7,7 @@
 A finding is a file of experiments/findings: what its rows share, and what each row changes. A row is trained by
 training/contrastive.py. What is finished is not done again; a killed run goes on. `<output_dir>/<finding>/` holds
 results.json, table.md and plot.png, and plane.png shows alignment and uniformity of all of them.
-docs/contrastive.md says what the numbers mean.
+docs/reports/objectives.md says what the numbers mean.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The texts that the figures of docs/distillation.md and docs/compression.md are trained on, from public documents.
+"""Make the training texts of docs/reports/distillation.md and docs/reports/compression.md from public documents.
 
     python experiments/teaching_texts.py --data_dir data --output_dir runs/texts
 

@@ -11,7 +11,7 @@ from experiments.attention_figure import PATTERNS as PICTURED
 from experiments.attention_figure import TOKENS, seen
 from modeling_longembed.pattern_registry_longembed import PATTERNS
 
-PAGE = Path(__file__).parents[2] / "docs" / "attention.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "attention-patterns.md"
 
 
 def test_every_registered_pattern_is_pictured_and_has_its_row():

@@ -75,24 +75,16 @@ def test_the_citation_names_this_version():
     assert citation["version"] == version("longembed")
 
 
-def test_links_between_pages_lead_somewhere():
-    pages = [path for path in tracked_files() if path.suffix == ".md"]
-    broken = [
-        (str(page.relative_to(ROOT)), link)
-        for page in pages
-        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-        if "://" not in link and not (page.parent / link).exists()
-    ]
-    assert not broken
-
-
-def test_python_in_the_readme_is_python():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        compile(block, "README.md", "exec")
-
-
 def test_ci_calls_make_test():
     assert "make --no-print-directory test" in (ROOT / ".ci" / "run").read_text()
     assert sys.platform == "win32" or (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_the_workflow_calls_make_test_and_uploads_nothing():
+    text = (ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8")
+    workflow = yaml.safe_load(text)
+    commands = {job: workflow["jobs"][job]["steps"][-1]["run"].split(" PYTHON=")[0] for job in workflow["jobs"]}
+    assert commands == {"test": "make test", "test-all": "make test-all"}
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.13"]
+    assert workflow["permissions"] == {"contents": "read"}
+    assert "upload" not in text.replace("uploads nothing", "")

@@ -93,7 +93,7 @@ def launched_sharding() -> Sharding | None:
     asked = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
     for name, sentence in REFUSED.items():
         if os.environ.get(name, "false").lower() == "true":
-            raise UserError(f"{sentence} (docs/parallelism.md)")
+            raise UserError(f"{sentence} (docs/guides/devices.md)")
     if not asked or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":

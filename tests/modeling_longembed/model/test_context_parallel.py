@@ -1,5 +1,5 @@
 """What context parallelism of torch and accelerate does with this attention, and what accelerate does with tensor
-parallelism on CPUs: the findings of docs/parallelism.md.
+parallelism on CPUs: the findings of docs/reports/parallelism.md.
 
 They are of the versions below, and other versions skip: when a pin moves, look again and rewrite the page.
 """

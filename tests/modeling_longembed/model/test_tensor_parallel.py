@@ -158,7 +158,7 @@ def test_the_language_model_head_stays_whole(folder, two_processes):
 
 
 def test_the_snippet_of_the_page_runs_as_it_stands(folder, tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "parallelism.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "guides" / "devices.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     saved = "\ntorch.save(embeddings, f'{torch.distributed.get_rank()}.pt')\n"
     (tmp_path / "parallel.py").write_text(snippet.replace('"my-model"', repr(str(folder / "rope, full"))) + saved)
