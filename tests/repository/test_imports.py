@@ -54,6 +54,20 @@ def test_a_chain_of_imports_is_counted(tmp_path):
     assert import_arrows(tmp_path / "package") == expected
 
 
+def test_what_is_in_common_is_shared():
+    """A module of common serves at least two of the folders above it, some through other modules of common."""
+    used_by = {path.stem: set() for path in (ROOT / "common").glob("*.py") if path.stem != "__init__"}
+    for folder in ("training", "eval", "experiments"):
+        queue = [name for path in (ROOT / folder).rglob("*.py") for name in imported_modules(path)]
+        while queue:
+            package, _, module = queue.pop().partition(".")
+            module = module.split(".")[0]
+            if package == "common" and folder not in used_by.get(module, {folder}):
+                used_by[module].add(folder)
+                queue += imported_modules(ROOT / "common" / f"{module}.py")
+    assert not {module: folders for module, folders in used_by.items() if len(folders) < 2}
+
+
 @pytest.mark.parametrize("folder", ["training", "eval", "experiments"])
 def test_no_script_folder_hides_a_library(folder):
     # `python training/x.py` puts training/ first on sys.path: training/logging.py would then be everybody's `logging`.
