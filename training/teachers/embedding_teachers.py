@@ -18,6 +18,7 @@ from common.vector_cache import VectorCache
 from training.data.pair_batches import PairBatch
 from training.data.sources import Source
 from training.engine.distributed import own_share
+from training.teachers.paragraph_vector import ParagraphVector
 
 PARAGRAPH_VECTOR = "paragraph-vector:"
 
@@ -140,8 +141,6 @@ class _Rows:
 
 def _load(name: str, batch_tokens: int, precision: str, normalize: bool) -> _Rows:
     if name.startswith(PARAGRAPH_VECTOR):
-        from training.teachers.paragraph_vector import ParagraphVector
-
         return _Rows(ParagraphVector.load(Path(name.removeprefix(PARAGRAPH_VECTOR))), "document", None, False)
     spec = ModelSpec.parse(name, precision=resolve_precision(precision))
     if spec.kind in ("bm25", "chunk-max"):

@@ -25,8 +25,8 @@ SETTINGS, VOCABULARY, WEIGHTS, DOCUMENTS = (
     "documents.json",
 )
 WORD = re.compile(r"\w+")
-STRETCH = 10_000  # words: gensim passes over what an example has beyond them (MAX_DOCUMENT_LEN of its compiled code)
-# What a vector depends on beside the documents and the architecture.
+SPAN_WORDS = 10_000  # gensim ignores further words of an example (MAX_DOCUMENT_LEN of its compiled code)
+# The settings that a vector depends on, besides the documents and the architecture.
 SETTING_NAMES = (
     "vector_size",
     "window",
@@ -42,22 +42,27 @@ FINAL_LEARNING_RATE = 0.0001
 
 
 class ParagraphVector:
-    """Doc2Vec models whose vectors stand one behind the other; an encoder as `common.text_vectors.stream` takes it.
+    """Doc2Vec models whose vectors are concatenated; an encoder for `common.text_vectors.stream`.
 
-    The vector of a text is inferred: it starts at random and learns with all other weights fixed. Here the start and
-    all draws come from a hash of the text, so that it is the same in every process and order. (gensim's own
-    `infer_vector` starts from Python's salted `hash` and goes on in the random numbers of the texts before.)
+    The vector of a text is inferred: it starts at random and is trained with all other weights fixed. Here the start
+    and all random numbers come from a hash of the text, so the vector is the same in every process and every order.
+    (gensim's own `infer_vector` starts from Python's salted `hash` and continues the random numbers of earlier texts.)
 
-    A document is read in stretches of 10,000 words, one after the other in every epoch, which train one vector: gensim
-    itself would pass over all that comes after the first. No window of words reaches from a stretch into the next.
+    A document is read in spans of 10,000 words, one after the other in every epoch, which train one vector: gensim
+    would ignore everything after the first span. No window of words crosses the border between two spans.
+
+    Args:
+        models: gensim's models, one for each architecture.
+        settings: a value for each name of `SETTING_NAMES`.
+        identity: what the vectors depend on besides the texts; known for a saved model only.
 
     Attributes:
-        settings: arguments that shape a vector.
-        dimension: of a vector.
+        settings: the settings that a vector depends on.
+        dimension: width of a vector.
     """
 
     prompts: dict[str, str | None] = {}
-    batch_tokens = 65536  # of a window of texts between two writes to the cache
+    batch_tokens = 65536  # number of tokens of the texts between two writes to the cache
 
     def __init__(self, models: list[Any], settings: dict[str, Any], identity: str = "") -> None:
         self.models, self.settings, self.identity = models, settings, identity
@@ -70,10 +75,13 @@ class ParagraphVector:
         """Train on all documents.
 
         Args:
-            sources: the documents, one text a row.
+            sources: the documents, one text per row.
             architectures: `dm`, `dbow`, or both, whose vectors are concatenated.
             settings: a value for each name of `SETTING_NAMES`.
-            workers: threads; with more than one no two runs are the same.
+            workers: number of threads; with more than one, runs are not reproducible.
+
+        Returns:
+            The trained models.
 
         Raises:
             UserError: gensim is not installed, or no word is frequent enough.
@@ -97,10 +105,16 @@ class ParagraphVector:
 
     @classmethod
     def load(cls, folder: Path) -> "ParagraphVector":
-        """Read what `save` wrote.
+        """Load models from a folder that `save` wrote.
+
+        Args:
+            folder: the folder.
+
+        Returns:
+            The models; they infer vectors, but cannot be trained further.
 
         Raises:
-            UserError: it is no such folder, or damaged; gensim is not installed.
+            UserError: the folder is another one or damaged, or gensim is not installed.
         """
         gensim_doc2vec()
         try:
@@ -116,15 +130,15 @@ class ParagraphVector:
             ) from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
             raise UserError(f"{folder}: is damaged ({' '.join(str(error).split())}); train it again") from None
-        hashes = f"{STRETCH}" + "".join(sha256_file(folder / name) for name in (SETTINGS, VOCABULARY, WEIGHTS))
+        hashes = f"{SPAN_WORDS}" + "".join(sha256_file(folder / name) for name in (SETTINGS, VOCABULARY, WEIGHTS))
         return cls(models, settings, f"paragraph-vector:{hashlib.sha256(hashes.encode()).hexdigest()[:40]}")
 
     def save(self, folder: Path, document_ids: list[str]) -> None:
-        """Write a folder: settings and words as JSON, weights as safetensors, and the documents' own vectors by id.
+        """Write settings, words and document ids as JSON, and weights and document vectors as safetensors.
 
         Args:
-            folder: which is replaced.
-            document_ids: of the training documents, in their order.
+            folder: the folder; it is replaced.
+            document_ids: ids of the training documents, in their order.
         """
         weights: dict[str, np.ndarray] = {}
         names = ["dbow" if model.sg else "dm" for model in self.models]
@@ -140,7 +154,7 @@ class ParagraphVector:
             save_file(weights, temporary / WEIGHTS)
 
     def __call__(self, texts: list[str], prompt_type: PromptType | None = None) -> list[np.ndarray]:
-        """A matrix (1, d) for each text."""
+        """Return a matrix `(1, dimension)` for each text; `prompt_type` has no effect."""
         return [
             np.concatenate([_infer(model, split_words(text, self.settings)) for model in self.models])[None]
             for text in texts
@@ -148,12 +162,12 @@ class ParagraphVector:
 
 
 def split_words(text: str, settings: dict[str, Any]) -> list[str]:
-    """The words of a text: letters, digits and underscores."""
+    """Return the words of a text, which consist of letters, digits and underscores."""
     return WORD.findall(text.lower() if settings["lowercase"] else text)
 
 
 class _Corpus:
-    """All documents as gensim's examples, again at each pass, from memory-mapped columns; a long one is several."""
+    """All documents as gensim's examples, one for each span, read from memory-mapped columns at each pass."""
 
     def __init__(self, sources: list[Source], settings: dict[str, Any]) -> None:
         self.sources, self.settings = sources, settings
@@ -161,32 +175,32 @@ class _Corpus:
     def __iter__(self) -> Iterator[Any]:
         texts = (text for source in self.sources for text in texts_of(source))
         for number, text in enumerate(texts):
-            for words in _stretches(split_words(text, self.settings)):
+            for words in _spans(split_words(text, self.settings)):
                 yield gensim_doc2vec().TaggedDocument(words, [number])
 
 
-def _stretches(words: list[str]) -> list[list[str]]:
-    """Of a document without words the one that is empty: it has a vector too."""
-    return [words[start : start + STRETCH] for start in range(0, max(1, len(words)), STRETCH)]
+def _spans(words: list[str]) -> list[list[str]]:
+    """Divide a document into spans; one without words is a single empty span, because it has a vector, too."""
+    return [words[start : start + SPAN_WORDS] for start in range(0, max(1, len(words)), SPAN_WORDS)]
 
 
 class _Progress:
-    """One of gensim's callbacks, which asks for no base class."""
+    """A progress bar as a callback of gensim, which needs no base class."""
 
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
 
     def on_train_begin(self, model: Any) -> None:
-        """Nothing."""
+        """Do nothing; gensim calls it."""
 
     def on_train_end(self, model: Any) -> None:
-        """Nothing."""
+        """Do nothing; gensim calls it."""
 
     def on_epoch_begin(self, model: Any) -> None:
-        """Nothing."""
+        """Do nothing; gensim calls it."""
 
     def on_epoch_end(self, model: Any) -> None:
-        """An epoch more."""
+        """Count an epoch."""
         self.bar.update()
 
 
@@ -217,18 +231,19 @@ def _new_model(settings: dict[str, Any], name: str, workers: int = 1) -> Any:
 
 
 def _restored(settings: dict[str, Any], name: str, vocabulary: list[list], weights: dict[str, np.ndarray]) -> Any:
-    """A model that infers as the saved one does."""
+    """Rebuild a saved model for inference."""
     model = _new_model(settings, name)
     model.build_vocab_from_freq(dict(vocabulary), corpus_count=1)
-    # gensim orders words of one count anew; what it keeps of a word beside its vectors goes by the count alone.
+    # gensim sorts words of equal count in another order. Apart from vectors, what it stores of a word depends on its
+    # count only, so restoring the saved order is safe.
     model.wv.index_to_key = [word for word, _ in vocabulary]
-    model.wv.key_to_index = {word: place for place, (word, _) in enumerate(vocabulary)}
+    model.wv.key_to_index = {word: index for index, (word, _) in enumerate(vocabulary)}
     model.wv.vectors, model.syn1neg = weights[f"{name}.words"], weights[f"{name}.outputs"]
     return model
 
 
 def _infer(model: Any, words: list[str]) -> np.ndarray:
-    """The vector of a text, float32 `(d,)`; gensim's own inference but for where its random numbers come from."""
+    """Infer the vector of a text, float32 `(d,)`: gensim's inference, with random numbers from a hash of the text."""
     from gensim.models import doc2vec
 
     digest = hashlib.sha256(" ".join(words).encode()).digest()
@@ -244,21 +259,29 @@ def _infer(model: Any, words: list[str]) -> np.ndarray:
         "doctags_lockf": np.ones(1, dtype=np.float32),
     }
     for rate in np.linspace(model.alpha, model.min_alpha, model.epochs):
-        for stretch in _stretches(words):
+        for span in _spans(words):
             if model.sg:
-                doc2vec.train_document_dbow(model, stretch, [0], float(rate), work, **options)
+                doc2vec.train_document_dbow(model, span, [0], float(rate), work, **options)
             else:
                 sums = np.zeros(model.layer1_size, dtype=np.float32)
-                doc2vec.train_document_dm(model, stretch, [0], float(rate), work, sums, **options)
+                doc2vec.train_document_dm(model, span, [0], float(rate), work, sums, **options)
     return vector[0]
 
 
 def _hash(text: str) -> int:
-    """In place of Python's, which differs between processes."""
+    """Hash a word; Python's own hash differs between processes."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
 def gensim_doc2vec() -> Any:
+    """Import gensim's Doc2Vec module.
+
+    Returns:
+        The module.
+
+    Raises:
+        UserError: gensim is not installed.
+    """
     try:
         from gensim.models import doc2vec
     except ImportError:
