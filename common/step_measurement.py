@@ -5,23 +5,18 @@
 - peak: most memory of the process from there on. On CUDA both are those of torch's allocator.
 """
 
-import json
 import os
 import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
 
 from common.memory import resident_memory
 
 AT_LEAST = 1.0
-SHORT = 16  # tokens of the texts that warm up
 
 
 def measure_calls(call: Callable[[], object], cuda: bool) -> dict:
@@ -40,37 +35,6 @@ def measure_calls(call: Callable[[], object], cuda: bool) -> dict:
         synchronize(cuda)
         seconds.append(time.perf_counter() - begin)
     return {"seconds": statistics.median(seconds), "peak": peak_memory(cuda), "base": base, "pid": os.getpid()}
-
-
-def measure_step(
-    job: dict[str, Any], model: nn.Module, gradient: Callable[[list[list[list[int]]]], float], encoder: nn.Module
-) -> dict[str, Any]:
-    """A contrastive step on a CPU, for the two processes that eval/throughput.py --training compares.
-
-    Args:
-        job: `texts`, a JSON file of two lists of token ids, queries and their documents; and `gradients`, a file for
-            the gradients of the first step, after which there is no other, or null: then steps of AdamW are measured.
-        model: what trains.
-        gradient: adds the gradient of such columns to the parameters, and returns the loss.
-        encoder: the part of the model whose gradients are written.
-
-    Returns:
-        `loss` alone, or what `measure_calls` returns.
-    """
-    columns = json.loads(Path(job["texts"]).read_text())
-    if job["gradients"]:
-        loss = gradient(columns)
-        save_file({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}, job["gradients"])
-        return {"loss": loss}
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-
-    def step(columns: list[list[list[int]]]) -> None:
-        gradient(columns)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step([[text[:SHORT] for text in column] for column in columns])
-    return measure_calls(lambda: step(columns), cuda=False)
 
 
 def synchronize(cuda: bool) -> None:

@@ -1,1 +1,1 @@
-"""How a model is judged: MTEB tasks on long documents, baselines, synthetic tasks of any length, tables and plots."""
+"""Evaluation: MTEB tasks on long documents, baselines, synthetic tasks of any length, speed, tables and plots."""

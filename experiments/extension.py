@@ -1,30 +1,24 @@
-"""Ways to a longer context side by side: perplexity, retrieval and cost of each, from one encoder and real documents.
+"""Compare methods of context extension by perplexity, retrieval and cost: the table of docs/reports/extension.md.
 
     python experiments/extension.py --model_name_or_path sentence-transformers/all-MiniLM-L6-v2 \\
         --train_data papers.jsonl --eval_data held-out.jsonl --task_data_dir my_tasks --output_dir runs/extension
 
-The rows of the table, and what each is made from:
+The rows of the table, and what their models are made from:
 
-- `base`: the encoder with a masked-language-model head, trained at its own length, as most encoders come without one;
+- `base`: the encoder with a masked-language-model head, which is trained first because most encoders come without one;
 - rows without training, from `base`: `repeat`, `interpolate`, `group`, `block`, and `rope_start` and `alibi_start`,
-  whose positions have just been switched;
-- rows that are trained, from `base`, by training/pretraining.py with the recipe of their name in
-  experiments/extension.
+  whose position scheme has just been switched;
+- trained rows, from `base`, by training/pretraining.py with the recipe of their name in experiments/extension.
 
-What is finished is not done again; a killed run goes on. docs/reports/extension.md says what the numbers mean.
+What is finished is not repeated; a killed run goes on.
 """
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a script draws into a file; it needs no display
-import matplotlib.pyplot as plt
 import yaml
 from rich.console import Console
 from rich.markdown import Markdown
@@ -34,12 +28,14 @@ from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
 from common.model_folder import ModelFolder
 from common.precision import resolve_precision
-from eval import mteb_long, perplexity
-from eval.plot import save
+from eval import perplexity
 from eval.report.records import Records
-from eval.synthetic import read_texts
-from eval.throughput import parse_lengths
+from eval.speed.lengths import parse_lengths
+from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
+from eval.tasks.retrieval import get_tasks
+from eval.tasks.texts import read_texts
 from experiments import training_runs
+from experiments.extension_report import as_markdown, draw
 from experiments.training_runs import check_stamp, training_cost
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM
 
@@ -47,28 +43,29 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "pretraining.py"
 RECIPES = ROOT / "experiments" / "extension"
 SWITCH = ("position_embedding_type", "max_position_embeddings", "rope_theta")
-BEGINNING = 2000  # characters of a held-out document whose loss is followed in training: less than 512 tokens
+BEGINNING = 2000  # characters of each held-out document that training evaluates: less than 512 tokens
 
 
 @dataclass(frozen=True)
 class Row:
-    """A way to a longer context.
+    """A method of context extension.
 
     Attributes:
-        title: what the table calls it.
-        recipe: of a row that is trained, or, with `steps` False, whose positions are switched as that recipe says.
-        steps: whether it is trained.
-        method: of `extend_context`, of a row without a recipe; `restart` goes with blocks that are read one by one.
+        title: of its row in the table.
+        recipe: name of the training recipe; without `trains`, only the position scheme is taken from it.
+        trains: whether the model is trained.
+        method: of `extend_context`, for rows without a recipe; `restart` also switches to attention in blocks.
     """
 
     title: str
     recipe: str | None = None
-    steps: bool = True
+    trains: bool = True
     method: str | None = None
 
     @property
     def is_trained(self) -> bool:
-        return self.recipe is not None and self.steps
+        """Whether its model comes from a training."""
+        return self.recipe is not None and self.trains
 
 
 ROWS = {
@@ -78,9 +75,9 @@ ROWS = {
     "group": Row("group", method="group"),
     "block": Row("blocks, positions restarted", method="restart"),
     "positions": Row("interpolate, new positions tuned", "positions"),
-    "rope_start": Row("switched to RoPE", "rope", steps=False),
+    "rope_start": Row("switched to RoPE", "rope", trains=False),
     "rope": Row("switched to RoPE, tuned", "rope"),
-    "alibi_start": Row("switched to ALiBi", "alibi", steps=False),
+    "alibi_start": Row("switched to ALiBi", "alibi", trains=False),
     "alibi": Row("switched to ALiBi, tuned at 512", "alibi"),
     "longlora": Row("repeat, LongLoRA", "longlora"),
     "longlora_no_shift": Row("repeat, LongLoRA without shift", "longlora_no_shift"),
@@ -89,11 +86,11 @@ ROWS = {
 
 @dataclass
 class Arguments:
-    """From what, on what, and where everything goes."""
+    """Options of the script."""
 
     model_name_or_path: str = field(metadata={"help": "folder or Hub id of the encoder"})
     train_data: list[str] = field(
-        metadata={"help": "documents to train on, as training/pretraining.py reads them; long ones among them"}
+        metadata={"help": "training documents, as training/pretraining.py reads them; some must be long"}
     )
     eval_data: str = field(
         metadata={"help": "held-out documents, as eval/perplexity.py reads them: .jsonl(.gz) with text fields, or .txt"}
@@ -101,55 +98,61 @@ class Arguments:
     output_dir: str = field(metadata={"help": "folder of rows/, results.json, table.md and plot.png"})
     text_column: str = field(default="text", metadata={"help": "the column that holds the documents of --train_data"})
     task_data_dir: str | None = field(
-        default=None, metadata={"help": "folder with one folder a retrieval task; without it retrieval is left out"}
+        default=None, metadata={"help": "folder with one sub-folder for each retrieval task; default: no retrieval"}
     )
     tasks: list[str] = field(default_factory=list, metadata={"help": "tasks of --task_data_dir; default: all"})
     rows: list[str] = field(
-        default_factory=lambda: list(ROWS), metadata={"help": f"rows to make beside base: {' '.join(ROWS)}"}
+        default_factory=lambda: list(ROWS),
+        metadata={"help": f"rows of the table, with base in any case: {' '.join(ROWS)}"},
     )
     retrieval_rows: list[str] = field(
         default_factory=lambda: list(ROWS),
         metadata={
-            "help": "rows that retrieval is measured of; without a GPU those of ALiBi are five times slower than the "
+            "help": "rows whose retrieval is measured; without a GPU those with ALiBi are five times slower than the "
             "others at 8,192 tokens"
         },
     )
     recipes: str = field(default=str(RECIPES), metadata={"help": "folder of the recipes"})
     lengths: list[str] = field(
         default_factory=lambda: ["512,2048,8192"],
-        metadata={"help": "tokens that perplexity is measured at; the longest is the context of the extended models"},
+        metadata={"help": "context lengths of perplexity in tokens; the longest is the context of the extended models"},
     )
-    documents: int = field(default=20, metadata={"help": "the first held-out documents of the longest length"})
-    draws: int = field(default=1, metadata={"help": "sets of masked tokens of a document, for the estimate"})
+    documents: int = field(
+        default=20, metadata={"help": "number of held-out documents: the first that have the longest length"}
+    )
+    draws: int = field(default=1, metadata={"help": "masked perplexity: sets of masked tokens of each document"})
     tokens_scored: int = field(
-        default=0, metadata={"help": "tokens of a document whose pseudo-perplexity is exact; a forward pass each"}
+        default=0, metadata={"help": "pseudo-perplexity: tokens of each document, each of which takes a forward pass"}
     )
-    precision: str = field(default="auto", metadata={"help": "of perplexity and retrieval: float32, bfloat16 or auto"})
-    batch_tokens: int = field(default=8192, metadata={"help": "tokens in one forward pass of these"})
+    precision: str = field(
+        default="auto", metadata={"help": "precision of perplexity and retrieval: float32, bfloat16 or auto"}
+    )
+    batch_tokens: int = field(default=8192, metadata={"help": "tokens in one forward pass of perplexity and retrieval"})
 
     @property
     def context(self) -> int:
-        """Of the extended models, in tokens."""
+        """Context of the extended models, in tokens."""
         return max(parse_lengths(self.lengths))
 
     def model(self, name: str) -> Path:
-        """The folder of a row's model."""
+        """Return the folder of a row's model."""
         return Path(self.output_dir, "rows", name, "final")
 
 
-# Models ---------------------------------------------------------------------------------------------------------------
-
-
 def make(name: str, arguments: Arguments) -> None:
-    """The model of a row, unless it is there; a training that was stopped goes on.
+    """Make the model of a row unless it exists; a training that was killed goes on.
+
+    Args:
+        name: of the row.
+        arguments: parsed command-line options.
 
     Raises:
-        UserError: what is there was made by another recipe, or from something else; or a training that failed.
+        UserError: an existing model was made by another recipe or from another model, or the training failed.
     """
     row = ROWS[name]
     start = arguments.model_name_or_path if name == "base" else str(arguments.model("base"))
     recipe = read_recipe(row.recipe, arguments) if row.recipe else {}
-    if not row.steps:  # what `switch_positions` takes: the rest of the recipe is of the training
+    if not row.trains:  # only the options of `switch_positions` matter
         recipe = {option: recipe.get(option) for option in SWITCH}
     made_by: dict[str, Any] = {"start": ModelFolder.find(start).revision, "recipe": recipe}
     if row.is_trained:
@@ -159,14 +162,14 @@ def make(name: str, arguments: Arguments) -> None:
     check_stamp(arguments.model(name).parent / "made_by.json", made_by)
     if arguments.model(name).exists():
         return
-    if row.recipe and row.steps:
+    if row.recipe and row.trains:
         train(row.recipe, start, arguments.model(name).parent, arguments)
         return
     if row.recipe:
         model = LongEmbedForMaskedLM.from_pretrained(start)
         model.switch_positions(*recipe.values())
     elif row.method == "restart":
-        # A block holds as much text as the encoder read at once: its context but for the two special tokens.
+        # A block has as much text as the context of the encoder: without the two special tokens.
         size = LongEmbedConfig.from_pretrained(start).max_position_embeddings - 2
         model = LongEmbedForMaskedLM.from_pretrained(start, attention_patterns={"type": "block", "size": size})
         model.extend_context(arguments.context, "restart", period=size)
@@ -178,7 +181,11 @@ def make(name: str, arguments: Arguments) -> None:
 
 
 def read_recipe(name: str, arguments: Arguments) -> dict[str, Any]:
-    """What a recipe says; that it makes sense is for the training to check."""
+    """Read a recipe; the training checks its options.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     path = Path(arguments.recipes, f"{name}.yaml")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -187,14 +194,18 @@ def read_recipe(name: str, arguments: Arguments) -> dict[str, Any]:
 
 
 def train(recipe: str, start: str, output_dir: Path, arguments: Arguments) -> None:
-    """training/pretraining.py with a recipe."""
+    """Run training/pretraining.py with a recipe."""
     options = ["--config", str(Path(arguments.recipes, f"{recipe}.yaml")), "--model_name_or_path", start]
     options += ["--train_data", *arguments.train_data, "--text_column", arguments.text_column]
     training_runs.train(SCRIPT, output_dir, [*options, "--eval_data", str(beginnings(arguments))])
 
 
 def beginnings(arguments: Arguments) -> Path:
-    """A file with the beginnings of the held-out documents: few tokens, so that training can ask often."""
+    """Write the first characters of the held-out documents to a file, which training evaluates often.
+
+    Returns:
+        The file.
+    """
     path = Path(arguments.output_dir, "beginnings.jsonl")
     texts = read_texts(arguments.eval_data, "--eval_data")[: arguments.documents]
     rows = [json.dumps({arguments.text_column: text[:BEGINNING]}) + "\n" for text in texts]
@@ -203,11 +214,12 @@ def beginnings(arguments: Arguments) -> Path:
     return path
 
 
-# Measurements ---------------------------------------------------------------------------------------------------------
-
-
 def measure(name: str, arguments: Arguments) -> dict[str, Any]:
-    """All numbers of a row; what was measured before is read."""
+    """Measure a row; what has been measured before is read from the results.
+
+    Returns:
+        An entry of results.json.
+    """
     row = ROWS[name]
     return {
         "row": name,
@@ -219,7 +231,12 @@ def measure(name: str, arguments: Arguments) -> dict[str, Any]:
 
 
 def measure_perplexity(name: str, arguments: Arguments) -> dict[str, dict[str, Any]]:
-    """Of each score, at each length that the model reads: the perplexity and its standard error over documents."""
+    """Measure the perplexity of a row.
+
+    Returns:
+        Kind of perplexity -> length within the model's context -> `value`, and `error`, its standard error over
+        documents.
+    """
     settings = perplexity.Arguments(
         model=[str(arguments.model(name))],
         data=arguments.eval_data,
@@ -235,7 +252,7 @@ def measure_perplexity(name: str, arguments: Arguments) -> dict[str, dict[str, A
     texts = read_texts(arguments.eval_data, "--eval_data")
     lengths = [length for length in parse_lengths(arguments.lengths) if length <= model.context]
     records = Records(Path(arguments.output_dir, "perplexity.json"))
-    # The tokens scored are those of a stretch of the longest length for every row, also for one that reads less of it.
+    # For every row the scored tokens are those of a span of the longest length, even if its context is shorter.
     points = perplexity.measure(model, name, texts, lengths, arguments.context, records, settings)
     found: dict[str, dict[str, Any]] = {}
     for point in points:
@@ -244,11 +261,15 @@ def measure_perplexity(name: str, arguments: Arguments) -> dict[str, dict[str, A
 
 
 def measure_retrieval(name: str, arguments: Arguments) -> dict[str, float]:
-    """The main score of each task, from 0 to 100; none if it was not asked for."""
+    """Evaluate the retrieval of a row.
+
+    Returns:
+        Task -> main score, 0 to 100; empty if it was not requested.
+    """
     if arguments.task_data_dir is None or name not in arguments.retrieval_rows:
         return {}
-    scores = mteb_long.judge(
-        mteb_long.Arguments(
+    scores = evaluate_retrieval(
+        RetrievalArguments(
             model=[str(arguments.model(name))],
             output_dir=arguments.output_dir,
             data_dir=arguments.task_data_dir,
@@ -260,86 +281,17 @@ def measure_retrieval(name: str, arguments: Arguments) -> dict[str, float]:
     return {score.column: score.value for score in scores}
 
 
-# Report ---------------------------------------------------------------------------------------------------------------
-
-
-def as_markdown(results: Sequence[dict[str, Any]], lengths: Sequence[int]) -> str:
-    """A table of the estimate, retrieval and cost, and one of the exact pseudo-perplexity if it was measured."""
-    tasks = list(dict.fromkeys(task for result in results for task in result["retrieval"]))
-    scores = [score for score in ("masked", "pseudo") if any(score in result["perplexity"] for result in results)]
-    tables = []
-    for score in scores:
-        first = score == scores[0]
-        heading = ["", *(f"{length:,}" for length in lengths)]
-        heading += [*tasks, "training tokens", "minutes", "peak GiB"] if first else []
-        table = [heading, ["---", *["---:"] * (len(heading) - 1)]]
-        for result in results:
-            cells = [_value(result["perplexity"].get(score, {}).get(str(length))) for length in lengths]
-            if first:
-                cells += [_number(result["retrieval"].get(task), ".1f") for task in tasks]
-                cost = result["training"] or {}
-                cells += [_number(cost.get(name), form) for name, form in COST.items()]
-            table.append([result["title"], *cells])
-        tables.append(f"{TITLES[score]}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in table))
-    return "\n".join(tables)
-
-
-COST = {"tokens": ",d", "minutes": ".1f", "peak_memory_gib": ".1f"}
-TITLES = {
-    "masked": "Masked perplexity (15% of the tokens masked at once) by tokens read; then retrieval; then training",
-    "pseudo": "Pseudo-perplexity (each token masked alone) by tokens read",
-}
-
-
-def _value(point: dict[str, Any] | None) -> str:
-    if point is None:
-        return "–"
-    error = "" if point["error"] is None else f" ± {float(format(point['error'], '.2g')):g}"  # 120, not 1.2e+02
-    return f"{point['value']:.4g}{error}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Left perplexity against length, a line a row; right held-out loss against training tokens, with that of base."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.2), layout="constrained")
-    score = next((s for s in ("masked", "pseudo") if any(s in result["perplexity"] for result in results)), "masked")
-    handles = []
-    for number, result in enumerate(results):
-        # Colours repeat after ten; what is trained has a whole line.
-        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "o" if number < 10 else "s", "markersize": 4}
-        style["linestyle"] = "-" if result["training"] else "--"
-        points = [(int(length), point) for length, point in result["perplexity"].get(score, {}).items()]
-        lengths, values = [length for length, _ in points], [point["value"] for _, point in points]
-        errors = [point["error"] or 0.0 for _, point in points]
-        handles.append(left.errorbar(lengths, values, errors, capsize=3, label=result["title"], **style))
-        if result["training"] and result["row"] != "base":
-            right.plot(*zip(*result["training"]["curve"], strict=True), **style)
-        elif result["training"]:
-            right.axhline(result["training"]["curve"][-1][1], linestyle=":", color=style["color"])
-    ticks = sorted({int(n) for result in results for n in result["perplexity"].get(score, {})})
-    left.set_xscale("log", base=2)
-    left.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    left.set_yscale("log")
-    for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
-        axis(lambda value, _: f"{value:g}")
-    left.set_xlabel("tokens that are read")
-    left.set_title(TITLES[score].split(" (")[0])
-    right.set_xlabel("tokens trained on")
-    right.set_title("loss on the beginnings of held-out documents (dotted: base)")
-    for panel in (left, right):
-        panel.grid(alpha=0.3)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    save(figure, path)
-
-
 def compare(arguments: Arguments) -> list[dict[str, Any]]:
-    """Make and measure the rows; results.json, table.md and plot.png hold what there is after each of them.
+    """Make and measure the rows; results.json, table.md and plot.png are written after each of them.
+
+    Args:
+        arguments: parsed command-line options.
+
+    Returns:
+        The entries of results.json.
 
     Raises:
-        UserError: rows that do not exist, or data that cannot be read; told before anything is trained.
+        UserError: there is no such row, or data cannot be read; raised before anything is trained.
     """
     for option in ("rows", "retrieval_rows"):
         if unknown := [name for name in getattr(arguments, option) if name not in ROWS]:
@@ -349,7 +301,7 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
         read_recipe(recipe, arguments)
     read_texts(arguments.eval_data, "--eval_data")
     if arguments.task_data_dir is not None:
-        mteb_long.get_tasks(arguments.tasks, arguments.task_data_dir)
+        get_tasks(arguments.tasks, arguments.task_data_dir)
     results: list[dict[str, Any]] = []
     for name in names:
         print(f"{name}: {ROWS[name].title}", flush=True)
@@ -362,7 +314,7 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """The script."""
+    """Run the script."""
     (arguments,) = parse(Arguments)
     results = compare(arguments)
     table = as_markdown(results, parse_lengths(arguments.lengths))

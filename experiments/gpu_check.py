@@ -1,14 +1,14 @@
-"""Everything that only a GPU can show, in one call of a few minutes.
+"""Check everything that needs a GPU, in one call of a few minutes.
 
     python experiments/gpu_check.py --output_dir runs/gpu_check
 
 1. precision: the GPU's kernels in bfloat16 against the dense definition in float64, forward and gradients. The rule is
-   that of the authors of flash attention: no more than `RULE` times the error of the dense softmax in bfloat16.
-2. device: every registered pattern gives on the GPU what it gives on the CPU, in training and in inference.
-3. compilation: the packed forward is one graph (`fullgraph=True`), for documents of other lengths too, and the compiled
-   model gives what the eager one gives.
-4. memory: twice the length takes less than `MEMORY_RATIO` times the memory of a training step.
-5. speed: tokens a second and model FLOP utilisation, by eval/throughput.py.
+   that of the authors of flash attention: at most `RULE` times the error of the dense softmax in bfloat16.
+2. device: every registered pattern gives the same results on the GPU and on the CPU, in training and in inference.
+3. compilation: the packed forward is one graph (`fullgraph=True`), also for documents of other lengths, and the
+   compiled model gives the same results as the eager one.
+4. memory: a training step on twice the length takes less than `MEMORY_RATIO` times the memory.
+5. speed: tokens per second and model FLOP utilisation, by eval/throughput.py (docs/reports/attention-cost.md).
 
 The exit code is 0 if every check passes, 1 if one fails, 2 without CUDA.
 """
@@ -28,8 +28,10 @@ from common.errors import UserError, run
 from common.files import atomic_write
 from common.patterns import parse_pattern
 from eval import throughput
+from eval.speed import process
 from eval.speed.flops import PEAKS, peak_flops
 from eval.speed.growth import as_markdown
+from eval.speed.lengths import parse_lengths
 from eval.speed.measurement import Case, Workload
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from modeling_longembed.attention_longembed import KERNELS, flash_attn_varlen_func
@@ -51,12 +53,12 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "hidden_dropout_prob": 0.0,
 }
-# What torch's and flash-attn's kernels compute themselves: masks.
+# Patterns that the kernels of torch and flash-attn compute themselves.
 MASKS = ("full", "sliding:window=64", "sliding:window=64,global_tokens=2", "block:size=100", "shifted:size=100")
 
 
 class Check(NamedTuple):
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     passed: bool
@@ -67,7 +69,7 @@ class Check(NamedTuple):
 
 
 def attention_inputs(pattern: AttentionPattern, device: str, alibi: bool) -> AttentionInputs:
-    """Random bfloat16 leaves `(T, H, D)` of a packed batch."""
+    """Return random bfloat16 queries, keys and values `(T, H, D)` of a packed batch."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(sum(LENGTHS), HEADS, HEAD_DIM, generator=generator).to(device, torch.bfloat16).requires_grad_()
@@ -80,7 +82,7 @@ def attention_inputs(pattern: AttentionPattern, device: str, alibi: bool) -> Att
 
 
 def outputs_and_gradients(kernel: str, inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:
-    """The context and the gradients of query, key and value under a fixed weighting, in float64."""
+    """Return the output and the gradients of query, key and value under a fixed weighting, in float64."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs[:3]]
     query, key, value = leaves
     context, _ = KERNELS[kernel].function(inputs._replace(query=query, key=key, value=value))
@@ -90,7 +92,11 @@ def outputs_and_gradients(kernel: str, inputs: AttentionInputs, dtype: torch.dty
 
 
 def error_ratios(pattern: AttentionPattern, kernel: str, device: str, alibi: bool = False) -> list[float]:
-    """Error of a kernel in bfloat16 over that of the dense softmax in bfloat16: of the context and of its gradients."""
+    """Compare a kernel with the dense softmax, both in bfloat16 and relative to float64.
+
+    Returns:
+        The ratio of their errors, for the output and for each of its three gradients.
+    """
     inputs = attention_inputs(pattern, device, alibi)
     exact = outputs_and_gradients("eager", inputs, torch.float64)
     dense = outputs_and_gradients("eager", inputs, torch.bfloat16)
@@ -102,7 +108,7 @@ def error_ratios(pattern: AttentionPattern, kernel: str, device: str, alibi: boo
 
 
 def check_precision(kernels: Sequence[str], device: str) -> Iterator[Check]:
-    """Every mask on every kernel that computes it, without a bias and with ALiBi's."""
+    """Check every mask on every kernel that computes it, without a bias and with that of ALiBi."""
     for text in MASKS:
         pattern = build_pattern(parse_pattern(text))
         for kernel in kernels:
@@ -110,7 +116,7 @@ def check_precision(kernels: Sequence[str], device: str) -> Iterator[Check]:
             if kernel == "flash_attention_2" and segments is None:
                 continue
             for alibi in (False, True) if KERNELS[kernel].bias else (False,):
-                torch._dynamo.reset()  # each mask is another kernel of flex_attention, and dynamo keeps few
+                torch._dynamo.reset()  # flex_attention compiles a kernel for each mask, and dynamo keeps only a few
                 ratios = error_ratios(pattern, kernel, device, alibi)
                 detail = f"{', '.join(f'{ratio:.2f}' for ratio in ratios)} times the error of a dense softmax"
                 name = f"precision: {kernel} on {text}{' with alibi' if alibi else ''}"
@@ -121,7 +127,7 @@ def check_precision(kernels: Sequence[str], device: str) -> Iterator[Check]:
 
 
 def batch_of(lengths: Sequence[int], device: str) -> dict[str, Any]:
-    """A packed batch of random tokens."""
+    """Return a packed batch of random tokens."""
     generator = torch.Generator().manual_seed(sum(lengths))
     return {
         "input_ids": torch.randint(1, SIZES["vocab_size"], (1, sum(lengths)), generator=generator).to(device),
@@ -131,7 +137,7 @@ def batch_of(lengths: Sequence[int], device: str) -> dict[str, Any]:
 
 
 def tiny_model(pattern: str | dict, device: str, dtype: torch.dtype, **fields: Any) -> Any:
-    """Random weights, the same for one shape; so large that attention shows in what comes out."""
+    """Return a model with random weights, the same for the same shape, so large that attention affects the output."""
     torch.manual_seed(0)
     config = LongEmbedConfig(**SIZES | {"attention_patterns": pattern, "initializer_range": 0.2} | fields)
     model: Any = LongEmbedModel._from_config(config)
@@ -139,7 +145,7 @@ def tiny_model(pattern: str | dict, device: str, dtype: torch.dtype, **fields: A
 
 
 def check_device(device: str) -> Iterator[Check]:
-    """Every registered pattern in float64, embeddings and gradients: as on the CPU."""
+    """Check embeddings and gradients of every registered pattern, in float64, against the CPU."""
     for name in PATTERNS:
         for training in (False, True):
             results = []
@@ -157,7 +163,7 @@ def check_device(device: str) -> Iterator[Check]:
 
 
 def compile_whole(model: LongEmbedModel, batches: Sequence[dict[str, Any]], backend: str) -> tuple[list[Tensor], str]:
-    """The embeddings of packed batches by the compiled model, or why its forward is not one graph."""
+    """Return the embeddings of packed batches by the compiled model, or the reason why its forward is not one graph."""
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     try:
@@ -168,7 +174,7 @@ def compile_whole(model: LongEmbedModel, batches: Sequence[dict[str, Any]], back
 
 
 def check_compilation(device: str, backend: str = "inductor") -> Iterator[Check]:
-    """The patterns that torch's variable-length kernel computes, in bfloat16."""
+    """Check the patterns that torch's variable-length kernel computes, in bfloat16."""
     batches = [batch_of(lengths, device) for lengths in (LENGTHS, (90, 33, 1200, 5))]
     for text in ("full", "sliding:window=64", "block:size=100", "shifted:size=100"):
         model = tiny_model(parse_pattern(text), device, torch.bfloat16, position_embedding_type="rope")
@@ -188,16 +194,16 @@ def check_compilation(device: str, backend: str = "inductor") -> Iterator[Check]
 
 
 def memory_ratio(pattern: dict, kernel: str, workload: Workload, length: int) -> float:
-    """Peak memory above the base of fresh processes: that of twice the length over that of the length."""
+    """Return the ratio of the peak memory above the base, of twice the length to the length, in fresh processes."""
     above = []
     for tokens in (length, 2 * length):
-        found = throughput.run_process(Case(workload, pattern, kernel, tokens, context=2 * length), limit=120)
+        found = process.run_case(Case(workload, pattern, kernel, tokens, context=2 * length), limit=120)
         above.append(found["peak"] - found["base"] if found["outcome"] == "measured" else float("inf"))
     return above[1] / above[0]
 
 
 def check_memory(device: str) -> Iterator[Check]:
-    """A training step of one layer at 16,384 and 32,768 tokens."""
+    """Check a training step of one layer at 16,384 and 32,768 tokens."""
     workload = Workload(num_hidden_layers=1, mode="training", dtype="bfloat16", device=device)
     for text in ("full", "sliding", "block", "shifted"):
         ratio = memory_ratio(parse_pattern(text), "longembed_varlen", workload, 16384)
@@ -208,7 +214,7 @@ def check_memory(device: str) -> Iterator[Check]:
 
 
 def check_speed(device: str, output_dir: str) -> Iterator[Check]:
-    """A MiniLM-sized encoder in bfloat16, forward and training; passes if it can be measured."""
+    """Measure an encoder of MiniLM's size in bfloat16, forward and training; passes if it can be measured."""
     known = torch.cuda.get_device_name() in PEAKS
     for mode in ("forward", "training"):
         workload = Workload(mode=mode, dtype="bfloat16", device=device)
@@ -222,21 +228,27 @@ def check_speed(device: str, output_dir: str) -> Iterator[Check]:
         )
         curves = throughput.compare(arguments, workload)
         peak = peak_flops(torch.cuda.get_device_name(), workload.dtype) if known else None
-        table = as_markdown(curves, throughput.parse_lengths(arguments.lengths), peak)
+        table = as_markdown(curves, parse_lengths(arguments.lengths), peak)
         measured = all(len(curve.lengths) == 2 for curve in curves)
         yield Check(f"speed: {mode}", measured, f"\n\n{table}")
 
 
 @dataclass
 class Arguments:
-    """Where the results go, and how long it may take."""
+    """Options of the script."""
 
-    output_dir: str = field(metadata={"help": "folder of checks.json, and of what eval/throughput.py writes"})
-    max_seconds: float = field(default=520.0, metadata={"help": "what has not begun by then is said not to have run"})
+    output_dir: str = field(metadata={"help": "folder of checks.json and of the files of eval/throughput.py"})
+    max_seconds: float = field(
+        default=520.0, metadata={"help": "checks that have not begun by then are reported as not run"}
+    )
 
 
 def main() -> None:
-    """The script."""
+    """Run the script.
+
+    Raises:
+        UserError: there is no CUDA device.
+    """
     (arguments,) = parse(Arguments)
     if not torch.cuda.is_available():
         raise UserError("there is no CUDA device here, and this script checks nothing else; run it on a GPU")
@@ -263,7 +275,13 @@ def main() -> None:
 
 
 def in_time(name: str, checks: Iterator[Check], end: float) -> Iterator[Check]:
-    """The checks until the time is over or one of them raises, which is a failure of its own."""
+    """Yield checks until the time is over or one of them raises, which is a failed check of its own.
+
+    Args:
+        name: of the part.
+        checks: its checks.
+        end: of `time.monotonic`.
+    """
     try:
         while time.monotonic() < end:
             yield next(checks)

@@ -1,9 +1,10 @@
-"""training/contrastive.py, whose two texts of a pair share one dropout mask: what SimCSE (Gao et al. 2021) warns of.
+"""Train with one dropout mask for both texts of a pair: a row of the table of docs/reports/dropout.md.
 
     python experiments/one_mask.py --objective simcse --dropout 0.1 --attention_dropout 0 ...
 
-For experiments/findings.py alone. It takes twins, and a batch whose tokens are held at once: all texts stand in one
-row, then all of them again, and what is drawn for the first half holds for the second.
+This is training/contrastive.py with a patch of dropout, for experiments/findings.py; SimCSE (Gao et al. 2021) shows
+that one mask does harm. It needs `--pairs twins` and `--batch_tokens` that hold a whole batch: a packed batch is then
+all texts followed by all of them again, and the mask that is drawn for the first half is used for the second.
 """
 
 from typing import Any
@@ -20,10 +21,17 @@ from training.objectives.embed import pool
 
 
 def pool_twins(model: Any, chunk: PackedTexts) -> Tensor:
-    """Vectors of packed texts, `(2n, d)`, of which the second n are the first again.
+    """Pool packed texts of which the second half repeats the first.
+
+    Args:
+        model: the encoder.
+        chunk: 2n packed texts.
+
+    Returns:
+        Vectors `(2n, d)`.
 
     Raises:
-        UserError: they are not.
+        UserError: the second half is not the first one again.
     """
     first, second = chunk.input_ids.tensor_split(2, dim=1)
     if not torch.equal(first, second):
@@ -32,7 +40,7 @@ def pool_twins(model: Any, chunk: PackedTexts) -> Tensor:
 
 
 def drop_twins(layer: nn.Dropout, hidden: Tensor) -> Tensor:
-    """Dropout of `(..., 2T, d)` with one mask for both halves of the tokens."""
+    """Apply dropout to `(..., 2T, d)` with one mask for both halves of the tokens."""
     if not layer.training:
         return hidden
     first, second = hidden.chunk(2, dim=-2)
@@ -41,7 +49,7 @@ def drop_twins(layer: nn.Dropout, hidden: Tensor) -> Tensor:
 
 
 def main() -> None:
-    """The script."""
+    """Run training/contrastive.py with the patch."""
     nn.Dropout.forward = drop_twins  # type: ignore[assignment, method-assign]
     pair_step.pool = pool_twins
     contrastive.main()

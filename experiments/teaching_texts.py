@@ -2,9 +2,9 @@
 
     python experiments/teaching_texts.py --data_dir data --output_dir runs/texts
 
-`passages.jsonl` has whole sentences, from one to some 180 words of them: of papers, abstracts, proposals, speeches,
-questions and their answers. `documents.jsonl` has 900 words in a row of papers, proposals and speeches. Beside each of
-them are texts that are held out. Nothing comes from a task that judges.
+`passages.jsonl` has passages of whole sentences, up to about 180 words, of papers, abstracts, proposals, speeches,
+questions and their answers. `documents.jsonl` has 900 consecutive words of papers, proposals and speeches. Each of them
+has a file of held-out texts next to it. No text comes from an evaluation task.
 """
 
 import random
@@ -19,18 +19,18 @@ from common.jsonl import read_text_columns
 from common.sentences import SENTENCE_END
 from experiments.speeches import addresses
 
-# Documents, below `--data_dir`: passages of each, and how many of the documents go into documents.jsonl.
+# Folder below `--data_dir` -> passages of each of its documents, and number of its documents in documents.jsonl.
 DOCUMENTS = {"clinical": (2, 400), "linguistics": (6, 300), "proposals": (3, 250)}
 SPEECH_PASSAGES, SPEECH_DOCUMENTS = 40, 400
 ABSTRACTS, SENTENCES = 4000, 3000
-QUESTIONS = 2100  # the others judge
+QUESTIONS = 2100  # the other ones are for evaluation
 SHORTEST, LONGEST, DOCUMENT_WORDS = 8, 180, 900  # words
 HELD_OUT_PASSAGES, HELD_OUT_DOCUMENTS = 500, 70
 
 
 @dataclass
 class Arguments:
-    """Where the texts come from and go to."""
+    """Options of the script."""
 
     data_dir: str = field(
         metadata={
@@ -38,19 +38,25 @@ class Arguments:
             "pubmed/title_abstract.jsonl.gz (anchor, positive), sick_nli/pairs.jsonl.gz (premise, hypothesis)"
         }
     )
-    questions: str = field(metadata={"help": "file of Natural Questions (question, long_answer)"})
-    output_dir: str = field(metadata={"help": "folder for the four files"})
+    questions: str = field(metadata={"help": "JSON lines of Natural Questions {question, long_answer}"})
+    output_dir: str = field(metadata={"help": "folder of the four files"})
 
 
 def passages(text: str, count: int, generator: random.Random) -> list[str]:
-    """Whole sentences from random places: at least as many words as are drawn, the logarithm of which is uniform."""
+    """Draw passages of whole sentences from random places of a text.
+
+    Args:
+        text: the text.
+        count: number of passages.
+        generator: draws the places, and the minimum numbers of words, whose logarithm is uniform.
+    """
     sentences = [stripped for sentence in SENTENCE_END.split(text) if (stripped := sentence.strip())]
     found = []
     for _ in range(count if sentences else 0):
         start = generator.randrange(len(sentences))
-        words, wanted = list[str](), int(SHORTEST * (LONGEST / SHORTEST) ** generator.random())
+        words, minimum = list[str](), int(SHORTEST * (LONGEST / SHORTEST) ** generator.random())
         for sentence in sentences[start:]:
-            if len(words) >= wanted:
+            if len(words) >= minimum:
                 break
             words += sentence.split()
         found.append(" ".join(words[: LONGEST + 20]))
@@ -58,7 +64,7 @@ def passages(text: str, count: int, generator: random.Random) -> list[str]:
 
 
 def all_passages(arguments: Arguments) -> list[str]:
-    """Of every source, each text once, in random order."""
+    """Draw passages of all sources, each text once, in random order."""
     data, generator = Path(arguments.data_dir), random.Random(0)
     texts = []
     for name, (count, _) in DOCUMENTS.items():
@@ -81,7 +87,7 @@ def all_passages(arguments: Arguments) -> list[str]:
 
 
 def all_documents(arguments: Arguments) -> list[str]:
-    """Stretches of long documents, in random order."""
+    """Draw spans of long documents, in random order."""
     generator = random.Random(0)
     texts = []
     for name, (_, count) in DOCUMENTS.items():
@@ -99,7 +105,7 @@ def all_documents(arguments: Arguments) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The script."""
+    """Run the script with `argv`, or with the options of the process if None."""
     (arguments,) = parse(Arguments, argv=argv)
     for name, texts, held_out in (
         ("passages", all_passages(arguments), HELD_OUT_PASSAGES),

@@ -1,4 +1,4 @@
-"""Models that a comparison trains: in a process of their own, stamped with what they are made from, and their cost."""
+"""Trainings of experiments: each in a process of its own, with a stamp of what its model is made from, and its cost."""
 
 import json
 import signal
@@ -16,26 +16,31 @@ from common.jsonl import read_jsonl
 
 
 def check_stamp(path: Path, made_by: dict[str, Any]) -> None:
-    """Refuses to go on with a model that was made otherwise.
+    """Write the stamp of a model, or check that an existing one is the same.
 
     Args:
-        path: the stamp, beside the model; written if it is not there.
-        made_by: all that the model depends on.
+        path: the stamp, in the folder of the model.
+        made_by: everything that the model depends on.
 
     Raises:
-        UserError: the stamp says something else.
+        UserError: the existing model was made otherwise.
     """
-    wanted = json.dumps(made_by, indent=1, sort_keys=True)
+    stamp = json.dumps(made_by, indent=1, sort_keys=True)
     if not path.exists():
-        atomic_write(path, wanted)
-    elif path.read_text() != wanted:
+        atomic_write(path, stamp)
+    elif path.read_text() != stamp:
         raise UserError(
             f"{path.parent} was made from another model, recipe or data; remove it, or name another --output_dir"
         )
 
 
 def train(script: Path, output_dir: Path, options: Sequence[str]) -> None:
-    """A script of training/, going on from the last checkpoint.
+    """Run a script of training/ from its last checkpoint.
+
+    Args:
+        script: the file.
+        output_dir: of the training.
+        options: further command-line options.
 
     Raises:
         UserError: it failed.
@@ -44,18 +49,22 @@ def train(script: Path, output_dir: Path, options: Sequence[str]) -> None:
 
 
 def run_script(script: Path, options: Sequence[str]) -> None:
-    """A script in a process of its own, which Ctrl-C does not reach: who started it answers, and kills it.
+    """Run a script in a process of its own, which ignores Ctrl-C: the parent answers it and kills the child.
+
+    Args:
+        script: the file.
+        options: command-line options.
 
     Raises:
         UserError: it failed.
     """
     command = [sys.executable, str(script), *options]
-    # With a timeout it is asked again and again whether the script has ended: after the import of polars, which mteb
-    # needs, Ctrl-C does not end a wait, and would be answered when the script is through.
+    # With a timeout Python polls whether the script has ended. Without one, Ctrl-C would not interrupt the wait after
+    # polars has been imported (mteb needs it), and would be answered only when the script ends.
     ended = subprocess.run(command, check=False, timeout=float("inf"), preexec_fn=_ignore_interrupts)
     code = ended.returncode
     if code:
-        raise UserError(f"{script.name} {' '.join(options[:2])} ended with exit code {code}; its message stands above")
+        raise UserError(f"{script.name} {' '.join(options[:2])} ended with exit code {code}; its message is above")
 
 
 def _ignore_interrupts() -> None:
@@ -63,21 +72,22 @@ def _ignore_interrupts() -> None:
 
 
 def training_cost(metrics: Path) -> dict[str, Any]:
-    """What a run says of itself.
+    """Read the cost of a training from its log.
 
     Args:
         metrics: its metrics.jsonl.
 
     Returns:
-        `tokens`, `minutes` of training alone, `peak_memory_gib`, and `curve`: pairs of tokens and held-out loss.
+        `tokens`, `minutes` of training alone, `peak_memory_gib`, and `curve`: pairs of training tokens and held-out
+        loss.
     """
     steps, tokens, seconds, memory, losses = [0], [0.0], 0.0, 0.0, []
     for _, line in read_jsonl(metrics):
-        if "token_count" in line:  # a mean over the steps since the line before
-            part = line["token_count"] * (line["step"] - steps[-1])
+        if "token_count" in line:  # averages over the steps since the previous line
+            added = line["token_count"] * (line["step"] - steps[-1])
             steps.append(line["step"])
-            tokens.append(tokens[-1] + part)
-            seconds += part / line["tokens_per_second"]
+            tokens.append(tokens[-1] + added)
+            seconds += added / line["tokens_per_second"]
             memory = max(memory, line["peak_memory_gib"])
         elif "eval_loss" in line:
             losses.append((line["step"], line["eval_loss"]))

@@ -1,23 +1,22 @@
-"""Contrastive training side by side with sentence-transformers: eval/throughput.py --training.
+"""Compare a training step with sentence-transformers in speed and memory: the table of docs/reports/training-speed.md.
 
-Both make the same step on the same texts with the same weights: InfoNCE with gradient caching over all pairs, then
-AdamW (experiments/measured_step.py, experiments/published_step.py). Before anything is timed,
-loss and gradients of the two are compared, and the script ends if they differ by more than `TOLERANCE`. Dropout is 0.
-What sentence-transformers runs is:
+    python experiments/training_throughput.py --base_model sentence-transformers/all-MiniLM-L6-v2 \\
+        --attention_patterns full block:size=256 --lengths 512,2048,8192 --output_dir runs/training_throughput
 
-- for `full` attention, transformers' own BERT with SDPA, the weights that `to_native` writes;
-- for every other pattern, which it does not have, our model.
+Both sides make the same step on the same texts with the same weights: InfoNCE with gradient caching over all pairs,
+then AdamW (experiments/measured_steps.py). Before anything is timed, the loss and the gradients of both sides are
+compared, and the script ends if they differ by more than `TOLERANCE`. Dropout is 0. sentence-transformers runs
+
+- for `full` attention transformers' own BERT with SDPA, with the weights that `to_native` writes;
+- for every other pattern, which it does not have, the LongEmbed model.
 
 Every number comes from a fresh process, and the repeats are interleaved. Each side is tried with each of the
-`--batch_tokens`; `table.md` has them all, and compares the fastest of sentence-transformers with the fastest of ours
-that takes no more memory.
+`--batch_tokens`; `table.md` has all of them, and compares the fastest setting of sentence-transformers with our fastest
+setting that takes no more memory.
 """
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,51 +24,71 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from common.errors import UserError
+from common.arguments import parse
+from common.errors import UserError, run
 from common.files import atomic_write
 from common.jsonl import read_text_columns
 from common.patterns import parse_pattern
+from eval.report.markdown import markdown_table
 from eval.speed.growth import GB
+from eval.speed.lengths import parse_lengths
+from eval.speed.process import run_module
 from modeling_longembed import LongEmbedModel
 from modeling_longembed.conversion_families_longembed import FAMILIES
 from modeling_longembed.export_native_longembed import native_weights
 
-ROOT = Path(__file__).resolve().parent.parent
-OURS, PUBLISHED = "experiments.measured_step", "experiments.published_step"
-TOLERANCE = 1e-4  # of loss and gradients, relative
-QUERY = 24  # tokens of a query of random texts
+OURS, PUBLISHED = "longembed", "sentence-transformers"  # sides of experiments/measured_steps.py
+SIDE_NAMES = {OURS: "ours", PUBLISHED: PUBLISHED}
+TOLERANCE = 1e-4  # relative difference of loss and gradients
+QUERY = 24  # tokens of a random query
 TEMPERATURE = 0.05
 
 
 @dataclass
-class TrainingThroughputArguments:
-    """What --training compares."""
+class Arguments:
+    """Options of the script."""
 
-    training: bool = field(
-        default=False, metadata={"help": "compare contrastive steps with sentence-transformers' instead"}
+    output_dir: str = field(metadata={"help": "folder of training.json, table.md and the models that are compared"})
+    base_model: str = field(metadata={"help": "the encoder, a BERT; its position table is repeated for longer texts"})
+    attention_patterns: list[str] = field(
+        default_factory=lambda: ["full"], metadata={"help": "patterns, each used in all layers: full block:size=256"}
     )
-    base_model: str | None = field(
-        default=None, metadata={"help": "--training: the encoder, a BERT; its position table is repeated"}
+    lengths: list[str] = field(
+        default_factory=lambda: ["4096,8192,16384,32768,65536"], metadata={"help": "tokens of a document"}
     )
     pairs: str | None = field(
         default=None,
         metadata={
-            "help": "--training: .jsonl or .jsonl.gz with anchor and positive, cut off at each of --lengths; default: "
-            f"random documents that are all as long as that, with queries of {QUERY} tokens"
+            "help": ".jsonl or .jsonl.gz file with anchor and positive, truncated to each of --lengths; default: "
+            f"random documents of exactly that length, with queries of {QUERY} tokens"
         },
     )
-    pair_count: int = field(default=16, metadata={"help": "--training: pairs of a batch"})
+    pair_count: int = field(default=16, metadata={"help": "pairs of a batch"})
     batch_tokens: list[int] = field(
-        default_factory=lambda: [1, 4096, 16384], metadata={"help": "--training: tokens held at once, all are tried"}
+        default_factory=lambda: [1, 4096, 16384],
+        metadata={"help": "tokens whose activations are held at once; each setting is tried"},
     )
+    repeats: int = field(default=3, metadata={"help": "measurements of each number, each in a fresh process"})
+    threads: int = field(default=1, metadata={"help": "CPU threads"})
 
 
 @dataclass(frozen=True)
 class Row:
-    """One side under one setting: `who` is a module that measures, `texts` and `model` are what it reads."""
+    """One side under one setting.
 
-    who: str
+    Attributes:
+        side: `OURS` or `PUBLISHED`.
+        pattern: attention pattern as on the command line.
+        length: tokens of a document.
+        batch_tokens: tokens whose activations are held at once.
+        model: folder of the model.
+        texts: JSON file of token ids.
+        threads: CPU threads.
+    """
+
+    side: str
     pattern: str
     length: int
     batch_tokens: int
@@ -78,51 +97,53 @@ class Row:
     threads: int
 
     def job(self, gradients: Path | None = None) -> dict[str, Any]:
-        """What the process is given."""
-        shared = {name: getattr(self, name) for name in ("model", "texts", "batch_tokens", "threads")}
+        """Return the job of experiments/measured_steps.py."""
+        shared = {name: getattr(self, name) for name in ("side", "model", "texts", "batch_tokens", "threads")}
         return shared | {"temperature": TEMPERATURE, "gradients": None if gradients is None else str(gradients)}
 
 
-def compare_training(
-    arguments: TrainingThroughputArguments,
-    patterns: list[str],
-    lengths: list[int],
-    repeats: int,
-    threads: int,
-    output: Path,
-) -> str:
-    """Measure, and write `training.json` and `table.md`.
+def compare(arguments: Arguments) -> str:
+    """Measure both sides, and write `training.json` and `table.md`.
+
+    Args:
+        arguments: parsed command-line options.
 
     Returns:
         The table.
 
     Raises:
-        UserError: no base model, one that is no BERT, or two sides that do not compute the same.
+        UserError: the base model is no BERT, there are too few pairs, or the two sides do not compute the same.
     """
-    if arguments.base_model is None:
-        raise UserError("--training needs --base_model, a BERT such as sentence-transformers/all-MiniLM-L6-v2")
+    lengths, output = parse_lengths(arguments.lengths), Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    models = {pattern: _models(arguments.base_model, pattern, max(lengths), output) for pattern in patterns}
+    models = {
+        pattern: _models(arguments.base_model, pattern, max(lengths), output)
+        for pattern in arguments.attention_patterns
+    }
     counts = {}
     rows = []
     for length in lengths:
         texts = output / f"texts-{length}.json"
-        columns = _columns(arguments, length, models[patterns[0]][OURS])
+        columns = _columns(arguments, length, models[arguments.attention_patterns[0]][OURS])
         counts[length] = sum(len(text) for column in columns for text in column)
         atomic_write(texts, json.dumps(columns))
-        for pattern in patterns:
-            _check_equal(models[pattern], pattern, length, texts, max(arguments.batch_tokens), threads, output)
-            rows += [
-                Row(who, pattern, length, tokens, models[pattern][who], str(texts), threads)
-                for who in (OURS, PUBLISHED)
-                for tokens in arguments.batch_tokens
+        for pattern in arguments.attention_patterns:
+            sides = [
+                [
+                    Row(side, pattern, length, tokens, models[pattern][side], str(texts), arguments.threads)
+                    for tokens in arguments.batch_tokens
+                ]
+                for side in (OURS, PUBLISHED)
             ]
+            ours, published = (max(side, key=lambda row: row.batch_tokens) for side in sides)
+            _check_equal(ours, published, output)
+            rows += [row for side in sides for row in side]
     measured: dict[Row, list[dict]] = {row: [] for row in rows}
-    for repeat in range(repeats):
+    for repeat in range(arguments.repeats):
         for row in rows:
-            measured[row].append(_run(row.who, row.job()))
+            measured[row].append(_run(row))
             seconds, peak = measured[row][-1]["seconds"], measured[row][-1]["peak"] / GB
-            print(f"repeat {repeat + 1}, {_told(row)}: {seconds:.2f} s, {peak:.2f} GB", flush=True)
+            print(f"repeat {repeat + 1}, {_describe(row)}: {seconds:.2f} s, {peak:.2f} GB", flush=True)
             atomic_write(
                 output / "training.json",
                 json.dumps([asdict(row) | {"repeats": found} for row, found in measured.items()]),
@@ -133,7 +154,7 @@ def compare_training(
 
 
 def _models(base: str, pattern: str, context: int, output: Path) -> dict[str, str]:
-    """The folders that the two sides load."""
+    """Make the folders that the two sides load, if they are missing: side -> folder."""
     chosen = parse_pattern(pattern)
     ours, native = output / f"model-{chosen['type']}-{context}", output / f"native-{context}"
     if not ours.exists():
@@ -151,14 +172,12 @@ def _models(base: str, pattern: str, context: int, output: Path) -> dict[str, st
     return {OURS: str(ours), PUBLISHED: str(native if chosen["type"] == "full" else ours)}
 
 
-def _columns(arguments: TrainingThroughputArguments, length: int, model: str) -> list[list[list[int]]]:
-    """Token ids of queries and documents."""
+def _columns(arguments: Arguments, length: int, model: str) -> list[list[list[int]]]:
+    """Return the token ids of the queries and of the documents."""
     if arguments.pairs is None:
         draw, sizes = np.random.default_rng(0), (min(QUERY, length), length)
         vocabulary = LongEmbedModel.config_class.from_pretrained(model).vocab_size
         return [draw.integers(1, vocabulary, (arguments.pair_count, size)).tolist() for size in sizes]
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(model)
     pairs = [pair for _, pair in islice(read_text_columns(arguments.pairs, "anchor", "positive"), arguments.pair_count)]
     if len(pairs) < arguments.pair_count:
@@ -168,77 +187,89 @@ def _columns(arguments: TrainingThroughputArguments, length: int, model: str) ->
     ]
 
 
-def _check_equal(
-    models: dict[str, str], pattern: str, length: int, texts: Path, batch_tokens: int, threads: int, output: Path
-) -> None:
-    """Loss and gradients of the two sides, parameter by parameter, against the largest gradient there is."""
+def _check_equal(ours: Row, published: Row, output: Path) -> None:
+    """Compare the loss and each parameter's gradient of the two sides, relative to the largest gradient.
+
+    Raises:
+        UserError: they differ by more than `TOLERANCE`.
+    """
     losses, gradients = [], []
-    for who in (OURS, PUBLISHED):
-        file = output / f"gradients-{who}.safetensors"
-        row = Row(who, pattern, length, batch_tokens, models[who], str(texts), threads)
-        losses.append(_run(who, row.job(file))["loss"])
+    for row in (ours, published):
+        file = output / f"gradients-{row.side}.safetensors"
+        losses.append(_run(row, file)["loss"])
         gradients.append(load_file(file))
         file.unlink()
-    ours, published = gradients
-    if models[OURS] != models[PUBLISHED]:  # in the names of the native model
-        model = LongEmbedModel.from_pretrained(models[OURS])
+    if ours.model != published.model:  # give our gradients the names of the native model
+        model = LongEmbedModel.from_pretrained(ours.model)
         for name, parameter in model.named_parameters():
-            parameter.data = ours.get(name, parameter.data * 0)
-        ours = native_weights(model, FAMILIES["bert"])
-    largest = max(gradient.abs().max().item() for gradient in published.values())
-    difference = max((ours[name] - gradient).abs().max().item() for name, gradient in published.items()) / largest
+            parameter.data = gradients[0].get(name, parameter.data * 0)
+        gradients[0] = native_weights(model, FAMILIES["bert"])
+    largest = max(gradient.abs().max().item() for gradient in gradients[1].values())
+    difference = max((gradients[0][name] - gradient).abs().max().item() for name, gradient in gradients[1].items())
+    difference /= largest
     loss = abs(losses[0] - losses[1]) / abs(losses[1])
-    print(f"{pattern}, {length} tokens: loss differs by {loss:.1e}, gradients by {difference:.1e}", flush=True)
+    print(
+        f"{ours.pattern}, {ours.length} tokens: loss differs by {loss:.1e}, gradients by {difference:.1e}", flush=True
+    )
     if not max(loss, difference) <= TOLERANCE:
         raise UserError(
-            f"{pattern} at {length} tokens: loss or gradients differ by more than {TOLERANCE}, nothing is timed"
+            f"{ours.pattern} at {ours.length} tokens: loss or gradients differ by more than {TOLERANCE}, nothing is "
+            "timed"
         )
 
 
-def _run(who: str, job: dict) -> dict:
-    """A fresh process."""
-    environment = os.environ | {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [sys.executable, "-m", who, json.dumps(job)]
-    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    if process.returncode:
-        last = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise UserError(f"{who} could not be measured: {last}")
-    return json.loads(process.stdout.splitlines()[-1])
+def _run(row: Row, gradients: Path | None = None) -> dict[str, Any]:
+    """Run a job in a fresh process."""
+    result = run_module("experiments.measured_steps", row.job(gradients), row.threads, _describe(row))
+    if "outcome" in result:
+        raise UserError(f"{_describe(row)} could not be measured: {result['outcome']}")
+    return result
 
 
-def _told(row: Row) -> str:
-    side = "ours" if row.who == OURS else "sentence-transformers"
-    return f"{side}, {row.pattern}, {row.length} tokens, {row.batch_tokens} at once"
+def _describe(row: Row) -> str:
+    return f"{SIDE_NAMES[row.side]}, {row.pattern}, {row.length} tokens, {row.batch_tokens} at once"
 
 
 def _table(measured: dict[Row, list[dict]], pairs: int, counts: dict[int, int]) -> str:
-    """Markdown: all settings, with a line under each comparison that says what the best of both come to."""
-    lines = [
-        "| attention | length | tokens of the batch | side | tokens at once | pairs/s | peak, GB |",
-        "|---" * 7 + "|",
-    ]
+    """Format all settings in Markdown, and below them the comparison of the best setting of each side.
+
+    Args:
+        measured: row -> its measurements.
+        pairs: pairs of a batch.
+        counts: length -> tokens of a batch.
+    """
+    lines = []
     found: dict[tuple[str, int], dict[str, list[tuple[float, float]]]] = {}
     for row, repeats in measured.items():
-        speeds, peak = (
-            [pairs / one["seconds"] for one in repeats],
-            statistics.median(one["peak"] for one in repeats) / GB,
-        )
+        speeds = [pairs / one["seconds"] for one in repeats]
+        peak = statistics.median(one["peak"] for one in repeats) / GB
         speed = statistics.median(speeds)
         spread = (max(speeds) - min(speeds)) / 2 / speed
-        side = "ours" if row.who == OURS else "sentence-transformers"
-        cells = [row.pattern, f"{row.length:,}", f"{counts[row.length]:,}", side, f"{row.batch_tokens:,}"]
-        lines.append(f"| {' | '.join([*cells, f'{speed:.3g} ± {spread:.0%}', f'{peak:.2f}'])} |")
-        found.setdefault((row.pattern, row.length), {OURS: [], PUBLISHED: []})[row.who].append((speed, peak))
-    lines.append("")
+        cells = [row.pattern, f"{row.length:,}", f"{counts[row.length]:,}", SIDE_NAMES[row.side]]
+        cells += [f"{row.batch_tokens:,}", f"{speed:.3g} ± {spread:.0%}", f"{peak:.2f}"]
+        lines.append(cells)
+        found.setdefault((row.pattern, row.length), {OURS: [], PUBLISHED: []})[row.side].append((speed, peak))
+    headings = ["attention", "length", "tokens of the batch", "side", "tokens at once", "pairs/s", "peak, GB"]
+    comparisons = []
     for (pattern, length), sides in found.items():
         published, peak = max(sides[PUBLISHED])
         within = [setting for setting in sides[OURS] if setting[1] <= peak]
         if not within:
-            lines.append(f"- {pattern}, {length:,} tokens: no setting of ours takes {peak:.2f} GB or less")
+            comparisons.append(f"- {pattern}, {length:,} tokens: no setting of ours takes {peak:.2f} GB or less\n")
             continue
         ours, own_peak = max(within)
-        lines.append(
+        comparisons.append(
             f"- {pattern}, {length:,} tokens: {ours / published:.2f} times the pairs/s of sentence-transformers' "
-            f"fastest setting, at {own_peak:.2f} GB against {peak:.2f} GB"
+            f"fastest setting, at {own_peak:.2f} GB against {peak:.2f} GB\n"
         )
-    return "\n".join(lines) + "\n"
+    return f"{markdown_table(headings, lines, left=4)}\n{''.join(comparisons)}"
+
+
+def main() -> None:
+    """Run the script."""
+    (arguments,) = parse(Arguments)
+    print(compare(arguments))
+
+
+if __name__ == "__main__":
+    run(main)

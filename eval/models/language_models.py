@@ -1,4 +1,4 @@
-"""Language models to judge, masked and causal, of ours and of transformers, behind one method: logits where asked."""
+"""Masked and causal language models, of LongEmbed and of transformers, behind one method that returns logits."""
 
 import contextlib
 import re
@@ -30,19 +30,20 @@ class LanguageModel:
 
     Args:
         name_or_path: folder or Hub id of a `LongEmbedForMaskedLM`, or of a masked or causal language model of
-            transformers; or a .gguf file. A `LongEmbedForMaskedLM` whose config says `is_causal` is read as a
-            next-token model: its logits at a place are of the token after it.
+            transformers; or a .gguf file. A `LongEmbedForMaskedLM` whose config has `is_causal` is a next-token model:
+            its logits at a position are those of the token after it.
         precision: `float32`, or `bfloat16` (autocast).
-        trust_remote_code: run code that the folder brings (our own models need none).
+        trust_remote_code: run code that comes with a model (LongEmbed models need none).
 
     Attributes:
         folder: the model's files.
-        is_causal: whether logits at a place are of the next token; else they are of the token at that place.
-        context: how many tokens the model can read.
-        lead, closing: ids of the special tokens that its tokenizer puts before and after a text.
+        is_causal: whether logits at a position are those of the next token, or of the token at that position.
+        context: maximum number of tokens that the model can read.
+        lead: ids of the special tokens that the tokenizer puts before a text.
+        closing: ids of the special tokens that it puts after a text.
 
     Raises:
-        UserError: there is no such model, it does not load, or it has no trained head over the vocabulary.
+        UserError: there is no such model, it does not load, or its head over the vocabulary is not trained.
     """
 
     def __init__(self, name_or_path: str, precision: str = "float32", trust_remote_code: bool = False):
@@ -63,33 +64,33 @@ class LanguageModel:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             reason = re.sub(r"\s+", " ", str(error))[:200]
             raise UserError(f"the model {name_or_path} does not load: {reason}") from None
-        if missing := sorted(loading["missing_keys"]):  # transformers would fill them in at random
+        if missing := sorted(loading["missing_keys"]):  # transformers would initialise them at random
             raise UserError(f"the model {name_or_path} has no weights for {missing[0]}; train its head first")
         self.model = model.eval().to(get_device_name())
         if getattr(model.config, "use_cache", False):
-            model.config.use_cache = False  # of keys and values of tokens before: each call here is a whole text
+            model.config.use_cache = False  # each call reads a whole text, so that no past keys and values are needed
         self.precision, self.context = precision, context_length(model)
         self.lead, self.closing = special_tokens_around(self.tokenizer)
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
+        """Return the token ids of a text, without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor, chosen: Tensor) -> Tensor:
-        """Scores over the vocabulary.
+        """Compute scores over the vocabulary at some positions.
 
         Args:
             input_ids: `(B, L)`, documents of one length.
-            chosen: `(B, L)` bool, the P places that are asked for.
+            chosen: `(B, L)` bool, true at the P positions.
 
         Returns:
-            `(P, V)`, on the model's device, at least in float32.
+            `(P, V)`, on the model's device, in float32 or float64.
         """
         input_ids, chosen = input_ids.to(self.model.device), chosen.to(self.model.device)
         with self._autocast():
             if self.model.config.model_type == "longembed":
-                # Where there are labels no other place reaches the projection to the vocabulary.
+                # Only positions with labels are projected to the vocabulary.
                 logits = self.model(input_ids, labels=input_ids.where(chosen, -100)).logits
             else:
                 logits = self.model(input_ids).logits[chosen]
@@ -102,7 +103,7 @@ class LanguageModel:
 
 
 def _head(name: str, config: Any, is_gguf: bool) -> tuple[bool, Any]:
-    """Whether a model predicts the next token, and the class that loads it."""
+    """Return whether a model predicts the next token, and the class that loads it."""
     architecture = (config.architectures or [""])[0]
     if config.model_type == "longembed" and architecture == _OURS:
         return config.is_causal, AutoModelForMaskedLM
@@ -110,7 +111,7 @@ def _head(name: str, config: Any, is_gguf: bool) -> tuple[bool, Any]:
         return True, AutoModelForCausalLM
     if architecture in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         return False, AutoModelForMaskedLM
-    # A model whose code is in its folder says itself what it is.
+    # A model whose code is in its folder declares its class there.
     for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
         if auto.__name__ in getattr(config, "auto_map", {}) and config.model_type != "longembed":
             return auto is AutoModelForCausalLM, auto

@@ -1,4 +1,4 @@
-"""Vectors in fewer bits, as a store of them gives them back."""
+"""Vectors in fewer bits, as an index would store them."""
 
 import numpy as np
 from sentence_transformers.util import quantize_embeddings
@@ -6,16 +6,16 @@ from sentence_transformers.util import quantize_embeddings
 VECTORS = ("float32", "int8", "binary")
 
 
-def stored(vectors: np.ndarray, precision: str) -> np.ndarray:
-    """What is left of vectors that were stored in fewer bits, by sentence-transformers' `quantize_embeddings`.
+def quantize(vectors: np.ndarray, precision: str) -> np.ndarray:
+    """Quantize vectors with sentence-transformers' `quantize_embeddings`, and reconstruct them.
 
     Args:
-        vectors: `(n, d)` float32; for int8 n is at least 2, and each dimension is cut into 256 steps from its smallest
-            value in them to its largest.
-        precision: `float32`, all of it; `int8`, 8 bits a dimension; `binary`, its sign.
+        vectors: `(n, d)` float32; for int8 n is at least 2, and each dimension is divided into 256 steps between its
+            smallest and its largest value.
+        precision: `float32`: unchanged; `int8`: 8 bits per dimension; `binary`: the sign of each dimension.
 
     Returns:
-        `(n, d)` float32: the middle of the step, or 1 and -1.
+        `(n, d)` float32: for int8 the middle of the step, for binary 1 or -1.
     """
     if precision == "int8":
         steps = np.asarray(quantize_embeddings(vectors, "uint8"), np.float32)

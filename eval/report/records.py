@@ -1,4 +1,7 @@
-"""What a script has measured so far, in one JSON file: the same command again measures only what is missing."""
+"""Resumable results: one JSON file of what a script has measured so far.
+
+The same command again measures only the cases that are missing from the file.
+"""
 
 import json
 from pathlib import Path
@@ -9,13 +12,13 @@ from common.files import atomic_write
 
 
 class Records:
-    """Rows `{"case": ..., **values}` of a JSON file that is written whole after each of them.
+    """Rows `{"case": ..., **values}` of a JSON file, which is written whole after each new row.
 
     Args:
-        path: the file; it need not be there yet.
+        path: the file; it is made with the first row.
 
     Raises:
-        UserError: a file that is not one of ours.
+        UserError: the file was not written by this class.
     """
 
     def __init__(self, path: Path):
@@ -27,11 +30,11 @@ class Records:
             raise UserError(f"{path} holds no results of this script ({error!r}); give another --output_dir") from None
 
     def find(self, case: dict[str, Any]) -> dict[str, Any] | None:
-        """The row of a case: all that its numbers depend on. None if it has not been measured."""
+        """Return the row of a case (everything that its values depend on), or None if it has not been measured."""
         return self.rows.get(_key(case))
 
     def add(self, case: dict[str, Any], **values: Any) -> dict[str, Any]:
-        """Keep the values of a case, and return its row."""
+        """Write the values of a case, in place of earlier ones, and return its row."""
         row = self.rows[_key(case)] = {"case": case, **values}
         atomic_write(self.path, json.dumps(list(self.rows.values()), indent=1))
         return row

@@ -1,4 +1,4 @@
-"""Results in MTEB's own files: written whole or not at all, read back, and shown as a table."""
+"""Results in MTEB's own files: written whole or not at all, read back, and formatted as tables."""
 
 import difflib
 import json
@@ -16,12 +16,13 @@ from rich.table import Table
 
 from common.errors import UserError
 from common.files import atomic_write
+from eval.report.markdown import markdown_table
 
 
 class AtomicResultCache(ResultCache):
-    """MTEB's cache of results whose files are whole or absent, whatever kills the process.
+    """MTEB's cache of results, with files that are whole or absent even if the process is killed.
 
-    MTEB writes into the file under its final name; a kill leaves half a JSON there, on which the next run fails.
+    MTEB writes to the final name; a kill would leave half a JSON file there, on which the next run would fail.
     """
 
     def save_to_cache(
@@ -32,39 +33,40 @@ class AtomicResultCache(ResultCache):
         *,
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """As in MTEB: `<Task>.json`, `model_meta.json` and `run_settings.jsonl` of one model."""
+        """Write `<Task>.json`, `model_meta.json` and `run_settings.jsonl` of one model, as MTEB does."""
         final = self.get_task_result_path(task_result.task_name, model_name, model_revision).parent
         with TemporaryDirectory() as temporary:
-            beside = ResultCache(temporary)
-            folder = beside.get_task_result_path(task_result.task_name, model_name, model_revision).parent
+            temporary_cache = ResultCache(temporary)
+            folder = temporary_cache.get_task_result_path(task_result.task_name, model_name, model_revision).parent
             folder.mkdir(parents=True)
             settings = final / "run_settings.jsonl"
             if settings.is_file():  # MTEB merges into it
                 (folder / settings.name).write_bytes(settings.read_bytes())
-            beside.save_to_cache(task_result, model_name, model_revision, encode_kwargs=encode_kwargs)
-            # The scores go last: where they are, the description of the model is too.
+            temporary_cache.save_to_cache(task_result, model_name, model_revision, encode_kwargs=encode_kwargs)
+            # The scores are moved last: if they are there, so is the description of the model.
             for file in sorted(folder.iterdir(), key=lambda file: file.name == f"{task_result.task_name}.json"):
                 atomic_write(final / file.name, file.read_bytes())
 
     def is_complete(self, task: AbsTask, meta: ModelMeta) -> bool:
-        """Whether all splits of the task are there, of these very data."""
+        """Return whether there are results of all splits of the task, from the same data."""
         result = self.load_task_result(task.metadata.name, meta)
         return self.is_current(task, meta) and result is not None and not result.get_missing_evaluations(task)
 
     def is_current(self, task: AbsTask, meta: ModelMeta) -> bool:
-        """Whether what is there, if anything, comes from these very data; MTEB would take a full result of others."""
+        """Return whether existing results, if any, come from the same data; MTEB itself does not check this."""
         result = self.load_task_result(task.metadata.name, meta)
         return result is None or result.dataset_revision == task.metadata.revision
 
     def scores(self, task: AbsTask, meta: ModelMeta, metrics: Sequence[str] = ()) -> list["Score"]:
-        """The scores of the task's splits that are there, in the task's order.
+        """Return the scores of the splits that have results, in the order of the task's splits.
 
         Args:
-            task, meta: what was judged on what.
-            metrics: MTEB's names of what to return; none: the task's main score.
+            task: the task.
+            meta: MTEB's description of the model.
+            metrics: MTEB's names of the metrics; none: the task's main score.
 
         Raises:
-            UserError: a metric that the task does not have.
+            UserError: the task does not have a metric.
         """
         result = self.load_task_result(task.metadata.name, meta)
         found = result.scores if result else {}
@@ -84,13 +86,14 @@ class AtomicResultCache(ResultCache):
 
 @dataclass(frozen=True)
 class Score:
-    """One number of the table: a score of a model on a split, from 0 to 100.
+    """The score of a model on a split.
 
     Attributes:
         model: `org/model`, followed by settings that differ from the default, if any.
-        task, split: MTEB's names.
+        task: MTEB's name of the task.
+        split: MTEB's name of the split.
         value: the score times 100.
-        metric: MTEB's name of it; None: the task's main score.
+        metric: MTEB's name of the metric; None: the task's main score.
     """
 
     model: str
@@ -101,19 +104,25 @@ class Score:
 
     @property
     def length(self) -> int | None:
-        """The context length in tokens that the split stands for (`test_4096`), None where documents have their own."""
+        """Context length in tokens of a split such as `test_4096`; None if its documents have their natural lengths."""
         tokens = self.split.removeprefix("test_")
         return int(tokens) if tokens.isdigit() else None
 
     @property
     def column(self) -> str:
-        """The heading of its column in a table."""
+        """Heading of the score's column in tables."""
         parts = (self.task.removesuffix("Retrieval"), self.length, self.metric)
         return " ".join(str(part) for part in parts if part is not None)
 
 
 def read_scores(results_dir: str | Path) -> list[Score]:
-    """All main scores below a folder in MTEB's layout, by model, task, and length; the newest where one is there twice.
+    """Read all main scores below a folder in MTEB's layout.
+
+    Args:
+        results_dir: the `output_dir` of eval/mteb_long.py, or a folder in it.
+
+    Returns:
+        The scores, sorted by model, task and length; the newest one if there are several of the same split.
 
     Raises:
         UserError: the folder holds no results.
@@ -133,14 +142,18 @@ def read_scores(results_dir: str | Path) -> list[Score]:
                     newest[key] = max(newest.get(key, entry), entry)
     if not newest:
         raise UserError(
-            f"{results_dir} holds no results (model_meta.json beside <Task>.json); run eval/mteb_long.py first"
+            f"{results_dir} holds no results (model_meta.json next to <Task>.json); run eval/mteb_long.py first"
         )
     scores = [Score(*key, value) for key, (_, value) in newest.items()]
     return sorted(scores, key=lambda score: (score.model, score.task, score.length or 0))
 
 
 def pivot(scores: Sequence[Score]) -> tuple[list[str], dict[str, list[float | None]]]:
-    """Scores as headings of columns and one row a model; models and columns in the order of their first score."""
+    """Arrange scores as a table.
+
+    Returns:
+        The headings of the columns, and for each model its row, in the order of their first scores.
+    """
     columns = list(dict.fromkeys(score.column for score in scores))
     rows: dict[str, list[float | None]] = {score.model: [None] * len(columns) for score in scores}
     for score in scores:
@@ -149,7 +162,7 @@ def pivot(scores: Sequence[Score]) -> tuple[list[str], dict[str, list[float | No
 
 
 def as_table(scores: Sequence[Score], title: str = "score x 100") -> Table:
-    """The table for a terminal; the best of each column is bold."""
+    """Format a table for the terminal, with the best score of each column in bold."""
     columns, rows = pivot(scores)
     best = [max(score.value for score in scores if score.column == column) for column in columns]
     table = Table(title=title)
@@ -166,11 +179,9 @@ def as_table(scores: Sequence[Score], title: str = "score x 100") -> Table:
 
 
 def as_markdown(scores: Sequence[Score]) -> str:
-    """The table for a README or a model card."""
+    """Format a Markdown table, for a README or a model card."""
     columns, rows = pivot(scores)
-    lines = [["model", *columns], ["---", *["---:"] * len(columns)]]
-    lines += [[model, *map(_cell, row)] for model, row in rows.items()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table(["model", *columns], [[model, *map(_cell, row)] for model, row in rows.items()])
 
 
 def _cell(value: float | None) -> str:

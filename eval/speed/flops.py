@@ -1,8 +1,8 @@
-"""Floating-point operations of a model, and what share of a GPU's peak it uses (model FLOP utilisation).
+"""Floating-point operations of a model, and the share of a GPU's peak that it uses (model FLOP utilisation).
 
-Model FLOPs are those that the definition asks for (PaLM, Chowdhery et al. 2022, appendix B): twice the multiplications
-of every matrix product, over the pairs of query and key that the pattern's predicate allows, and three times as many in
-training. What a kernel computes and masks out, and what checkpointing computes again, does not count.
+Model FLOPs are defined as in PaLM (Chowdhery et al. 2022, appendix B): twice the multiplications of every matrix
+product, over the pairs of query and key that the pattern's predicate allows, and three times as many in training. Pairs
+that a kernel computes and then masks out do not count, nor does what gradient checkpointing recomputes.
 """
 
 import torch
@@ -11,7 +11,7 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedConfig
 from modeling_longembed.pattern_base_longembed import AttentionPattern, Places
 
-# Peak operations a second by data sheet, without sparsity: half precision on tensor cores, float32 without TF32.
+# Peak operations per second by data sheet, without sparsity: half precision on tensor cores, float32 without TF32.
 PEAKS = {
     "NVIDIA A100-SXM4-40GB": {"half": 312e12, "float32": 19.5e12},
     "NVIDIA A100-SXM4-80GB": {"half": 312e12, "float32": 19.5e12},
@@ -26,24 +26,35 @@ PEAKS = {
 
 
 def peak_flops(device_name: str, dtype: str) -> float:
-    """Peak operations a second of a device in `float32`, `bfloat16` or `float16`.
+    """Return the peak operations per second of a device.
+
+    Args:
+        device_name: as `torch.cuda.get_device_name` returns it.
+        dtype: `float32`, `bfloat16` or `float16`.
 
     Raises:
         UserError: the device is not in `PEAKS`.
     """
     if device_name not in PEAKS:
         raise UserError(
-            f"there is no peak for {device_name!r} in eval/speed/flops.py, so no utilisation can be told; add it "
+            f"there is no peak for {device_name!r} in eval/speed/flops.py, so its utilisation is not known; add it "
             "there, or leave --flops out"
         )
     return PEAKS[device_name]["float32" if dtype == "float32" else "half"]
 
 
 def visible_pairs(pattern: AttentionPattern, length: int, num_heads: int, causal: bool, device: str = "cpu") -> int:
-    """Pairs of query and key that see each other in one document, summed over all heads.
+    """Count the pairs of query and key that a pattern allows in one document, summed over all heads.
+
+    Args:
+        pattern: the attention pattern.
+        length: tokens of the document.
+        num_heads: attention heads.
+        causal: whether a query sees only keys up to its own position.
+        device: where the pairs are counted.
 
     Raises:
-        UserError: the pattern is more than a mask; it has no such number.
+        UserError: the pattern is more than a mask, so that the number depends on the document.
     """
     if not pattern.is_mask:
         raise UserError(f"the FLOPs of the pattern {pattern.type!r} are not known in closed form; leave --flops out")
@@ -62,9 +73,11 @@ def visible_pairs(pattern: AttentionPattern, length: int, num_heads: int, causal
 
 
 def model_flops(config: LongEmbedConfig, length: int, mode: str = "forward", device: str = "cpu") -> int:
-    """Operations of one document of `length` tokens through the encoder.
+    """Count the floating-point operations of one document through the encoder.
 
     Args:
+        config: of the model.
+        length: tokens of the document.
         mode: `forward` or `training`.
         device: where the pairs are counted.
 

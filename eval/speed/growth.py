@@ -1,29 +1,30 @@
-"""How time and memory grow with length: medians of measurements, exponents, tables and a plot."""
+"""How time and memory grow with length: medians of measurements, growth exponents, tables and a plot."""
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # a script draws into a file; it needs no display
-import matplotlib.pyplot as plt
 import numpy as np
 
-from common.files import atomic_write
+from eval.report.figures import plt, save_figure, use_length_axis, use_log_values
+from eval.report.markdown import markdown_table
 from eval.speed.measurement import Measurement
 
 GB = 1e9  # bytes
 
 
 def growth_exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
-    """p of the power law c * length^p: slope of the least-squares line through log(value) against log(length).
+    """Fit p of the power law `c * length^p` by least squares on log(value) against log(length).
 
-    NaN where there are fewer than two lengths, or a value that is not positive and has no logarithm.
+    Args:
+        lengths: in tokens.
+        values: one for each length.
+
+    Returns:
+        p; NaN where there are fewer than two lengths, or a value that is not positive.
     """
     if len(lengths) < 2 or min(values) <= 0:
         return math.nan
@@ -32,12 +33,12 @@ def growth_exponent(lengths: Sequence[int], values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Curve:
-    """One row of the tables: a pattern on a kernel at all lengths.
+    """The measurements of one pattern on one kernel: a row of the tables.
 
     Attributes:
-        name: what the tables call it.
-        repeats: length in tokens -> its measurements; one that has no numbers stands for its length and all above.
-        model_flops: length -> operations of the model, where they are asked for.
+        name: of the row.
+        repeats: length in tokens -> its measurements. A failed one stands for its length and for all longer ones.
+        model_flops: length -> floating-point operations of the model, where they were requested.
     """
 
     name: str
@@ -45,56 +46,62 @@ class Curve:
     model_flops: dict[int, float]
 
     def failure(self, length: int) -> str | None:
-        """Why there are no numbers at this length; None if there are."""
-        tried = [m for shorter, some in self.repeats.items() for m in some if shorter <= length]
+        """Return why there are no numbers at this length; None if there are, or if it has not been measured."""
+        tried = [m for shorter, repeats in self.repeats.items() for m in repeats if shorter <= length]
         return next((m.outcome for m in tried if m.outcome != "measured"), None)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Lengths that have numbers, ascending."""
-        return [length for length, some in sorted(self.repeats.items()) if some and self.failure(length) is None]
+        """Lengths with numbers, ascending."""
+        return [length for length, found in sorted(self.repeats.items()) if found and self.failure(length) is None]
 
     def seconds(self, length: int) -> float:
-        """Median time of a call."""
+        """Return the median time of a call."""
         return statistics.median(m.seconds for m in self.repeats[length])
 
     def spread(self, length: int) -> float:
-        """Half the range of the times of a call, over their median."""
+        """Return half the range of the times of a call, divided by their median."""
         seconds = [m.seconds for m in self.repeats[length]]
         return (max(seconds) - min(seconds)) / 2 / statistics.median(seconds)
 
     def peak(self, length: int) -> float:
-        """Median of the most memory of a process, in bytes."""
+        """Return the median peak memory of a process, in bytes."""
         return statistics.median(m.peak for m in self.repeats[length])
 
     def memory(self, length: int) -> float:
-        """Median of the most memory above the base, in bytes: what reading the document takes."""
+        """Return the median peak memory above the base, in bytes: what reading the document takes."""
         return statistics.median(m.peak - m.base for m in self.repeats[length])
 
     def utilisation(self, length: int, peak_flops: float) -> float:
-        """Model FLOPs a second over the device's peak."""
+        """Return the model FLOPs per second as a share of the device's peak."""
         return self.model_flops[length] / self.seconds(length) / peak_flops
 
     def exponents(self, quantity: str) -> tuple[float, float]:
-        """Growth exponents of `seconds` or `memory`: over all lengths, and between the last two."""
+        """Return the growth exponents of `seconds` or `memory`: over all lengths, and between the last two."""
         values = [getattr(self, quantity)(length) for length in self.lengths]
         return growth_exponent(self.lengths, values), growth_exponent(self.lengths[-2:], values[-2:])
 
 
 def as_markdown(curves: Sequence[Curve], lengths: Sequence[int], peak_flops: float | None = None) -> str:
-    """The tables of speed, of memory and, where the device's peak is given, of model FLOP utilisation."""
+    """Format the tables of speed and memory and, where the device's peak is given, of model FLOP utilisation.
+
+    Args:
+        curves: the rows.
+        lengths: the columns, in tokens.
+        peak_flops: operations per second of the device at most.
+    """
 
     def table(title: str, cell: Callable[[Curve, int], str], quantity: str | None) -> str:
         headings = ["pattern", *(f"{length:,}" for length in lengths)]
         headings += ["exponent", "of the last two"] if quantity else []
-        rows = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+        rows = []
         for curve in curves:
             row = [
                 curve.failure(length) or (cell(curve, length) if length in curve.lengths else "") for length in lengths
             ]
-            numbers = curve.exponents(quantity) if quantity else ()
-            rows.append([curve.name, *row, *("" if math.isnan(number) else f"{number:.2f}" for number in numbers)])
-        return f"{title}\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+            exponents = curve.exponents(quantity) if quantity else ()
+            rows.append([curve.name, *row, *("" if math.isnan(number) else f"{number:.2f}" for number in exponents)])
+        return f"{title}\n\n{markdown_table(headings, rows)}"
 
     def speed(curve: Curve, length: int) -> str:
         return f"{length / curve.seconds(length):,.0f} ± {curve.spread(length):.0%}"
@@ -104,9 +111,9 @@ def as_markdown(curves: Sequence[Curve], lengths: Sequence[int], peak_flops: flo
 
     tables = [
         table(
-            "Tokens a second (median, ± half the range) by tokens of the document; exponent of time", speed, "seconds"
+            "Tokens per second (median ± half the range) by tokens of the document; exponent of time", speed, "seconds"
         ),
-        table("Peak memory of the process in GB; exponent of what is above the base", peak, "memory"),
+        table("Peak memory of the process in GB; exponent of the memory above the base", peak, "memory"),
     ]
     if peak_flops is not None:
         title = f"Model FLOP utilisation of {peak_flops / 1e12:,.0f} TFLOP/s"
@@ -115,24 +122,18 @@ def as_markdown(curves: Sequence[Curve], lengths: Sequence[int], peak_flops: flo
 
 
 def draw(curves: Sequence[Curve], path: str | Path) -> None:
-    """One PNG, written whole: time and peak memory against length, both on logarithmic axes."""
+    """Draw time and peak memory against length, with logarithmic axes, into a PNG file."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for number, curve in enumerate(curves):
         style = {"marker": "o", "markersize": 4, "color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
         for axis, quantity, unit in zip(axes, ("seconds", "peak"), (1, GB), strict=True):
             values = [getattr(curve, quantity)(length) / unit for length in curve.lengths]
             axis.plot(curve.lengths, values, label=curve.name if axis is axes[0] else None, **style)
-    lengths = sorted({length for curve in curves for length in curve.lengths})
+    lengths = [length for curve in curves for length in curve.lengths]
     for axis, title in zip(axes, ("seconds", "peak memory (GB)"), strict=True):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_xlabel("tokens of the document")
+        use_length_axis(axis, lengths, "tokens of the document")
+        use_log_values(axis, base=2)
         axis.set_title(title)
         axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    image = BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    plt.close(figure)
-    atomic_write(path, image.getvalue())
+    save_figure(figure, path)

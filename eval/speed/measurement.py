@@ -1,10 +1,10 @@
-"""One measurement of speed and memory, in a process that does nothing else. eval/throughput.py starts these.
+"""Measure speed and memory once, in a process that does nothing else; eval/throughput.py starts such processes.
 
     python -m eval.speed.measurement '<a case as JSON>'      prints one line of JSON
 
-What is measured stands in common/step_measurement.py. A call reads one document of random tokens. On CUDA a call of the
-same length comes first, so that kernels are chosen and compiled outside the clock; on the CPU nothing depends on the
-length, and a short document warms up. In training that is an optimiser step, so that both moments of AdamW are there.
+common/step_measurement.py says what is measured. A call reads one document of random tokens. A short document warms up
+first: in training that is an optimiser step, so that both moments of AdamW exist before memory is measured. On CUDA a
+document of the full length follows, so that kernels are chosen and compiled before time is measured.
 """
 
 import json
@@ -22,7 +22,7 @@ from common.quantization import int8_weights
 from common.step_measurement import measure_calls
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
-SHORT = 128  # tokens of the document that warms up
+SHORT = 128  # tokens of the warm-up document
 # Fields of a workload that are fields of the config of a random model.
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "position_embedding_type")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,10 +30,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Workload:
-    """The model, and what is done with it. The default is the size of MiniLM."""
+    """The model, and what is done with it; the default is a random model of MiniLM's size."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "a model of ours; default: random weights of the sizes below"}
+        default=None, metadata={"help": "a LongEmbed model; default: random weights of the sizes below"}
     )
     num_hidden_layers: int = 6
     hidden_size: int = 384
@@ -41,28 +41,28 @@ class Workload:
     intermediate_size: int = 1536
     position_embedding_type: str = field(
         default="rope",
-        metadata={"help": "positions of a random model; 'absolute' has a row for every token of the context"},
+        metadata={"help": "position scheme of a random model; 'absolute' has one parameter row per position"},
     )
     mode: str = field(
         default="forward",
         metadata={
-            "help": "forward; encoding: forward as `encode` does it, weights in float32; training: forward, backward "
+            "help": "forward; encoding: forward as `encode` does it, with float32 weights; training: forward, backward "
             "and a step of AdamW",
             "choices": ["forward", "encoding", "training"],
         },
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "in training keep the input of each sublayer and compute the rest again"}
+        default=False, metadata={"help": "in training, keep only the input of each sublayer and recompute the rest"}
     )
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "forward: of weights and states; encoding and training: of the autocast; int8: of the weights of "
-            "linear layers, when encoding on the CPU",
+            "help": "data type: of weights and activations (forward) or of the autocast (encoding, training); int8: of "
+            "the weights of linear layers, for encoding on the CPU",
             "choices": [*DTYPES, "int8"],
         },
     )
-    device: str = field(default="auto", metadata={"help": "cpu, cuda; auto: cuda where there is one"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda or auto: cuda if available"})
     threads: int = field(default=1, metadata={"help": "CPU threads"})
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Case:
 
     Attributes:
         workload: the model, and what is done with it.
-        attention_pattern: an entry of `config.attention_patterns`, for all layers; None: the model's own.
+        attention_pattern: an entry of `config.attention_patterns`, used in all layers; None: the model's own patterns.
         attn_implementation: the kernel.
         length: tokens of the document.
         context: `max_position_embeddings` of a random model, the same for all lengths that are compared.
@@ -92,14 +92,14 @@ class Case:
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Case":
-        """The case of which `dataclasses.asdict` made `fields`."""
+        """Build a case from what `dataclasses.asdict` returned."""
         return cls(**fields | {"workload": Workload(**fields["workload"])})
 
     def config(self) -> LongEmbedConfig:
-        """The configuration of the model.
+        """Build the configuration of the model.
 
         Raises:
-            ValueError: it cannot be built, or its context is shorter than the document.
+            ValueError: the fields contradict each other, or the context is shorter than the document.
             OSError: there is no such model.
         """
         name = self.workload.model_name_or_path
@@ -119,7 +119,7 @@ class Case:
         return config
 
     def model(self) -> LongEmbedModel:
-        """The model on its device."""
+        """Load the model, or draw its random weights with a fixed seed, on its device."""
         torch.manual_seed(0)
         name, config = self.workload.model_name_or_path, self.config()
         if name is None:
@@ -134,20 +134,13 @@ class Measurement:
     """What one process found.
 
     Attributes:
-        case: what it measured.
-        repeat: 0, 1, ... of the same case.
-        where: machine and code; numbers of others are not comparable.
-        limit: seconds after which the process was to be stopped.
         outcome: `measured`, or why there are no numbers: `over limit`, `out of memory`.
-        seconds: of one call.
-        peak, base: memory in bytes.
+        seconds: median time of a call.
+        peak: most memory during the calls, in bytes.
+        base: memory before the first call, in bytes.
         pid: of the process.
     """
 
-    case: Case
-    repeat: int
-    where: str
-    limit: float
     outcome: str
     seconds: float = 0.0
     peak: int = 0
@@ -156,12 +149,12 @@ class Measurement:
 
 
 def resolve_device(device: str) -> str:
-    """`cpu` or `cuda`: `auto` is CUDA where there is one."""
+    """Return `cpu` or `cuda`; `auto` is CUDA if available."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def forward_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor], None]:
-    """Reads `(1, S)` token ids without gradients."""
+    """Return a call that reads `(1, S)` token ids without gradients, in the workload's data type."""
     model.eval().to(DTYPES[workload.dtype])
 
     @torch.inference_mode()
@@ -172,7 +165,7 @@ def forward_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor]
 
 
 def encoding_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor], None]:
-    """Reads `(1, S)` token ids without gradients, in the precision of `common.encoders.Encoder`."""
+    """Return a call that reads `(1, S)` token ids without gradients, in the precision of `common.encoders.Encoder`."""
     model.eval()
     if workload.dtype == "int8":
         int8_weights(model)
@@ -187,7 +180,7 @@ def encoding_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor
 
 
 def training_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor], None]:
-    """Forward, backward and a step of AdamW on `(1, S)` token ids, the weights in float32."""
+    """Return a call that trains on `(1, S)` token ids: forward, backward and a step of AdamW on float32 weights."""
     dtype = DTYPES[workload.dtype]
     model.train()
     if workload.gradient_checkpointing:
@@ -208,7 +201,7 @@ STEPS = {"forward": forward_step, "encoding": encoding_step, "training": trainin
 
 
 def measure(case: Case) -> dict:
-    """Loads the model and measures it in this process; the fields of a `Measurement` from `outcome` on."""
+    """Load the model and measure it in this process; returns the fields of a `Measurement`."""
     torch.set_num_threads(case.workload.threads)
     model = case.model()
     step, cuda = STEPS[case.workload.mode](model, case.workload), model.device.type == "cuda"
@@ -220,7 +213,7 @@ def measure(case: Case) -> dict:
 
 
 def main() -> None:
-    """The process. That memory did not suffice is a result; everything else that goes wrong is not."""
+    """Run the process. A lack of memory is a result; any other error ends the process with a traceback."""
     try:
         result = measure(Case.from_dict(json.loads(sys.argv[1])))
     except RuntimeError as error:

@@ -1,8 +1,9 @@
-"""Retrieval tasks to judge on: MTEB's own, and any folder of JSON lines as a task that MTEB can run.
+"""Retrieval tasks: MTEB's own, and any folder of JSON lines as a task that MTEB can run.
 
 A local task is a folder `<task>/` with `corpus.jsonl` {doc_id, text}, `queries.jsonl` {qid, text} and `qrels.jsonl`
-{qid, doc_id}, each plain or as `.jsonl.gz`: one split, judged by nDCG@10. Or it holds one such folder a context length,
-`<task>/test_256/` and so on, as LongEmbed's synthetic tasks do: one split each, judged by nDCG@1.
+{qid, doc_id}, each plain or as `.jsonl.gz`. It has one split, and its main score is nDCG@10. Or it holds one such
+folder for each context length, `<task>/test_256/` and so on, as LongEmbed's synthetic tasks do. Then each is a split,
+and the main score is nDCG@1.
 """
 
 import hashlib
@@ -33,21 +34,21 @@ LONGEMBED = (
 
 
 def get_tasks(names: list[str], data_dir: str | None) -> list[AbsTaskRetrieval]:
-    """The tasks of these names, checked but not yet in memory.
+    """Return the tasks of these names, checked but not yet loaded.
 
     Args:
         names: MTEB's names (`data_dir` None) or sub-folders of `data_dir`; empty: the six of LongEmbed, or every task
             folder of `data_dir`.
-        data_dir: the folder that holds one folder a task; None: MTEB's tasks on the Hub's data.
+        data_dir: the folder with one sub-folder for each task; None: MTEB's tasks on data from the Hub.
 
     Raises:
-        UserError: a task that is not there, or local data that is not as the module says (file and line are named).
+        UserError: there is no such task, or local data is malformed (file and line are named).
     """
     if data_dir is None:
         return [_hub_task(name) for name in names or LONGEMBED]
     root = Path(data_dir)
     if not root.is_dir():
-        raise UserError(f"--data_dir {data_dir} is not a folder; give the folder that holds one folder a task")
+        raise UserError(f"--data_dir {data_dir} is not a folder; give the folder with one sub-folder for each task")
     there = sorted(folder.name for folder in root.iterdir() if folder.is_dir() and _split_folders(folder))
     for name in names:
         if name not in there:
@@ -58,16 +59,16 @@ def get_tasks(names: list[str], data_dir: str | None) -> list[AbsTaskRetrieval]:
 
 
 def local_task(folder: Path) -> AbsTaskRetrieval:
-    """A folder of JSON lines as an MTEB task; all of it is read and checked once, and none of it kept.
+    """Return a folder of JSON lines as an MTEB task; everything is read and checked once, and nothing is kept.
 
-    A folder named like one of MTEB's tasks takes that task's metadata. In any case the dataset's path says `local/` and
-    its revision is the data's own hash, so that nobody takes the results for official ones.
+    A folder with the name of one of MTEB's tasks takes that task's metadata. In any case the path of its data starts
+    with `local/` and the revision is the hash of the data, so that its results are not mistaken for official ones.
 
     Args:
-        folder: the task's folder, laid out as the module says.
+        folder: of the task, in the layout at the top of this file.
 
     Raises:
-        UserError: naming file and line of what is missing, malformed, duplicated, or refers to nothing.
+        UserError: a row is missing, malformed, duplicated or refers to nothing (file and line are named).
     """
     splits = {name: SplitFiles.find(path) for name, path in _split_folders(folder).items()}
     digest = hashlib.sha256()
@@ -98,7 +99,13 @@ def local_task(folder: Path) -> AbsTaskRetrieval:
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """The three files of one split."""
+    """The three files of one split.
+
+    Attributes:
+        corpus: documents.
+        queries: queries.
+        qrels: pairs of a query and a relevant document.
+    """
 
     corpus: Path
     queries: Path
@@ -106,7 +113,11 @@ class SplitFiles:
 
     @classmethod
     def find(cls, folder: Path) -> "SplitFiles":
-        """The files in `folder`; each may be plain or gzipped."""
+        """Find the files in a folder; each may be plain or gzipped.
+
+        Raises:
+            UserError: one of them is missing, or there in both forms.
+        """
         paths = []
         for name in ("corpus", "queries", "qrels"):
             candidates = [folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"]
@@ -118,10 +129,13 @@ class SplitFiles:
         return cls(*paths)
 
     def check(self) -> str:
-        """Read everything once and hold ids alone.
+        """Read and check all rows; only ids are kept in memory.
 
         Returns:
-            The hash of the rows, whatever the compression and the JSON's spacing.
+            The hash of the rows, which does not depend on the compression or on the spacing of the JSON.
+
+        Raises:
+            UserError: a row is malformed, duplicated or refers to nothing (file and line are named).
         """
         digest = hashlib.sha256()
         ids: dict[str, set[str]] = {"doc_id": set(), "qid": set()}
@@ -132,20 +146,20 @@ class SplitFiles:
                 ids[key].add(identifier)
                 digest.update(json.dumps([identifier, text]).encode())
             if not ids[key]:
-                raise UserError(f"{path} is empty: there is nothing to judge on")
-        judged = False
+                raise UserError(f"{path} is empty: there is nothing to evaluate on")
+        empty = True
         for line, row in read_text_columns(self.qrels, "qid", "doc_id"):
             for key, value, path in zip(("qid", "doc_id"), row, (self.queries, self.corpus), strict=True):
                 if value not in ids[key]:
                     raise UserError(f"{self.qrels}, row {line}: the {key} {value!r} is not in {path}")
             digest.update(json.dumps(row).encode())
-            judged = True
-        if not judged:
+            empty = False
+        if empty:
             raise UserError(f"{self.qrels} is empty: no query has a relevant document")
         return digest.hexdigest()
 
     def load(self, cache_dir: str) -> Any:
-        """The split as MTEB wants it; texts lie in Arrow files under `cache_dir`, mapped, not in memory."""
+        """Load the split for MTEB; the texts are in memory-mapped Arrow files under `cache_dir`."""
 
         def table(path: Path, key: str) -> Dataset:
             return Dataset.from_generator(
@@ -169,7 +183,7 @@ def _generate(path: Path, key: str) -> Iterator[dict[str, str]]:
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:
-    """Split -> folder, in the order of the context lengths; empty where there is no task."""
+    """Return split -> folder, in the order of the context lengths; empty if the folder holds no task."""
     if _has_corpus(folder):
         return {"test": folder}
     lengths = [path for path in folder.glob("test_*") if path.name[5:].isdigit() and _has_corpus(path)]
@@ -191,18 +205,18 @@ def _hub_task(name: str) -> AbsTaskRetrieval:
 
 
 def load(task: AbsTask) -> None:
-    """Bring a task's data, from disk or from the Hub.
+    """Load the data of a task, from disk or from the Hub.
 
     Raises:
-        UserError: the Hub's data cannot be had.
+        UserError: the data cannot be loaded.
     """
     try:
         task.load_data()
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from None  # the file was changed after it had been checked
+            raise error.__cause__ from None  # the file has changed since it was checked
         raise
-    except OSError as error:  # what datasets and huggingface_hub raise offline, and for what is not there
+    except OSError as error:  # datasets and huggingface_hub raise it offline, and for missing data
         reason = str(error).splitlines()[0]
         raise UserError(
             f"the data of {task.metadata.name} is not in the cache and cannot be loaded from the Hub ({reason}); "
@@ -211,7 +225,7 @@ def load(task: AbsTask) -> None:
 
 
 class _LocalTask(AbsTaskRetrieval):
-    """A local folder as an MTEB task; its subclasses name the folder's files and the metadata."""
+    """Base of local tasks; a subclass for each task has its files and its metadata."""
 
     splits: dict[str, SplitFiles]
 

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from common.errors import UserError
-from eval import compare, mteb_long, throughput
-from eval.compare import Arguments, Row, as_markdown, draw, short_names
-from eval.mteb_long import judge
+from eval import compare
+from eval.compare import Arguments, short_names
+from eval.report.comparison import Row, as_markdown, draw
+from eval.speed import interleaved
+from eval.tasks import evaluation
+from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
 TEXTS = [f"A story about one {animal} in the wood. " * 8 for animal in ("fox", "whale", "frog", "heron", "badger")]
@@ -53,8 +56,8 @@ def test_the_numbers_are_those_of_the_evaluator_and_of_the_files(make_task, mode
         model = LongEmbedModel.from_pretrained(path)
         assert row.parameters == sum(tensor.numel() for tensor in model.state_dict().values())
         assert row.megabytes == pytest.approx(4 * row.parameters / 1e6, rel=0.02)
-        scores = judge(
-            mteb_long.Arguments(
+        scores = evaluate_retrieval(
+            RetrievalArguments(
                 model=[path], output_dir=str(tmp_path / path.split("/")[-2]), data_dir=given.data_dir, max_length=64
             )
         )
@@ -72,8 +75,8 @@ def test_the_numbers_are_those_of_the_evaluator_and_of_the_files(make_task, mode
     assert rows[0].speed[64] == pytest.approx(64 / measured[0]["seconds"])
 
     # The same command measures nothing, and writes the table and the plot.
-    monkeypatch.setattr("eval.throughput.run_process", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(mteb_long.mteb, "evaluate", lambda *_, **__: pytest.fail("judged again"))
+    monkeypatch.setattr("eval.speed.interleaved.run_case", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(evaluation.mteb, "evaluate", lambda *_, **__: pytest.fail("evaluated again"))
     options = f"{' '.join(models)} --data_dir {given.data_dir} --output_dir {given.output_dir} --lengths 64,200 "
     options += "--repeats 1 --device cpu --max_length 64"
     monkeypatch.setattr(sys, "argv", ["compare.py", *options.split()])
@@ -93,14 +96,14 @@ def test_a_model_has_a_row_in_each_precision(make_task, models, tmp_path, monkey
     workloads = [m["case"]["workload"] for m in measured]
     assert [(each["mode"], each["dtype"]) for each in workloads] == [("encoding", "float32"), ("encoding", "int8")]
     for row, precision in zip(rows, given.precisions, strict=True):
-        own = mteb_long.Arguments(
+        own = RetrievalArguments(
             model=models[:1],
             output_dir=str(tmp_path / precision),
             data_dir=given.data_dir,
             max_length=64,
             precision=precision,
         )
-        assert row.scores == pytest.approx({"Animals": judge(own)[0].value})
+        assert row.scores == pytest.approx({"Animals": evaluate_retrieval(own)[0].value})
     monkeypatch.setattr("eval.speed.measurement.resolve_device", lambda device: "cuda")
     with pytest.raises(UserError, match="8 bits are for encoding on the CPU"):
         compare.compare(given)
@@ -108,12 +111,12 @@ def test_a_model_has_a_row_in_each_precision(make_task, models, tmp_path, monkey
 
 def test_another_metric_is_in_the_place_of_the_main_score(make_task, models, tmp_path, monkeypatch):
     make_task("Animals", TEXTS, QUERIES)
-    monkeypatch.setattr(throughput, "run_process", lambda *_: {"outcome": "measured", "seconds": 1.0})
+    monkeypatch.setattr(interleaved, "run_case", lambda *_: {"outcome": "measured", "seconds": 1.0})
     (row,) = compare.compare(arguments(models[:1], tmp_path, metrics=["mrr_at_3"], lengths=["64"]))
-    own = mteb_long.Arguments(
+    own = RetrievalArguments(
         model=models[:1], output_dir=str(tmp_path / "own"), data_dir=str(tmp_path / "data"), max_length=64
     )
-    main, mrr = judge(own)[0].value, judge(replace(own, metrics=["mrr_at_3"]))[0].value
+    main, mrr = evaluate_retrieval(own)[0].value, evaluate_retrieval(replace(own, metrics=["mrr_at_3"]))[0].value
     assert row.scores == {"Animals": mrr} != {"Animals": main}
 
 
@@ -126,7 +129,7 @@ def test_with_another_model_beside_it_a_model_is_measured_anew(make_task, models
         measured.append(case.workload.model_name_or_path)
         return {"outcome": "measured", "seconds": 1.0}
 
-    monkeypatch.setattr(throughput, "run_process", counted)
+    monkeypatch.setattr(interleaved, "run_case", counted)
     alone = arguments(models[:1], tmp_path, lengths=["64"])
     both = replace(alone, model=models)
     for given, expected in ((alone, models[:1]), (alone, []), (both, models), (both, []), (alone, models[:1])):
@@ -159,10 +162,13 @@ def test_what_cannot_be_compared_is_refused(models, tiny_sentence_transformer, m
     make_task("Animals", TEXTS, QUERIES)
     for given, complaint in (
         ({"model": [models[0], models[0]]}, "the same model is there twice"),
-        ({"model": [models[0], str(tiny_sentence_transformer)]}, "is none of ours; convert it"),
+        ({"model": [models[0], str(tiny_sentence_transformer)]}, "is no LongEmbed model; convert it"),
         ({"lengths": ["500"]}, "has a context of 256 tokens; give one up to that"),
         ({"repeats": 0}, "must be positive"),
-        ({"metrics": ["ndcg_at_10", "mrr_at_10"]}, "--metrics ndcg_at_10 mrr_at_10: a mean of several says nothing"),
+        (
+            {"metrics": ["ndcg_at_10", "mrr_at_10"]},
+            "--metrics ndcg_at_10 mrr_at_10: a mean of several metrics says nothing",
+        ),
     ):
         with pytest.raises(UserError, match=complaint):
             compare.compare(arguments(given.pop("model", models), tmp_path, **given))

@@ -14,6 +14,8 @@ import torch
 from common.encoders import ChunkEncoder
 from common.errors import run
 from eval import mteb_long, plot, synthetic
+from eval.models.mteb_models import EvaluatedModel
+from eval.tasks import evaluation
 from modeling_longembed import LongEmbedModel
 
 ROOT = Path(__file__).parents[2]
@@ -57,8 +59,8 @@ def test_models_and_baselines_side_by_side(
         assert {"Animals.json", "Hidden.json", "model_meta.json"} <= {file.name for file in folder.iterdir()}
 
     # A second run loads no model and computes nothing, and says the same.
-    monkeypatch.setattr(mteb_long.JudgedModel, "load", lambda *_: pytest.fail("loaded a model for finished results"))
-    monkeypatch.setattr(mteb_long.mteb, "evaluate", lambda *_, **__: pytest.fail("ran a finished task"))
+    monkeypatch.setattr(EvaluatedModel, "load", lambda *_: pytest.fail("loaded a model for finished results"))
+    monkeypatch.setattr(evaluation.mteb, "evaluate", lambda *_, **__: pytest.fail("ran a finished task"))
     assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0
     assert (tmp_path / "r" / "table.md").read_text().splitlines() == table
 

@@ -13,24 +13,21 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from common.errors import UserError
 from common.model_folder import ModelFolder
-from eval import mteb_long, passkey
+from eval import passkey
 from eval.models.language_models import LanguageModel
-from eval.passkey import (
+from eval.passkey import Arguments, depths, measure
+from eval.report.heat_maps import Cell, draw, grids
+from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
+from eval.tasks.needles import FILLER, Haystack, passkey_needles
+from eval.tasks.passkey import (
     GARBAGE,
-    Arguments,
-    Cell,
-    Generation,
-    Retrieval,
+    EmbeddingTest,
+    GenerationTest,
     accuracy,
-    depths,
-    draw,
-    grids,
     is_greedy,
-    judge,
     passkey_documents,
     passkey_prompt,
 )
-from eval.synthetic import FILLER, Haystack, passkey_needles
 
 TRIALS = 5
 
@@ -137,8 +134,8 @@ def test_accuracy_is_the_mean_over_random_orders_of_what_is_tied(n, data):
 
 
 def test_a_model_that_reads_everything_finds_every_key(minilm_tokenizer):
-    model = Retrieval(Spec, Reader(minilm_tokenizer, 10**6), None)
-    assert [model.judge(length, depth, TRIALS, 0) for length in (90, 400) for depth in depths(4)] == [1.0] * 8
+    model = EmbeddingTest(Spec, Reader(minilm_tokenizer, 10**6), None)
+    assert [model.measure(length, depth, TRIALS, 0) for length in (90, 400) for depth in depths(4)] == [1.0] * 8
 
 
 def test_a_model_that_reads_the_first_tokens_finds_the_keys_that_lie_in_them(minilm_tokenizer):
@@ -147,7 +144,7 @@ def test_a_model_that_reads_the_first_tokens_finds_the_keys_that_lie_in_them(min
     for length in (100, 256, 512):
         for depth in depths(6):
             reader = Reader(minilm_tokenizer, reach)
-            found = Retrieval(Spec, reader, None).judge(length, depth, TRIALS, 3)
+            found = EmbeddingTest(Spec, reader, None).measure(length, depth, TRIALS, 3)
             documents, questions = reader.read[:TRIALS], reader.read[TRIALS:]
             seen = []
             for text, question in zip(documents, questions, strict=True):
@@ -163,13 +160,13 @@ def test_a_model_that_reads_the_first_tokens_finds_the_keys_that_lie_in_them(min
 
 
 def test_a_model_that_tells_nothing_apart_is_right_by_chance(minilm_tokenizer):
-    model = Retrieval(Spec, Reader(minilm_tokenizer, 2), None)
-    assert [model.judge(200, depth, TRIALS, 0) for depth in depths(3)] == pytest.approx([1 / TRIALS] * 3)
+    model = EmbeddingTest(Spec, Reader(minilm_tokenizer, 2), None)
+    assert [model.measure(200, depth, TRIALS, 0) for depth in depths(3)] == pytest.approx([1 / TRIALS] * 3)
 
 
 def test_the_models_prompt_counts_as_a_part_of_the_document(minilm_tokenizer):
     reader = Reader(minilm_tokenizer, 10**6, prompt="search document: ")
-    Retrieval(Spec, reader, None).judge(150, 0.5, TRIALS, 0)
+    EmbeddingTest(Spec, reader, None).measure(150, 0.5, TRIALS, 0)
     lengths = [len(minilm_tokenizer("search document: " + text)["input_ids"]) for text in reader.read[:TRIALS]]
     assert all(147 <= length <= 150 for length in lengths)
 
@@ -183,11 +180,11 @@ def test_scores_are_those_that_tasks_are_judged_by(
     haystack.write_text("".join(f"On day {i} the ship met {i * 7 % 31} storms and a whale. " for i in range(300)))
     name = str(tiny_sentence_transformer) if kind == "model" else f"{kind}:{tiny_sentence_transformer}:32"
     asked = Arguments([name], str(tmp_path / "out"), ["64"], depths=1, trials=40, haystack=str(haystack))
-    found = judge(asked)[0].accuracy
+    found = measure(asked)[0].accuracy
     needles, source = passkey_needles(40, seed=64), Haystack(haystack.read_text(), minilm_tokenizer)
     texts = passkey_documents(source, needles, 64, 0.5, 0)
     make_task("Keys", texts, [needle.question for needle in needles], split="test_64")
-    (score,) = mteb_long.judge(mteb_long.Arguments([name], str(tmp_path / "mteb"), data_dir=str(tmp_path / "data")))
+    (score,) = evaluate_retrieval(RetrievalArguments([name], str(tmp_path / "mteb"), data_dir=str(tmp_path / "data")))
     assert found == pytest.approx(score.value / 100, abs=1e-5)  # MTEB rounds
     assert 0 < found < 1
 
@@ -245,20 +242,20 @@ class Copier:
 def test_a_language_model_that_remembers_so_far_gives_the_keys_that_lie_so_far_back(minilm_tokenizer):
     """In "The pass key is K. Remember it. K is the pass key." the first K is what "key is" asks for."""
     for reach in (10**6, 150):
-        model = Generation(Copier(minilm_tokenizer, reach), None)
+        model = GenerationTest(Copier(minilm_tokenizer, reach), None)
         for length in (130, 400):
             for depth in depths(5):
                 back = (1 - depth) * (length - 60)
                 expected = 1.0 if back + 40 < reach else 0.0
                 if abs(back + 30 - reach) > 30:  # well within reach, or well beyond
-                    assert model.judge(length, depth, 3, 0) == expected, (reach, length, depth)
+                    assert model.measure(length, depth, 3, 0) == expected, (reach, length, depth)
 
 
 def test_a_masked_model_generates_nothing(minilm_tokenizer):
     model = Copier(minilm_tokenizer, 9)
     model.is_causal = False
     with pytest.raises(UserError, match="generate:copier is a masked language model"):
-        Generation(model, None)
+        GenerationTest(model, None)
 
 
 # All of it ------------------------------------------------------------------------------------------------------------
@@ -277,15 +274,15 @@ def test_the_script(tiny_longembed, tiny_sentence_transformer, gpt2, tmp_path, m
     assert (tmp_path / "heatmap.png").read_bytes().startswith(b"\x89PNG")
     assert "gpt2" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "results.json").read_text())) == 6 + 6 + 3
-    monkeypatch.setattr(Retrieval, "judge", None)
-    monkeypatch.setattr(Generation, "judge", None)
+    monkeypatch.setattr(EmbeddingTest, "measure", None)
+    monkeypatch.setattr(GenerationTest, "measure", None)
     passkey.main()
     assert (tmp_path / "table.md").read_text() == table
 
 
 def test_the_same_seed_gives_the_same_numbers(tiny_longembed, tmp_path):
     fields = {"lengths": ["128"], "depths": 2, "trials": 6}
-    once, again = (judge(Arguments([str(tiny_longembed)], str(tmp_path / name), **fields)) for name in "ab")
+    once, again = (measure(Arguments([str(tiny_longembed)], str(tmp_path / name), **fields)) for name in "ab")
     assert once == again
 
 
@@ -316,10 +313,10 @@ def test_cells_become_grids_with_gaps_beyond_the_context(tmp_path):
 def test_what_cannot_be_is_told_in_a_sentence_and_leaves_nothing(tiny_longembed, tmp_path, fields, words):
     fields = {"model": [str(tiny_longembed)], "lengths": ["128"]} | fields
     with pytest.raises(UserError, match=words):
-        judge(Arguments(output_dir=str(tmp_path / "out"), **fields))
+        measure(Arguments(output_dir=str(tmp_path / "out"), **fields))
     assert not (tmp_path / "out").exists()
 
 
 def test_lengths_that_a_language_model_cannot_read_are_told(gpt2, tmp_path):
     with pytest.raises(UserError, match="--lengths: 257 tokens are more than the context of generate:"):
-        judge(Arguments([f"generate:{gpt2}"], str(tmp_path / "out"), ["257,512"]))
+        measure(Arguments([f"generate:{gpt2}"], str(tmp_path / "out"), ["257,512"]))

@@ -13,8 +13,9 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT
 from common.errors import UserError
 from eval import perplexity
 from eval.models.language_models import LanguageModel
-from eval.models.token_losses import masked_losses, masked_pieces, window_losses
-from eval.perplexity import Arguments, Point, as_markdown, judge
+from eval.models.token_losses import masked_chunks, masked_losses, window_losses
+from eval.perplexity import Arguments, compare
+from eval.report.perplexities import Point, as_markdown
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 30522}
@@ -100,7 +101,7 @@ def test_each_masked_token_is_scored_once_in_a_whole_piece(total, data):
     size = data.draw(st.integers(1, total))
     masks = data.draw(st.lists(st.sets(st.integers(0, total - 1), min_size=1), max_size=4))
     scored = []
-    for start, masked, of_piece in masked_pieces(masks, size, total):
+    for start, masked, of_piece in masked_chunks(masks, size, total):
         assert 0 <= start <= total - size
         assert set(of_piece) <= set(masked) <= set(range(start, start + size))
         scored += of_piece
@@ -151,7 +152,7 @@ def test_stride_1_is_the_exact_left_context(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(perplexity, "LanguageModel", lambda *settings: model)
     (tmp_path / "text.txt").write_text(text)
     fields = {"lengths": ["10"], "stride": 1, "windows": 21}
-    last, window = judge(Arguments(["m"], str(tmp_path / "text.txt"), str(tmp_path), **fields))
+    last, window = compare(Arguments(["m"], str(tmp_path / "text.txt"), str(tmp_path), **fields))
     assert (last.score, last.losses[0][1]) == ("last", 21)
     assert math.log(last.perplexity) == pytest.approx(expected, abs=1e-6)
     assert window.losses[0][1] == 21 * 9
@@ -183,7 +184,7 @@ def test_a_model_that_knows_nothing_has_the_size_of_the_vocabulary(folders, book
         return model
 
     monkeypatch.setattr(perplexity, "LanguageModel", uniform)
-    points = judge(arguments_of(folders, ["ours", "causal", "bert", "gpt2"], books, tmp_path))
+    points = compare(arguments_of(folders, ["ours", "causal", "bert", "gpt2"], books, tmp_path))
     assert {point.score for point in points} == {"pseudo", "masked", "last", "window"}
     assert len(points) == 4 * 2 * 2
     for point in points:
@@ -205,7 +206,7 @@ def test_every_length_scores_the_same_tokens_of_the_documents_that_are_long_enou
 
     monkeypatch.setattr(perplexity, "masked_losses", watched(masked_losses))
     monkeypatch.setattr(perplexity, "window_losses", watched(window_losses))
-    points = judge(arguments_of(folders, ["ours", "gpt2"], books, tmp_path))
+    points = compare(arguments_of(folders, ["ours", "gpt2"], books, tmp_path))
     assert len(scored[16]) == 9
     assert scored[16] == scored[48]
     counts = {(p.model[-4:], p.score, p.length): [n for _, n in p.losses] for p in points}
@@ -241,14 +242,14 @@ def test_what_is_measured_is_not_measured_again(folders, books, tmp_path, monkey
     monkeypatch.setattr(perplexity, "score", counted)
     asked = arguments_of(folders, ["ours"], books, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        judge(asked)
+        compare(asked)
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())) == 3
-    first = judge(asked)
+    first = compare(asked)
     assert len(calls) == 4 + 9
-    again = judge(arguments_of(folders, ["ours"], books, tmp_path, labels=["another"]))
+    again = compare(arguments_of(folders, ["ours"], books, tmp_path, labels=["another"]))
     assert len(calls) == 13
     assert [point.losses for point in again] == [point.losses for point in first]
-    judge(arguments_of(folders, ["ours"], books, tmp_path, draws=3))  # the exact one stands
+    compare(arguments_of(folders, ["ours"], books, tmp_path, draws=3))  # the exact one stands
     assert calls[13:] == ["masked"] * 6
 
 
@@ -275,7 +276,7 @@ def test_a_model_with_a_shorter_context_is_shown_as_far_as_it_reads(folders, boo
         return model
 
     monkeypatch.setattr(perplexity, "LanguageModel", short)
-    points = judge(arguments_of(folders, ["ours", "bert"], books, tmp_path, draws=0))
+    points = compare(arguments_of(folders, ["ours", "bert"], books, tmp_path, draws=0))
     assert [point.length for point in points] == [16, 16, 48]
     assert "| beyond context |" in as_markdown(points, [16, 48], {"pseudo": "Pseudo-perplexity"})
 
@@ -298,7 +299,7 @@ def test_a_model_with_a_shorter_context_is_shown_as_far_as_it_reads(folders, boo
 def test_what_cannot_be_is_told_in_a_sentence_and_leaves_nothing(folders, books, tmp_path, names, fields, words):
     arguments = arguments_of(folders, names, fields.pop("data", books), tmp_path, **fields)
     with pytest.raises(UserError, match=words):
-        judge(arguments)
+        compare(arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -306,11 +307,11 @@ def test_texts_that_are_too_short_and_foreign_results_are_told(folders, books, t
     short = tmp_path / "short.txt"
     short.write_text(words(20))
     with pytest.raises(UserError, match=r"short.txt: the longest text has \d+ tokens, and 46 are needed"):
-        judge(arguments_of(folders, ["ours"], str(short), tmp_path))
+        compare(arguments_of(folders, ["ours"], str(short), tmp_path))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text('[{"a": 1}]')
     with pytest.raises(UserError, match=r"results\.json holds no results of this script"):
-        judge(arguments_of(folders, ["ours"], books, tmp_path))
+        compare(arguments_of(folders, ["ours"], books, tmp_path))
 
 
 def test_a_checkpoint_without_its_head_is_refused(folders, minilm_tokenizer, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from eval.mteb_long import Arguments, judge
+from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from eval.tasks.retrieval import get_tasks, load
 
 DEVELOPMENT = Path(os.environ.get("LONGEMBED_DEV_DATA", Path(__file__).parents[3] / "shared" / "data" / "dev"))
@@ -20,7 +20,9 @@ def test_minilm_on_the_public_qmsum_meetings(minilm, tmp_path):
         load(task)
     except UserError as error:
         pytest.skip(str(error))
-    (score,) = judge(Arguments(model=[str(minilm)], output_dir=str(tmp_path), tasks=["LEMBQMSumRetrieval"]))
+    (score,) = evaluate_retrieval(
+        RetrievalArguments(model=[str(minilm)], output_dir=str(tmp_path), tasks=["LEMBQMSumRetrieval"])
+    )
     assert score.value == pytest.approx(16.32, abs=0.05)
 
 
@@ -32,7 +34,7 @@ def test_development_figures(minilm, tmp_path):
     if not (DEVELOPMENT / "MeetingRetrieval").is_dir():
         pytest.skip(f"{DEVELOPMENT} has no MeetingRetrieval; LONGEMBED_DEV_DATA names another folder")
     models = ["bm25", f"truncate:{minilm}:512"]
-    arguments = Arguments(models, str(tmp_path), tasks=["MeetingRetrieval"], data_dir=str(DEVELOPMENT))
-    values = [score.value for score in judge(arguments)]
+    arguments = RetrievalArguments(models, str(tmp_path), tasks=["MeetingRetrieval"], data_dir=str(DEVELOPMENT))
+    values = [score.value for score in evaluate_retrieval(arguments)]
     assert values[0] == pytest.approx(94.9, abs=0.05)
     assert values[1] == pytest.approx(45.1, abs=0.2)

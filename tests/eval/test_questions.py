@@ -13,8 +13,9 @@ from sklearn.metrics import top_k_accuracy_score
 
 from common.errors import UserError, run
 from common.jsonl import read_text_columns
-from eval import mteb_long, questions
+from eval import questions
 from eval.questions import Arguments, write_task
+from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from eval.tasks.retrieval import local_task
 
 ANIMALS = "fox whale frog heron badger otter salmon eagle beetle mole".split()  # noqa: SIM905
@@ -57,10 +58,10 @@ def test_top_1_top_5_and_mrr_are_those_of_scikit_learn_and_of_the_ranks(
     data = write(tmp_path / "q.jsonl", ROWS)
     write_task(Arguments(data, str(tmp_path / "data" / "Animals"), judge_from=3))
     metrics = ["hit_rate_at_1", "hit_rate_at_5", "mrr_at_10"]
-    arguments = mteb_long.Arguments(
+    arguments = RetrievalArguments(
         [str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"), metrics=metrics
     )
-    found = {score.metric: score.value for score in mteb_long.judge(arguments)}
+    found = {score.metric: score.value for score in evaluate_retrieval(arguments)}
     model = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
     model.max_seq_length = 64
     asked = model.encode_query([row["question"] for row in ROWS[3:]])
@@ -76,11 +77,11 @@ def test_top_1_top_5_and_mrr_are_those_of_scikit_learn_and_of_the_ranks(
 
 def test_a_metric_that_is_not_there_is_told_with_those_near_it(tmp_path):
     write_task(Arguments(write(tmp_path / "q.jsonl", ROWS), str(tmp_path / "data" / "Animals")))
-    arguments = mteb_long.Arguments(
+    arguments = RetrievalArguments(
         ["bm25"], str(tmp_path / "r"), data_dir=str(tmp_path / "data"), metrics=["hitrate_at_1"]
     )
     with pytest.raises(UserError, match=r"Animals has no metric 'hitrate_at_1'; near it are .*hit_rate_at_1"):
-        mteb_long.judge(arguments)
+        evaluate_retrieval(arguments)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,9 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 
 from common.errors import UserError, run
 from eval import sts
-from eval.models.judged import OneVector
-from eval.sts import Arguments, get_tasks, judge, local_task
+from eval.models.mteb_models import OneVector
+from eval.sts import Arguments, evaluate_similarity
+from eval.tasks.similarity import get_tasks, local_task
 from tests.eval.task_files import write_rows
 
 DEVELOPMENT = Path(os.environ.get("LONGEMBED_DEV_DATA", Path(__file__).parents[3] / "shared" / "data" / "dev"))
@@ -67,8 +68,8 @@ def test_the_table_is_that_of_sentence_transformers_and_scipy(tiny_sentence_tran
     for name, pairs in rows.items():
         write_rows(tmp_path / "data" / f"{name}.jsonl{'.gz' * (name == 'mine')}", pairs)
     arguments = Arguments([str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"))
-    (found,) = cells(judge(arguments))
-    (found_mean,) = cells(judge(replace(arguments, aggregation="mean")))
+    (found,) = cells(evaluate_similarity(arguments))
+    (found_mean,) = cells(evaluate_similarity(replace(arguments, aggregation="mean")))
     expected, aligned, uniform = {}, [], []
     for name, title in (("mine", "mine"), ("sts12", "STS12")):
         first, second = encode_pairs(rows[name])
@@ -133,7 +134,9 @@ def test_vectors_that_cannot_order_pairs_are_told(tiny_sentence_transformer, tmp
         OneVector, "encode", lambda self, inputs, **_: np.full((len(inputs.dataset), 4), value, np.float32)
     )
     with pytest.raises(UserError, match=rf"local/tiny gives .* mine.*{words}"):
-        judge(Arguments([str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data")))
+        evaluate_similarity(
+            Arguments([str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"))
+        )
     assert not list((tmp_path / "r").rglob("mine.json"))
 
 
@@ -179,5 +182,5 @@ def test_minilm_has_its_published_correlations(minilm, tmp_path):
     data = DEVELOPMENT / "sts"
     if not data.is_dir():
         pytest.skip(f"{DEVELOPMENT} has no sts; LONGEMBED_DEV_DATA names another folder")
-    (row,) = cells(judge(Arguments([str(minilm)], str(tmp_path), tasks=["STS16"], data_dir=str(data))))
+    (row,) = cells(evaluate_similarity(Arguments([str(minilm)], str(tmp_path), tasks=["STS16"], data_dir=str(data))))
     assert float(row["STS16"]) == pytest.approx(78.99, abs=0.05)

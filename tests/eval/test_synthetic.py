@@ -8,8 +8,10 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.jsonl import read_text_columns
-from eval.synthetic import MOST_DOCUMENTS, NEEDLES, Haystack, Needle, read_haystack, write_task
+from eval.synthetic import write_task
+from eval.tasks.needles import MOST_DOCUMENTS, NEEDLES, Haystack, Needle
 from eval.tasks.retrieval import local_task
+from eval.tasks.texts import read_haystack
 
 ESSAY = "".join(
     f"Sentence number {i} of the essay tells of the sea, of ships, and of day {i * 7 % 31}. " for i in range(300)

@@ -7,6 +7,7 @@ import yaml
 
 from common.errors import UserError
 from eval import perplexity
+from eval.tasks import evaluation
 from experiments import extension, training_runs
 from tests.eval.task_files import words
 from training import pretraining
@@ -72,12 +73,12 @@ def extension_arguments(tiny_sentence_transformer, make_task, tmp_path, monkeypa
 
 
 def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(extension_arguments, tmp_path, monkeypatch):
-    judge, stop_at = perplexity.measure, "rope"
+    measure, stop_at = perplexity.measure, "rope"
 
     def stopping(model, label, *rest):
         if label == stop_at:
             raise KeyboardInterrupt
-        return judge(model, label, *rest)
+        return measure(model, label, *rest)
 
     monkeypatch.setattr(perplexity, "measure", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -117,7 +118,7 @@ def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(extension_argumen
 
     monkeypatch.setattr(extension, "train", not_again)
     monkeypatch.setattr(perplexity, "score", not_again)
-    monkeypatch.setattr(extension.mteb_long.mteb, "evaluate", not_again)
+    monkeypatch.setattr(evaluation.mteb, "evaluate", not_again)
     assert {result["row"]: result for result in extension.compare(extension_arguments)} == results
 
     path = tmp_path / "recipes" / "rope.yaml"

@@ -11,7 +11,9 @@ from torch import nn
 from transformers import AutoModel
 
 from common.errors import UserError
-from experiments import findings, one_mask, training_runs
+from common.jsonl import read_text_columns
+from eval.tasks import evaluation
+from experiments import findings, findings_data, one_mask, training_runs
 from tests.eval.task_files import words, write_rows
 from training import contrastive
 from training.data.packing import pack
@@ -20,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 FINDING = {
     "title": "One step and two",
     "data": "questions",
-    "judges": {"questions": {"metrics": ["hit_rate_at_1"]}, "similarity": {}},
+    "evaluations": {"questions": {"metrics": ["hit_rate_at_1"]}, "similarity": {}},
     "plot": ["Questions top 1", "Spearman"],
-    "follow": 2,
+    "stages": 2,
     "training": {
         "objective": "info_nce",
         "per_device_train_batch_size": 4,
@@ -64,7 +66,7 @@ def findings_arguments(tiny_longembed, tmp_path, monkeypatch) -> findings.Argume
     )
 
 
-def judged_by_hand(folder, tmp_path) -> tuple[float, float]:
+def evaluated_by_hand(folder, tmp_path) -> tuple[float, float]:
     """Share of the judged questions that find their answer first among all, and Spearman's correlation, times 100."""
     model = AutoModel.from_pretrained(folder)
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
@@ -87,11 +89,11 @@ def test_two_trainings_are_judged_as_by_hand_and_made_once(findings_arguments, t
     models = [findings_arguments.model_name_or_path, folder / "one" / "final", folder / "two" / "final"]
     for result, model in zip(results, models, strict=True):
         found = [result["scores"][column] for column in ("Questions top 1", "Spearman")]
-        assert found == pytest.approx(judged_by_hand(model, tmp_path), abs=0.01)
+        assert found == pytest.approx(evaluated_by_hand(model, tmp_path), abs=0.01)
     assert len({result["scores"]["Spearman"] for result in results}) == 3
     assert [result["pairs"] for result in results[1:]] == [4, 8]
-    # At a constant learning rate two steps begin with the one step, so that its end is a stage of their course.
-    ((step, scores),) = results[2]["course"]
+    # At a constant learning rate two steps begin with the one step, so that its end is a stage of it.
+    ((step, scores),) = results[2]["stages"]
     assert step == 1
     assert scores["Spearman"] == pytest.approx(results[1]["scores"]["Spearman"], abs=1e-4)
     table = (folder / "table.md").read_text().splitlines()
@@ -103,7 +105,7 @@ def test_two_trainings_are_judged_as_by_hand_and_made_once(findings_arguments, t
         raise AssertionError("done before")
 
     monkeypatch.setattr(findings, "train", not_again)
-    monkeypatch.setattr(findings.mteb_long.mteb, "evaluate", not_again)
+    monkeypatch.setattr(evaluation.mteb, "evaluate", not_again)
     assert findings.compare(findings_arguments)["steps"] == results
 
     changed = FINDING | {"rows": {"one": {"max_steps": 1, "seed": 1}}}
@@ -150,14 +152,14 @@ def test_a_file_of_which_nothing_is_left_to_train_on_is_told_before_training(
 
 @pytest.mark.parametrize(("steps", "follow", "stages"), [(5, 2, [2, 4, 5]), (5, 3, [1, 2, 3, 4, 5])])
 def test_every_stage_of_a_row_is_kept_until_it_is_judged(findings_arguments, tmp_path, steps, follow, stages):
-    finding = FINDING | {"follow": follow, "rows": {"row": {"max_steps": steps}}}
+    finding = FINDING | {"stages": follow, "rows": {"row": {"max_steps": steps}}}
     (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(finding))
     (row,) = findings.Finding.read(tmp_path / "recipes" / "steps.yaml").rows
     assert list(findings.make(row, tmp_path / "out" / "row", findings_arguments)) == stages
 
 
 def test_a_row_interrupted_while_its_checkpoints_are_removed_goes_on(findings_arguments, tmp_path, monkeypatch):
-    finding = FINDING | {"follow": 3, "rows": {"row": {"max_steps": 3}}}
+    finding = FINDING | {"stages": 3, "rows": {"row": {"max_steps": 3}}}
     (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(finding))
     (row,) = findings.Finding.read(tmp_path / "recipes" / "steps.yaml").rows
     folder = tmp_path / "out" / "row"
@@ -186,10 +188,10 @@ def test_long_documents_are_judged_apart_from_those_that_train(findings_argument
         15,
         4,
     )
-    path = findings.data_file("documents", findings_arguments)
+    path = findings_data.data_file("documents", findings_arguments)
     trained = [json.loads(line)["abstract"] for line in path.read_text().splitlines()]
     queries, corpus = (
-        findings.read_text_columns(findings_arguments.data / "Documents" / f"{name}.jsonl.gz", "text")
+        read_text_columns(findings_arguments.data / "Documents" / f"{name}.jsonl.gz", "text")
         for name in ("queries", "corpus")
     )
     judged = [text for _, (text,) in queries]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from eval import throughput
+from eval.speed import process
 from eval.speed.measurement import Workload
 from experiments import gpu_check
 from experiments.gpu_check import (
@@ -116,10 +116,10 @@ def test_twice_the_length_takes_no_more_than_the_ratio():
 
 
 def test_the_ratio_is_of_what_is_above_the_base(monkeypatch):
-    def run_process(case, limit):
+    def run_case(case, limit):
         return {"outcome": outcome, "base": 1000, "peak": 1000 + case.length**2}
 
-    monkeypatch.setattr(throughput, "run_process", run_process)
+    monkeypatch.setattr(process, "run_case", run_case)
     outcome = "measured"
     assert memory_ratio({"type": "full"}, "eager", Workload(), 64) == 4
     outcome = "out of memory"

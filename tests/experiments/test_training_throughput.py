@@ -1,4 +1,4 @@
-"""eval/throughput.py --training: both sides compute the same, and what the table makes of their times."""
+"""The comparison of training steps: both sides compute the same, and what the table makes of their times."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from common.errors import UserError
-from eval import throughput
 from experiments import training_throughput
-from experiments.training_throughput import OURS, PUBLISHED, Row, TrainingThroughputArguments, compare_training
+from experiments.training_throughput import OURS, PUBLISHED, Arguments, Row, compare
 from modeling_longembed import LongEmbedModel
 
 LENGTH = 48
@@ -27,18 +26,14 @@ def bert_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def arguments(bert: str, **changes) -> TrainingThroughputArguments:
-    fields = {"training": True, "base_model": bert, "pair_count": 3, "batch_tokens": [1, 100]}
-    return TrainingThroughputArguments(**fields | changes)
-
-
-def compare(arguments, output, patterns=("full",)) -> str:
-    return compare_training(arguments, list(patterns), [LENGTH], repeats=1, threads=1, output=output)
+def arguments(bert: str, output, **changes) -> Arguments:
+    fields = {"base_model": bert, "output_dir": str(output), "lengths": [str(LENGTH)], "pair_count": 3}
+    return Arguments(**fields | {"batch_tokens": [1, 100], "repeats": 1} | changes)
 
 
 def test_both_sides_measure_the_same_step(bert_folder, tmp_path, capsys):
     """The oracle of our step is sentence-transformers' loss; real processes, each of them twice."""
-    compare(arguments(bert_folder, batch_tokens=[100]), tmp_path, ["full", "block:size=16"])
+    compare(arguments(bert_folder, tmp_path, batch_tokens=[100], attention_patterns=["full", "block:size=16"]))
     said = capsys.readouterr().out
     assert said.count("loss differs by") == 2
     assert said.count("repeat 1, ours") == said.count("repeat 1, sentence-transformers") == 2
@@ -56,7 +51,7 @@ def test_sides_that_differ_are_not_timed(bert_folder, tmp_path):
         {"format": "pt"},
     )
     with pytest.raises(UserError, match=r"^full at 48 tokens: loss or gradients differ by more than 0\.0001, nothing"):
-        compare(arguments(bert_folder), tmp_path)
+        compare(arguments(bert_folder, tmp_path))
 
 
 def test_dropout_is_off_on_both_sides(bert_folder, tmp_path):
@@ -80,11 +75,9 @@ def test_the_fastest_within_the_memory_is_compared():
 
 
 def test_what_is_asked_for_wrongly(bert_folder, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"^--training needs --base_model"):
-        compare(arguments(bert_folder, base_model=None), tmp_path)
     (tmp_path / "pairs.jsonl").write_text('{"anchor": "a b", "positive": "c d e"}\n')
     with pytest.raises(UserError, match=r"pairs.jsonl: has 1 pairs, --pair_count asks for 3$"):
-        compare(arguments(bert_folder, pairs=str(tmp_path / "pairs.jsonl")), tmp_path)
-    monkeypatch.setattr("sys.argv", ["throughput.py", "--training", "--lengths", "8", "--output_dir", str(tmp_path)])
-    with pytest.raises(UserError, match=r"^--training needs --base_model"):
-        throughput.main()
+        compare(arguments(bert_folder, tmp_path, pairs=str(tmp_path / "pairs.jsonl")))
+    monkeypatch.setattr("sys.argv", ["training_throughput.py", "--lengths", "8", "--output_dir", str(tmp_path)])
+    with pytest.raises(UserError, match=r"required: --base_model"):
+        training_throughput.main()

@@ -68,6 +68,13 @@ def test_what_is_in_common_is_shared():
     assert not {module: folders for module, folders in used_by.items() if len(folders) < 2}
 
 
+def test_nothing_in_eval_imports_a_script():
+    """What scripts share is in the folders behind them; experiments/ may import a script."""
+    arrows = {arrow for arrow in import_arrows(ROOT / "eval") if "__init__" not in arrow[1]}
+    assert len(arrows) > 50
+    assert not {arrow for arrow in arrows if folder_of(arrow[1]) == "."}
+
+
 @pytest.mark.parametrize("folder", ["training", "eval", "experiments"])
 def test_no_script_folder_hides_a_library(folder):
     # `python training/x.py` puts training/ first on sys.path: training/logging.py would then be everybody's `logging`.

@@ -10,8 +10,8 @@ import pytrec_eval
 from sklearn.metrics import ndcg_score
 
 from common.errors import UserError
-from eval.models.judged import JudgedModel
-from eval.plot import draw
+from eval.models.mteb_models import EvaluatedModel
+from eval.report.length_plot import draw_scores
 from eval.report.results import AtomicResultCache, Score, as_markdown, as_table, pivot, read_scores
 from eval.tasks.retrieval import load, local_task
 
@@ -21,7 +21,7 @@ class Known:
 
     def __init__(self, scores: np.ndarray, name: str = "test/known"):
         self.scores = scores
-        self.mteb_model_meta = JudgedModel("bm25").meta.model_copy(update={"name": name})
+        self.mteb_model_meta = EvaluatedModel("bm25").meta.model_copy(update={"name": name})
         self.searched = 0
 
     def index(self, corpus, **kwargs):
@@ -147,14 +147,14 @@ def test_scores_are_read_back_into_the_table_and_the_plot(make_task, tmp_path):
     assert rows == {"test/all": [100.0] * 4, "test/none": [pytest.approx(100 / np.log2(5), abs=1e-3), 0.0, 0.0, 0.0]}
     assert as_markdown(found).splitlines()[2] == "| test/all | 100.0 | 100.0 | 100.0 | 100.0 |"
     assert as_table(found).row_count == 2
-    draw(found, tmp_path / "report.png", {"test/all": "sees all"})
+    draw_scores(found, tmp_path / "report.png", {"test/all": "sees all"})
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     for part in ([s for s in found if s.length], [s for s in found if not s.length], [Score("m", "t", "test", 5.0)]):
-        draw(part, tmp_path / "report.png")
+        draw_scores(part, tmp_path / "report.png")
 
 
 def test_a_folder_without_results_is_told(tmp_path):
     with pytest.raises(UserError, match="holds no results"):
         read_scores(tmp_path)
     with pytest.raises(UserError, match="no scores to draw"):
-        draw([], tmp_path / "report.png")
+        draw_scores([], tmp_path / "report.png")

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from common.errors import UserError
 from common.vector_cache import VectorCache
-from eval.models.judged import JudgedModel
+from eval.models.mteb_models import EvaluatedModel
 from eval.synthetic import write_task
 from eval.tasks.retrieval import load, local_task
 
@@ -19,7 +19,7 @@ METADATA = mteb.get_task("LEMBQMSumRetrieval").metadata
 
 
 def model_of(text: str, tmp_path, **settings):
-    return JudgedModel.parse(text, **settings).load(VectorCache(tmp_path / "v.sqlite"), 400, False)
+    return EvaluatedModel.parse(text, **settings).load(VectorCache(tmp_path / "v.sqlite"), 400, False)
 
 
 def random_texts(count: int, longest: int, seed: int) -> list[str]:
@@ -124,8 +124,11 @@ def test_settings_that_change_vectors_change_where_results_lie(tiny_sentence_tra
             for n in (16, 32)
         ),
     ]
-    metas = [JudgedModel.parse(name).meta for name in [*names, "bm25"]]
-    metas += [JudgedModel.parse(names[0], max_length=16).meta, JudgedModel.parse(names[0], precision="bfloat16").meta]
+    metas = [EvaluatedModel.parse(name).meta for name in [*names, "bm25"]]
+    metas += [
+        EvaluatedModel.parse(names[0], max_length=16).meta,
+        EvaluatedModel.parse(names[0], precision="bfloat16").meta,
+    ]
     places = {(meta.name, meta.revision, meta.experiment_name) for meta in metas}
     assert len(places) == len(metas)
     assert metas[0].n_parameters == sum(p.numel() for p in _bert(tiny_sentence_transformer).parameters())
@@ -140,4 +143,4 @@ def _bert(folder) -> torch.nn.Module:
 @pytest.mark.parametrize("text", ["truncate:x", "truncate:x:0", "chunk-mean::64", "chunk-max:x:many", "truncate:x:"])
 def test_a_malformed_baseline_is_told_how_to_write_it(text):
     with pytest.raises(UserError, match=r"write (truncate|chunk-mean|chunk-max):PATH:N with N tokens"):
-        JudgedModel.parse(text)
+        EvaluatedModel.parse(text)

@@ -1,4 +1,4 @@
-"""What `--model` may name (common/model_spec.py), each as a model that MTEB can judge."""
+"""Models and baselines behind MTEB's interfaces: everything that `--model` may name (common/model_spec.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,24 +20,27 @@ from common.errors import UserError
 from common.model_spec import ModelSpec
 from common.text_vectors import stream, vectors_of
 from common.vector_cache import VectorCache
-from eval.models.quantization import stored
+from eval.models.quantization import quantize
 
 
 @dataclass(frozen=True)
-class JudgedModel(ModelSpec):
-    """One value of `--model`, as MTEB knows it and loads it.
+class EvaluatedModel(ModelSpec):
+    """One value of `--model` with the settings of its evaluation.
 
     Attributes:
-        vectors: how vectors of documents are stored: `float32`, `int8` or `binary`.
+        vectors: storage of the document vectors: `float32`, `int8` or `binary`.
     """
 
     vectors: str = "float32"
 
-    def storing(self, vectors: str) -> "JudgedModel":
-        """The same with vectors of documents in other bits.
+    def storing(self, vectors: str) -> "EvaluatedModel":
+        """Return the same model with another storage of its document vectors.
+
+        Args:
+            vectors: `float32`, `int8` or `binary`.
 
         Raises:
-            UserError: it has a vector a chunk.
+            UserError: the model has one vector per chunk, which cannot be stored so.
         """
         if vectors != "float32" and self.kind == "chunk-max":
             raise UserError(f"--vectors {vectors}: chunk-max has a vector a chunk; leave it out, or use chunk-mean")
@@ -45,7 +48,10 @@ class JudgedModel(ModelSpec):
 
     @cached_property
     def meta(self) -> ModelMeta:
-        """MTEB's description of the model, from its files alone; name, revision and settings say where results lie."""
+        """MTEB's description of the model, from its files alone.
+
+        The name, the revision and the settings decide in which folder its results lie.
+        """
         if self.folder is None:
             name, revision, parameters = "baseline/bm25s", version("bm25s"), 0
         else:
@@ -82,10 +88,15 @@ class JudgedModel(ModelSpec):
         )
 
     def load(self, cache: VectorCache, batch_tokens: int, trust_remote_code: bool) -> Any:
-        """The model for `mteb.evaluate`.
+        """Load the model for `mteb.evaluate`.
+
+        Args:
+            cache: of vectors.
+            batch_tokens: tokens in one forward pass.
+            trust_remote_code: whether code that comes with a model may run.
 
         Raises:
-            UserError: it does not load, or `tokens` is more than its context.
+            UserError: the model does not load, or its `tokens` are more than its context.
         """
         if self.folder is None:
             return BM25(self.meta)
@@ -103,44 +114,56 @@ class JudgedModel(ModelSpec):
 
 
 class OneVector(AbsEncoder):
-    """MTEB's encoder protocol for everything that gives one vector a text: the sum of its rows, up to length.
+    """A model with one vector per text, behind MTEB's encoder protocol.
 
-    A model has one row; for chunk-mean the sum of the chunks' rows has the direction of their token-weighted mean.
-    Vectors are compared by cosine, except those of a model that says otherwise. All but those of queries may be stored
-    in fewer bits.
+    The vector is the sum of the encoder's rows: a model has one row, and the rows of chunk-mean sum up to the direction
+    of the token-weighted mean of its chunks. Vectors are compared by cosine, unless the model has another similarity.
+    Document vectors may be stored in fewer bits.
+
+    Args:
+        encoder: computes the rows.
+        cache: of vectors.
+        meta: MTEB's description of the model.
+        vectors: storage of the document vectors: `float32`, `int8` or `binary`.
     """
 
     def __init__(self, encoder: Encoder, cache: VectorCache, meta: ModelMeta, vectors: str = "float32"):
         self.encoder, self.cache, self.mteb_model_meta, self.vectors = encoder, cache, meta, vectors
 
     def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
-        """Vectors (n, d) of the n texts of MTEB's data loader."""
+        """Return vectors `(n, d)` of the n texts of MTEB's data loader."""
         kind = prompt_type.value if prompt_type else None
         vectors = vectors_of(inputs.dataset["text"], self.encoder, kind, self.cache)
         if self.vectors == "float32" or prompt_type == PromptType.query:
             return vectors
-        if isinstance(self.encoder, ChunkEncoder):  # their lengths are numbers of tokens, which no store would keep
+        if isinstance(self.encoder, ChunkEncoder):  # their norms are numbers of tokens, which are not stored
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
-        return stored(vectors, self.vectors)
+        return quantize(vectors, self.vectors)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Scores (n, m) of vectors (n, d) against (m, d)."""
+        """Return scores `(n, m)` of vectors `(n, d)` against `(m, d)`."""
         compare = cos_sim if isinstance(self.encoder, ChunkEncoder) else self.encoder.model.similarity
         return compare(embeddings1, embeddings2)
 
 
 class ChunkMax:
-    """MTEB's search protocol where a document is as near to a query as its nearest chunk (MaxP, Dai & Callan 2019)."""
+    """A model that scores a document by its best chunk (MaxP, Dai & Callan 2019), behind MTEB's search protocol.
+
+    Args:
+        encoder: gives one row for each chunk.
+        cache: of vectors.
+        meta: MTEB's description of the model.
+    """
 
     def __init__(self, encoder: Encoder, cache: VectorCache, meta: ModelMeta):
         self.encoder, self.cache, self.mteb_model_meta = encoder, cache, meta
 
     def index(self, corpus: Any, **kwargs: Any) -> None:
-        """Remember the corpus; it is encoded as it is searched, so that its chunk vectors are never all in memory."""
+        """Keep the corpus; it is encoded during the search, so that its chunk vectors are never all in memory."""
         self.corpus = corpus
 
     def search(self, queries: Any, *, task_metadata: Any, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
-        """The `top_k` documents of each query with their scores."""
+        """Return the `top_k` best documents of each query: query id -> document id -> score."""
         query_texts = _texts(queries, task_metadata, PromptType.query)
         vectors = torch.nn.functional.normalize(
             torch.from_numpy(vectors_of(query_texts, self.encoder, "query", self.cache))
@@ -159,30 +182,34 @@ class ChunkMax:
 
 
 class BM25:
-    """MTEB's search protocol over `BM25Index`."""
+    """`BM25Index` behind MTEB's search protocol.
+
+    Args:
+        meta: MTEB's description of the model.
+    """
 
     def __init__(self, meta: ModelMeta):
         self.mteb_model_meta = meta
 
     def index(self, corpus: Any, *, task_metadata: Any, **kwargs: Any) -> None:
-        """Count the words of the corpus."""
+        """Index the words of the corpus."""
         self.corpus = corpus
         self.words = BM25Index(_texts(corpus, task_metadata, PromptType.document))
 
     def search(self, queries: Any, *, task_metadata: Any, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
-        """The `top_k` documents of each query with their scores."""
+        """Return the `top_k` best documents of each query: query id -> document id -> score."""
         scores, indices = self.words.search(_texts(queries, task_metadata, PromptType.query), top_k)
         return _by_id(queries, self.corpus, torch.from_numpy(indices), torch.from_numpy(scores))
 
 
 def _texts(dataset: Any, task_metadata: Any, prompt_type: Any) -> Sequence[str]:
-    """The texts as MTEB hands them to an encoder (title in front, stripped), so that all systems read the same."""
+    """Return the texts as MTEB gives them to an encoder (title first, stripped), so that all systems read the same."""
     loader: Any = create_dataloader(dataset, task_metadata=task_metadata, prompt_type=prompt_type)
     return loader.dataset["text"]
 
 
 def _by_id(queries: Any, corpus: Any, indices: torch.Tensor, scores: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Indices and scores, both (queries, k), as MTEB wants them."""
+    """Convert indices and scores, both `(queries, k)`, to query id -> document id -> score."""
     ids = list(corpus["id"])
     return {
         query: {ids[i]: score for i, score in zip(row, values, strict=True)}
