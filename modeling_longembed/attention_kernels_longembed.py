@@ -20,7 +20,7 @@ from .position_schemes_longembed import GroupedRotary, ScoreBias
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch: the loop below does the same work
-    varlen_attn = None
+    varlen_attn = None  # type: ignore[assignment]  # its absence is asked for by `varlen_kernel_applies`
 
 # Largest number of score or mask elements that one step of a chunked path may hold (64 MB in fp32).
 MAX_SCORES = 2**24

@@ -1,6 +1,6 @@
 """Segments that attend to themselves and, in the same softmax, to tokens of a past: what memory layers compute."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def past_attention(
                 queries @ keys(past.key, key).transpose(2, 3),
                 _take(grouped.query_left, at),
                 _take(grouped.query_right, at),
-                keys(past.far_key, grouped.key),
+                keys(cast(Tensor, past.far_key), grouped.key),
                 index[:, None] - key_index,
                 grouped.neighbours[at][:, None, :, None],
             )

@@ -33,7 +33,7 @@ EXTENSION_PARAMETERS: dict[str, dict[str, Any]] = {
 
 def told_in_one_sentence(cls: type) -> type:
     """Class decorator over `strict`, which wraps a mistake in lines of its own: the ValueError tells it alone."""
-    strict_init = cls.__init__
+    strict_init = cls.__init__  # type: ignore[misc]  # of the class itself, which is what a class decorator is given
 
     @wraps(strict_init)
     def __init__(self, **kwargs):
@@ -44,7 +44,7 @@ def told_in_one_sentence(cls: type) -> type:
                 raise
             raise ValueError(str(error.__cause__).split(". Errors:")[0]) from error
 
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[misc]  # as above
     return cls
 
 
@@ -202,7 +202,7 @@ class LongEmbedConfig(PretrainedConfig):
 
     def _complete_patterns(self, name: str) -> list[dict]:
         """The field `name` with one entry an attention sublayer and every parameter of each."""
-        entries, expected = getattr(self, name), self.num_hidden_layers
+        entries, expected = getattr(self, name), str(self.sublayer_pattern).count("s")
         entries = entries if isinstance(entries, list) else [entries]
         if len(entries) == 1:
             entries = entries * expected

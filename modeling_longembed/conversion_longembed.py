@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from .conversion_families_longembed import FAMILIES, ROBERTA, Family, refuse
-from .hub_longembed import ST_POOLINGS, find_file
+from .hub_longembed import ST_POOLINGS, HubModel, find_file
 from .pattern_landmark_longembed import landmark_size
 from .pattern_registry_longembed import build_pattern
 from .position_extension_longembed import default_method
@@ -52,7 +52,7 @@ class MissingHeadError(ValueError):
 def converted_fields(original, family: Family, choices: dict) -> dict:
     """Config fields of the converted model: what the checkpoint fixes, what the caller chose, defaults for the rest."""
     fields = family.fields(original)
-    context, theirs = fields["max_position_embeddings"], fields.get("attention_patterns")
+    context, theirs = fields["max_position_embeddings"], fields.get("attention_patterns", [])
     fields |= choices
     patterns = fields.get("attention_patterns", "full")
     patterns = patterns if isinstance(patterns, list) else [patterns]
@@ -202,165 +202,154 @@ def checkpoint_license(name_or_path: str, **hub) -> str | None:
     return found.group(1) if found else None
 
 
-class FromEncoderMixin:
-    """Adds `from_encoder` to the models."""
+def convert_encoder(
+    cls: type[HubModel],
+    name_or_path: str,
+    max_position_embeddings: int | None = None,
+    position_extension: dict | str | None = None,
+    attention_patterns: list | dict | str | None = None,
+    attn_implementation: str | None = None,
+    **kwargs,
+):
+    """Turns a pretrained encoder into a long-document model.
 
-    @classmethod
-    def from_encoder(
-        cls,
-        name_or_path: str,
-        max_position_embeddings: int | None = None,
-        position_extension: dict | str | None = None,
-        attention_patterns: list | dict | str | None = None,
-        attn_implementation: str | None = None,
-        **kwargs,
-    ):
-        """Turns a pretrained encoder into a long-document model.
+    Within the original context the outputs are the original's, as far as the chosen patterns see the same keys; the
+    conversion compares them and prints the largest difference.
 
-        Within the original context the outputs are the original's, as far as the chosen patterns see the same keys; the
-        conversion compares them and prints the largest difference.
+    Args:
+        name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, Longformer, ModernBERT or
+            NomicBERT checkpoint, also one of sentence-transformers, whose pooling and prompts are taken over.
+        max_position_embeddings: new context in tokens; default: the original one.
+        position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer
+            context: `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions
+            and `dynamic` for rope.
+        attention_patterns: as in `LongEmbedConfig`; default: the original's. The word of `landmark`'s landmarks
+            starts as the mean of all words; a pattern's own weights that the checkpoint has not start as the
+            pattern says (`global_projections` as copies, `adaptive` at its `initial_span`).
+        attn_implementation: kernel, as in `from_pretrained`.
+        **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
+            `prompts`, `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model`
+            (a name for the card); and what `from_pretrained` takes to find files: `revision`, `token`,
+            `cache_dir`, `local_files_only`.
 
-        Args:
-            name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, Longformer, ModernBERT or
-                NomicBERT checkpoint, also one of sentence-transformers, whose pooling and prompts are taken over.
-            max_position_embeddings: new context in tokens; default: the original one.
-            position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer
-                context: `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions
-                and `dynamic` for rope.
-            attention_patterns: as in `LongEmbedConfig`; default: the original's. The word of `landmark`'s landmarks
-                starts as the mean of all words; a pattern's own weights that the checkpoint has not start as the
-                pattern says (`global_projections` as copies, `adaptive` at its `initial_span`).
-            attn_implementation: kernel, as in `from_pretrained`.
-            **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
-                `prompts`, `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model`
-                (a name for the card); and what `from_pretrained` takes to find files: `revision`, `token`,
-                `cache_dir`, `local_files_only`.
+    Returns:
+        The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
 
-        Returns:
-            The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
-
-        Raises:
-            ValueError: a checkpoint with a feature that we cannot express (named), choices that cannot be combined, or
-                outputs that differ from the original's.
-        """
-        hub = {
-            name: kwargs.pop(name) for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs
-        }
-        if unknown := sorted(set(kwargs) - set(CHOICES)):
-            raise ValueError(
-                f"from_encoder: {unknown[0]!r} is fixed by the checkpoint or unknown; "
-                f"you may choose {', '.join(CHOICES)}"
-            )
-        original = AutoConfig.from_pretrained(name_or_path, **hub)
-        if original.model_type not in FAMILIES:
-            raise ValueError(
-                f"this checkpoint cannot be converted: its architecture is {original.model_type!r}; "
-                f"LongEmbed reads {', '.join(FAMILIES)}"
-            )
-        family = FAMILIES[original.model_type]
-        choices = kwargs | {
-            "max_position_embeddings": max_position_embeddings,
-            "position_extension": position_extension,
-            "attention_patterns": attention_patterns,
-        }
-        trained = sentence_transformers_choices(name_or_path, choices.get("pooling") is None, **hub)
-        choices = trained | {name: value for name, value in choices.items() if value is not None}
-        fields = converted_fields(original, family, choices)
-        # A local path would mean nothing to those who read the published config.
-        name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
-        config = cls.config_class(
-            **{"original_model": name, "license": checkpoint_license(name_or_path, **hub)} | fields
+    Raises:
+        ValueError: a checkpoint with a feature that we cannot express (named), choices that cannot be combined, or
+            outputs that differ from the original's.
+    """
+    hub = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
+    if unknown := sorted(set(kwargs) - set(CHOICES)):
+        raise ValueError(
+            f"from_encoder: {unknown[0]!r} is fixed by the checkpoint or unknown; you may choose {', '.join(CHOICES)}"
         )
-
-        with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder itself ties nothing
-        auto = AutoModelForMaskedLM if with_head else AutoModel
-        original_model, loading = auto.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True, **hub
+    original = AutoConfig.from_pretrained(name_or_path, **hub)
+    if original.model_type not in FAMILIES:
+        raise ValueError(
+            f"this checkpoint cannot be converted: its architecture is {original.model_type!r}; "
+            f"LongEmbed reads {', '.join(FAMILIES)}"
         )
-        original_model.eval()
-        missing, prefix = loading["missing_keys"], f"{original_model.base_model_prefix}." if with_head else ""
-        model = cls._from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
-        # transformers fills in what a damaged checkpoint lacks, at random: those weights are not the checkpoint's.
-        theirs = {k: v for k, v in original_model.base_model.state_dict(prefix=prefix).items() if k not in missing}
-        theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
-        weights = converted_weights(theirs, family.reserved_rows(original), family, config)
-        if with_head:
-            weights = {f"model.{name}": tensor for name, tensor in weights.items()}
-            weights |= cls._head_weights(original_model, family, missing)
-        absent, unexpected = model.load_state_dict(weights, strict=False)
-        absent = [name for name in absent if name not in model.all_tied_weights_keys]
-        # Weights of the patterns' own come and go with the choice of patterns.
-        new, unused = ([name for name in names if ".own." in name] for names in (absent, unexpected))
-        if unmatched := [name for name in [*absent, *unexpected] if name not in (*new, *unused)]:
-            raise ValueError(
-                "this checkpoint cannot be converted: it has no weights, or we have no place, for "
-                f"{', '.join(unmatched[:3])}"
-            )
-        if new:
-            model.initialize_own_weights()
-            model.load_state_dict(weights, strict=False)  # what the checkpoint has of them stays
-        model.tie_weights()
-        for names, said in ((new, "are not in the checkpoint and start new"), (unused, "are left out")):
-            if names:
-                print(f"longembed: {len(names)} weights that belong to attention patterns {said}, such as {names[0]}")
-        original_fields = converted_fields(original, family, {})
-        model._report_difference(
-            original_model,
-            comparable_length(config, original_fields, bool(new)),
-            # Only those have global projections that come with some: the original marks tokens too.
-            not new and all(getattr(pattern, "global_projections", False) for pattern in config.get_patterns()),
+    family = FAMILIES[original.model_type]
+    choices = kwargs | {
+        "max_position_embeddings": max_position_embeddings,
+        "position_extension": position_extension,
+        "attention_patterns": attention_patterns,
+    }
+    trained = sentence_transformers_choices(name_or_path, choices.get("pooling") is None, **hub)
+    choices = trained | {name: value for name, value in choices.items() if value is not None}
+    fields = converted_fields(original, family, choices)
+    # A local path would mean nothing to those who read the published config.
+    name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
+    config_class: Any = cls.config_class
+    config = config_class(**{"original_model": name, "license": checkpoint_license(name_or_path, **hub)} | fields)
+
+    with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder itself ties nothing
+    auto = AutoModelForMaskedLM if with_head else AutoModel
+    original_model, loading = auto.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True, **hub)
+    original_model.eval()
+    missing, prefix = loading["missing_keys"], f"{original_model.base_model_prefix}." if with_head else ""
+    model = cls._from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
+    # transformers fills in what a damaged checkpoint lacks, at random: those weights are not the checkpoint's.
+    theirs = {k: v for k, v in original_model.base_model.state_dict(prefix=prefix).items() if k not in missing}
+    theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
+    weights = converted_weights(theirs, family.reserved_rows(original), family, config)
+    if with_head:
+        weights = {f"model.{name}": tensor for name, tensor in weights.items()}
+        weights |= converted_head_weights(original_model, family, missing)
+    absent, unexpected = model.load_state_dict(weights, strict=False)
+    absent = [name for name in absent if name not in model.all_tied_weights_keys]
+    # Weights of the patterns' own come and go with the choice of patterns.
+    new, unused = ([name for name in names if ".own." in name] for names in (absent, unexpected))
+    if unmatched := [name for name in [*absent, *unexpected] if name not in (*new, *unused)]:
+        raise ValueError(
+            "this checkpoint cannot be converted: it has no weights, or we have no place, for "
+            f"{', '.join(unmatched[:3])}"
         )
-        # Asked for a tokenizer that is not there, transformers makes one that knows no words.
-        if any(find_file(name_or_path, file, **hub) for file in TOKENIZER_FILES):
-            model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
-            model.tokenizer.model_max_length = config.max_position_embeddings
-        return model
+    if new:
+        model.initialize_own_weights()
+        model.load_state_dict(weights, strict=False)  # what the checkpoint has of them stays
+    model.tie_weights()
+    for names, said in ((new, "are not in the checkpoint and start new"), (unused, "are left out")):
+        if names:
+            print(f"longembed: {len(names)} weights that belong to attention patterns {said}, such as {names[0]}")
+    original_fields = converted_fields(original, family, {})
+    report_difference(
+        model,
+        original_model,
+        comparable_length(config, original_fields, bool(new)),
+        # Only those have global projections that come with some: the original marks tokens too.
+        not new and all(getattr(pattern, "global_projections", False) for pattern in config.get_patterns()),
+    )
+    # Asked for a tokenizer that is not there, transformers makes one that knows no words.
+    if any(find_file(name_or_path, file, **hub) for file in TOKENIZER_FILES):
+        model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
+        model.tokenizer.model_max_length = config.max_position_embeddings
+    return model
 
-    @staticmethod
-    def _head_weights(original_model, family: Family, missing: set[str]) -> dict[str, Tensor]:
-        config, layers = original_model.config, family.fields(original_model.config)["hidden_act"]
-        activation = "gelu" if family.head is ROBERTA.head else getattr(config, "classifier_activation", layers)
-        refuse(
-            activation != layers,
-            f"a masked-language-model head with the activation {activation!r} over layers with {layers!r}",
+
+def converted_head_weights(original_model, family: Family, missing: set[str]) -> dict[str, Tensor]:
+    config, layers = original_model.config, family.fields(original_model.config)["hidden_act"]
+    activation = "gelu" if family.head is ROBERTA.head else getattr(config, "classifier_activation", layers)
+    refuse(
+        activation != layers,
+        f"a masked-language-model head with the activation {activation!r} over layers with {layers!r}",
+    )
+    absent = sorted(name for name in missing if name.startswith(tuple(family.head.values())))
+    if absent:
+        raise MissingHeadError(
+            f"this checkpoint cannot be converted: it has no masked-language-model head ({absent[0]} is missing); "
+            "convert with LongEmbedModel"
         )
-        absent = sorted(name for name in missing if name.startswith(tuple(family.head.values())))
-        if absent:
-            raise MissingHeadError(
-                f"this checkpoint cannot be converted: it has no masked-language-model head ({absent[0]} is missing); "
-                "convert with LongEmbedModel"
-            )
-        weights = original_model.state_dict()
-        named = ((mine, theirs, suffix) for mine, theirs in family.head.items() for suffix in ("weight", "bias"))
-        return {
-            f"head.{mine}.{suffix}": x
-            for mine, theirs, suffix in named
-            if (x := take(weights, theirs, suffix)) is not None
-        }
+    weights = original_model.state_dict()
+    named = ((mine, theirs, suffix) for mine, theirs in family.head.items() for suffix in ("weight", "bias"))
+    return {
+        f"head.{mine}.{suffix}": x for mine, theirs, suffix in named if (x := take(weights, theirs, suffix)) is not None
+    }
 
-    def _report_difference(self, original_model, length: int, global_tokens: bool):
-        """Compares with the original on documents of up to `length` tokens, prints the result, refuses a difference.
 
-        With `global_tokens` some tokens are marked as global in both.
-        """
-        name = self.config.original_model
-        if length == 0:
-            print(
-                f"longembed: {name} converted; by choice no input is read as the original reads it, "
-                "so nothing was compared"
-            )
-            return
-        length = min(length, COMPARED_LENGTH)
-        encoder = self.base_model
-        weighting, encoder.token_weighting = encoder.token_weighting, "none"  # compared is what comes before it
-        difference = largest_difference(original_model, self, length, global_tokens)
-        encoder.token_weighting = weighting
+def report_difference(model: HubModel, original_model, length: int, global_tokens: bool):
+    """Compares with the original on documents of up to `length` tokens, prints the result, refuses a difference.
+
+    With `global_tokens` some tokens are marked as global in both.
+    """
+    name = model.config.original_model
+    if length == 0:
         print(
-            f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: "
-            f"{difference:.1e}"
+            f"longembed: {name} converted; by choice no input is read as the original reads it, so nothing was compared"
         )
-        if not difference <= TOLERANCE:
-            raise ValueError(
-                f"the conversion of {name} changed its outputs by {difference:.1e}, more than {TOLERANCE:.0e}: it has "
-                "a feature that was not recognised; please report it with the checkpoint's config.json"
-            )
+        return
+    length = min(length, COMPARED_LENGTH)
+    encoder: Any = model.base_model
+    weighting, encoder.token_weighting = encoder.token_weighting, "none"  # compared is what comes before it
+    difference = largest_difference(original_model, model, length, global_tokens)
+    encoder.token_weighting = weighting
+    print(
+        f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: "
+        f"{difference:.1e}"
+    )
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"the conversion of {name} changed its outputs by {difference:.1e}, more than {TOLERANCE:.0e}: it has "
+            "a feature that was not recognised; please report it with the checkpoint's config.json"
+        )

@@ -1,12 +1,13 @@
 """`model.encode`: texts in, vectors out. No padding, no dependence on the neighbours, nothing cut off in silence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .hub_longembed import HubModel
 from .output_pooling_longembed import pool
 from .packing_longembed import split_documents
 
@@ -58,155 +59,150 @@ def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
     return ids[: words[0]], ids[words[-1] + 1 :]
 
 
-class EncodeMixin:
-    """Adds `encode` to the encoder; the tokenizer is the one saved beside the model."""
+def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow: str = "warn") -> list[list[int]]:
+    """Token ids of each text with special tokens, cut to the context so that the closing special token stays.
 
-    __call__: Callable[..., Any]  # of the module that this is mixed into
+    Args:
+        texts: any strings; an empty one gives the special tokens alone.
+        prompt: put before every text.
+        overflow: `warn` says once how much was cut off, `error` refuses.
 
-    def tokenize(self, texts: list[str], prompt: str = "", overflow: str = "warn") -> list[list[int]]:
-        """Token ids of each text with special tokens, cut to the context so that the closing special token stays.
-
-        Args:
-            texts: any strings; an empty one gives the special tokens alone.
-            prompt: put before every text.
-            overflow: `warn` says once how much was cut off, `error` refuses.
-
-        Raises:
-            ValueError: with `overflow="error"`, if a text is longer than the context.
-        """
-        limit = self.config.max_position_embeddings
-        encoded = self.tokenizer(
-            [prompt + text for text in texts], add_special_tokens=True, truncation=False, verbose=False
+    Raises:
+        ValueError: with `overflow="error"`, if a text is longer than the context.
+    """
+    limit = model.config.max_position_embeddings
+    encoded = model.tokenizer(
+        [prompt + text for text in texts], add_special_tokens=True, truncation=False, verbose=False
+    )
+    rows = encoded["input_ids"]
+    cut = [len(row) - limit for row in rows if len(row) > limit]
+    if cut:
+        message = (
+            f"{len(cut)} of {len(rows)} texts are longer than the context of {limit} tokens "
+            f"(max_position_embeddings); {sum(cut)} of {sum(map(len, rows))} tokens"
         )
-        rows = encoded["input_ids"]
-        cut = [len(row) - limit for row in rows if len(row) > limit]
-        if cut:
-            message = (
-                f"{len(cut)} of {len(rows)} texts are longer than the context of {limit} tokens "
-                f"(max_position_embeddings); {sum(cut)} of {sum(map(len, rows))} tokens"
-            )
-            if overflow == "error":
-                raise ValueError(f"{message} would be cut off; split them, or extend the model")
-            logger.warning(f"{message} were cut off at the end")
-            _, closing = special_tokens_around(self.tokenizer)
-            rows = [row if len(row) <= limit else row[: limit - len(closing)] + closing for row in rows]
-        return rows
+        if overflow == "error":
+            raise ValueError(f"{message} would be cut off; split them, or extend the model")
+        logger.warning(f"{message} were cut off at the end")
+        _, closing = special_tokens_around(model.tokenizer)
+        rows = [row if len(row) <= limit else row[: limit - len(closing)] + closing for row in rows]
+    return rows
 
-    @torch.no_grad()
-    def encode(
-        self,
-        texts: str | list[str],
-        prompt_name: str | None = None,
-        batch_tokens: int = 16_384,
-        normalize: bool = True,
-        truncate_dim: int | None = None,
-        late_chunk_tokens: int | None = None,
-        overflow: str = "warn",
-        output: str = "numpy",
-        precision: str = "auto",
-        show_progress_bar: bool | None = None,
+
+@torch.no_grad()
+def encode_texts(
+    model: HubModel,
+    texts: str | list[str],
+    prompt_name: str | None = None,
+    batch_tokens: int = 16_384,
+    normalize: bool = True,
+    truncate_dim: int | None = None,
+    late_chunk_tokens: int | None = None,
+    overflow: str = "warn",
+    output: str = "numpy",
+    precision: str = "auto",
+    show_progress_bar: bool | None = None,
+):
+    """Embeds texts of any length up to the context.
+
+    Args:
+        texts: one string or a list.
+        prompt_name: key in `config.prompts` (`query`, `document`) whose text goes before each input; None: none.
+        batch_tokens: tokens in one forward pass, sorted by length and packed without padding; sets memory.
+        normalize: unit vectors, after truncation.
+        truncate_dim: keep the first so many dimensions (for models trained with Matryoshka).
+        late_chunk_tokens: one vector for each passage of so many tokens, pooled from states that have read the
+            whole document (late chunking, Günther et al. 2024); the output is then a list of `(passages, dim)`.
+        overflow: `warn` says once how much was cut off at the context, `error` refuses.
+        output: `numpy` or `torch`.
+        precision: `float32`, `bfloat16` (matrix products in bf16 under autocast), or `auto`: bf16 where the
+            processor is fast in it.
+        show_progress_bar: default: when there is more than one batch.
+
+    Returns:
+        `(len(texts), dim)` fp32, in the order of `texts`; `(dim,)` for one string; a list with `late_chunk_tokens`.
+
+    Raises:
+        ValueError: an unknown choice, or a text that is too long with `overflow="error"`.
+    """
+    for name, value, allowed in (
+        ("overflow", overflow, ("warn", "error")),
+        ("output", output, ("numpy", "torch")),
+        ("precision", precision, ("auto", "float32", "bfloat16")),
+        ("prompt_name", prompt_name, (None, *model.config.prompts)),
     ):
-        """Embeds texts of any length up to the context.
-
-        Args:
-            texts: one string or a list.
-            prompt_name: key in `config.prompts` (`query`, `document`) whose text goes before each input; None: none.
-            batch_tokens: tokens in one forward pass, sorted by length and packed without padding; sets memory.
-            normalize: unit vectors, after truncation.
-            truncate_dim: keep the first so many dimensions (for models trained with Matryoshka).
-            late_chunk_tokens: one vector for each passage of so many tokens, pooled from states that have read the
-                whole document (late chunking, Günther et al. 2024); the output is then a list of `(passages, dim)`.
-            overflow: `warn` says once how much was cut off at the context, `error` refuses.
-            output: `numpy` or `torch`.
-            precision: `float32`, `bfloat16` (matrix products in bf16 under autocast), or `auto`: bf16 where the
-                processor is fast in it.
-            show_progress_bar: default: when there is more than one batch.
-
-        Returns:
-            `(len(texts), dim)` fp32, in the order of `texts`; `(dim,)` for one string; a list with `late_chunk_tokens`.
-
-        Raises:
-            ValueError: an unknown choice, or a text that is too long with `overflow="error"`.
-        """
-        for name, value, allowed in (
-            ("overflow", overflow, ("warn", "error")),
-            ("output", output, ("numpy", "torch")),
-            ("precision", precision, ("auto", "float32", "bfloat16")),
-            ("prompt_name", prompt_name, (None, *self.config.prompts)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
-        for name, size, optional in (
-            ("batch_tokens", batch_tokens, False),
-            ("truncate_dim", truncate_dim, True),
-            ("late_chunk_tokens", late_chunk_tokens, True),
-        ):
-            if not (optional and size is None) and (not isinstance(size, int) or size < 1):
-                raise ValueError(f"encode: {name}={size!r}; give a whole number of at least 1")
-        if truncate_dim is not None and truncate_dim > self.config.hidden_size:
-            raise ValueError(
-                f"encode: truncate_dim={truncate_dim} is more than the {self.config.hidden_size} dimensions "
-                "of the model"
-            )
-        single = isinstance(texts, str)
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:
-            raise ValueError(f"encode: text {wrong[0]} is a {type(texts[wrong[0]]).__name__}, not a string")
-        was_training = self.training
-        self.eval()
-        try:
-            rows = (
-                self.tokenize(texts, self.config.prompts[prompt_name] if prompt_name else "", overflow) if texts else []
-            )
-            vectors = self._encode_rows(rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar)
-        finally:
-            self.train(was_training)
-        vectors = [self._finish(part, normalize, truncate_dim) for part in vectors]
-        if output == "numpy":
-            vectors = [part.numpy() for part in vectors]
-        if single:
-            return vectors[0] if late_chunk_tokens else vectors[0][0]
-        if late_chunk_tokens:
-            return vectors
-        width = truncate_dim or self.config.hidden_size
-        stacked = torch.cat([torch.as_tensor(part) for part in vectors]) if vectors else torch.zeros(0, width)
-        return stacked.numpy() if output == "numpy" else stacked
-
-    def _encode_rows(self, rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar) -> list[Tensor]:
-        """Vectors of tokenized documents, in their order: one `(1, d)`, or `(passages, d)`, each."""
-        device = self.device
-        batches = budget_batches([len(row) for row in rows], batch_tokens)
-        half = precision == "bfloat16" or (
-            precision == "auto" and self.dtype == torch.float32 and is_fast_in_bfloat16(device)
+        if value not in allowed:
+            raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
+    for name, size, optional in (
+        ("batch_tokens", batch_tokens, False),
+        ("truncate_dim", truncate_dim, True),
+        ("late_chunk_tokens", late_chunk_tokens, True),
+    ):
+        if not (optional and size is None) and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"encode: {name}={size!r}; give a whole number of at least 1")
+    if truncate_dim is not None and truncate_dim > model.config.hidden_size:
+        raise ValueError(
+            f"encode: truncate_dim={truncate_dim} is more than the {model.config.hidden_size} dimensions of the model"
         )
-        vectors: list[Tensor] = [torch.empty(0)] * len(rows)
-        hidden = show_progress_bar is False or (show_progress_bar is None and len(batches) < 2)
-        with logging.tqdm(
-            total=sum(map(len, rows)), unit="token", unit_scale=True, desc="encode", disable=hidden
-        ) as progress:
-            for batch in batches:
-                lengths = torch.tensor([len(rows[index]) for index in batch], dtype=torch.int32)
-                cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
-                input_ids = torch.tensor(
-                    [token for index in batch for token in rows[index]], dtype=torch.long, device=device
-                )[None]
-                with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                    states = self(
-                        input_ids, cu_seq_lens_q=cu_seqlens, max_length_q=int(lengths.max()), return_dict=True
-                    )
-                if late_chunk_tokens is None:
-                    parts = states.pooler_output.float().cpu().split(1)
-                else:
-                    passages = split_documents(cu_seqlens, late_chunk_tokens)
-                    counts = (lengths + late_chunk_tokens - 1) // late_chunk_tokens
-                    pooled = pool(states.last_hidden_state[0], passages, self.config.pooling)
-                    parts = pooled.float().cpu().split(counts.tolist())
-                for index, part in zip(batch, parts, strict=True):
-                    vectors[index] = part
-                progress.update(int(lengths.sum()))
-        return vectors
+    single = isinstance(texts, str)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:
+        raise ValueError(f"encode: text {wrong[0]} is a {type(texts[wrong[0]]).__name__}, not a string")
+    was_training = model.training
+    model.eval()
+    try:
+        rows = (
+            tokenize_texts(model, texts, model.config.prompts[prompt_name] if prompt_name else "", overflow)
+            if texts
+            else []
+        )
+        vectors = encode_rows(model, rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar)
+    finally:
+        model.train(was_training)
+    vectors = [finish_vectors(part, normalize, truncate_dim) for part in vectors]
+    if single or late_chunk_tokens:
+        parts = [part.numpy() if output == "numpy" else part for part in vectors]
+        if not single:
+            return parts
+        return parts[0] if late_chunk_tokens else parts[0][0]
+    width = truncate_dim or model.config.hidden_size
+    stacked = torch.cat(vectors) if vectors else torch.zeros(0, width)
+    return stacked.numpy() if output == "numpy" else stacked
 
-    @staticmethod
-    def _finish(vectors: Tensor, normalize: bool, truncate_dim: int | None) -> Tensor:
-        vectors = vectors[:, :truncate_dim]
-        return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors.clone()
+
+def encode_rows(model: HubModel, rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar) -> list[Tensor]:
+    """Vectors of tokenized documents, in their order: one `(1, d)`, or `(passages, d)`, each."""
+    device = model.device
+    batches = budget_batches([len(row) for row in rows], batch_tokens)
+    half = precision == "bfloat16" or (
+        precision == "auto" and model.dtype == torch.float32 and is_fast_in_bfloat16(device)
+    )
+    vectors: list[Tensor] = [torch.empty(0)] * len(rows)
+    hidden = show_progress_bar is False or (show_progress_bar is None and len(batches) < 2)
+    with logging.tqdm(
+        total=sum(map(len, rows)), unit="token", unit_scale=True, desc="encode", disable=hidden
+    ) as progress:
+        for batch in batches:
+            lengths = torch.tensor([len(rows[index]) for index in batch], dtype=torch.int32)
+            cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
+            input_ids = torch.tensor(
+                [token for index in batch for token in rows[index]], dtype=torch.long, device=device
+            )[None]
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                states = model(input_ids, cu_seq_lens_q=cu_seqlens, max_length_q=int(lengths.max()), return_dict=True)
+            if late_chunk_tokens is None:
+                parts = states.pooler_output.float().cpu().split(1)
+            else:
+                passages = split_documents(cu_seqlens, late_chunk_tokens)
+                counts = (lengths + late_chunk_tokens - 1) // late_chunk_tokens
+                pooled = pool(states.last_hidden_state[0], passages, model.config.pooling)
+                parts = pooled.float().cpu().split(counts.tolist())
+            for index, part in zip(batch, parts, strict=True):
+                vectors[index] = part
+            progress.update(int(lengths.sum()))
+    return vectors
+
+
+def finish_vectors(vectors: Tensor, normalize: bool, truncate_dim: int | None) -> Tensor:
+    vectors = vectors[:, :truncate_dim]
+    return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors.clone()

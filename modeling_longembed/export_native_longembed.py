@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from .attention_longembed import DEFAULT_KERNEL
 from .conversion_families_longembed import FAMILIES, Family, rope_by_layer
 from .conversion_longembed import COMPARED_LENGTH, TOLERANCE, largest_difference
-from .hub_longembed import ST_POOLINGS, summarize_patterns
+from .hub_longembed import ST_POOLINGS, HubModel, summarize_patterns
 from .packing_longembed import PackedDocuments
 from .pattern_registry_longembed import build_pattern
 from .position_schemes_longembed import (
@@ -164,7 +164,8 @@ def native_config_of(config, with_head: bool):
     if config.pooling not in ST_POOLINGS:
         known = ", ".join(ST_POOLINGS)
         raise ValueError(f"to_native: sentence-transformers has no pooling={config.pooling!r}; it has {known}")
-    plain, nearest = without_extension(config), None
+    plain = without_extension(config)
+    nearest: tuple[str, list[str]] | None = None
     for model_type in NATIVE:
         family = FAMILIES[model_type]
         try:
@@ -181,12 +182,13 @@ def native_config_of(config, with_head: bool):
             return native_config
         if nearest is None or len(fields) < len(nearest[1]):
             nearest = NATIVE[model_type], fields
-    values = {name: repr(getattr(config, name)) for name in nearest[1]}
+    architecture, unsayable_fields = nearest or ("BERT", [])
+    values = {name: repr(getattr(config, name)) for name in unsayable_fields}
     if "attention_patterns" in values:
         values["attention_patterns"] = summarize_patterns(config.attention_patterns)
     unsaid = " and ".join(f"{name}={value}" for name, value in values.items())
     raise ValueError(
-        f"to_native: {nearest[0]}, the nearest architecture of transformers, has no {unsaid}; "
+        f"to_native: {architecture}, the nearest architecture of transformers, has no {unsaid}; "
         "publish this model with save_pretrained, which adds the code that it needs"
     )
 
@@ -213,91 +215,92 @@ def renamed(ours: dict[str, Tensor], modules: dict) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in pieces.items()}
 
 
-def native_class(model_type: str, with_head: bool) -> tuple[type, dict]:
+def native_class(model_type: str, with_head: bool) -> tuple[Any, dict]:
     """Return the Auto class that builds the native model, and its options."""
     # The pooling layer of BERT, a dense layer over the first token, is not part of the embedding.
     options = {"add_pooling_layer": False} if model_type == "bert" and not with_head else {}
     return AutoModelForMaskedLM if with_head else AutoModel, options
 
 
-class ToNativeMixin:
-    """Adds `to_native` to the models."""
+@torch.no_grad()
+def export_native(model: HubModel, path: str | Path) -> None:
+    """Writes the model as BERT, ModernBERT or NomicBERT, whichever can say every choice of its config.
 
-    @torch.no_grad()
-    def to_native(self, path: str | Path) -> None:
-        """Writes the model as BERT, ModernBERT or NomicBERT, whichever can say every choice of its config.
+    The folder holds no code and needs no `trust_remote_code`: weights, config, tokenizer, the files of
+    sentence-transformers (pooling, normalisation, prompts) and a short card. What was written is loaded and
+    compared with this model, and the largest difference is printed.
 
-        The folder holds no code and needs no `trust_remote_code`: weights, config, tokenizer, the files of
-        sentence-transformers (pooling, normalisation, prompts) and a short card. What was written is loaded and
-        compared with this model, and the largest difference is printed.
+    Args:
+        path: a folder that is new or empty.
 
-        Args:
-            path: a folder that is new or empty.
+    Raises:
+        ValueError: a choice that none of the three can say (named), a folder with something in it, or outputs that
+            differ; nothing is left behind.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"to_native: {path} exists and is no empty folder; give a new one")
+    with_head = model._tied_weights_keys is not None
+    native_config = native_config_of(model.config, with_head)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that under the name there is all or nothing.
+    folder = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    folder.mkdir()
+    try:
+        with torch.random.fork_rng(devices=[]):  # the weights that it starts with are drawn, then overwritten
+            native_model(model, native_config, with_head).save_pretrained(folder)
+        model._write_tokenizer(folder)
+        (folder / "README.md").write_text(native_card(model, path.name, native_config), encoding="utf-8")
+        length = min(model.config.max_position_embeddings, COMPARED_LENGTH)
+        difference = difference_from_native(model, folder, native_config.model_type, with_head, length)
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"to_native: what was written changes the outputs by {difference:.1e}, more than {TOLERANCE:.0e}: "
+                "the model has a feature that was not recognised; please report it with its config.json"
+            )
+        os.replace(folder, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    architecture = NATIVE[native_config.model_type]
+    print(
+        f"longembed: {path} written as {architecture}; largest difference from this model on documents of up to "
+        f"{length} tokens: {difference:.1e}"
+    )
 
-        Raises:
-            ValueError: a choice that none of the three can say (named), a folder with something in it, or outputs that
-                differ; nothing is left behind.
-        """
-        path = Path(path).absolute()
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise ValueError(f"to_native: {path} exists and is no empty folder; give a new one")
-        with_head = self._tied_weights_keys is not None
-        native_config = native_config_of(self.config, with_head)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place, so that under the name there is all or nothing.
-        folder = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
-        folder.mkdir()
-        try:
-            with torch.random.fork_rng(devices=[]):  # the weights that it starts with are drawn, then overwritten
-                self._native_model(native_config, with_head).save_pretrained(folder)
-            self._write_tokenizer(folder)
-            (folder / "README.md").write_text(self._native_card(path.name, native_config), encoding="utf-8")
-            length = min(self.config.max_position_embeddings, COMPARED_LENGTH)
-            difference = self._difference_from_native(folder, native_config.model_type, with_head, length)
-            if not difference <= TOLERANCE:
-                raise ValueError(
-                    f"to_native: what was written changes the outputs by {difference:.1e}, more than {TOLERANCE:.0e}: "
-                    "the model has a feature that was not recognised; please report it with its config.json"
-                )
-            os.replace(folder, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        architecture = NATIVE[native_config.model_type]
-        print(
-            f"longembed: {path} written as {architecture}; largest difference from this model on documents of up to "
-            f"{length} tokens: {difference:.1e}"
-        )
 
-    def _native_model(self, native_config, with_head: bool):
-        """The native model in memory, with our weights."""
-        if self.has_tokenizer():
-            for name, choices in SPECIAL_TOKENS.items():
-                tokens = (getattr(self.tokenizer, f"{choice}_token_id") for choice in choices)
-                if hasattr(native_config, f"{name}_token_id"):
-                    setattr(native_config, f"{name}_token_id", next((x for x in tokens if x is not None), None))
-        auto, options = native_class(native_config.model_type, with_head)
-        native = auto.from_config(native_config, dtype=self.dtype, **options)
-        family, prefix = FAMILIES[native_config.model_type], f"{native.base_model_prefix}." if with_head else ""
-        weights = {f"{prefix}{name}": x for name, x in native_weights(self.base_model, family).items()}
-        if with_head:
-            weights |= renamed(self.head.state_dict(), family.head)
-        native.load_state_dict(weights, strict=False)
-        return native
+def native_model(model: Any, native_config, with_head: bool):
+    """The native model in memory, with our weights."""
+    if model.has_tokenizer():
+        for name, choices in SPECIAL_TOKENS.items():
+            tokens = (getattr(model.tokenizer, f"{choice}_token_id") for choice in choices)
+            if hasattr(native_config, f"{name}_token_id"):
+                setattr(native_config, f"{name}_token_id", next((x for x in tokens if x is not None), None))
+    auto, options = native_class(native_config.model_type, with_head)
+    native = auto.from_config(native_config, dtype=model.dtype, **options)
+    family, prefix = FAMILIES[native_config.model_type], f"{native.base_model_prefix}." if with_head else ""
+    weights = {f"{prefix}{name}": x for name, x in native_weights(model.base_model, family).items()}
+    if with_head:
+        weights |= renamed(model.head.state_dict(), family.head)
+    native.load_state_dict(weights, strict=False)
+    return native
 
-    def _difference_from_native(self, folder: Path, model_type: str, with_head: bool, length: int) -> float:
-        """Largest difference between this model and what stands in the folder, on CPU and in fp32 at least."""
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        ours = copy.deepcopy(self).to("cpu", dtype).eval()
-        ours.set_attn_implementation(DEFAULT_KERNEL)
-        auto, options = native_class(model_type, with_head)
-        native = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
-        return largest_difference(native, ours, length)
 
-    def _native_card(self, title: str, native_config) -> str:
-        return CARD.format(
-            license=f"license: {self.config.license}\n" if self.config.license else "",
-            title=title,
-            architecture=NATIVE[native_config.model_type],
-            context=self.config.max_position_embeddings,
-            pooling=self.config.pooling,
-        )
+def difference_from_native(model: HubModel, folder: Path, model_type: str, with_head: bool, length: int) -> float:
+    """Largest difference between this model and what stands in the folder, on CPU and in fp32 at least."""
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    ours: Any = copy.deepcopy(model)
+    ours = ours.to("cpu", dtype).eval()
+    ours.set_attn_implementation(DEFAULT_KERNEL)
+    auto, options = native_class(model_type, with_head)
+    native = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    return largest_difference(native, ours, length)
+
+
+def native_card(model: HubModel, title: str, native_config) -> str:
+    return CARD.format(
+        license=f"license: {model.config.license}\n" if model.config.license else "",
+        title=title,
+        architecture=NATIVE[native_config.model_type],
+        context=model.config.max_position_embeddings,
+        pooling=model.config.pooling,
+    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import cached_file
 
 AUTO_MAP = {
@@ -85,7 +85,7 @@ def summarize_patterns(entries: list[dict]) -> str:
     return ", ".join(f"{shown.count(name)} x {name}" for name in dict.fromkeys(shown))
 
 
-class HubMixin:
+class HubModel(PreTrainedModel):
     """A model that loads the tokenizer of its own revision, and saves everything that a published folder needs."""
 
     _tokenizer = None
@@ -128,7 +128,9 @@ class HubMixin:
             return self._tokenizer is not None
         return find_file(self.name_or_path, "tokenizer_config.json", **(self._tokenizer_source or {})) is not None
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, title: str | None = None, **kwargs):
+    def save_pretrained(  # type: ignore[override]  # `title` is ours; transformers' other options pass through
+        self, save_directory, is_main_process: bool = True, title: str | None = None, **kwargs
+    ):
         """Save weights, config, code, tokenizer, the files of sentence-transformers, and a model card.
 
         Args:

@@ -4,8 +4,11 @@ A sublayer that is left out is the identity: the residual stream goes on, nothin
 evaluation.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .layout_registry_longembed import layers_of
 
@@ -53,45 +56,42 @@ def every_other(num_layers: int, rate: float) -> list[int]:
     return [layer for layer in range(num_layers) if (layer + 1) % step]
 
 
-class PruneMixin:
-    """Adds `keep_sublayers` and `keep_layers` to the models."""
+def prune_to_layers(model: PreTrainedModel, layers: list[int]):
+    """Keeps these layers (an `s` and the `f`s after it), in place; returns the model. See `keep_sublayers`."""
+    groups = layers_of(model.config.sublayer_pattern)
+    if unknown := sorted(set(layers) - set(range(len(groups)))):
+        raise ValueError(f"keep_layers: there is no layer {unknown[0]}; this model has 0 to {len(groups) - 1}")
+    return prune_to_sublayers(model, [index for layer in sorted(set(layers)) for index in groups[layer]])
 
-    def keep_layers(self, layers: list[int]):
-        """Keeps these layers (an `s` and the `f`s after it), in place; returns the model. See `keep_sublayers`."""
-        groups = layers_of(self.config.sublayer_pattern)
-        if unknown := sorted(set(layers) - set(range(len(groups)))):
-            raise ValueError(f"keep_layers: there is no layer {unknown[0]}; this model has 0 to {len(groups) - 1}")
-        return self.keep_sublayers([index for layer in sorted(set(layers)) for index in groups[layer]])
 
-    def keep_sublayers(self, sublayers: list[int]):
-        """Keeps these sublayers with their weights and drops the others, in place.
+def prune_to_sublayers(model: PreTrainedModel, sublayers: list[int]):
+    """Keeps these sublayers with their weights and drops the others, in place.
 
-        Args:
-            sublayers: their numbers, letters of `config.sublayer_pattern`; the order stays that of the model.
+    Args:
+        sublayers: their numbers, letters of `config.sublayer_pattern`; the order stays that of the model.
 
-        Returns:
-            the model, its config telling the layout that is left.
+    Returns:
+        the model, its config telling the layout that is left.
 
-        Raises:
-            ValueError: no such sublayer, or no attention left.
-        """
-        config, kept = self.config, sorted(set(sublayers))
-        if unknown := [index for index in kept if not 0 <= index < len(config.sublayer_pattern)]:
-            raise ValueError(
-                f"keep_sublayers: there is no sublayer {unknown[0]}; this model has 0 to "
-                f"{len(config.sublayer_pattern) - 1}"
-            )
-        pattern = "".join(config.sublayer_pattern[index] for index in kept)
-        if "s" not in pattern:
-            raise ValueError("keep_sublayers: no attention sublayer is left; keep at least one")
-        attention = [index for index, kind in enumerate(config.sublayer_pattern) if kind == "s"]
-        places = [place for place, index in enumerate(attention) if index in kept]
-        for name in ("attention_patterns", "training_attention_patterns", "layer_types"):
-            if (entries := getattr(config, name)) is not None:
-                setattr(config, name, [entries[place] for place in places])
-        if kept[0] != 0:  # the first sublayer left has a norm, whether or not the model's first had one
-            config.first_attention_norm = True
-        config.sublayer_pattern, config.num_hidden_layers = pattern, len(places)
-        encoder = self.base_model
-        encoder.layers = nn.ModuleList(encoder.layers[index] for index in kept)
-        return self
+    Raises:
+        ValueError: no such sublayer, or no attention left.
+    """
+    config, kept = model.config, sorted(set(sublayers))
+    if unknown := [index for index in kept if not 0 <= index < len(config.sublayer_pattern)]:
+        raise ValueError(
+            f"keep_sublayers: there is no sublayer {unknown[0]}; this model has 0 to {len(config.sublayer_pattern) - 1}"
+        )
+    pattern = "".join(config.sublayer_pattern[index] for index in kept)
+    if "s" not in pattern:
+        raise ValueError("keep_sublayers: no attention sublayer is left; keep at least one")
+    attention = [index for index, kind in enumerate(config.sublayer_pattern) if kind == "s"]
+    places = [place for place, index in enumerate(attention) if index in kept]
+    for name in ("attention_patterns", "training_attention_patterns", "layer_types"):
+        if (entries := getattr(config, name)) is not None:
+            setattr(config, name, [entries[place] for place in places])
+    if kept[0] != 0:  # the first sublayer left has a norm, whether or not the model's first had one
+        config.first_attention_norm = True
+    config.sublayer_pattern, config.num_hidden_layers = pattern, len(places)
+    encoder: Any = model.base_model
+    encoder.layers = nn.ModuleList(encoder.layers[index] for index in kept)
+    return model

@@ -5,10 +5,10 @@ Padding is taken out once, before the embeddings, and put back once, after the l
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -16,18 +16,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOu
 
 from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, ResidualLinear, check_kernel
 from .configuration_longembed import LongEmbedConfig
-from .conversion_longembed import FromEncoderMixin
-from .encoding_longembed import EncodeMixin
-from .export_native_longembed import ToNativeMixin
-from .export_onnx_longembed import ExportMixin
-from .hub_longembed import HubMixin
-from .layout_layerdrop_longembed import PruneMixin, draw_layers, no_contribution
+from .conversion_longembed import convert_encoder
+from .encoding_longembed import encode_texts, tokenize_texts
+from .export_native_longembed import export_native
+from .export_onnx_longembed import export_onnx
+from .hub_longembed import HubModel
+from .layout_layerdrop_longembed import draw_layers, no_contribution, prune_to_layers, prune_to_sublayers
 from .output_pooling_longembed import pool, token_weights
 from .packing_longembed import PackedDocuments
-from .pattern_adaptive_span_longembed import AdaptiveSpanMixin
+from .pattern_adaptive_span_longembed import find_adaptive_spans, total_span_penalty
 from .pattern_landmark_longembed import Landmarks, landmark_size
 from .pattern_memory_longembed import Memory, Stream
-from .position_extension_longembed import ExtendContextMixin
+from .position_extension_longembed import extend_model_context
 from .position_relative_longembed import DistanceAttention, DistanceEmbeddings
 from .position_schemes_longembed import (
     AlibiBias,
@@ -40,7 +40,7 @@ from .position_schemes_longembed import (
     rope_plan,
     sinusoidal_embeddings,
 )
-from .position_switching_longembed import SwitchPositionsMixin
+from .position_switching_longembed import switch_position_scheme
 from .tensor_parallel_longembed import check_parallelism
 
 
@@ -151,22 +151,13 @@ class LongEmbedSublayer(GradientCheckpointingLayer):
         weights = None
         if self.attention is not None:
             states, weights = self.attention(states, context)
-        else:
+        elif self.feed_forward is not None:
             states = self.feed_forward(states)
         hidden_states = hidden_states + self.dropout(states)
         return self.norm(hidden_states) if self.norm_placement == "post" else hidden_states, weights
 
 
-class LongEmbedPreTrainedModel(
-    HubMixin,
-    FromEncoderMixin,
-    ToNativeMixin,
-    ExtendContextMixin,
-    SwitchPositionsMixin,
-    PruneMixin,
-    AdaptiveSpanMixin,
-    PreTrainedModel,
-):
+class LongEmbedPreTrainedModel(HubModel):
     """What the models share: loading, saving, conversion, initialisation."""
 
     config_class = LongEmbedConfig
@@ -177,6 +168,29 @@ class LongEmbedPreTrainedModel(
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    # Methods that are functions of the model, each in the file of its subject.
+    to_native = export_native
+    extend_context = extend_model_context
+    switch_positions = switch_position_scheme
+    keep_layers = prune_to_layers
+    keep_sublayers = prune_to_sublayers
+    adaptive_spans = find_adaptive_spans
+    span_penalty = total_span_penalty
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str,
+        max_position_embeddings: int | None = None,
+        position_extension: dict | str | None = None,
+        attention_patterns: list | dict | str | None = None,
+        attn_implementation: str | None = None,
+        **kwargs,
+    ):
+        """Turn a pretrained encoder into a long-document model; see `convert_encoder` in `conversion_longembed`."""
+        choices = (max_position_embeddings, position_extension, attention_patterns, attn_implementation)
+        return convert_encoder(cls, name_or_path, *choices, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -217,8 +231,12 @@ class LongEmbedModelOutput(BaseModelOutputWithPooling):
     memory: Memory | None = None
 
 
-class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
+class LongEmbedModel(LongEmbedPreTrainedModel):
     """A long-document encoder whose `pooler_output` is the embedding of each document."""
+
+    tokenize = tokenize_texts
+    encode = encode_texts
+    to_onnx = export_onnx
 
     def __init__(self, config):
         super().__init__(config)
@@ -245,8 +263,8 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Embedding):
-        self.embeddings.word_embeddings = value
+    def set_input_embeddings(self, value: nn.Module):
+        self.embeddings.word_embeddings = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -293,7 +311,8 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
         Raises:
             ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = (
@@ -305,7 +324,6 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
                 "attention weights exist in the eager kernel only; call model.set_attn_implementation('eager') first"
             )
 
-        inputs = input_ids if input_ids is not None else inputs_embeds
         documents = self._documents(inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q)
         stream = None
         if memory is not None:
@@ -320,11 +338,9 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
         token_index = (
             documents.token_index if position_ids is None else documents.pack(position_ids.expand(inputs.shape[:2]))
         )
-        words = (
-            self.embeddings.word_embeddings(documents.pack(input_ids))
-            if inputs_embeds is None
-            else documents.pack(inputs_embeds)
-        )
+        words = documents.pack(inputs)
+        if inputs_embeds is None:
+            words = self.embeddings.word_embeddings(words)
         segments = None if token_type_ids is None else documents.pack(token_type_ids)
 
         landmarks = None if self.landmark_size is None else Landmarks.insert(documents, self.landmark_size)
@@ -439,13 +455,10 @@ class LongEmbedModel(EncodeMixin, ExportMixin, LongEmbedPreTrainedModel):
 
     def _pad_weights(self, weights: list[Tensor], documents: PackedDocuments) -> Tensor:
         """Weights of each document, `(H, L, L)`, to `(B, H, S, S)` at the places of its tokens."""
-        if documents.batch_shape is None:  # packed by the caller: one row, documents on the diagonal
-            tokens = len(documents.token_index)
-            places, rows = (
-                torch.arange(tokens, device=weights[0].device),
-                torch.zeros(len(documents.lengths), dtype=torch.long),
-            )
-            batch, length = 1, tokens
+        if documents.padded_index is None or documents.batch_shape is None:
+            batch, length = 1, len(documents.token_index)  # packed by the caller: one row, documents on the diagonal
+            places = torch.arange(length, device=weights[0].device)
+            rows = torch.zeros(len(documents.lengths), dtype=torch.long)
         else:
             batch, length = documents.batch_shape
             places, rows = documents.padded_index % length, torch.arange(batch)

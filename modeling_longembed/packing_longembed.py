@@ -117,7 +117,7 @@ class PackedDocuments:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """Unpack `(T, ...)` to `(B, S, ...)` with zeros at padding, or to `(1, T, ...)` if the caller packed."""
-        if self.padded_index is None:
+        if self.padded_index is None or self.batch_shape is None:
             return packed.unsqueeze(0)
         batch, length = self.batch_shape
         padded = packed.new_zeros(batch * length, *packed.shape[1:])

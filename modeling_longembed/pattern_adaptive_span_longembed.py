@@ -50,28 +50,24 @@ class AdaptiveSpan(nn.Module):
         return self.fraction.to(torch.promote_types(self.fraction.dtype, torch.float32))
 
 
-class AdaptiveSpanMixin:
-    """Adds the auxiliary loss of adaptive spans to the models."""
+def find_adaptive_spans(model: nn.Module) -> list[AdaptiveSpan]:
+    """The learned spans, one module an attention sublayer that has them."""
+    return [module for module in model.modules() if isinstance(module, AdaptiveSpan)]
 
-    def adaptive_spans(self) -> list[AdaptiveSpan]:
-        """The learned spans, one module an attention sublayer that has them."""
-        return [module for module in self.modules() if isinstance(module, AdaptiveSpan)]
 
-    def span_penalty(self) -> Tensor:
-        """What the paper adds to the loss, times lambda = 2e-6: 1/M sum z_i in tokens, with M heads in each sublayer.
+def total_span_penalty(model: nn.Module) -> Tensor:
+    """What the paper adds to the loss, times lambda = 2e-6: 1/M sum z_i in tokens, with M heads in each sublayer.
 
-        That is the mean over the heads of a sublayer, summed over the sublayers; the authors' code agrees. A function
-        of the parameters alone: it is added once an optimiser step, whatever the batches.
+    That is the mean over the heads of a sublayer, summed over the sublayers; the authors' code agrees. A function
+    of the parameters alone: it is added once an optimiser step, whatever the batches.
 
-        Raises:
-            ValueError: no attention sublayer has adaptive spans.
-        """
-        spans = self.adaptive_spans()
-        if not spans:
-            raise ValueError(
-                "span_penalty: no entry of attention_patterns is 'adaptive', so there are no spans to learn"
-            )
-        return torch.stack([span.penalty() for span in spans]).sum()
+    Raises:
+        ValueError: no attention sublayer has adaptive spans.
+    """
+    spans = find_adaptive_spans(model)
+    if not spans:
+        raise ValueError("span_penalty: no entry of attention_patterns is 'adaptive', so there are no spans to learn")
+    return torch.stack([span.penalty() for span in spans]).sum()
 
 
 class SpanBias(ScoreBias):

@@ -366,7 +366,7 @@ class SlidingAttention(AttentionPattern):
                     key[at],
                     value[at],
                     *band,
-                    None if global_keys is None else is_global[at],
+                    None if global_keys is None or is_global is None else is_global[at],
                     global_keys,
                     places=at,
                 )

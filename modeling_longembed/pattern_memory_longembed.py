@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from .attention_past_longembed import PastKeys, Segments, past_attention
 from .output_pooling_longembed import pool_on
 from .packing_longembed import PackedDocuments
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, parameter, register_pattern
+from .pattern_local_longembed import BlockAttention
 from .position_schemes_longembed import RopePlan, merge_far, rope_plan
 
 
@@ -75,13 +76,15 @@ class MemoryAttention(AttentionPattern):
             piece = PastKeys(inputs.key, inputs.value, None if inputs.grouped is None else inputs.grouped.key)
         if stored is None:
             return piece
-        joined = (None if old is None else torch.cat([old, new]) for old, new in zip(stored, piece, strict=True))
-        return PastKeys(*joined)
+        far = None
+        if stored.far_key is not None and piece.far_key is not None:
+            far = torch.cat([stored.far_key, piece.far_key])
+        return PastKeys(torch.cat([stored.key, piece.key]), torch.cat([stored.value, piece.value]), far)
 
     def cut(self, documents: PackedDocuments) -> list[Segments]:
         """The segments of all documents, those of one shape together."""
-        streamed, device = documents.past is not None, documents.cu_seqlens.device
-        seen = documents.past.tolist() if streamed else [0] * len(documents.lengths)
+        past, device = documents.past, documents.cu_seqlens.device
+        seen = [0] * len(documents.lengths) if past is None else past.tolist()
         shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
         for number, (start, length) in enumerate(zip(documents.cu_seqlens.tolist(), documents.lengths, strict=False)):
             for offset in range(0, length, self.size):
@@ -92,11 +95,11 @@ class MemoryAttention(AttentionPattern):
             numbers, starts, offsets = torch.tensor(members, device=device).unbind(1)
             past_index = torch.arange(-read, 0, device=device)
             places = offsets[:, None] + past_index  # in the piece; negative: before it
-            past = starts[:, None] + places
-            if streamed:
+            rows = starts[:, None] + places
+            if past is not None:
                 stored = (numbers[:, None] + 1) * self.memory + places
-                past = torch.where(places < 0, stored, len(seen) * self.memory + past)
-            segments.append(Segments(length, starts + offsets, past, past_index))
+                rows = torch.where(places < 0, stored, len(seen) * self.memory + rows)
+            segments.append(Segments(length, starts + offsets, rows, past_index))
         return segments
 
     def attend(self, inputs):
@@ -135,7 +138,8 @@ class MemoryAttention(AttentionPattern):
         if (grouped := inputs.grouped) is not None:
             left, right = (x[rows].transpose(0, 1) for x in (grouped.query_left, grouped.query_right))
             distance, neighbours = index[:, None] - key_index, grouped.neighbours[rows][:, None]
-            scores = merge_far(scores, left, right, keys(past.far_key, grouped.key), distance, neighbours)
+            far_key = keys(cast(Tensor, past.far_key), grouped.key)
+            scores = merge_far(scores, left, right, far_key, distance, neighbours)
         scores = scores * inputs.scaling
         if inputs.bias is not None:
             scores = scores + inputs.bias.dense(query, index, key_index)
@@ -154,7 +158,7 @@ def project_past(attention: Any, states: Tensor, plan: RopePlan | None) -> PastK
     )
     if plan is None:
         return PastKeys(key, value)
-    return PastKeys(plan.near(key), value, None if plan.far is None else plan.far[2](key))
+    return PastKeys(plan.near(key), value, None if plan.far is None else plan.far.key(key))
 
 
 @dataclass
@@ -230,16 +234,17 @@ class Stream:
     def _places(self, attention: nn.Module, size: int) -> tuple[Tensor, RopePlan | None]:
         """Rows of `[stored, piece]` that are the last `size` of each document, and the rotation of what is stored."""
         documents, config = self.documents, self.config
-        seen, batch = documents.past[:, None], len(documents.past)
-        number = torch.arange(batch, device=seen.device)[:, None]
+        past = self.memory.seen
+        batch = len(past)
+        number = torch.arange(batch, device=past.device)[:, None]
         lengths = documents.cu_seqlens.diff().long()[:, None]
-        place = lengths + torch.arange(-size, 0, device=seen.device)  # (B, size), in the piece; negative: before it
+        place = lengths + torch.arange(-size, 0, device=past.device)  # (B, size), in the piece; negative: before it
         first = documents.cu_seqlens[:-1, None] + batch * size  # row of the piece's first token
         last = torch.where(place < 0, (number + 1) * size + place, first + place)
         if config.position_embedding_type != "rope":
             return last.flatten(), None
-        cu_seqlens = size * torch.arange(batch + 1, dtype=torch.int32, device=seen.device)
-        stored = PackedDocuments(cu_seqlens, size, past=documents.past - size)
+        cu_seqlens = size * torch.arange(batch + 1, dtype=torch.int32, device=past.device)
+        stored = PackedDocuments(cu_seqlens, size, past=past - size)
         parameters = config.rope_parameters
         of_type = parameters.get(attention.layer_type, parameters)
         return last.flatten(), rope_plan(config, of_type, stored, stored.token_index)
@@ -256,7 +261,7 @@ def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
     """The patterns of the attention sublayers; ValueError if a model of this config cannot be computed in pieces."""
     patterns = config.get_training_patterns() if training else config.get_patterns()
     for pattern in patterns:
-        if pattern.type not in (MemoryAttention.type, "block"):
+        if not isinstance(pattern, (MemoryAttention, BlockAttention)):
             raise ValueError(
                 f"memory: a sublayer of the pattern {pattern.type!r} reads the whole document at once; leave memory "
                 "out, or use attention_patterns 'memory' and 'block' alone"
@@ -296,7 +301,7 @@ def check_piece(config, patterns: list[AttentionPattern], memory: Memory, docume
         )
     if [states.shape[1] for states in memory.states] != [remembered(pattern) for pattern in patterns]:
         raise ValueError("memory is not of this model's attention_patterns; begin with model.new_memory(batch_size)")
-    size = lcm(*(pattern.size for pattern in patterns))
+    size = lcm(*(pattern.size for pattern in patterns if isinstance(pattern, (MemoryAttention, BlockAttention))))
     table = None
     if config.position_embedding_type == "absolute" and (config.position_extension or {}).get("method") != "restart":
         table = config.max_position_embeddings

@@ -1,8 +1,11 @@
 """A longer context for a model that exists: `model.extend_context(32768, method="yarn")`."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from .hub_longembed import HubModel
 from .pattern_registry_longembed import build_pattern
 from .position_schemes_longembed import (
     EXTENSIONS,
@@ -24,77 +27,76 @@ def default_method(scheme: str, attention_patterns: list) -> str | None:
     return "restart" if all_blocks else "repeat"
 
 
-class ExtendContextMixin:
-    """Adds `extend_context` to the models."""
+@torch.no_grad()
+def extend_model_context(model: HubModel, max_position_embeddings: int, method: str | None = None, **parameters):
+    """Makes the context longer, in place; the model is then trained on, or saved, as any other.
 
-    @torch.no_grad()
-    def extend_context(self, max_position_embeddings: int, method: str | None = None, **parameters):
-        """Makes the context longer, in place; the model is then trained on, or saved, as any other.
+    A model that is extended already can be extended again: by the same method (`linear`, `dynamic`, `ntk`, `yarn`,
+    `theta` and `group` stretch further from the original context; `restart` goes on; `repeat` repeats the whole
+    trained table), and after `interpolate` by `repeat`, which leaves every trained row where it is read.
 
-        A model that is extended already can be extended again: by the same method (`linear`, `dynamic`, `ntk`, `yarn`,
-        `theta` and `group` stretch further from the original context; `restart` goes on; `repeat` repeats the whole
-        trained table), and after `interpolate` by `repeat`, which leaves every trained row where it is read.
+    Args:
+        max_position_embeddings: the new context in tokens.
+        method: one of the scheme's, see `LongEmbedConfig.position_extension`. Default: that of the last
+            extension; else `restart` where all patterns are blocks of one size, `repeat` for other tables and
+            sinusoids, `dynamic` for rope. Schemes without a trained length (alibi, relative, none) take none.
+        **parameters: those of the method (`factor`, `period`, `rope_theta`, `neighbours`, `keep_short`, ...).
 
-        Args:
-            max_position_embeddings: the new context in tokens.
-            method: one of the scheme's, see `LongEmbedConfig.position_extension`. Default: that of the last
-                extension; else `restart` where all patterns are blocks of one size, `repeat` for other tables and
-                sinusoids, `dynamic` for rope. Schemes without a trained length (alibi, relative, none) take none.
-            **parameters: those of the method (`factor`, `period`, `rope_theta`, `neighbours`, `keep_short`, ...).
+    Returns:
+        the model.
 
-        Returns:
-            the model.
+    Raises:
+        ValueError: a context that is not longer, or a method that cannot follow; the model is unchanged.
+    """
+    config, current = model.config, model.config.position_extension
+    if type(max_position_embeddings) is not int or max_position_embeddings <= config.max_position_embeddings:
+        raise ValueError(
+            f"extend_context: max_position_embeddings={max_position_embeddings!r} must be a whole number above "
+            f"the context of {config.max_position_embeddings} tokens that the model has"
+        )
+    extension = next_extension(model, method, parameters)
+    extended = type(config)(
+        **config.to_dict() | {"max_position_embeddings": max_position_embeddings, "position_extension": extension}
+    )  # checked as a whole before anything changes
+    encoder: Any = model.base_model
+    old_table = encoder.embeddings.position_embeddings
+    config.max_position_embeddings = extended.max_position_embeddings
+    config.position_extension = extended.position_extension
+    if old_table is not None:
+        rows = extended_position_table(old_table.weight, config)
+        if current is not None:  # the trained rows stay where they are read
+            rows = extend_position_table(old_table.weight, position_table_rows(config), "repeat")
+        table = nn.Embedding(len(rows), config.hidden_size, device=rows.device, dtype=rows.dtype)
+        table.weight.copy_(rows).requires_grad_(old_table.weight.requires_grad)
+        encoder.embeddings.position_embeddings = table
+    if model.has_tokenizer():
+        model.tokenizer.model_max_length = max_position_embeddings
+    return model
 
-        Raises:
-            ValueError: a context that is not longer, or a method that cannot follow; the model is unchanged.
-        """
-        config, current = self.config, self.config.position_extension
-        if type(max_position_embeddings) is not int or max_position_embeddings <= config.max_position_embeddings:
-            raise ValueError(
-                f"extend_context: max_position_embeddings={max_position_embeddings!r} must be a whole number above "
-                f"the context of {config.max_position_embeddings} tokens that the model has"
-            )
-        extension = self._next_extension(method, parameters)
-        extended = type(config)(
-            **config.to_dict() | {"max_position_embeddings": max_position_embeddings, "position_extension": extension}
-        )  # checked as a whole before anything changes
-        old_table = self.base_model.embeddings.position_embeddings
-        config.max_position_embeddings = extended.max_position_embeddings
-        config.position_extension = extended.position_extension
-        if old_table is not None:
-            rows = extended_position_table(old_table.weight, config)
-            if current is not None:  # the trained rows stay where they are read
-                rows = extend_position_table(old_table.weight, position_table_rows(config), "repeat")
-            table = nn.Embedding(*rows.shape, device=rows.device, dtype=rows.dtype)
-            table.weight.copy_(rows).requires_grad_(old_table.weight.requires_grad)
-            self.base_model.embeddings.position_embeddings = table
-        if self.has_tokenizer():
-            self.tokenizer.model_max_length = max_position_embeddings
-        return self
 
-    def _next_extension(self, method: str | None, parameters: dict) -> dict | None:
-        config, current = self.config, self.config.position_extension
-        scheme = config.position_embedding_type
-        if current is None:
-            method = method or default_method(scheme, config.attention_patterns)
-            if method is None and not parameters:
-                return None
-            return {"method": method, "original_max_position_embeddings": config.max_position_embeddings} | parameters
-        last = current["method"]
-        method = method or last
-        if last == "interpolate" and scheme == "absolute":
-            if method == "repeat" and not parameters:
-                return current | {"factor": round(extension_factor(current, config.max_position_embeddings))}
-            raise ValueError(
-                f"extend_context: the rows of this table were trained at their interpolated places, and {method!r} "
-                "would move them; use method='repeat' without parameters"
-            )
-        if method != last:
-            raise ValueError(
-                f"extend_context: this model is extended by {last!r} from "
-                f"{current['original_max_position_embeddings']} tokens, which {method!r} cannot follow; use "
-                f"method={last!r}"
-            )
-        if method == "repeat":
-            return current | {"original_max_position_embeddings": config.max_position_embeddings} | parameters
-        return current | ({"factor": None} if "factor" in current else {}) | parameters
+def next_extension(model: HubModel, method: str | None, parameters: dict) -> dict | None:
+    config, current = model.config, model.config.position_extension
+    scheme = config.position_embedding_type
+    if current is None:
+        method = method or default_method(scheme, config.attention_patterns)
+        if method is None and not parameters:
+            return None
+        return {"method": method, "original_max_position_embeddings": config.max_position_embeddings} | parameters
+    last = current["method"]
+    method = method or last
+    if last == "interpolate" and scheme == "absolute":
+        if method == "repeat" and not parameters:
+            return current | {"factor": round(extension_factor(current, config.max_position_embeddings))}
+        raise ValueError(
+            f"extend_context: the rows of this table were trained at their interpolated places, and {method!r} "
+            "would move them; use method='repeat' without parameters"
+        )
+    if method != last:
+        raise ValueError(
+            f"extend_context: this model is extended by {last!r} from "
+            f"{current['original_max_position_embeddings']} tokens, which {method!r} cannot follow; use "
+            f"method={last!r}"
+        )
+    if method == "repeat":
+        return current | {"original_max_position_embeddings": config.max_position_embeddings} | parameters
+    return current | ({"factor": None} if "factor" in current else {}) | parameters

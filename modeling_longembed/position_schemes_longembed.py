@@ -12,7 +12,7 @@ its own length: a document that fits is read as the original model read it, what
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -278,19 +278,27 @@ def grouped_positions(token_index: Tensor, group: int, neighbours: int) -> tuple
     return floored + shift, floored - shift, floored
 
 
+class FarRotary(NamedTuple):
+    """Self-Extend's second rotation, of queries and keys that are far from each other."""
+
+    query_left: Rotary  # of a query, for keys on its left
+    query_right: Rotary  # of a query, for keys on its right
+    key: Rotary
+    neighbours: Tensor  # (T,) int64, keys nearer than this are rotated as ever
+
+
 @dataclass
 class RopePlan:
-    """What attention does to query and key under rope, for one rotation base; computed once per forward pass."""
+    """Rotations of query and key under one set of `rope_parameters`; computed once per forward pass."""
 
     near: Rotary
-    far: tuple[Rotary, Rotary, Rotary] | None = None
-    neighbours: Tensor | None = None
+    far: FarRotary | None = None
 
     def __call__(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, GroupedRotary | None]:
         grouped = None
         if self.far is not None:
-            left, right, floored = self.far
-            grouped = GroupedRotary(left(query), right(query), floored(key), self.neighbours)
+            left, right = self.far.query_left(query), self.far.query_right(query)
+            grouped = GroupedRotary(left, right, self.far.key(key), self.far.neighbours)
         return self.near(query), self.near(key), grouped
 
 
@@ -309,7 +317,7 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
         left, right, floored = (rotary_at(x, base, base_factor) for x in grouped_positions(token_index, group, window))
         lengths = documents.document_lengths
         neighbours = torch.where(is_extended(extension, lengths), torch.full_like(lengths, window), lengths)
-        return RopePlan(rotary_at(token_index, base, base_factor), (left, right, floored), neighbours)
+        return RopePlan(rotary_at(token_index, base, base_factor), FarRotary(left, right, floored, neighbours))
     parameters = extended_rope_parameters(extension, rope_parameters, config.max_position_embeddings)
     lengths = documents.cu_seqlens.diff()
     if method == "dynamic":  # one frequency row a document: the length of a neighbour must not reach into this one

@@ -1,88 +1,89 @@
 """Another position scheme for a model that exists: `model.switch_positions("rope")`."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .attention_longembed import LongEmbedAttention
+from .hub_longembed import HubModel
 from .position_relative_longembed import DistanceAttention
 
 ROPE_THETA = 10_000.0  # Su et al. 2021, section 3.2.2
 
 
-class SwitchPositionsMixin:
-    """Adds `switch_positions` to the models."""
+@torch.no_grad()
+def switch_position_scheme(
+    model: HubModel,
+    scheme: str,
+    max_position_embeddings: int | None = None,
+    rope_theta: float | None = None,
+    keep_mean: bool = True,
+):
+    """Gives the model another position scheme, in place, and leaves all other weights as they are.
 
-    @torch.no_grad()
-    def switch_positions(
-        self,
-        scheme: str,
-        max_position_embeddings: int | None = None,
-        rope_theta: float | None = None,
-        keep_mean: bool = True,
-    ):
-        """Gives the model another position scheme, in place, and leaves all other weights as they are.
+    The outputs are not those of the model as it was, and mean little before it is trained on: what its heads have
+    learned about places, they have learned from the old scheme. What belongs to that alone is dropped (the
+    table of `absolute`, the projections of `relative`), and its extension with it.
 
-        The outputs are not those of the model as it was, and mean little before it is trained on: what its heads have
-        learned about places, they have learned from the old scheme. What belongs to that alone is dropped (the
-        table of `absolute`, the projections of `relative`), and its extension with it.
+    Args:
+        scheme: `rope`, `alibi`, `sinusoidal`, `relative` (whose new weights start at random), or, in a causal
+            model, `none`.
+        max_position_embeddings: the context in tokens, shorter or longer; default: as it is.
+        rope_theta: base of the rotation, for `rope`; default 10,000.
+        keep_mean: whether the mean row of a learned table is added to all segment rows, so that what the places
+            have in common stays. A model without segments gets one for all tokens.
 
-        Args:
-            scheme: `rope`, `alibi`, `sinusoidal`, `relative` (whose new weights start at random), or, in a causal
-                model, `none`.
-            max_position_embeddings: the context in tokens, shorter or longer; default: as it is.
-            rope_theta: base of the rotation, for `rope`; default 10,000.
-            keep_mean: whether the mean row of a learned table is added to all segment rows, so that what the places
-                have in common stays. A model without segments gets one for all tokens.
+    Returns:
+        the model.
 
-        Returns:
-            the model.
+    Raises:
+        ValueError: there is nothing to switch, or the scheme cannot be combined with the rest of the config; the
+            model is unchanged.
+    """
+    encoder: Any = model.base_model
+    config, embeddings = model.config, encoder.embeddings
+    if scheme == config.position_embedding_type:
+        raise ValueError(
+            f"switch_positions: the positions of this model are {scheme!r} already; use extend_context for a "
+            "longer context, or name another scheme"
+        )
+    if scheme == "absolute":
+        raise ValueError(
+            "switch_positions: a learned table starts with nothing learned; use 'sinusoidal', a table that needs "
+            "no training, or 'rope'"
+        )
+    if rope_theta is not None and scheme != "rope":
+        raise ValueError(f"switch_positions: {scheme!r} has no rope_theta={rope_theta!r}; leave it out")
+    mean = None
+    if keep_mean and embeddings.position_embeddings is not None:
+        mean = embeddings.position_embeddings.weight.mean(0)
+    context = config.max_position_embeddings if max_position_embeddings is None else max_position_embeddings
+    rope = {"rope_type": "default", "rope_theta": ROPE_THETA if rope_theta is None else rope_theta}
+    changes = {
+        "position_embedding_type": scheme,
+        "position_extension": None,
+        "rope_parameters": rope if scheme == "rope" else None,
+        "max_position_embeddings": context,
+        "type_vocab_size": config.type_vocab_size or int(mean is not None),
+    }
+    switched = type(config)(**config.to_dict() | changes)  # checked as a whole before anything changes
+    for name in (*changes, "base_model_tp_plan"):
+        setattr(config, name, getattr(switched, name))
 
-        Raises:
-            ValueError: there is nothing to switch, or the scheme cannot be combined with the rest of the config; the
-                model is unchanged.
-        """
-        config, embeddings = self.config, self.base_model.embeddings
-        if scheme == config.position_embedding_type:
-            raise ValueError(
-                f"switch_positions: the positions of this model are {scheme!r} already; use extend_context for a "
-                "longer context, or name another scheme"
-            )
-        if scheme == "absolute":
-            raise ValueError(
-                "switch_positions: a learned table starts with nothing learned; use 'sinusoidal', a table that needs "
-                "no training, or 'rope'"
-            )
-        if rope_theta is not None and scheme != "rope":
-            raise ValueError(f"switch_positions: {scheme!r} has no rope_theta={rope_theta!r}; leave it out")
-        mean = None
-        if keep_mean and embeddings.position_embeddings is not None:
-            mean = embeddings.position_embeddings.weight.mean(0)
-        context = config.max_position_embeddings if max_position_embeddings is None else max_position_embeddings
-        rope = {"rope_type": "default", "rope_theta": ROPE_THETA if rope_theta is None else rope_theta}
-        changes = {
-            "position_embedding_type": scheme,
-            "position_extension": None,
-            "rope_parameters": rope if scheme == "rope" else None,
-            "max_position_embeddings": context,
-            "type_vocab_size": config.type_vocab_size or int(mean is not None),
-        }
-        switched = type(config)(**config.to_dict() | changes)  # checked as a whole before anything changes
-        for name in (*changes, "base_model_tp_plan"):
-            setattr(config, name, getattr(switched, name))
-
-        embeddings.position_embeddings = None
-        if mean is not None:
-            if embeddings.token_type_embeddings is None:
-                table = nn.Embedding(config.type_vocab_size, config.hidden_size, device=mean.device, dtype=mean.dtype)
-                embeddings.token_type_embeddings = table
-                table.weight.zero_()
-            embeddings.token_type_embeddings.weight.add_(mean)
-        for attention in self.modules():
-            if isinstance(attention, LongEmbedAttention):
-                attention.distance = None
-                if scheme == "relative":
-                    attention.distance = DistanceAttention(config).to(attention.q_proj.weight)
-                    attention.distance.apply(self._init_weights)
-        if self.has_tokenizer():
-            self.tokenizer.model_max_length = config.max_position_embeddings
-        return self
+    embeddings.position_embeddings = None
+    if mean is not None:
+        if embeddings.token_type_embeddings is None:
+            table = nn.Embedding(config.type_vocab_size, config.hidden_size, device=mean.device, dtype=mean.dtype)
+            embeddings.token_type_embeddings = table
+            table.weight.zero_()
+        embeddings.token_type_embeddings.weight.add_(mean)
+    for attention in model.modules():
+        if isinstance(attention, LongEmbedAttention):
+            attention.distance = None
+            if scheme == "relative":
+                attention.distance = DistanceAttention(config).to(attention.q_proj.weight)
+                attention.distance.apply(model._init_weights)
+    if model.has_tokenizer():
+        model.tokenizer.model_max_length = config.max_position_embeddings
+    return model
