@@ -38,7 +38,7 @@ from modeling_longembed.attention_longembed import KERNELS, flash_attn_varlen_fu
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_base_longembed import AttentionInputs, AttentionPattern
 from modeling_longembed.pattern_registry_longembed import PATTERNS, build_pattern
-from modeling_longembed.position_schemes_longembed import AlibiBias, alibi_slopes
+from modeling_longembed.position_alibi_longembed import AlibiBias, alibi_slopes
 
 RULE = 3.0
 MEMORY_RATIO = 2.2

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from .position_schemes_longembed import GroupedRotary, ScoreBias
+from .position_base_longembed import GroupedRotary, ScoreBias
 
 try:
     from torch.nn.attention.varlen import varlen_attn

@@ -5,7 +5,7 @@ numbers are computed and is never saved. All kernels take packed tensors and giv
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from .attention_kernels_longembed import attend, masked_softmax, segment_attenti
 from .packing_longembed import PackedDocuments
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, chunked_attention
 from .pattern_memory_longembed import Stream
-from .position_relative_longembed import DistanceAttention, DistanceEmbeddings
-from .position_schemes_longembed import RopePlan, ScoreBias
+from .position_base_longembed import Positions
 from .tensor_parallel_longembed import heads_here
 
 try:
@@ -30,10 +29,8 @@ class LayerContext(NamedTuple):
     """What the sublayers of one forward pass share."""
 
     documents: PackedDocuments
-    rope: dict[str, RopePlan]  # by layer type; empty for schemes that do not rotate
-    bias: ScoreBias | None  # of a scheme that adds the same bias in all layers
-    distances: DistanceEmbeddings | None  # of Transformer-XL's scheme, whose bias each layer makes from its query
-    stream: Stream | None = None  # of documents that come in pieces
+    positions: Positions  # what the position scheme contributes
+    stream: Stream | None = None  # of documents that come in chunks
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
@@ -180,34 +177,40 @@ KERNELS = {
 DEFAULT_KERNEL = "longembed_varlen"
 
 
-def check_kernel(name: str):
-    """Raises ValueError if there is no kernel called `name`, or not on this machine."""
+def check_kernel(name: str, config: Any = None, training: bool = False) -> None:
+    """Check once that a kernel exists and can compute a model.
+
+    Args:
+        name: `attn_implementation`.
+        config: the config of the model; None checks the name alone.
+        training: whether the patterns of training are computed rather than those that serve.
+
+    Raises:
+        ValueError: no such kernel, not on this machine, or one that cannot compute the model's patterns or positions.
+    """
     if name not in KERNELS:
         raise ValueError(f"attn_implementation={name!r} is none of ours; choose from {', '.join(KERNELS)}")
     if name == "flash_attention_2" and flash_attn_varlen_func is None:
         raise ValueError(
             f"attn_implementation={name!r} needs the package flash-attn, which is not installed; use {DEFAULT_KERNEL!r}"
         )
-
-
-def select_kernel(name: str, inputs: AttentionInputs) -> Kernel:
-    """The kernel called `name`, if it can compute these inputs.
-
-    Raises:
-        ValueError: no such kernel, or one that cannot compute this model's pattern or position scheme.
-    """
-    check_kernel(name)
-    kernel, bias = KERNELS[name], inputs.bias
-    refused = None
-    if bias is not None and not (kernel.query_bias if bias.reads_query else kernel.bias):
+    if config is None:
+        return
+    kernel, scheme, refused = KERNELS[name], config.position_scheme, None
+    has_bias = scheme.adds_bias or config.relative_attention_num_buckets > 0
+    beyond_masks = [
+        pattern.type
+        for pattern in (config.get_training_patterns() if training else config.get_patterns())
+        if not pattern.is_mask
+    ]
+    if has_bias and not (kernel.query_bias if scheme.bias_reads_query else kernel.bias):
         refused = "cannot add the position bias of this scheme (alibi, relative, relative buckets)"
-    elif inputs.grouped is not None and not kernel.grouped:
+    elif scheme.merges_scores(config) and not kernel.grouped:
         refused = "cannot compute Self-Extend (method 'group' on rope)"
-    elif not inputs.pattern.is_mask and not kernel.beyond_masks:
-        refused = f"computes masks alone, and the pattern {inputs.pattern.type!r} is more than a mask"
+    elif beyond_masks and not kernel.beyond_masks:
+        refused = f"computes masks alone, and the pattern {beyond_masks[0]!r} is more than a mask"
     if refused:
         raise ValueError(f"attn_implementation={name!r} {refused}; use {DEFAULT_KERNEL!r}")
-    return kernel
 
 
 class ResidualLinear(nn.Linear):
@@ -228,7 +231,7 @@ class LongEmbedAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.o_proj = ResidualLinear(width, config.hidden_size, bias=bias)
         self.own = pattern.build(config)
-        self.distance = DistanceAttention(config) if config.position_embedding_type == "relative" else None
+        self.distance = config.position_scheme.build(config)
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value `(T, H, D)` of states `(T, d)`; no rotation yet."""
@@ -237,36 +240,69 @@ class LongEmbedAttention(nn.Module):
         heads = (-1, self.head_dim)
         return query.unflatten(-1, heads), key.unflatten(-1, heads), self.v_proj(states).unflatten(-1, heads)
 
-    def forward(self, hidden_states: Tensor, context: LayerContext) -> tuple[Tensor, list[Tensor] | None]:
-        """`(T, d)` to `(T, d)`, and the weights of each document `(H, L, L)` if the kernel has them."""
-        pattern = self.training_pattern if self.training else self.pattern
-        query, key, value = self.project(hidden_states)
+    def attention_inputs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        context: LayerContext,
+        pattern: AttentionPattern,
+        dropout: float = 0.0,
+        own: Any = None,
+    ) -> AttentionInputs:
+        """Bring the positions in and put together what a kernel reads.
+
+        Args:
+            query, key, value: `(T, H, D)`, what `project` returned.
+            context: what the sublayers share.
+            pattern: the pattern to compute, that of training or the one that serves.
+            dropout: probability to leave out an attention weight.
+            own: what `pattern.prepare` returned.
+
+        Returns:
+            The inputs of one attention call.
+        """
         num_heads = self.config.num_attention_heads
         here = heads_here(self.q_proj, query.shape[1], num_heads)
-        bias, grouped = context.bias, None
-        if bias is not None and query.shape[1] < num_heads:
-            bias = bias.heads(here)
-        if context.rope:  # of the pattern that serves, whichever one trains
-            query, key, grouped = context.rope[self.layer_type](query, key)
-        if self.distance is not None:
-            query, bias = self.distance(query, context.distances, pattern.reach(context.documents))
-        inputs = AttentionInputs(
-            query,
-            key,
-            value,
-            pattern,
-            context.documents,
-            self.head_dim**-0.5,
-            self.config.attention_dropout if self.training else 0.0,
-            bias,
-            grouped,
-            self.config.is_causal,
-            self.training,
-            pattern.prepare(self, hidden_states, context),
-            here.start,
-            num_heads,
+        query, key, bias, grouped = context.positions.apply(self, query, key, pattern, context.documents)
+        if bias is context.positions.bias and bias is not None and query.shape[1] < num_heads:
+            bias = bias.heads(here)  # shared by all heads of the model; a bias of the sublayer's own has those here
+        return AttentionInputs(
+            query=query,
+            key=key,
+            value=value,
+            pattern=pattern,
+            documents=context.documents,
+            scaling=self.head_dim**-0.5,
+            dropout=dropout,
+            bias=bias,
+            grouped=grouped,
+            causal=self.config.is_causal,
+            training=self.training,
+            own=own,
+            first_head=here.start,
+            num_heads=num_heads,
         )
-        attended, weights = select_kernel(self.config._attn_implementation, inputs).function(inputs)
+
+    def forward(self, hidden_states: Tensor, context: LayerContext) -> tuple[Tensor, list[Tensor] | None]:
+        """Attend.
+
+        Args:
+            hidden_states: `(T, d)`.
+            context: what the sublayers share.
+
+        Returns:
+            `(T, d)`, and the weights `(H, L, L)` of each document if the kernel has them.
+        """
+        pattern = self.training_pattern if self.training else self.pattern
+        inputs = self.attention_inputs(
+            *self.project(hidden_states),
+            context,
+            pattern,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            own=pattern.prepare(self, hidden_states, context),
+        )
+        attended, weights = KERNELS[self.config._attn_implementation].function(inputs)
         return self.o_proj(attended.flatten(1)), weights
 
 

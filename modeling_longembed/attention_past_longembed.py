@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .attention_kernels_longembed import MAX_SCORES, attend, causal_mask, masked_softmax, recompute_in_backward
-from .position_schemes_longembed import GroupedRotary, ScoreBias, merge_far
+from .position_base_longembed import GroupedRotary, ScoreBias, merge_far
 
 
 class PastKeys(NamedTuple):

@@ -6,7 +6,7 @@ What cannot be combined is refused here, when the config is built, with the fiel
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import wraps
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
@@ -14,21 +14,10 @@ from transformers.configuration_utils import strict  # without it nothing is val
 
 from .layout_registry_longembed import expand_layout
 from .pattern_registry_longembed import build_pattern
-from .position_schemes_longembed import EXTENSIONS
+from .position_base_longembed import PositionScheme
+from .position_buckets_longembed import check_buckets
+from .position_schemes_longembed import get_scheme
 from .tensor_parallel_longembed import tensor_parallel_plan
-
-# Parameters of each extension method besides those that all share, with their defaults (None: derived or required).
-EXTENSION_PARAMETERS: dict[str, dict[str, Any]] = {
-    "repeat": {},
-    "interpolate": {"factor": None},
-    "group": {"factor": None, "neighbours": 64},
-    "restart": {"period": None},
-    "linear": {"factor": None},
-    "dynamic": {"factor": None},
-    "ntk": {"factor": None},
-    "theta": {"rope_theta": 100_000.0},
-    "yarn": {"factor": None, "beta_fast": None, "beta_slow": None, "attention_factor": None, "truncate": None},
-}
 
 
 def told_in_one_sentence(cls: type) -> type:
@@ -111,7 +100,7 @@ class LongEmbedConfig(PretrainedConfig):
     is_causal: bool = False
     layer_types: list[str] | None = None
     max_position_embeddings: int = 512
-    position_embedding_type: Literal["absolute", "sinusoidal", "rope", "alibi", "relative", "none"] = "absolute"
+    position_embedding_type: str = "absolute"
     relative_attention_num_buckets: int = 0
     relative_attention_max_distance: int = 128
     rope_parameters: dict | None = None
@@ -186,7 +175,7 @@ class LongEmbedConfig(PretrainedConfig):
             if not isinstance(text, str):
                 raise ValueError(f"prompts: {name!r} is {text!r}; give the text to put before an input")
         if self.position_extension is not None:
-            self.position_extension = self._complete_extension(dict(self.position_extension))
+            self.position_extension = self.position_scheme.complete_extension(self)
         super().__post_init__(**kwargs)
         # Under transformers' name for it, and after transformers, some releases of which add names we do not have.
         self.base_model_tp_plan = tensor_parallel_plan(self)
@@ -214,57 +203,9 @@ class LongEmbedConfig(PretrainedConfig):
         patterns = [build_pattern(entry) for entry in entries]
         return [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
 
-    def _complete_extension(self, extension: dict) -> dict:
-        """The extension with every parameter of its method; refuses what the scheme or the method does not know."""
-        scheme, method = self.position_embedding_type, extension.get("method")
-        if not EXTENSIONS[scheme]:
-            raise ValueError(
-                f"position_extension: {scheme!r} positions have no trained length to extend; remove position_extension"
-            )
-        if method not in EXTENSIONS[scheme]:
-            raise ValueError(
-                f"position_extension: the method {method!r} is not defined for position_embedding_type={scheme!r}; "
-                f"choose from {', '.join(EXTENSIONS[scheme])}"
-            )
-        known = {"original_max_position_embeddings": None, "keep_short": True} | EXTENSION_PARAMETERS[method]
-        if scheme != "rope":
-            known.pop("neighbours", None)
-        if unknown := sorted(set(extension) - set(known) - {"method"}):
-            raise ValueError(
-                f"position_extension: the method {method!r} has no parameter {unknown[0]!r}; it has {', '.join(known)}"
-            )
-        extension = {"method": method} | known | extension
-        blocks = {pattern.size for pattern in self.get_patterns() if pattern.type == "block"}
-        if method == "restart" and extension["period"] is None and len(blocks) == 1:
-            extension["period"] = blocks.pop()
-        original = extension["original_max_position_embeddings"]
-        required = {"original_max_position_embeddings": original} | (
-            {"period": extension["period"]} if method == "restart" else {}
-        )
-        for name, value in required.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"position_extension: {name}={value!r}; give the number of tokens, at least 1")
-        if original > self.max_position_embeddings:
-            raise ValueError(
-                f"position_extension: original_max_position_embeddings={original} is more than "
-                f"max_position_embeddings={self.max_position_embeddings}; an extension makes the context longer"
-            )
-        if method == "restart" and extension["period"] > original:
-            raise ValueError(
-                f"position_extension: period={extension['period']} is more than the {original} positions "
-                "that were trained; give a smaller one"
-            )
-        for name in ("factor", "rope_theta"):
-            value = extension.get(name)
-            if value is not None and not (isinstance(value, (int, float)) and value >= 1):
-                raise ValueError(f"position_extension: {name}={value!r}; give a number of at least 1")
-        if not isinstance(extension["keep_short"], bool):
-            raise ValueError(f"position_extension: keep_short={extension['keep_short']!r}; give true or false")
-        return extension
-
     def convert_rope_params_to_dict(self, **kwargs):
         """transformers' own reading of `rope_parameters`, for models that rotate; others carry none."""
-        if self.position_embedding_type == "rope":
+        if self.position_scheme.rotates:
             return super().convert_rope_params_to_dict(**kwargs)
         if self.rope_parameters:
             raise ValueError(
@@ -318,74 +259,8 @@ class LongEmbedConfig(PretrainedConfig):
 
     def validate_positions(self):
         """The position scheme can be computed with these sizes and patterns."""
-        extension = self.position_extension
-        if self.position_embedding_type == "rope":
-            if self.head_dim % 2:
-                raise ValueError(
-                    f"position_embedding_type='rope' rotates pairs of channels, head_dim={self.head_dim} is odd; "
-                    "use an even one"
-                )
-            nested = [self.rope_parameters.get(kind) for kind in dict.fromkeys(self.layer_types)]
-            for parameters in nested if all(nested) else [self.rope_parameters]:
-                for name in ("rope_theta", "factor"):
-                    value = parameters.get(name, 1.0)
-                    if not (isinstance(value, (int, float)) and value >= 1):
-                        raise ValueError(f"rope_parameters: {name}={value!r}; give a number of at least 1")
-                rope_type = parameters.get("rope_type")
-                if rope_type not in ("default", "linear", "yarn", "llama3"):
-                    raise ValueError(
-                        f"rope_parameters: rope_type={rope_type!r} is not one that every document can be read with "
-                        "alike; use 'default', 'linear', 'yarn' or 'llama3' here and position_extension for the rest"
-                    )
-                if extension is not None and rope_type != "default":
-                    raise ValueError(
-                        f"position_extension cannot be put on top of rope_parameters with rope_type={rope_type!r}; "
-                        "set rope_type='default'"
-                    )
-        elif self.position_embedding_type in ("sinusoidal", "relative") and self.hidden_size % 2:
-            raise ValueError(
-                f"position_embedding_type={self.position_embedding_type!r} needs an even hidden_size, not "
-                f"{self.hidden_size}"
-            )
-        if self.relative_attention_num_buckets % 4:
-            raise ValueError(
-                f"relative_attention_num_buckets={self.relative_attention_num_buckets}; give a multiple of 4: "
-                "half for each side, half of that for exact distances"
-            )
-        if (
-            self.relative_attention_num_buckets
-            and self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4
-        ):
-            raise ValueError(
-                f"relative_attention_max_distance={self.relative_attention_max_distance} is not beyond the exact "
-                f"distances of relative_attention_num_buckets={self.relative_attention_num_buckets}; "
-                "give more than a quarter of the buckets"
-            )
-        if self.relative_attention_num_buckets and self.position_embedding_type in ("alibi", "relative"):
-            raise ValueError(
-                f"relative_attention_num_buckets and position_embedding_type={self.position_embedding_type!r} are both "
-                "a bias by distance; choose one"
-            )
-        if self.position_embedding_type == "none" and not self.is_causal:
-            raise ValueError(
-                "position_embedding_type='none' leaves the causal mask as the only order, and without it word order is "
-                "lost; set is_causal=true or choose a position scheme"
-            )
-        if extension is not None and extension["method"] == "group" and self.position_embedding_type == "rope":
-            if type(extension["neighbours"]) is not int or extension["neighbours"] < 1:
-                raise ValueError(
-                    f"position_extension: neighbours={extension['neighbours']!r}; give a whole number of at least 1"
-                )
-            if self.relative_attention_num_buckets:
-                raise ValueError(
-                    "position_extension 'group' on rope and relative_attention_num_buckets cannot be merged; use 'yarn'"
-                )
-        spread = extension is not None and self.position_embedding_type == "absolute" and extension.get("factor")
-        if spread and extension["method"] == "interpolate" and type(extension["factor"]) is not int:
-            raise ValueError(
-                f"position_extension: factor={extension['factor']} but the rows of a table stand at whole places; "
-                "give a whole number, or leave it out"
-            )
+        check_buckets(self)
+        self.position_scheme.check(self)
 
     def validate_attention(self):
         """Every pattern can be combined with the rest, and reaches no further than the context."""
@@ -410,9 +285,13 @@ class LongEmbedConfig(PretrainedConfig):
 
     @property
     def extends_by_groups(self) -> bool:
-        """Whether Self-Extend computes two scores for every pair."""
-        extension = self.position_extension
-        return self.position_embedding_type == "rope" and extension is not None and extension["method"] == "group"
+        """Whether Self-Extend computes two scores for every pair of tokens."""
+        return self.position_scheme.merges_scores(self)
+
+    @property
+    def position_scheme(self) -> PositionScheme:
+        """The scheme that is called `position_embedding_type`; raises ValueError if there is none."""
+        return get_scheme(self.position_embedding_type)
 
     def get_patterns(self) -> list:
         """The attention patterns, one object an attention sublayer."""

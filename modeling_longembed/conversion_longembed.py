@@ -16,10 +16,9 @@ from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from .conversion_families_longembed import FAMILIES, ROBERTA, Family, refuse
 from .hub_longembed import ST_POOLINGS, HubModel, find_file
-from .pattern_landmark_longembed import landmark_size
 from .pattern_registry_longembed import build_pattern
 from .position_extension_longembed import default_method
-from .position_schemes_longembed import extended_position_table
+from .position_table_longembed import extended_position_table
 
 # Any one of these is a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
@@ -106,8 +105,8 @@ def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Fa
         for suffix in ("weight", "bias"):
             if (tensor := take(weights, theirs, suffix)) is not None:
                 ours[f"{mine}.{suffix}"] = tensor
-    if landmark_size(config):  # a word that stands for any others
-        ours["embeddings.landmark_embedding.weight"] = ours["embeddings.word_embeddings.weight"].mean(0, keepdim=True)
+    for pattern in set(config.get_patterns()):
+        ours |= pattern.derive_weights(ours)
     table = "embeddings.position_embeddings.weight"
     if table in ours:
         ours[table] = extended_position_table(ours[table][reserved_rows:], config)
@@ -126,8 +125,9 @@ def comparable_length(config, original_fields: dict, has_new_weights: bool = Fal
             context = min(context, extension["period"])
         elif not extension["keep_short"] and extension["method"] != "repeat":
             return 0
-    if landmark_size(config) and any(pattern.type != "landmark" for pattern in config.get_patterns()):
-        return 0  # the others see the landmarks, which the original has not
+    adds_tokens = {pattern.adds_tokens for pattern in config.get_patterns()}
+    if len(adds_tokens) == 2:
+        return 0  # sublayers of the other patterns see the added tokens, which the original does not have
     theirs = original_fields.get("attention_patterns", ["full"] * config.num_hidden_layers)
     patterns = [pattern.at_start if has_new_weights else pattern for pattern in config.get_patterns()]
     pairs = {(ours, build_pattern(entry)) for ours, entry in zip(patterns, theirs, strict=True)}

@@ -22,12 +22,8 @@ from .conversion_longembed import COMPARED_LENGTH, TOLERANCE, largest_difference
 from .hub_longembed import ST_POOLINGS, HubModel, summarize_patterns
 from .packing_longembed import PackedDocuments
 from .pattern_registry_longembed import build_pattern
-from .position_schemes_longembed import (
-    extended_rope_parameters,
-    position_ids,
-    sinusoidal_embeddings,
-    unscaled_rope_theta,
-)
+from .position_rope_longembed import extended_rope_parameters, unscaled_rope_theta
+from .position_table_longembed import position_ids, sinusoidal_embeddings
 
 # The architectures in the order in which they are tried: those that servers know best come first.
 NATIVE = {"bert": "BERT", "modernbert": "ModernBERT", "nomic_bert": "NomicBERT"}

@@ -91,16 +91,7 @@ def check_expressible(model: PreTrainedModel):
                 f"to_onnx: attention_patterns has {pattern.type!r}, which is more than a mask and has no ONNX "
                 "form; use 'full', 'sliding' or 'block'"
             )
-    if config.position_embedding_type == "relative":
-        raise ValueError(
-            "to_onnx: position_embedding_type='relative' (Transformer-XL) has no ONNX form; use 'rope' or 'alibi'"
-        )
-    method = (config.position_extension or {}).get("method")
-    if config.position_embedding_type == "rope" and method in ("dynamic", "group"):
-        raise ValueError(
-            f"to_onnx: position_extension {method!r} on rope computes every document by itself and has no ONNX "
-            "form; use 'yarn', 'ntk' or 'linear'"
-        )
+    config.position_scheme.check_graph(config)
     if config.token_weighting != "none":
         raise ValueError(
             f"to_onnx: token_weighting={config.token_weighting!r} solves a system for every document and has no "

@@ -43,6 +43,13 @@ def no_contribution(layer: nn.Module) -> Tensor:
     return 0.0 * torch.stack(trained).sum() if trained else torch.zeros(())
 
 
+def skip_layer(layer: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Pass the residual stream `(T, d)` by a layer that is left out; in training its gradient is zero, not missing."""
+    if not torch.is_grad_enabled():
+        return hidden_states
+    return hidden_states + no_contribution(layer).to(hidden_states.dtype)
+
+
 def every_other(num_layers: int, rate: float) -> list[int]:
     """The layers to keep at the pruning rate `rate`: layer l goes where `l mod floor(1 / rate) = 0` (section 3.3).
 

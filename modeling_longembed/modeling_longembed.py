@@ -1,7 +1,8 @@
-"""The encoder: embeddings, a list of residual sublayers read off `config.sublayer_pattern`, pooling.
+"""The encoder: embeddings, a list of residual sublayers read off `config.sublayer_pattern`, and pooling.
 
-Shapes: B documents, S longest document of a padded batch, T packed tokens, d width, H heads, D head size, V vocabulary.
-Padding is taken out once, before the embeddings, and put back once, after the last sublayer.
+Shapes: B documents, S tokens of the longest document in a padded batch, T packed tokens, R rows that the sublayers
+compute (T, and what patterns put between the tokens), d width, H heads, D head size, V vocabulary. Padding is removed
+once, before the embeddings, and put back once, after the last sublayer.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MaskedLMOutput
+from transformers.utils import can_return_tuple
 
 from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, ResidualLinear, check_kernel
 from .configuration_longembed import LongEmbedConfig
@@ -21,25 +23,15 @@ from .encoding_longembed import encode_texts, tokenize_texts
 from .export_native_longembed import export_native
 from .export_onnx_longembed import export_onnx
 from .hub_longembed import HubModel
-from .layout_layerdrop_longembed import draw_layers, no_contribution, prune_to_layers, prune_to_sublayers
+from .layout_layerdrop_longembed import draw_layers, prune_to_layers, prune_to_sublayers, skip_layer
 from .output_pooling_longembed import pool, token_weights
 from .packing_longembed import PackedDocuments
 from .pattern_adaptive_span_longembed import find_adaptive_spans, total_span_penalty
-from .pattern_landmark_longembed import Landmarks, landmark_size
+from .pattern_base_longembed import TokenSequence
 from .pattern_memory_longembed import Memory, Stream
+from .position_base_longembed import Positions
+from .position_buckets_longembed import bucket_bias, build_buckets
 from .position_extension_longembed import extend_model_context
-from .position_relative_longembed import DistanceAttention, DistanceEmbeddings
-from .position_schemes_longembed import (
-    AlibiBias,
-    BucketBias,
-    RopePlan,
-    ScoreBias,
-    alibi_slopes,
-    position_ids,
-    position_table_rows,
-    rope_plan,
-    sinusoidal_embeddings,
-)
 from .position_switching_longembed import switch_position_scheme
 from .tensor_parallel_longembed import check_parallelism
 
@@ -51,47 +43,51 @@ class LongEmbedEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = None
-        if config.position_embedding_type == "absolute":
-            self.position_embeddings = nn.Embedding(position_table_rows(config), config.hidden_size)
+        self.position_embeddings = config.position_scheme.build_table(config)
         self.token_type_embeddings = None
         if config.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.landmark_embedding = nn.Embedding(1, config.hidden_size) if landmark_size(config) else None
+        # One sublayer of each type of pattern speaks for all of that type.
+        self.patterns = {pattern.type: pattern for pattern in config.get_patterns()}
+        for pattern in self.patterns.values():
+            for name, module in pattern.build_embeddings(config).items():
+                self.add_module(name, module)
         self.norm = None
         if config.embedding_norm:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(
-        self,
-        words: Tensor,
-        token_type_ids: Tensor | None,
-        documents: PackedDocuments,
-        token_index: Tensor,
-        landmarks: Landmarks | None = None,
-    ) -> Tensor:
-        """Word vectors `(T, d)`, segment ids `(T,)` or None, places in the document `(T,)`; returns `(T, d)`.
+    def prepare(
+        self, inputs: Tensor, token_type_ids: Tensor | None, token_index: Tensor, documents: PackedDocuments
+    ) -> TokenSequence:
+        """Look up the words and give the patterns the chance to put rows between the tokens.
 
-        With `landmarks` it returns `(T', d)`: their word is put between those of the documents.
+        Args:
+            inputs: token ids `(B, S)` or word vectors `(B, S, d)`; packed: `(1, T)` or `(1, T, d)`.
+            token_type_ids: segment ids, `(B, S)` or `(1, T)`; zeros if None.
+            token_index: `(T,)`, position of each token in its document.
+            documents: the packed documents.
+
+        Returns:
+            The rows that the sublayers compute.
         """
-        segment = torch.zeros_like(token_index) if token_type_ids is None else token_type_ids
-        places, adds_positions = token_index, self.config.position_embedding_type in ("absolute", "sinusoidal")
-        if adds_positions:
-            places = position_ids(self.config, documents, token_index)
-        if landmarks is not None:
-            of_tokens, landmark = words[landmarks.source], self.landmark_embedding.weight
-            words = torch.where(landmarks.is_landmark[:, None], landmark.to(words.dtype), of_tokens)
-            segment, places = segment[landmarks.source], places[landmarks.source]
-        hidden_states = words
+        words = documents.pack(inputs)
+        if inputs.ndim == 2:
+            words = self.word_embeddings(words)
+        segments = torch.zeros_like(token_index) if token_type_ids is None else documents.pack(token_type_ids)
+        places = self.config.position_scheme.places(self.config, documents, token_index)
+        sequence = TokenSequence(documents, words, segments, places)
+        for pattern in self.patterns.values():
+            sequence = pattern.prepare_sequence(self, sequence)
+        return sequence
+
+    def forward(self, sequence: TokenSequence) -> Tensor:
+        """Add segments and positions to the words of all rows; returns `(R, d)`."""
+        hidden_states = sequence.words
         if self.token_type_embeddings is not None:
-            hidden_states = hidden_states + self.token_type_embeddings(segment)
-        if self.position_embeddings is not None:
-            hidden_states = hidden_states + self.position_embeddings(places)
-        elif adds_positions:
-            hidden_states = hidden_states + sinusoidal_embeddings(places, self.config.hidden_size).to(
-                hidden_states.dtype
-            )
+            hidden_states = hidden_states + self.token_type_embeddings(sequence.segments)
+        scheme = self.config.position_scheme
+        hidden_states = scheme.embed(hidden_states, sequence.places, self.position_embeddings)
         if self.norm is not None:
             hidden_states = self.norm(hidden_states)
         return self.dropout(hidden_states)
@@ -197,9 +193,7 @@ class LongEmbedPreTrainedModel(HubModel):
         """As transformers does, and our own parameters; one that a checkpoint has given is left alone."""
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, DistanceAttention):
-            init.normal_(module.content_bias, std=std)
-            init.normal_(module.distance_bias, std=std)
+        self.config.position_scheme.initialize(module, std)
         # Megatron (Shoeybi et al. 2019, section 5.1): what adds to the residual stream, by the number of additions.
         if self.config.scaled_initialization and isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=std / len(self.config.sublayer_pattern) ** 0.5)
@@ -220,7 +214,7 @@ class LongEmbedPreTrainedModel(HubModel):
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Ours is the packed path where the caller asks for none: transformers would take padded SDPA."""
         name = requested_attention or DEFAULT_KERNEL
-        check_kernel(name)
+        check_kernel(name, self.config)
         return super().get_correct_attn_implementation(name, is_init_check)
 
 
@@ -241,12 +235,8 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         check_parallelism(config)
-        self.embeddings, self.landmark_size = LongEmbedEmbeddings(config), landmark_size(config)
-        self.relative_attention_bias = None
-        if config.relative_attention_num_buckets:
-            self.relative_attention_bias = nn.Embedding(
-                config.relative_attention_num_buckets, config.num_attention_heads
-            )
+        self.embeddings = LongEmbedEmbeddings(config)
+        self.relative_attention_bias = build_buckets(config)
         patterns = zip(config.get_patterns(), config.get_training_patterns(), strict=True)
         self.layers = nn.ModuleList(
             LongEmbedSublayer(
@@ -266,6 +256,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module):
         self.embeddings.word_embeddings = cast(nn.Embedding, value)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -279,10 +270,9 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         memory: Memory | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> LongEmbedModelOutput | tuple:
-        """Encodes a padded batch, or packed documents.
+    ) -> LongEmbedModelOutput:
+        """Encode a padded batch, or packed documents.
 
         Args:
             input_ids: `(B, S)`; packed: `(1, T)`.
@@ -300,7 +290,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             output_hidden_states: the embeddings and the states after each SUBLAYER, `(B, S, d)`: in the layout
                 `sfsf...` every second entry is a layer of the original. Under pre-norm the last one is after the final
                 norm.
-            return_dict: False gives a tuple.
+            **kwargs: `return_dict=False` gives a tuple; everything else is ignored.
 
         Returns:
             `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), weighed by
@@ -311,83 +301,58 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         Raises:
             ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
         """
-        inputs = inputs_embeds if input_ids is None else input_ids
+        config, inputs = self.config, inputs_embeds if input_ids is None else input_ids
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give either input_ids or inputs_embeds")
-        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                "attention weights exist in the eager kernel only; call model.set_attn_implementation('eager') first"
-            )
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        self._check_pass(memory, position_ids, output_attentions)
 
-        documents = self._documents(inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q)
+        documents = PackedDocuments.from_inputs(
+            inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q
+        )
         stream = None
         if memory is not None:
-            if position_ids is not None or output_attentions:
-                raise ValueError(
-                    "memory: places go on by themselves, and weights reach back beyond the piece; leave position_ids "
-                    "and output_attentions out"
-                )
             attentions = [layer.attention for layer in self.layers if layer.attention is not None]
-            stream = Stream(self.config, attentions, memory, documents, self.training)
+            stream = Stream(config, attentions, memory, documents, self.training)
             documents = stream.documents
-        token_index = (
-            documents.token_index if position_ids is None else documents.pack(position_ids.expand(inputs.shape[:2]))
-        )
-        words = documents.pack(inputs)
-        if inputs_embeds is None:
-            words = self.embeddings.word_embeddings(words)
-        segments = None if token_type_ids is None else documents.pack(token_type_ids)
+        token_index = documents.token_index
+        if position_ids is not None:
+            token_index = documents.pack(position_ids.expand(inputs.shape[:2]))
 
-        landmarks = None if self.landmark_size is None else Landmarks.insert(documents, self.landmark_size)
-        # (T, d); T' rows from here to the end of the sublayers if there are landmarks
-        hidden_states = self.embeddings(words, segments, documents, token_index, landmarks)
-        context = self._context(documents, token_index, hidden_states)._replace(stream=stream)
-        if landmarks is not None:
-            context = landmarks.lengthen(context)
+        sequence = self.embeddings.prepare(inputs, token_type_ids, token_index, documents)
+        hidden_states = self.embeddings(sequence)  # (R, d) from here to the end of the sublayers
+        positions = self._positions(documents, token_index, hidden_states)
+        if sequence.source is not None:
+            positions = positions.at(sequence.source)
+        context = LayerContext(sequence.documents, positions, stream)
         all_hidden_states, all_weights = [hidden_states], []
-        taken = [True] * len(self.layers)
-        if self.training and self.config.layerdrop:
-            taken = draw_layers(self.config.sublayer_pattern, self.config.layerdrop, self.config.layerdrop_unit)
-        for layer, take in zip(self.layers, taken, strict=True):
+        for layer, is_used in zip(self.layers, self._draw_layers(), strict=True):
             weights = None
-            if take:
+            if is_used:
                 hidden_states, weights = layer(hidden_states, context=context)
-            elif torch.is_grad_enabled():
-                hidden_states = hidden_states + no_contribution(layer).to(hidden_states.dtype)
+            else:
+                hidden_states = skip_layer(layer, hidden_states)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions and weights is not None:
-                weights = weights if landmarks is None else landmarks.without(weights)
-                all_weights.append(self._pad_weights(weights, documents))
+                all_weights.append(documents.unpack_weights(sequence.weights_of_tokens(weights)))
         if self.final_norm is not None:
-            hidden_states = self.final_norm(hidden_states)
-            all_hidden_states[-1] = hidden_states
-        if landmarks is not None:
-            hidden_states = hidden_states[landmarks.tokens]
-            all_hidden_states = [states[landmarks.tokens] for states in all_hidden_states]
+            all_hidden_states[-1] = hidden_states = self.final_norm(hidden_states)
 
-        if self.token_weighting == "generalized_max":
-            weights = token_weights(hidden_states, documents, self.config.token_weighting_regularization)
-            hidden_states = hidden_states * weights[:, None].to(hidden_states.dtype)
+        hidden_states = self._weigh_tokens(sequence.of_tokens(hidden_states), documents)
         if stream is None:
-            pooled = pool(hidden_states, documents.cu_seqlens, self.config.pooling)
+            pooled = pool(hidden_states, documents.cu_seqlens, config.pooling)
         else:
             pooled, memory = stream.finish(hidden_states)
-        output = LongEmbedModelOutput(
+        states = (documents.unpack(sequence.of_tokens(states)) for states in all_hidden_states)
+        return LongEmbedModelOutput(
             last_hidden_state=documents.unpack(hidden_states),
             pooler_output=pooled,
             memory=memory,
-            hidden_states=tuple(documents.unpack(states) for states in all_hidden_states)
-            if output_hidden_states
-            else None,
+            hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
         )
-        return output if return_dict else output.to_tuple()
 
     def new_memory(self, batch_size: int = 1) -> Memory:
         """What `forward` takes as `memory` with the first piece of `batch_size` documents.
@@ -403,71 +368,40 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         """
         return Memory.empty(self.config, batch_size, self.training, self.dtype, self.device)
 
-    def _documents(self, inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q) -> PackedDocuments:
-        if cu_seq_lens_q is not None:
-            if inputs.shape[0] != 1 or attention_mask is not None:
-                raise ValueError(
-                    "packed input (cu_seq_lens_q) is one row of tokens, shape (1, T), without attention_mask"
-                )
-            # Looked at where it costs nothing: another device would have to be waited for, and a graph would break.
-            at_no_cost = cu_seq_lens_q.device.type == "cpu" and not torch.compiler.is_compiling()
-            if at_no_cost and cu_seq_lens_q[-1] != inputs.shape[1]:
-                raise ValueError(
-                    f"cu_seq_lens_q ends at {int(cu_seq_lens_q[-1])} and the input has {inputs.shape[1]} tokens; "
-                    "they must agree"
-                )
-            longest = int(cu_seq_lens_q.diff().max()) if max_length_q is None else max_length_q
-            documents = PackedDocuments(cu_seq_lens_q.to(torch.int32), longest, num_tokens=inputs.shape[1])
-        else:
-            mask = torch.ones(inputs.shape[:2], device=inputs.device) if attention_mask is None else attention_mask
-            if mask.shape != inputs.shape[:2]:
-                raise ValueError(
-                    f"attention_mask has shape {tuple(mask.shape)}, the input {tuple(inputs.shape[:2])}; "
-                    "they must agree"
-                )
-            documents = PackedDocuments.from_attention_mask(mask)
-        if global_attention_mask is not None:
-            documents.is_global = documents.pack(global_attention_mask) != 0
-        return documents
+    def _check_pass(self, memory: Memory | None, position_ids: Tensor | None, output_attentions: bool) -> None:
+        """Raise ValueError if what is asked of one forward pass cannot be combined."""
+        kernel = self.config._attn_implementation
+        if output_attentions and kernel != "eager":
+            raise ValueError(
+                "attention weights exist in the eager kernel only; call model.set_attn_implementation('eager') first"
+            )
+        if memory is not None and (position_ids is not None or output_attentions):
+            raise ValueError(
+                "memory: places go on by themselves, and weights reach back beyond the piece; leave position_ids "
+                "and output_attentions out"
+            )
+        if self.training and self.config.training_attention_patterns is not None:
+            check_kernel(kernel, self.config, training=True)
 
-    def _context(self, documents: PackedDocuments, token_index: Tensor, hidden_states: Tensor) -> LayerContext:
-        """What the position scheme contributes to attention, computed once for all sublayers."""
-        config = self.config
-        rope: dict[str, RopePlan] = {}
-        bias: ScoreBias | None = None
-        distances = None
-        if config.position_embedding_type == "rope":
-            parameters = config.rope_parameters
-            for layer_type in dict.fromkeys(config.layer_types):
-                of_type = parameters.get(layer_type, parameters)
-                rope[layer_type] = rope_plan(config, of_type, documents, token_index)
-        elif config.position_embedding_type == "alibi":
-            bias = AlibiBias(torch.tensor(alibi_slopes(config.num_attention_heads), device=hidden_states.device))
-        elif config.position_embedding_type == "relative":
-            patterns = [*config.get_patterns(), *config.get_training_patterns()]
-            reach = max(pattern.reach(documents) for pattern in patterns)
-            distances = DistanceEmbeddings.up_to(reach, config.hidden_size, hidden_states)
+    def _draw_layers(self) -> list[bool]:
+        """Return which sublayers take part in this forward pass: all, except under LayerDrop in training."""
+        if self.training and self.config.layerdrop:
+            return draw_layers(self.config.sublayer_pattern, self.config.layerdrop, self.config.layerdrop_unit)
+        return [True] * len(self.layers)
+
+    def _positions(self, documents: PackedDocuments, token_index: Tensor, hidden_states: Tensor) -> Positions:
+        """Return what positions contribute to attention, computed once for all sublayers."""
+        positions = self.config.position_scheme.prepare(self.config, documents, token_index, hidden_states)
         if self.relative_attention_bias is not None:
-            # Looked up, not read off its weight, which tensor parallelism splits.
-            buckets = torch.arange(config.relative_attention_num_buckets, device=hidden_states.device)
-            bias = BucketBias(self.relative_attention_bias(buckets), config.relative_attention_max_distance)
-        return LayerContext(documents, rope, bias, distances)
+            positions.bias = bucket_bias(self.config, self.relative_attention_bias)
+        return positions
 
-    def _pad_weights(self, weights: list[Tensor], documents: PackedDocuments) -> Tensor:
-        """Weights of each document, `(H, L, L)`, to `(B, H, S, S)` at the places of its tokens."""
-        if documents.padded_index is None or documents.batch_shape is None:
-            batch, length = 1, len(documents.token_index)  # packed by the caller: one row, documents on the diagonal
-            places = torch.arange(length, device=weights[0].device)
-            rows = torch.zeros(len(documents.lengths), dtype=torch.long)
-        else:
-            batch, length = documents.batch_shape
-            places, rows = documents.padded_index % length, torch.arange(batch)
-        padded = weights[0].new_zeros(batch, self.config.num_attention_heads, length, length)
-        filled = [number for number, tokens in enumerate(documents.lengths) if tokens]
-        for number, (start, end), part in zip(filled, documents.bounds, weights, strict=True):
-            at = places[start:end]
-            padded[rows[number]][:, at[:, None], at[None, :]] = part
-        return padded
+    def _weigh_tokens(self, hidden_states: Tensor, documents: PackedDocuments) -> Tensor:
+        """Multiply the states `(T, d)` by the weights of `config.token_weighting`."""
+        if self.token_weighting == "none":
+            return hidden_states
+        weights = token_weights(hidden_states, documents, self.config.token_weighting_regularization)
+        return hidden_states * weights[:, None].to(hidden_states.dtype)
 
 
 @dataclass
@@ -509,14 +443,15 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
     def set_output_embeddings(self, value: nn.Linear):
         self.head.decoder = value
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs,
-    ) -> LongEmbedMaskedLMOutput | tuple:
-        """Vocabulary scores of every token.
+    ) -> LongEmbedMaskedLMOutput:
+        """Compute the vocabulary scores of every token.
 
         Args:
             input_ids, attention_mask, **kwargs: as in `LongEmbedModel.forward`.
@@ -528,7 +463,6 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
             `loss` (mean cross-entropy, with labels), `logits` `(B, S, V)` (without labels), and `memory` as the
                 encoder.
         """
-        return_dict = kwargs.pop("return_dict", None)
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs, return_dict=True)
         hidden_states, loss = outputs.last_hidden_state, None
         if labels is not None:
@@ -537,15 +471,13 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
             loss = nn.functional.cross_entropy(logits.float(), labels[chosen])
         else:
             logits = self.head(hidden_states)
-        output = LongEmbedMaskedLMOutput(
+        return LongEmbedMaskedLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             memory=outputs.memory,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
 
 
 # Saving then writes `auto_map` and copies these files: the folder loads with trust_remote_code and nothing installed.

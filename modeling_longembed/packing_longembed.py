@@ -72,6 +72,51 @@ class PackedDocuments:
             num_tokens=padded_index.shape[0],
         )
 
+    @classmethod
+    def from_inputs(
+        cls,
+        inputs: Tensor,
+        attention_mask: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        cu_seq_lens: Tensor | None = None,
+        max_length: int | None = None,
+    ) -> "PackedDocuments":
+        """Make the documents of a padded batch, or of a row that the caller packed.
+
+        Args:
+            inputs: `(B, S)` or `(B, S, d)`; packed: `(1, T)` or `(1, T, d)`.
+            attention_mask: `(B, S)`, non-zero on real tokens; None: there is no padding.
+            global_attention_mask: `(B, S)` or `(1, T)`, non-zero on global tokens; None: there are none.
+            cu_seq_lens: `(B + 1,)` cumulative lengths of a packed row; None: the batch is padded.
+            max_length: longest document of a packed row in tokens; counted if None.
+
+        Raises:
+            ValueError: shapes that contradict each other.
+        """
+        shape = inputs.shape[:2]
+        if cu_seq_lens is not None:
+            if shape[0] != 1 or attention_mask is not None:
+                raise ValueError(
+                    "packed input (cu_seq_lens_q) is one row of tokens, shape (1, T), without attention_mask"
+                )
+            # Checked only where it is free: another device would have to be waited for, and a graph would break.
+            if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling() and cu_seq_lens[-1] != shape[1]:
+                raise ValueError(
+                    f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])} and the input has {shape[1]} tokens; they must agree"
+                )
+            longest = int(cu_seq_lens.diff().max()) if max_length is None else max_length
+            documents = cls(cu_seq_lens.to(torch.int32), longest, num_tokens=shape[1])
+        else:
+            mask = torch.ones(shape, device=inputs.device) if attention_mask is None else attention_mask
+            if mask.shape != shape:
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, the input {tuple(shape)}; they must agree"
+                )
+            documents = cls.from_attention_mask(mask)
+        if global_attention_mask is not None:
+            documents.is_global = documents.pack(global_attention_mask) != 0
+        return documents
+
     @computed_once
     def lengths(self) -> list[int]:
         """The lengths of the documents in tokens, as Python integers.
@@ -122,6 +167,29 @@ class PackedDocuments:
         batch, length = self.batch_shape
         padded = packed.new_zeros(batch * length, *packed.shape[1:])
         return padded.index_copy(0, self.padded_index, packed).view(batch, length, *packed.shape[1:])
+
+    def unpack_weights(self, weights: list[Tensor]) -> Tensor:
+        """Pad the attention weights of each document that has tokens.
+
+        Args:
+            weights: `(H, L, L)` of each document.
+
+        Returns:
+            `(B, H, S, S)` with zeros at padding; `(1, H, T, T)`, documents on the diagonal, for a caller that packed.
+        """
+        if self.padded_index is None or self.batch_shape is None:
+            batch, length = 1, len(self.token_index)
+            places = torch.arange(length, device=weights[0].device)
+            rows = torch.zeros(len(self.lengths), dtype=torch.long)
+        else:
+            batch, length = self.batch_shape
+            places, rows = self.padded_index % length, torch.arange(batch)
+        padded = weights[0].new_zeros(batch, weights[0].shape[0], length, length)
+        filled = [number for number, tokens in enumerate(self.lengths) if tokens]
+        for number, (start, end), part in zip(filled, self.bounds, weights, strict=True):
+            at = places[start:end]
+            padded[rows[number]][:, at[:, None], at[None, :]] = part
+        return padded
 
 
 def segment_numbers(cu_seqlens: Tensor, tokens: int) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .attention_kernels_longembed import window_attention
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, parameter, register_pattern
 from .pattern_local_longembed import SlidingAttention
-from .position_schemes_longembed import ScoreBias
+from .position_base_longembed import ScoreBias
 from .tensor_parallel_longembed import read_by_heads
 
 

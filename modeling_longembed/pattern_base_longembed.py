@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention_kernels_longembed import masked_softmax, online_attention
 from .packing_longembed import PackedDocuments
-from .position_schemes_longembed import GroupedRotary, ScoreBias
+from .position_base_longembed import GroupedRotary, ScoreBias
 
 
 def parameter(default: int | None, least: int = 1) -> Any:
@@ -36,6 +36,40 @@ class Places:
     def at(self, index) -> "Places":
         """The tokens `index`, or the same ones in another shape."""
         return Places(self.index[index], self.length[index], self.is_global[index])
+
+
+@dataclass
+class TokenSequence:
+    """The rows that the sublayers compute: the tokens of all documents, and what patterns have put between them.
+
+    Args:
+        documents: which rows belong to which document.
+        words: `(R, d)`, word vectors of the rows.
+        segments: `(R,)` int64, segment of each row.
+        places: `(R,)`, what the position scheme adds to each row (`PositionScheme.places`).
+        source: `(R,)` int64, the token whose segment and position each row has; None: the rows are the tokens.
+        tokens: `(T,)` int64, the row of each token; None: the rows are the tokens.
+    """
+
+    documents: PackedDocuments
+    words: Tensor
+    segments: Tensor
+    places: Tensor
+    source: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def of_tokens(self, states: Tensor) -> Tensor:
+        """Return the rows of the tokens `(T, ...)` of states `(R, ...)`."""
+        return states if self.tokens is None else states[self.tokens]
+
+    def weights_of_tokens(self, weights: list[Tensor]) -> list[Tensor]:
+        """Return the rows and columns of the tokens of each document's attention weights `(H, L, L)`."""
+        if self.tokens is None:
+            return weights
+        is_token = torch.zeros(len(self.words), dtype=torch.bool, device=self.words.device)
+        is_token[self.tokens] = True
+        kept = (is_token[start:end] for start, end in self.documents.bounds)
+        return [part[:, at][:, :, at] for part, at in zip(weights, kept, strict=True)]
 
 
 class AttentionInputs(NamedTuple):
@@ -112,6 +146,7 @@ class AttentionPattern:
     layer_type: ClassVar[str]  # the nearest name that transformers' strict `layer_types` knows
     per_head: ClassVar[bool] = False  # whether the predicate looks at the head
     shares_query_key: ClassVar[bool] = False  # one projection gives both query and key
+    adds_tokens: ClassVar[bool] = False  # whether `prepare_sequence` puts rows between the tokens
 
     def __post_init__(self):
         for parameter in fields(self):
@@ -189,6 +224,35 @@ class AttentionPattern:
     def attend(self, inputs: AttentionInputs) -> Tensor:
         """The same at the pattern's own cost: packed `(T, H, D)`. Here: any predicate, in linear memory."""
         return chunked_attention(inputs)
+
+    def build_embeddings(self, config) -> dict[str, nn.Module]:
+        """Return modules of the pattern's own for the embeddings of the model, by name."""
+        return {}
+
+    def derive_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the modules of `build_embeddings` hold in a model that is converted from another encoder.
+
+        Args:
+            weights: state dict of the converted encoder, without these modules.
+
+        Returns:
+            The tensors that are missing, by name.
+        """
+        return {}
+
+    def prepare_sequence(self, embeddings: nn.Module, sequence: TokenSequence) -> TokenSequence:
+        """Change the rows that all sublayers compute, before segments and positions are added to them.
+
+        Called once per forward pass for one sublayer of each `type`. Only one type of a model may add rows.
+
+        Args:
+            embeddings: the `LongEmbedEmbeddings`, which has the modules of `build_embeddings`.
+            sequence: the rows as they are.
+
+        Returns:
+            The rows as they shall be.
+        """
+        return sequence
 
     def build(self, config) -> nn.Module | None:
         """Parameters of the pattern's own, one module an attention sublayer; None if it has none."""

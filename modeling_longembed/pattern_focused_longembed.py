@@ -16,7 +16,7 @@ from .attention_kernels_longembed import MAX_SCORES, causal_mask, masked_softmax
 from .attention_past_longembed import PastKeys, Segments, past_attention
 from .packing_longembed import PackedDocuments, segment_numbers, split_documents
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, parameter, register_pattern
-from .position_schemes_longembed import Rotary, moved_rotary
+from .position_base_longembed import Rotary, moved_rotary
 
 
 class Moves(NamedTuple):
@@ -73,7 +73,7 @@ class FocusedAttention(AttentionPattern):
         return max(0, min(documents.max_seqlen, self.size) - 1)
 
     def prepare(self, attention, states, context):
-        plan = context.rope.get(attention.layer_type)
+        plan = context.positions.rotations.get(attention.layer_type)
         if plan is None:
             return None
         documents = context.documents

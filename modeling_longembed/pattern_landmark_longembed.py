@@ -1,21 +1,15 @@
 """Landmark attention, and the landmarks that the model puts between the tokens for it."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from .attention_kernels_longembed import MAX_SCORES, MAX_UNFUSED_SCORES, masked_softmax, recompute_in_backward
 from .packing_longembed import PackedDocuments
-from .pattern_base_longembed import AttentionInputs, AttentionPattern, parameter, register_pattern
-from .position_schemes_longembed import RopePlan, Rotary
-
-
-def landmark_size(config) -> int | None:
-    """Tokens a block, its landmark included; None if no sublayer of the model needs landmarks."""
-    sizes = {pattern.size for pattern in config.get_patterns() if pattern.type == "landmark"}
-    return min(sizes, default=None)
+from .pattern_base_longembed import AttentionInputs, AttentionPattern, TokenSequence, parameter, register_pattern
 
 
 class Landmarks(NamedTuple):
@@ -48,19 +42,6 @@ class Landmarks(NamedTuple):
         marked = documents.is_global
         marked = None if marked is None else marked[source] & ~is_landmark
         return cls(PackedDocuments(cu_seqlens, longest, marked), source, tokens, is_landmark)
-
-    def lengthen(self, context: Any) -> Any:
-        """The `LayerContext` for the rows with landmarks. (A bias by distance is refused by the config.)"""
-        rope = {
-            layer_type: RopePlan(Rotary(plan.near.cos[self.source], plan.near.sin[self.source]))
-            for layer_type, plan in context.rope.items()
-        }
-        return context._replace(documents=self.documents, rope=rope)
-
-    def without(self, weights: list[Tensor]) -> list[Tensor]:
-        """The rows and columns of tokens of each document's attention weights `(H, L', L')`."""
-        kept = (~self.is_landmark[start:end] for start, end in self.documents.bounds)
-        return [part[:, at][:, :, at] for part, at in zip(weights, kept, strict=True)]
 
 
 class Blocks(NamedTuple):
@@ -132,6 +113,7 @@ class LandmarkAttention(AttentionPattern):
 
     type = "landmark"
     layer_type = "full_attention"
+    adds_tokens = True
     size: int = parameter(64, least=2)
     top_k: int = parameter(4, least=0)
 
@@ -143,7 +125,7 @@ class LandmarkAttention(AttentionPattern):
                 "stand in one place only; give one size"
             )
         bias = None
-        if config.position_embedding_type in ("alibi", "relative"):
+        if config.position_scheme.adds_bias:
             bias = f"position_embedding_type={config.position_embedding_type!r}"
         elif config.relative_attention_num_buckets:
             bias = f"relative_attention_num_buckets={config.relative_attention_num_buckets}"
@@ -165,6 +147,28 @@ class LandmarkAttention(AttentionPattern):
     @property
     def own_weights(self):
         return True
+
+    def build_embeddings(self, config):
+        return {"landmark_embedding": nn.Embedding(1, config.hidden_size)}
+
+    def derive_weights(self, weights):
+        """The landmark stands for any words, so it starts as the mean of all."""
+        words = weights["embeddings.word_embeddings.weight"]
+        return {"embeddings.landmark_embedding.weight": words.mean(0, keepdim=True)}
+
+    def prepare_sequence(self, embeddings: Any, sequence: TokenSequence) -> TokenSequence:
+        """Put the landmarks between the tokens."""
+        landmarks = Landmarks.insert(sequence.documents, self.size)
+        of_tokens, landmark = sequence.words[landmarks.source], embeddings.landmark_embedding.weight
+        return replace(
+            sequence,
+            documents=landmarks.documents,
+            words=torch.where(landmarks.is_landmark[:, None], landmark.to(of_tokens.dtype), of_tokens),
+            segments=sequence.segments[landmarks.source],
+            places=sequence.places[landmarks.source],
+            source=landmarks.source,
+            tokens=landmarks.tokens,
+        )
 
     def visible(self, query, key, head, num_heads):
         """The keys that have a value to give: all words."""

@@ -299,7 +299,7 @@ class SlidingAttention(AttentionPattern):
         query, key, value = (
             project(states).unflatten(-1, (-1, attention.head_dim)) for project in (own.q_proj, own.k_proj, own.v_proj)
         )
-        plan = context.rope.get(attention.layer_type)
+        plan = context.positions.rotations.get(attention.layer_type)
         return (query, key, value) if plan is None else (plan.near(query), plan.near(key), value)
 
     def dense(self, inputs, rows):

@@ -88,7 +88,7 @@ class LshAttention(AttentionPattern):
                 f"attention_patterns: buckets={self.buckets} of 'lsh' come in pairs, one for each side of a direction; "
                 "give an even number, 1 for no hashing, or 0 for two a chunk"
             )
-        if config.position_embedding_type == "relative":
+        if config.position_scheme.bias_reads_query:
             raise ValueError(
                 "attention_patterns: 'lsh' hashes one vector that is query and key, and position_embedding_type="
                 "'relative' adds another one to queries alone; use 'rope', 'alibi' or 'absolute'"

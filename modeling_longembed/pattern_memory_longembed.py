@@ -19,7 +19,7 @@ from .output_pooling_longembed import pool_on
 from .packing_longembed import PackedDocuments
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, parameter, register_pattern
 from .pattern_local_longembed import BlockAttention
-from .position_schemes_longembed import RopePlan, merge_far, rope_plan
+from .position_base_longembed import RopePlan, merge_far
 
 
 class Past(NamedTuple):
@@ -62,7 +62,7 @@ class MemoryAttention(AttentionPattern):
         return furthest if documents.past is not None else max(0, min(documents.max_seqlen - 1, furthest))
 
     def prepare(self, attention, states, context):
-        plan, stored, piece = context.rope.get(attention.layer_type), None, None
+        plan, stored, piece = context.positions.rotations.get(attention.layer_type), None, None
         if context.stream is not None:
             stored = project_past(attention, *context.stream.recall(attention, states, self.memory))
         if torch.is_grad_enabled() and self.memory:
@@ -241,13 +241,12 @@ class Stream:
         place = lengths + torch.arange(-size, 0, device=past.device)  # (B, size), in the piece; negative: before it
         first = documents.cu_seqlens[:-1, None] + batch * size  # row of the piece's first token
         last = torch.where(place < 0, (number + 1) * size + place, first + place)
-        if config.position_embedding_type != "rope":
+        if not config.position_scheme.rotates:
             return last.flatten(), None
         cu_seqlens = size * torch.arange(batch + 1, dtype=torch.int32, device=past.device)
         stored = PackedDocuments(cu_seqlens, size, past=past - size)
-        parameters = config.rope_parameters
-        of_type = parameters.get(attention.layer_type, parameters)
-        return last.flatten(), rope_plan(config, of_type, stored, stored.token_index)
+        rotation = config.position_scheme.rotation(config, attention.layer_type, stored, stored.token_index)
+        return last.flatten(), rotation
 
     def finish(self, hidden_states: Tensor) -> tuple[Tensor, Memory]:
         """The embedding `(B, d)` of all that was read, and the memory for the next piece, given the last states."""
@@ -271,18 +270,7 @@ def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
             f"memory: token_weighting={config.token_weighting!r} weighs a token by the whole document, which a piece "
             "does not tell; use token_weighting='none'"
         )
-    extension = config.position_extension
-    if extension is not None and extension["method"] not in ("repeat", "restart"):
-        if extension["method"] == "dynamic":
-            raise ValueError(
-                "memory: position_extension 'dynamic' depends on the length of the document, which a piece does not "
-                "tell; use 'yarn' with keep_short=false"
-            )
-        if extension["keep_short"]:
-            raise ValueError(
-                f"memory: position_extension {extension['method']!r} with keep_short=true depends on the length of "
-                "the document, which a piece does not tell; set keep_short=false"
-            )
+    config.position_scheme.check_chunks(config)
     if training and config.layerdrop:
         raise ValueError(
             f"memory: layerdrop={config.layerdrop} leaves out sublayers whose states the next piece needs; set "
@@ -302,9 +290,7 @@ def check_piece(config, patterns: list[AttentionPattern], memory: Memory, docume
     if [states.shape[1] for states in memory.states] != [remembered(pattern) for pattern in patterns]:
         raise ValueError("memory is not of this model's attention_patterns; begin with model.new_memory(batch_size)")
     size = lcm(*(pattern.size for pattern in patterns if isinstance(pattern, (MemoryAttention, BlockAttention))))
-    table = None
-    if config.position_embedding_type == "absolute" and (config.position_extension or {}).get("method") != "restart":
-        table = config.max_position_embeddings
+    table = config.position_scheme.table_rows(config)
     for number, (seen, length) in enumerate(zip(memory.seen.tolist(), lengths, strict=True)):
         if length and seen % size:
             raise ValueError(

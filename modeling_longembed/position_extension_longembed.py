@@ -5,26 +5,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .attention_longembed import check_kernel
 from .hub_longembed import HubModel
 from .pattern_registry_longembed import build_pattern
-from .position_schemes_longembed import (
-    EXTENSIONS,
-    extend_position_table,
-    extended_position_table,
-    extension_factor,
-    position_table_rows,
-)
+from .position_schemes_longembed import get_scheme
+from .position_table_longembed import extend_position_table, extended_position_table, position_table_rows
 
 
 def default_method(scheme: str, attention_patterns: list) -> str | None:
-    """What extends best without training: blocks read as documents of their own; else a way that needs no training."""
-    if not EXTENSIONS[scheme]:
-        return None
-    if scheme == "rope":
-        return "dynamic"
-    patterns = {build_pattern(entry) for entry in attention_patterns}
-    all_blocks = len(patterns) == 1 and {pattern.type for pattern in patterns} == {"block"}
-    return "restart" if all_blocks else "repeat"
+    """Return the extension method that works best without training; None for a scheme without a trained length.
+
+    Args:
+        scheme: `config.position_embedding_type`.
+        attention_patterns: entries of `config.attention_patterns`.
+    """
+    return get_scheme(scheme).default_extension([build_pattern(entry) for entry in attention_patterns])
 
 
 @torch.no_grad()
@@ -54,10 +49,11 @@ def extend_model_context(model: HubModel, max_position_embeddings: int, method: 
             f"extend_context: max_position_embeddings={max_position_embeddings!r} must be a whole number above "
             f"the context of {config.max_position_embeddings} tokens that the model has"
         )
-    extension = next_extension(model, method, parameters)
+    extension = next_extension(config, method, parameters)
     extended = type(config)(
         **config.to_dict() | {"max_position_embeddings": max_position_embeddings, "position_extension": extension}
     )  # checked as a whole before anything changes
+    check_kernel(config._attn_implementation, extended)
     encoder: Any = model.base_model
     old_table = encoder.embeddings.position_embeddings
     config.max_position_embeddings = extended.max_position_embeddings
@@ -74,29 +70,12 @@ def extend_model_context(model: HubModel, max_position_embeddings: int, method: 
     return model
 
 
-def next_extension(model: HubModel, method: str | None, parameters: dict) -> dict | None:
-    config, current = model.config, model.config.position_extension
-    scheme = config.position_embedding_type
+def next_extension(config: Any, method: str | None, parameters: dict) -> dict | None:
+    """Return the `position_extension` of the longer model, whose context is not known here; None: it needs none."""
+    current = config.position_extension
     if current is None:
-        method = method or default_method(scheme, config.attention_patterns)
+        method = method or config.position_scheme.default_extension(config.get_patterns())
         if method is None and not parameters:
             return None
         return {"method": method, "original_max_position_embeddings": config.max_position_embeddings} | parameters
-    last = current["method"]
-    method = method or last
-    if last == "interpolate" and scheme == "absolute":
-        if method == "repeat" and not parameters:
-            return current | {"factor": round(extension_factor(current, config.max_position_embeddings))}
-        raise ValueError(
-            f"extend_context: the rows of this table were trained at their interpolated places, and {method!r} "
-            "would move them; use method='repeat' without parameters"
-        )
-    if method != last:
-        raise ValueError(
-            f"extend_context: this model is extended by {last!r} from "
-            f"{current['original_max_position_embeddings']} tokens, which {method!r} cannot follow; use "
-            f"method={last!r}"
-        )
-    if method == "repeat":
-        return current | {"original_max_position_embeddings": config.max_position_embeddings} | parameters
-    return current | ({"factor": None} if "factor" in current else {}) | parameters
+    return config.position_scheme.extend_again(config, method or current["method"], parameters)

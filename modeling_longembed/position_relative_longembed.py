@@ -1,15 +1,19 @@
-"""Transformer-XL's relative positions (Dai et al. 2019, section 3.3), both ways as an encoder needs them.
+"""Transformer-XL's relative positions (Dai et al. 2019, section 3.3), in both directions, as an encoder needs them.
 
 The score of query i and key j is `(q_i + u) . k_j + (q_i + v) . (W_r R_{i - j})` with sinusoids R and learned u and v
 per head. Every attention sublayer has its own W_r, u and v (XLNet's form).
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
-from .position_schemes_longembed import ScoreBias, sinusoidal_embeddings
+from .packing_longembed import PackedDocuments
+from .position_base_longembed import Positions, PositionScheme, ScoreBias, check_even_width, register_scheme
+from .position_table_longembed import sinusoidal_embeddings
 from .tensor_parallel_longembed import heads_here, read_by_heads
 
 
@@ -21,6 +25,7 @@ class DistanceEmbeddings(NamedTuple):
 
     @classmethod
     def up_to(cls, reach: int, width: int, like: Tensor) -> "DistanceEmbeddings":
+        """Compute those of the distances -reach to reach, with the device and data type of `like`."""
         distances = torch.arange(-reach, reach + 1, device=like.device)
         return cls(sinusoidal_embeddings(distances, width).to(like.dtype), reach)
 
@@ -37,7 +42,7 @@ class DistanceAttention(nn.Module):
         self.distance_bias = nn.Parameter(torch.zeros(heads, self.head_dim))  # v
 
     def forward(self, query: Tensor, distances: DistanceEmbeddings, reach: int) -> tuple[Tensor, "DistanceBias"]:
-        """The query with u added `(T, H, D)`, and the bias for distances up to `reach` that goes with it."""
+        """Return the query with u added `(T, H, D)`, and the bias for distances up to `reach` that goes with it."""
         near = slice(distances.reach - reach, distances.reach + reach + 1)
         keys = self.r_proj(distances.table[near]).unflatten(-1, (-1, self.head_dim))  # (2 * reach + 1, H, D)
         here = heads_here(self.r_proj, keys.shape[1], len(self.content_bias))
@@ -72,3 +77,53 @@ class DistanceBias(ScoreBias):
         scores = (query + self.shift[:, None]) @ self.keys[:, reach + low : reach + high + 1].transpose(1, 2)
         column = (distance.clamp(low, high) - low).expand(*scores.shape[:-1], -1)
         return scores.gather(-1, column) * self.scaling
+
+
+@dataclass
+class RelativePositionsOfPass(Positions):
+    """The sinusoids of all distances, from which every sublayer makes a bias with its own weights."""
+
+    distances: DistanceEmbeddings | None = None
+
+    def apply(self, attention, query, key, pattern, documents):
+        """Add u to the query and make the sublayer's bias."""
+        query, bias = attention.distance(query, self.distances, pattern.reach(documents))
+        return query, key, bias, None
+
+
+@register_scheme
+class RelativePositions(PositionScheme):
+    """Sinusoids of the distance, projected by each sublayer, in the scores (Dai et al. 2019, arXiv:1901.02860)."""
+
+    type = "relative"
+    adds_bias = True
+    bias_reads_query = True
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError for an odd width."""
+        check_even_width(config)
+
+    def build(self, config: Any) -> DistanceAttention:
+        """Return W_r, u and v of one attention sublayer."""
+        return DistanceAttention(config)
+
+    def initialize(self, module: nn.Module, std: float) -> None:
+        """Draw u and v from a normal distribution."""
+        if isinstance(module, DistanceAttention):
+            init.normal_(module.content_bias, std=std)
+            init.normal_(module.distance_bias, std=std)
+
+    def prepare(self, config: Any, documents: PackedDocuments, token_index: Tensor, hidden_states: Tensor) -> Positions:
+        """Compute the sinusoids of all distances that a sublayer may see."""
+        reach = max(pattern.reach(documents) for pattern in (*config.get_patterns(), *config.get_training_patterns()))
+        return RelativePositionsOfPass(distances=DistanceEmbeddings.up_to(reach, config.hidden_size, hidden_states))
+
+    def tensor_parallel_plan(self) -> dict[str, str]:
+        """Split W_r by heads; u and v are small and stay whole."""
+        return {"distance.r_proj": "colwise"}
+
+    def check_graph(self, config: Any) -> None:
+        """Raise ValueError: the bias gathers by distances that depend on the input."""
+        raise ValueError(
+            "to_onnx: position_embedding_type='relative' (Transformer-XL) has no ONNX form; use 'rope' or 'alibi'"
+        )

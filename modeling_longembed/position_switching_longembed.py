@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attention_longembed import LongEmbedAttention
+from .attention_longembed import LongEmbedAttention, check_kernel
 from .hub_longembed import HubModel
-from .position_relative_longembed import DistanceAttention
+from .position_schemes_longembed import get_scheme
 
 ROPE_THETA = 10_000.0  # Su et al. 2021, section 3.2.2
 
@@ -48,12 +48,13 @@ def switch_position_scheme(
             f"switch_positions: the positions of this model are {scheme!r} already; use extend_context for a "
             "longer context, or name another scheme"
         )
-    if scheme == "absolute":
+    new = get_scheme(scheme)
+    if new.has_table:
         raise ValueError(
             "switch_positions: a learned table starts with nothing learned; use 'sinusoidal', a table that needs "
             "no training, or 'rope'"
         )
-    if rope_theta is not None and scheme != "rope":
+    if rope_theta is not None and not new.rotates:
         raise ValueError(f"switch_positions: {scheme!r} has no rope_theta={rope_theta!r}; leave it out")
     mean = None
     if keep_mean and embeddings.position_embeddings is not None:
@@ -63,11 +64,12 @@ def switch_position_scheme(
     changes = {
         "position_embedding_type": scheme,
         "position_extension": None,
-        "rope_parameters": rope if scheme == "rope" else None,
+        "rope_parameters": rope if new.rotates else None,
         "max_position_embeddings": context,
         "type_vocab_size": config.type_vocab_size or int(mean is not None),
     }
     switched = type(config)(**config.to_dict() | changes)  # checked as a whole before anything changes
+    check_kernel(config._attn_implementation, switched)
     for name in (*changes, "base_model_tp_plan"):
         setattr(config, name, getattr(switched, name))
 
@@ -80,9 +82,9 @@ def switch_position_scheme(
         embeddings.token_type_embeddings.weight.add_(mean)
     for attention in model.modules():
         if isinstance(attention, LongEmbedAttention):
-            attention.distance = None
-            if scheme == "relative":
-                attention.distance = DistanceAttention(config).to(attention.q_proj.weight)
+            attention.distance = new.build(config)
+            if attention.distance is not None:
+                attention.distance.to(attention.q_proj.weight)
                 attention.distance.apply(model._init_weights)
     if model.has_tokenizer():
         model.tokenizer.model_max_length = config.max_position_embeddings

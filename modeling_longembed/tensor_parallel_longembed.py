@@ -21,8 +21,7 @@ def tensor_parallel_plan(config) -> dict[str, str]:
         attention["k_proj"] = "colwise"
     for pattern in patterns:
         attention |= {f"own.{name}": style for name, style in pattern.tensor_parallel_plan().items()}
-    if config.position_embedding_type == "relative":
-        attention["distance.r_proj"] = "colwise"
+    attention |= config.position_scheme.tensor_parallel_plan()
     feed_forward = {"up_proj": "colwise", "down_proj": "rowwise"} if "f" in config.sublayer_pattern else {}
     if feed_forward and config.feed_forward_gated:
         feed_forward["gate_proj"] = "colwise"

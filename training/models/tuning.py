@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError
-from modeling_longembed.position_schemes_longembed import extension_factor
+from modeling_longembed.position_base_longembed import extension_factor
 
 
 @dataclass

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from common.errors import UserError
 from modeling_longembed.attention_longembed import LayerContext, LongEmbedAttention
 from modeling_longembed.pattern_base_longembed import AttentionInputs
-from modeling_longembed.pattern_landmark_longembed import landmark_size
 
 
 class Projections(NamedTuple):
@@ -45,7 +44,7 @@ class ProjectionTap:
         number = len(sublayers) if number is None else number
         if not 1 <= number <= len(sublayers):
             raise UserError(f"there is no attention layer {number}; this model has 1 to {len(sublayers)}")
-        if landmark_size(sublayers[0].config) is not None:
+        if any(pattern.adds_tokens for pattern in sublayers[0].config.get_patterns()):
             raise UserError("a model with landmarks reads tokens that the other does not have; use another pattern")
         self.sublayer, self._kept = sublayers[number - 1], list[Projections]()
         self.sublayer.register_forward_hook(self._keep)
@@ -73,22 +72,6 @@ def project(sublayer: LongEmbedAttention, states: Tensor, context: LayerContext)
         The projections.
     """
     query, key, value = sublayer.project(states)
-    rotated_query, rotated_key, bias, grouped = query, key, context.bias, None
-    if context.rope:
-        rotated_query, rotated_key, grouped = context.rope[sublayer.layer_type](query, key)
-    if sublayer.distance is not None:
-        reach = sublayer.pattern.reach(context.documents)
-        rotated_query, bias = sublayer.distance(rotated_query, context.distances, reach)
-    attention = AttentionInputs(
-        rotated_query,
-        rotated_key,
-        value,
-        sublayer.pattern,
-        context.documents,
-        sublayer.head_dim**-0.5,
-        dropout=0.0,
-        bias=bias,
-        grouped=grouped,
-        causal=sublayer.config.is_causal,
-    )
+    # As the pattern serves, also while the model trains.
+    attention = sublayer.attention_inputs(query, key, value, context, sublayer.pattern)._replace(training=False)
     return Projections(query, key, value, attention)

@@ -10,9 +10,8 @@ from transformers import AutoConfig
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
-from modeling_longembed.configuration_longembed import EXTENSION_PARAMETERS
 from modeling_longembed.pattern_registry_longembed import PATTERNS, build_pattern
-from modeling_longembed.position_schemes_longembed import EXTENSIONS
+from modeling_longembed.position_schemes_longembed import POSITION_SCHEMES
 
 SMALL = {"vocab_size": 30, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
 CONTEXT = 64
@@ -23,7 +22,7 @@ def valid_fields(draw) -> dict:
     """Fields of a config that can be built: every choice on every axis."""
     layout = draw(st.text("sf", min_size=1, max_size=8).filter(lambda letters: "s" in letters))
     heads, head_dim = draw(st.sampled_from([(1, 8), (2, 8), (3, 4)]))
-    scheme = draw(st.sampled_from(sorted(set(EXTENSIONS) - {"none"})))
+    scheme = draw(st.sampled_from(sorted(set(POSITION_SCHEMES) - {"none"})))
     one_pattern = st.one_of(
         st.sampled_from(sorted(PATTERNS)),
         st.fixed_dictionaries(
@@ -75,7 +74,7 @@ def valid_fields(draw) -> dict:
     if scheme == "rope":
         theta = {"rope_theta": draw(st.floats(100.0, 1e6))}
         fields["rope_parameters"] = {"rope_type": "default", **theta}
-    methods = [name for name in EXTENSIONS[scheme] if not (scheme == "rope" and name == "group")]
+    methods = [name for name in POSITION_SCHEMES[scheme].extensions if not (scheme == "rope" and name == "group")]
     if methods and draw(st.booleans()):
         extension = {"method": draw(st.sampled_from(methods)), "original_max_position_embeddings": CONTEXT}
         extension["keep_short"] = draw(st.booleans())
@@ -132,7 +131,7 @@ def test_what_transformers_reads_is_derived(fields):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "method"), [(scheme, method) for scheme, methods in EXTENSIONS.items() for method in methods]
+    ("scheme", "method"), [(name, method) for name, scheme in POSITION_SCHEMES.items() for method in scheme.extensions]
 )
 def test_an_extension_is_written_out_with_all_its_parameters(scheme, method):
     extension = {"method": method, "original_max_position_embeddings": CONTEXT}
@@ -141,9 +140,7 @@ def test_an_extension_is_written_out_with_all_its_parameters(scheme, method):
     config = LongEmbedConfig(
         **SMALL, position_embedding_type=scheme, position_extension=extension, max_position_embeddings=4 * CONTEXT
     )
-    known = {"method", "original_max_position_embeddings", "keep_short", *EXTENSION_PARAMETERS[method]}
-    if scheme != "rope":
-        known -= {"neighbours"}
+    known = {"method", "original_max_position_embeddings", "keep_short", *POSITION_SCHEMES[scheme].extensions[method]}
     assert set(config.position_extension) == known
 
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from modeling_longembed.output_pooling_longembed import POOLINGS
 from modeling_longembed.packing_longembed import PackedDocuments, split_documents
 from modeling_longembed.pattern_registry_longembed import PATTERNS
-from modeling_longembed.position_schemes_longembed import EXTENSIONS
+from modeling_longembed.position_schemes_longembed import POSITION_SCHEMES
 from tests.modeling_longembed.pattern_settings import refused
 
 ORIGINAL, CONTEXT = 8, 64  # tokens of context, trained and extended
-EXTENDED = [(scheme, method) for scheme, methods in EXTENSIONS.items() for method in (None, *methods)]
+EXTENDED = [(scheme, method) for scheme in POSITION_SCHEMES for method in (None, *POSITION_SCHEMES[scheme].extensions)]
 RELATIVE = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
 PATTERN_SETTINGS = {
     "sliding": {"window": 3, "global_tokens": 1},

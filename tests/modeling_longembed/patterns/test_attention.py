@@ -23,12 +23,14 @@ from modeling_longembed import (
     attention_longembed,
     pattern_local_longembed,
 )
-from modeling_longembed.attention_longembed import KERNELS, flash_attention, select_kernel
+from modeling_longembed.attention_longembed import KERNELS, flash_attention
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_base_longembed import AttentionInputs, AttentionPattern, Places
 from modeling_longembed.pattern_registry_longembed import PATTERNS, build_pattern
+from modeling_longembed.position_alibi_longembed import AlibiBias, alibi_slopes
+from modeling_longembed.position_buckets_longembed import BucketBias
 from modeling_longembed.position_relative_longembed import DistanceBias
-from modeling_longembed.position_schemes_longembed import AlibiBias, BucketBias, alibi_slopes, rope_plan
+from modeling_longembed.position_rope_longembed import rope_plan
 from tests.modeling_longembed.pattern_settings import entries
 
 HEADS, DIM = 4, 8
@@ -527,12 +529,12 @@ def test_what_a_kernel_cannot_compute_is_refused(build_tiny_model):
     with patch.object(attention_longembed, "flash_attn_varlen_func", dense_varlen):
         for scheme, refusal in (("alibi", "cannot add the position bias"), ("rope+group", "cannot compute Self-Ext")):
             with pytest.raises(ValueError, match=rf"^attn_implementation='flash_attention_2' {refusal}.*; use "):
-                select_kernel("flash_attention_2", make_problem(build_pattern("full"), scheme, [20]).inputs)
+                build_tiny_model(attn_implementation="flash_attention_2", **scheme_fields(scheme, 16))
         with pytest.raises(ValueError, match=r"^attn_implementation='flex_attention' cannot add the position bias"):
-            select_kernel("flex_attention", make_problem(build_pattern("full"), "relative", [9]).inputs)
-        more_than_a_mask = build_pattern({"type": "sliding", "window": 2, "global_projections": True})
+            build_tiny_model(**scheme_fields("relative", 16)).set_attn_implementation("flex_attention")
+        more_than_a_mask = {"type": "sliding", "window": 2, "global_projections": True}
         with pytest.raises(ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern"):
-            select_kernel("sdpa", make_problem(more_than_a_mask, "absolute", [9]).inputs)
+            build_tiny_model(attn_implementation="sdpa", attention_patterns=more_than_a_mask)
         pattern = build_pattern({"type": "sliding", "window": 2, "global_tokens": 1})
         with pytest.raises(ValueError, match=r"^flash_attention_2 computes .* without global tokens; load with"):
             flash_attention(make_problem(pattern, "absolute", [9]).inputs)
@@ -544,6 +546,17 @@ def test_what_a_kernel_cannot_compute_is_refused(build_tiny_model):
     model = build_tiny_model(attn_implementation="flex_attention", attention_dropout=0.1).train()
     with torch.no_grad(), pytest.raises(ValueError, match=r"^flex_attention has no dropout; set"):
         model(torch.ones(1, 4, dtype=torch.long))
+    # Patterns of training count when the model trains, and a change of the positions is checked against the kernel.
+    model = build_tiny_model(attn_implementation="sdpa", training_attention_patterns={"type": "focused", "size": 4})
+    model(torch.ones(1, 4, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern 'focused'"
+    ):
+        model.train()(torch.ones(1, 4, dtype=torch.long))
+    model = build_tiny_model(attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match=r"^attn_implementation='flex_attention' cannot add the position bias"):
+        model.switch_positions("relative")
+    assert model.config.position_embedding_type == "absolute"
     problem = make_problem(
         build_pattern({"type": "sliding", "window": 2}), "rope+group", [20], is_global=torch.arange(20) == 0
     )

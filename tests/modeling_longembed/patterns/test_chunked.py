@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from modeling_longembed.attention_kernels_longembed import online_attention
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_base_longembed import AttentionInputs, AttentionPattern
-from modeling_longembed.position_schemes_longembed import AlibiBias, alibi_slopes
+from modeling_longembed.position_alibi_longembed import AlibiBias, alibi_slopes
 from tests.modeling_longembed.memory_use import Allocated, KeptForBackward
 
 HEADS, DIM = 3, 8

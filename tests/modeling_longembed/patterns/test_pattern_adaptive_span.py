@@ -22,7 +22,7 @@ from modeling_longembed.attention_longembed import KERNELS, AttentionInputs
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_adaptive_span_longembed import AdaptiveSpan
 from modeling_longembed.pattern_registry_longembed import build_pattern
-from modeling_longembed.position_schemes_longembed import AlibiBias
+from modeling_longembed.position_alibi_longembed import AlibiBias
 from tests.modeling_longembed.memory_use import Allocated, KeptForBackward
 from tests.modeling_longembed.tiny_checkpoints import CONTEXT, random_batch, save_checkpoint
 

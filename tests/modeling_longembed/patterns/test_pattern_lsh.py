@@ -16,7 +16,9 @@ from modeling_longembed.attention_longembed import KERNELS, LayerContext, LongEm
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_base_longembed import AttentionInputs
 from modeling_longembed.pattern_lsh_longembed import LshAttention
-from modeling_longembed.position_schemes_longembed import AlibiBias, BucketBias, alibi_slopes
+from modeling_longembed.position_alibi_longembed import AlibiBias, alibi_slopes
+from modeling_longembed.position_base_longembed import Positions
+from modeling_longembed.position_buckets_longembed import BucketBias
 from tests.modeling_longembed.memory_use import Allocated, KeptForBackward
 from tests.modeling_longembed.tiny_checkpoints import save_checkpoint
 
@@ -190,7 +192,7 @@ def test_equals_the_reformer_of_transformers(buckets, hashes, path, causal):
     torch.nn.init.eye_(ours.o_proj.weight)
     states = torch.randn(sum(lengths), HEADS * DIM, dtype=torch.float64, requires_grad=True)
     documents = PackedDocuments(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths))
-    output = ours(states, LayerContext(documents, {}, None, None))[0]
+    output = ours(states, LayerContext(documents, Positions()))[0]
 
     expected = []
     for document in states.split(lengths):

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
-from modeling_longembed.position_schemes_longembed import EXTENSIONS
+from modeling_longembed.position_schemes_longembed import POSITION_SCHEMES
 
 CONTEXT = 16
 SCHEMES = ["absolute", "sinusoidal", "rope", "alibi", "relative"]
-METHODS = [(scheme, method) for scheme in SCHEMES for method in EXTENSIONS[scheme] or (None,)]
+METHODS = [(scheme, method) for scheme in SCHEMES for method in POSITION_SCHEMES[scheme].extensions or (None,)]
 
 
 def batch(*lengths, seed=0):
@@ -97,7 +97,7 @@ def test_a_model_that_is_extended_again_reads_what_it_could_as_before(build_tiny
     torch.testing.assert_close(loaded(**documents)[0], before, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("method", EXTENSIONS["rope"])
+@pytest.mark.parametrize("method", POSITION_SCHEMES["rope"].extensions)
 def test_rope_stretches_further_from_the_original_context(build_tiny_model, method):
     twice = build(build_tiny_model, "rope").extend_context(2 * CONTEXT, method, **parameters(method))
     twice.extend_context(8 * CONTEXT)

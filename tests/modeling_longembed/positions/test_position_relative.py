@@ -10,7 +10,7 @@ from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.position_relative_longembed import DistanceBias, DistanceEmbeddings
-from modeling_longembed.position_schemes_longembed import sinusoidal_embeddings
+from modeling_longembed.position_table_longembed import sinusoidal_embeddings
 
 HEADS, DIM, WIDTH = 4, 8, 32
 

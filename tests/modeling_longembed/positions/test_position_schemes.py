@@ -18,22 +18,18 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from modeling_longembed import LongEmbedConfig
 from modeling_longembed.packing_longembed import PackedDocuments
-from modeling_longembed.position_schemes_longembed import (
-    EXTENSIONS,
-    AlibiBias,
-    BucketBias,
-    alibi_slopes,
-    extend_position_table,
+from modeling_longembed.position_alibi_longembed import AlibiBias, alibi_slopes
+from modeling_longembed.position_base_longembed import extension_factor
+from modeling_longembed.position_buckets_longembed import BucketBias, relative_position_bucket
+from modeling_longembed.position_rope_longembed import (
     extended_rope_parameters,
-    extension_factor,
     grouped_positions,
-    position_ids,
-    relative_position_bucket,
     rope_frequencies,
     rope_plan,
     rotary_at,
-    sinusoidal_embeddings,
 )
+from modeling_longembed.position_schemes_longembed import POSITION_SCHEMES
+from modeling_longembed.position_table_longembed import extend_position_table, position_ids, sinusoidal_embeddings
 
 ORIGINAL = 16  # context in tokens of the "trained" models below
 BASE = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -212,7 +208,7 @@ def test_dynamic_scaling_goes_by_the_length_of_each_document():
         torch.testing.assert_close(plan.near.cos[start:end, :4].double(), angles.cos(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("method", EXTENSIONS["rope"])
+@pytest.mark.parametrize("method", POSITION_SCHEMES["rope"].extensions)
 @given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4))
 def test_documents_within_the_original_context_are_rotated_as_before(method, lengths):
     documents = pack(*lengths)
@@ -423,7 +419,7 @@ def test_position_ids_of_each_method_on_a_long_document():
 
 @pytest.mark.promise("P9")
 @pytest.mark.parametrize("scheme", ["absolute", "sinusoidal"])
-@pytest.mark.parametrize("method", EXTENSIONS["absolute"])
+@pytest.mark.parametrize("method", POSITION_SCHEMES["absolute"].extensions)
 @given(lengths=st.lists(st.integers(1, 3 * ORIGINAL), min_size=1, max_size=4))
 def test_documents_within_the_original_context_read_the_original_rows(scheme, method, lengths):
     table = torch.randn(ORIGINAL, 3)

@@ -1,0 +1,20 @@
+"""No positions (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466): the causal mask is all that tells the order."""
+
+from typing import Any
+
+from .position_base_longembed import PositionScheme, register_scheme
+
+
+@register_scheme
+class NoPositions(PositionScheme):
+    """Nothing is added, rotated or biased."""
+
+    type = "none"
+
+    def check(self, config: Any) -> None:
+        """Raise ValueError without a causal mask, because the order of the words would be lost."""
+        if not config.is_causal:
+            raise ValueError(
+                "position_embedding_type='none' leaves the causal mask as the only order, and without it word order is "
+                "lost; set is_causal=true or choose a position scheme"
+            )
