@@ -1,9 +1,4 @@
-"""Seconds and memory of a call that is repeated, in a process that does nothing else.
-
-- seconds: the median over calls, until `AT_LEAST` seconds have passed; one call if it takes longer.
-- base: memory of the process before the first of them.
-- peak: most memory of the process from there on. On CUDA both are those of torch's allocator.
-"""
+"""The time and memory of a call that is repeated, in a process that does nothing else."""
 
 import os
 import statistics
@@ -20,11 +15,15 @@ AT_LEAST = 1.0
 
 
 def measure_calls(call: Callable[[], object], cuda: bool) -> dict:
-    """What the top of the file names, and the `pid` of the process; bytes and seconds.
+    """Measure the time and memory of a call, which is repeated until `AT_LEAST` seconds have passed.
 
     Args:
-        call: what is measured.
-        cuda: whether it runs on a GPU.
+        call: the function that is measured.
+        cuda: whether it runs on a GPU; memory is then that of torch's allocator, otherwise that of the process.
+
+    Returns:
+        `seconds`, the median over the calls; `base`, the bytes in use before the first call; `peak`, the most bytes in
+        use from then on; `pid`, the id of this process.
     """
     base = reset_peak(cuda)
     seconds: list[float] = []
@@ -38,13 +37,13 @@ def measure_calls(call: Callable[[], object], cuda: bool) -> dict:
 
 
 def synchronize(cuda: bool) -> None:
-    """Waits for the GPU, whose calls return before they are done."""
+    """Wait for the GPU, whose calls return before they are done."""
     if cuda:
         torch.cuda.synchronize()
 
 
 def reset_peak(cuda: bool) -> int:
-    """Memory in bytes at this moment, from which on `peak_memory` counts."""
+    """Start counting for `peak_memory`, and return the memory in use at this moment, in bytes."""
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -54,5 +53,5 @@ def reset_peak(cuda: bool) -> int:
 
 
 def peak_memory(cuda: bool) -> int:
-    """Most memory in bytes since `reset_peak`."""
+    """Return the most memory in use since `reset_peak`, in bytes."""
     return torch.cuda.max_memory_allocated() if cuda else resident_memory("VmHWM")

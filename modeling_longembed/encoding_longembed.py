@@ -1,4 +1,4 @@
-"""`model.encode`: texts in, vectors out. No padding, no dependence on the neighbours, nothing cut off in silence."""
+"""`model.encode`: from texts to vectors, without padding, so that a vector does not depend on the rest of a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 def is_fast_in_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices in hardware."""
+    """Return whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     if device.type != "cpu":
@@ -60,15 +60,19 @@ def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow: str = "warn") -> list[list[int]]:
-    """Token ids of each text with special tokens, cut to the context so that the closing special token stays.
+    """Tokenize texts with special tokens, and cut off what exceeds the context, but not the closing special token.
 
     Args:
-        texts: any strings; an empty one gives the special tokens alone.
-        prompt: put before every text.
-        overflow: `warn` says once how much was cut off, `error` refuses.
+        model: the model, whose tokenizer is used.
+        texts: any strings; an empty one gives only the special tokens.
+        prompt: text that is put in front of every text.
+        overflow: if texts exceed the context, `warn` logs how much was cut off, `error` raises.
+
+    Returns:
+        The token ids of each text.
 
     Raises:
-        ValueError: with `overflow="error"`, if a text is longer than the context.
+        ValueError: a text is longer than the context, and `overflow` is `error`.
     """
     limit = model.config.max_position_embeddings
     encoded = model.tokenizer(
@@ -103,27 +107,30 @@ def encode_texts(
     precision: str = "auto",
     show_progress_bar: bool | None = None,
 ):
-    """Embeds texts of any length up to the context.
+    """Encode texts of any length up to the context as vectors.
 
     Args:
-        texts: one string or a list.
-        prompt_name: key in `config.prompts` (`query`, `document`) whose text goes before each input; None: none.
-        batch_tokens: tokens in one forward pass, sorted by length and packed without padding; sets memory.
-        normalize: unit vectors, after truncation.
-        truncate_dim: keep the first so many dimensions (for models trained with Matryoshka).
-        late_chunk_tokens: one vector for each passage of so many tokens, pooled from states that have read the
-            whole document (late chunking, Günther et al. 2024); the output is then a list of `(passages, dim)`.
-        overflow: `warn` says once how much was cut off at the context, `error` refuses.
+        model: the encoder.
+        texts: one string, or a list of strings.
+        prompt_name: key in `config.prompts` (`query`, `document`) of the prompt in front of each text; None: no prompt.
+        batch_tokens: most tokens in one forward pass, which decides how much memory is needed. Texts are sorted by
+            length and packed without padding.
+        normalize: scale vectors to unit length, after truncation.
+        truncate_dim: number of leading dimensions to keep (for models trained with Matryoshka losses); None: all.
+        late_chunk_tokens: return one vector for each passage of this many tokens, pooled from states that have read the
+            whole document (late chunking, Günther et al. 2024, arXiv:2409.04701); None: one vector per text.
+        overflow: if texts exceed the context, `warn` logs how much was cut off, `error` raises.
         output: `numpy` or `torch`.
-        precision: `float32`, `bfloat16` (matrix products in bf16 under autocast), or `auto`: bf16 where the
-            processor is fast in it.
-        show_progress_bar: default: when there is more than one batch.
+        precision: `float32`, `bfloat16` (matrix products in bfloat16 under autocast), or `auto`: bfloat16 where the
+            processor multiplies it in hardware.
+        show_progress_bar: whether a progress bar is shown; None: if there is more than one batch.
 
     Returns:
-        `(len(texts), dim)` fp32, in the order of `texts`; `(dim,)` for one string; a list with `late_chunk_tokens`.
+        fp32 vectors `(len(texts), dim)` in the order of `texts`, or `(dim,)` for one string. With `late_chunk_tokens`,
+        a list of `(passages, dim)`, or `(passages, dim)` for one string.
 
     Raises:
-        ValueError: an unknown choice, or a text that is too long with `overflow="error"`.
+        ValueError: an argument has a value that is not allowed, or a text is too long and `overflow` is `error`.
     """
     for name, value, allowed in (
         ("overflow", overflow, ("warn", "error")),
@@ -171,7 +178,19 @@ def encode_texts(
 
 
 def encode_rows(model: HubModel, rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar) -> list[Tensor]:
-    """Vectors of tokenized documents, in their order: one `(1, d)`, or `(passages, d)`, each."""
+    """Compute the vectors of tokenized documents; see `encode_texts`.
+
+    Args:
+        model: the encoder.
+        rows: the token ids of each document.
+        batch_tokens: most tokens in one forward pass.
+        late_chunk_tokens: number of tokens per passage, or None.
+        precision: `float32`, `bfloat16` or `auto`.
+        show_progress_bar: whether a progress bar is shown; None: if there is more than one batch.
+
+    Returns:
+        `(1, d)`, or `(passages, d)`, for each document, in the order of `rows`.
+    """
     device = model.device
     batches = budget_batches([len(row) for row in rows], batch_tokens)
     half = precision == "bfloat16" or (
@@ -204,5 +223,6 @@ def encode_rows(model: HubModel, rows, batch_tokens, late_chunk_tokens, precisio
 
 
 def finish_vectors(vectors: Tensor, normalize: bool, truncate_dim: int | None) -> Tensor:
+    """Return vectors `(n, d)` with the first `truncate_dim` dimensions, at unit length if `normalize` is set."""
     vectors = vectors[:, :truncate_dim]
     return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors.clone()

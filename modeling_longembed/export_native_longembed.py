@@ -220,18 +220,19 @@ def native_class(model_type: str, with_head: bool) -> tuple[Any, dict]:
 
 @torch.no_grad()
 def export_native(model: HubModel, path: str | Path) -> None:
-    """Writes the model as BERT, ModernBERT or NomicBERT, whichever can say every choice of its config.
+    """Write the model as BERT, ModernBERT or NomicBERT, the first of them that can express all choices of its config.
 
-    The folder holds no code and needs no `trust_remote_code`: weights, config, tokenizer, the files of
-    sentence-transformers (pooling, normalisation, prompts) and a short card. What was written is loaded and
+    The folder holds no code and needs no `trust_remote_code`. It has weights, config, tokenizer, the files of
+    sentence-transformers (pooling, normalization, prompts) and a short model card. What was written is loaded and
     compared with this model, and the largest difference is printed.
 
     Args:
-        path: a folder that is new or empty.
+        model: the model, with or without the masked-language-model head.
+        path: a folder that does not exist or is empty.
 
     Raises:
-        ValueError: a choice that none of the three can say (named), a folder with something in it, or outputs that
-            differ; nothing is left behind.
+        ValueError: none of the three can express the config (the message names the fields), the folder is not empty, or
+            the outputs differ. Nothing is written then.
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
@@ -239,11 +240,11 @@ def export_native(model: HubModel, path: str | Path) -> None:
     with_head = model._tied_weights_keys is not None
     native_config = native_config_of(model.config, with_head)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that under the name there is all or nothing.
+    # The folder is written under a temporary name, so that under `path` there is all of it or nothing.
     folder = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     folder.mkdir()
     try:
-        with torch.random.fork_rng(devices=[]):  # the weights that it starts with are drawn, then overwritten
+        with torch.random.fork_rng(devices=[]):  # its initial weights are random, and then overwritten
             native_model(model, native_config, with_head).save_pretrained(folder)
         model._write_tokenizer(folder)
         (folder / "README.md").write_text(native_card(model, path.name, native_config), encoding="utf-8")
@@ -265,7 +266,13 @@ def export_native(model: HubModel, path: str | Path) -> None:
 
 
 def native_model(model: Any, native_config, with_head: bool):
-    """The native model in memory, with our weights."""
+    """Build the native model with our weights.
+
+    Args:
+        model: our model.
+        native_config: the config of the native model, whose special tokens are set here.
+        with_head: whether it has the masked-language-model head.
+    """
     if model.has_tokenizer():
         for name, choices in SPECIAL_TOKENS.items():
             tokens = (getattr(model.tokenizer, f"{choice}_token_id") for choice in choices)
@@ -282,7 +289,18 @@ def native_model(model: Any, native_config, with_head: bool):
 
 
 def difference_from_native(model: HubModel, folder: Path, model_type: str, with_head: bool, length: int) -> float:
-    """Largest difference between this model and what stands in the folder, on CPU and in fp32 at least."""
+    """Compute the largest difference of the outputs of a model and of its native form, on the CPU in fp32 or wider.
+
+    Args:
+        model: our model.
+        folder: the folder of the native model.
+        model_type: the native architecture.
+        with_head: whether the models have the masked-language-model head.
+        length: length of the longest document that is compared, in tokens.
+
+    Returns:
+        The largest absolute difference.
+    """
     dtype = torch.promote_types(model.dtype, torch.float32)
     ours: Any = copy.deepcopy(model)
     ours = ours.to("cpu", dtype).eval()
@@ -293,6 +311,7 @@ def difference_from_native(model: HubModel, folder: Path, model_type: str, with_
 
 
 def native_card(model: HubModel, title: str, native_config) -> str:
+    """Return the card of a model, with a title and the architecture of `native_config`."""
     return CARD.format(
         license=f"license: {model.config.license}\n" if model.config.license else "",
         title=title,

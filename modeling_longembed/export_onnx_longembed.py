@@ -1,4 +1,4 @@
-"""Export to ONNX: one graph for batches of any size and length, without Python, torch or this package."""
+"""ONNX export: one graph for batches of any size and length, which runs without Python, torch and this package."""
 
 import importlib.util
 import os
@@ -17,7 +17,11 @@ TOLERANCE = 1e-4
 
 
 class OnnxGraph(nn.Module):
-    """The encoder as a function of tensors: what becomes the graph."""
+    """The encoder as a function of tensors, which is what the graph computes.
+
+    Args:
+        model: the encoder.
+    """
 
     def __init__(self, model: Any):
         super().__init__()
@@ -29,36 +33,36 @@ class OnnxGraph(nn.Module):
 
 
 def export_onnx(model: PreTrainedModel, path: str | os.PathLike) -> Path:
-    """Writes the encoder as an ONNX graph.
+    """Write the encoder as an ONNX graph.
 
-    The graph takes `input_ids` and `attention_mask`, and `token_type_ids` if the model has segments, all `(B, S)`
-    int64 with any B and S, padding anywhere; it returns `last_hidden_state` `(B, S, d)` and `pooler_output`
-    `(B, d)`. Only attention is computed on padding, and all its patterns as a mask: S x S scores a document. Where
-    onnxruntime is installed, the graph is run and compared before it is kept.
+    The inputs of the graph are `input_ids` and `attention_mask`, and `token_type_ids` if the model has segments, all
+    int64 `(B, S)` with any B and S, and with padding on any side. The outputs are `last_hidden_state` `(B, S, d)` and
+    `pooler_output` `(B, d)`. Only attention is computed on padding. All patterns are masks here, so that a document has
+    S x S scores. If onnxruntime is installed, the graph is run and compared with the model before it is kept.
 
     Args:
-        path: the file to write, `model.onnx`. Weights of more than 2 GB stand beside it in `model.onnx.data`.
+        model: the encoder, in float32.
+        path: the file to write, such as `model.onnx`. Weights of more than 2 GB go to `model.onnx.data` next to it.
 
     Returns:
         `path`.
 
     Raises:
-        ValueError: a model that a graph cannot express, the packages of the extra `onnx` are missing, torch
-            is older than 2.13, or the outputs differ by more than 1e-4 of the largest value. Nothing is written
-            then.
+        ValueError: a graph cannot express the model, the packages of the extra `onnx` are missing, torch is older than
+            2.13, or the outputs differ by more than 1e-4 of the largest value. Nothing is written then.
     """
     check_expressible(model)
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"to_onnx needs the package {package}: pip install 'longembed[onnx]'")
-    if torch.__version__ < "2.13":  # the graph of 2.9 is bound to the size of the example
+    if torch.__version__ < "2.13":  # the graph of torch 2.9 works for the shape of the example only
         raise ValueError(f"to_onnx needs torch 2.13 or later, and this is {torch.__version__}; update torch")
     path, kernel, training = Path(path), model.config._attn_implementation, model.training
     path.parent.mkdir(parents=True, exist_ok=True)
     graph, inputs = OnnxGraph(model), example_inputs(model, batch=2, longest=8)
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         try:
             graph.eval()
             model.set_attn_implementation(KERNEL)
@@ -83,7 +87,11 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike) -> Path:
 
 
 def check_expressible(model: PreTrainedModel):
-    """Raises ValueError naming the field that no graph for all inputs can express, and what to use."""
+    """Check that a graph for inputs of all shapes can express the model.
+
+    Raises:
+        ValueError: it cannot; the message names the field and says what to use.
+    """
     config = model.config
     for pattern in config.get_patterns():
         if not pattern.is_mask:
@@ -102,7 +110,16 @@ def check_expressible(model: PreTrainedModel):
 
 
 def example_inputs(model: PreTrainedModel, batch: int, longest: int) -> dict[str, Tensor]:
-    """A padded batch of random tokens, the documents of different lengths."""
+    """Return a padded batch of random tokens, with documents of different lengths.
+
+    Args:
+        model: the encoder.
+        batch: number of documents.
+        longest: length of the longest document in tokens.
+
+    Returns:
+        The inputs of the graph by their names, `(batch, longest)` each.
+    """
     longest = min(longest, model.config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(batch, longest, dtype=torch.long)
@@ -119,7 +136,16 @@ def example_inputs(model: PreTrainedModel, batch: int, longest: int) -> dict[str
 
 
 def compare_outputs(model: PreTrainedModel, graph: OnnxGraph, path: Path):
-    """Raises ValueError if onnxruntime is installed and gives other outputs than the model."""
+    """Compare the outputs of a graph with those of the model, if onnxruntime is installed.
+
+    Args:
+        model: the encoder.
+        graph: the encoder as the exporter has traced it.
+        path: the file of the exported graph.
+
+    Raises:
+        ValueError: the outputs differ.
+    """
     try:
         from onnxruntime import InferenceSession
     except ImportError:  # optional

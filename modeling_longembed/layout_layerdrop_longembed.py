@@ -1,7 +1,7 @@
-"""LayerDrop (Fan et al. 2020, arXiv:1909.11556): train with some layers left out, then keep the depth that is needed.
+"""The layout axis, LayerDrop (Fan et al. 2020, arXiv:1909.11556): drop random layers in training, then prune layers.
 
-A sublayer that is left out is the identity: the residual stream goes on, nothing is rescaled. All are used in
-evaluation.
+A dropped sublayer is the identity: only the residual connection remains, and nothing is rescaled. In evaluation all
+sublayers are used.
 """
 
 from typing import Any
@@ -14,17 +14,18 @@ from .layout_registry_longembed import layers_of
 
 
 def draw_layers(sublayer_pattern: str, rate: float, unit: str) -> list[bool]:
-    """Which sublayers take part in one forward pass of training.
+    """Draw which sublayers are used in one forward pass of training.
 
-    The draw comes from torch's CPU generator, outside of what gradient checkpointing recomputes, and is the same again
-    when gradient caching restores that generator.
+    The random numbers come from torch's CPU generator, outside of what gradient checkpointing recomputes. When gradient
+    caching restores that generator, the draw is the same.
 
     Args:
-        rate: probability to leave one out, 0 to 1.
-        unit: `layer` leaves out whole layers (an `s` and the `f`s after it), `sublayer` single sublayers.
+        sublayer_pattern: the layout, one letter per sublayer.
+        rate: probability of dropping a unit, 0 to 1.
+        unit: `layer` drops whole layers (an `s` and the `f`s after it), `sublayer` drops single sublayers.
 
     Returns:
-        a bool for each sublayer.
+        For each sublayer, whether it is used.
     """
     layers = layers_of(sublayer_pattern)
     group_of = {index: number for number, layer in enumerate(layers) for index in layer}
@@ -34,10 +35,10 @@ def draw_layers(sublayer_pattern: str, rate: float, unit: str) -> list[bool]:
 
 
 def no_contribution(layer: nn.Module) -> Tensor:
-    """Zero, as a function of the parameters of a layer that is left out: their gradient is zero, not missing.
+    """Return zero as a function of the parameters of a dropped layer, so that their gradient is zero, not missing.
 
-    Data parallelism waits for the gradient of every parameter, and where several forward passes share one all-reduce
-    (accumulation, gradient caching) it would not average those that the last pass has left out.
+    Data parallelism waits for the gradient of every parameter. Where several forward passes share one all-reduce
+    (gradient accumulation, gradient caching), it would not average the gradients of layers that the last pass dropped.
     """
     trained = [parameter.sum() for parameter in layer.parameters() if parameter.requires_grad]
     return 0.0 * torch.stack(trained).sum() if trained else torch.zeros(())
@@ -51,20 +52,28 @@ def skip_layer(layer: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def every_other(num_layers: int, rate: float) -> list[int]:
-    """The layers to keep at the pruning rate `rate`: layer l goes where `l mod floor(1 / rate) = 0` (section 3.3).
+    """Return the layers to keep at a pruning rate: layer l is pruned if `l mod floor(1 / rate) = 0` (section 3.3).
 
     Raises:
-        ValueError: a rate that is not between 0 and 1/2 (0 keeps all).
+        ValueError: `rate` is not between 0 (all layers are kept) and 1/2.
     """
     if not 0 <= rate <= 0.5:
         raise ValueError(f"rate={rate}: 'every other' prunes between none and half of the layers; give 0 to 0.5")
     step = int(1 / rate) if rate else num_layers + 1
-    # Counted from 1, so that the first layer stays: at 1/2 every second one goes, at 1/3 every third.
+    # l counts from 1, so that the first layer is kept: 1/2 prunes every second layer, 1/3 every third.
     return [layer for layer in range(num_layers) if (layer + 1) % step]
 
 
 def prune_to_layers(model: PreTrainedModel, layers: list[int]):
-    """Keeps these layers (an `s` and the `f`s after it), in place; returns the model. See `keep_sublayers`."""
+    """Prune a model to some of its layers (an `s` and the `f`s after it) in place, and return the model.
+
+    Args:
+        model: the model.
+        layers: numbers of the layers to keep.
+
+    Raises:
+        ValueError: there is no such layer, or no attention is left.
+    """
     groups = layers_of(model.config.sublayer_pattern)
     if unknown := sorted(set(layers) - set(range(len(groups)))):
         raise ValueError(f"keep_layers: there is no layer {unknown[0]}; this model has 0 to {len(groups) - 1}")
@@ -72,16 +81,17 @@ def prune_to_layers(model: PreTrainedModel, layers: list[int]):
 
 
 def prune_to_sublayers(model: PreTrainedModel, sublayers: list[int]):
-    """Keeps these sublayers with their weights and drops the others, in place.
+    """Prune a model to some of its sublayers in place; the kept ones keep their weights and their order.
 
     Args:
-        sublayers: their numbers, letters of `config.sublayer_pattern`; the order stays that of the model.
+        model: the model.
+        sublayers: numbers of the sublayers to keep, indices of letters in `config.sublayer_pattern`.
 
     Returns:
-        the model, its config telling the layout that is left.
+        The same model, whose config describes the layout that is left.
 
     Raises:
-        ValueError: no such sublayer, or no attention left.
+        ValueError: there is no such sublayer, or no attention is left.
     """
     config, kept = model.config, sorted(set(sublayers))
     if unknown := [index for index in kept if not 0 <= index < len(config.sublayer_pattern)]:
@@ -96,7 +106,7 @@ def prune_to_sublayers(model: PreTrainedModel, sublayers: list[int]):
     for name in ("attention_patterns", "training_attention_patterns", "layer_types"):
         if (entries := getattr(config, name)) is not None:
             setattr(config, name, [entries[place] for place in places])
-    if kept[0] != 0:  # the first sublayer left has a norm, whether or not the model's first had one
+    if kept[0] != 0:  # the new first sublayer has a norm, even if the old first sublayer had none
         config.first_attention_norm = True
     config.sublayer_pattern, config.num_hidden_layers = pattern, len(places)
     encoder: Any = model.base_model

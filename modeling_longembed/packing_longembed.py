@@ -81,7 +81,7 @@ class PackedDocuments:
         cu_seq_lens: Tensor | None = None,
         max_length: int | None = None,
     ) -> "PackedDocuments":
-        """Make the documents of a padded batch, or of a row that the caller packed.
+        """Return the documents of a padded batch, or of a row that the caller packed.
 
         Args:
             inputs: `(B, S)` or `(B, S, d)`; packed: `(1, T)` or `(1, T, d)`.
@@ -91,7 +91,7 @@ class PackedDocuments:
             max_length: longest document of a packed row in tokens; counted if None.
 
         Raises:
-            ValueError: shapes that contradict each other.
+            ValueError: the shapes contradict each other.
         """
         shape = inputs.shape[:2]
         if cu_seq_lens is not None:

@@ -51,15 +51,19 @@ class AdaptiveSpan(nn.Module):
 
 
 def find_adaptive_spans(model: nn.Module) -> list[AdaptiveSpan]:
-    """The learned spans, one module an attention sublayer that has them."""
+    """Return the modules with the learned spans, one for each attention sublayer that has them."""
     return [module for module in model.modules() if isinstance(module, AdaptiveSpan)]
 
 
 def total_span_penalty(model: nn.Module) -> Tensor:
-    """What the paper adds to the loss, times lambda = 2e-6: 1/M sum z_i in tokens, with M heads in each sublayer.
+    """Compute the penalty on long spans: 1/M sum z_i in tokens, with M heads in each attention sublayer.
 
-    That is the mean over the heads of a sublayer, summed over the sublayers; the authors' code agrees. A function
-    of the parameters alone: it is added once an optimiser step, whatever the batches.
+    The paper adds it to the loss with the weight lambda = 2e-6. It is the mean over the heads of a sublayer, summed
+    over the sublayers, as in the authors' code. It is a function of the parameters only, so that it is added once per
+    optimizer step, however many batches that has.
+
+    Returns:
+        A scalar.
 
     Raises:
         ValueError: no attention sublayer has adaptive spans.
