@@ -32,7 +32,7 @@ def _run(rank: int, folder: str, compute: Callable[..., Any], arguments: tuple) 
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=PROCESSES,
-        timeout=timedelta(seconds=60),  # a mistake that makes one process wait for the other is to fail
+        timeout=timedelta(seconds=300),  # a mistake that makes one process wait for the other is to fail
     )
     torch.save(compute(rank, *arguments), f"{folder}/{rank}.pt")
     # DDP goes first: if it held the last reference to the process group, it would wait for gloo's threads with the GIL

@@ -163,7 +163,7 @@ def test_the_snippet_of_the_page_runs_as_it_stands(folder, tmp_path):
     saved = "\ntorch.save(embeddings, f'{torch.distributed.get_rank()}.pt')\n"
     (tmp_path / "parallel.py").write_text(snippet.replace('"my-model"', repr(str(folder / "rope, full"))) + saved)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    subprocess.run([*command, "parallel.py"], cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    subprocess.run([*command, "parallel.py"], cwd=tmp_path, check=True, capture_output=True, timeout=600)
     with torch.no_grad():
         model = LongEmbedModel.from_pretrained(folder / "rope, full").eval()
         expected = model(torch.arange(1, 41).view(2, 20)).pooler_output

@@ -13,29 +13,9 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import PreTrainedModel
 
+from tests.training.double_precision import double_precision
 from tests.training.tiny_training import SCRIPTS
-
-
-def load_in_double_precision() -> None:
-    """Make float64 the type of every weight, whether it is read from a file or new."""
-    torch.set_default_dtype(torch.float64)
-    load = PreTrainedModel.from_pretrained.__func__
-
-    def from_pretrained(cls, *arguments, **options):
-        return load(cls, *arguments, **options | {"dtype": torch.float64})
-
-    def match_weights(module, inputs):
-        if isinstance(module, nn.Linear):
-            return tuple(tensor.to(module.weight.dtype) for tensor in inputs)
-        return None
-
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-    # A teacher's vectors stay float32, as they are stored; a projection of them is a new module, of float64.
-    register_module_forward_pre_hook(match_weights)
 
 
 def keep_process_group() -> None:
@@ -44,13 +24,13 @@ def keep_process_group() -> None:
 
 
 def main() -> None:
-    load_in_double_precision()
     keep_process_group()
     environment = dict(os.environ)  # the loop takes the settings of FSDP out of it
-    for run in json.loads(Path(sys.argv[1]).read_text()):
-        os.environ.update(environment)
-        SCRIPTS[run["script"]].main(run["options"])
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with double_precision():
+        for run in json.loads(Path(sys.argv[1]).read_text()):
+            os.environ.update(environment)
+            SCRIPTS[run["script"]].main(run["options"])
+            AcceleratorState._reset_state(reset_partial_state=True)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -58,7 +58,7 @@ def start(processes, script: str, argv: list[str], calls: int | None = None):
 
 def run(processes, script: str, argv: list[str], calls: int | None = None) -> int:
     process = start(processes, script, argv, calls)
-    process.join(60)
+    process.join(600)
     return process.exitcode
 
 
@@ -91,7 +91,7 @@ def test_killed_from_outside_at_any_moment(processes, script, run_options, undis
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.5))
         process.kill()  # unlike os.kill, content with a process that has just ended
-        process.join(60)
+        process.join(600)
     assert run(processes, script, argv) == 0
     assert_same_end(tmp_path, undisturbed)
 
