@@ -10,9 +10,9 @@ from typing import Any
 from common.arguments import parse
 from common.errors import UserError, run
 from training.data.curriculum import RateSchedule
-from training.data.document_arguments import DocumentArguments, document_batches, documents, sequence_lengths
-from training.data.masked_batches import PieceReader, Pieces, SpecialTokens
+from training.data.documents import DocumentArguments, document_batches, read_documents, sequence_lengths
 from training.data.masking import NoMasking
+from training.data.sequences import SequenceReader, Sequences, SpecialTokens
 from training.engine.held_out import by_source
 from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
@@ -56,20 +56,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder.token_weighting = "none"
     teacher = RelationTeacher(model, relation_args.teacher_layer, loop.device, loop.accelerator.autocast)
 
-    # The documents, in pieces of the sequence length.
+    # The documents, in sequences.
     context = min(model.config.max_position_embeddings, student.config.max_position_embeddings)
     lengths = sequence_lengths(data_args, context, "teacher and student must both read it: give a shorter one")
-    reader = PieceReader(SpecialTokens.of(tokenizer), NoMasking())
-    batches = document_batches(data_args, reader, lengths, RateSchedule(0.0, 0.0), tokenizer, loop)
+    reader = SequenceReader(SpecialTokens.of(tokenizer), NoMasking())
+    with loop.accelerator.main_process_first():  # the other processes then find its tokens in the cache
+        train, held_out = (
+            read_documents(names, data_args, tokenizer) for names in (data_args.train_data, data_args.eval_data)
+        )
+    batches = document_batches(
+        train,
+        data_args,
+        reader,
+        lengths,
+        RateSchedule(0.0, 0.0),
+        loop.total_steps,
+        accumulation_steps=run_args.gradient_accumulation_steps,
+        seed=run_args.seed,
+        rank=loop.accelerator.process_index,
+        world_size=loop.accelerator.num_processes,
+    )
     evaluations = {
         source.name: RelationEvaluation(
-            Pieces(source, data_args.eval_sequence_length or lengths.lengths[-1], reader),
+            Sequences(source, data_args.eval_sequence_length or lengths.lengths[-1], reader),
             reader.special,
             teacher,
             relation_args,
             data_args.batch_tokens,
         )
-        for source in documents(data_args.eval_data, data_args, tokenizer, loop)
+        for source in held_out
     }
     training = Training(
         model=RelationStudent(select_parameters(student, tuning_args), relation_args),

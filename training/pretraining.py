@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import parse
 from common.errors import UserError, run
 from training.data.curriculum import RateSchedule
-from training.data.document_arguments import DocumentArguments, document_batches, documents, sequence_lengths
-from training.data.masked_batches import PieceReader, SpecialTokens
+from training.data.documents import DocumentArguments, document_batches, read_documents, sequence_lengths
 from training.data.masking import Masking, MaskingArguments
 from training.data.next_sentence import NextSentenceHead
+from training.data.sequences import SequenceReader, SpecialTokens
 from training.engine.held_out import by_source
 from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
@@ -61,13 +61,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, head_is_new = load_masked_lm(model_args, adaptation_args)
     layer_args.apply(model)
 
-    # The documents, in pieces of the sequence length, masked.
-    read = piece_reader(data_args, mask_args, model.tokenizer)
+    # The documents, in sequences, masked.
+    read = sequence_reader(data_args, mask_args, model.tokenizer)
     lengths = sequence_lengths(
         data_args, model.config.max_position_embeddings, "give a longer --max_position_embeddings"
     )
     mask_rates = RateSchedule.parse(mask_args.mask_rate)
-    batches = document_batches(data_args, read, lengths, mask_rates, model.tokenizer, loop)
+    with loop.accelerator.main_process_first():  # the other processes then find its tokens in the cache
+        train, held_out = (
+            read_documents(names, data_args, model.tokenizer) for names in (data_args.train_data, data_args.eval_data)
+        )
+    batches = document_batches(
+        train,
+        data_args,
+        read,
+        lengths,
+        mask_rates,
+        loop.total_steps,
+        accumulation_steps=run_args.gradient_accumulation_steps,
+        seed=run_args.seed,
+        rank=loop.accelerator.process_index,
+        world_size=loop.accelerator.num_processes,
+    )
     evaluations = {
         source.name: MaskedEvaluation(
             source,
@@ -76,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             mask_rate=mask_rates.last,
             batch_tokens=data_args.batch_tokens,
         )
-        for source in documents(data_args.eval_data, data_args, model.tokenizer, loop)
+        for source in held_out
     }
 
     # What trains: parameters of the model, and heads on it.
@@ -106,10 +121,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_training(training, loop, run_args)
 
 
-def piece_reader(
+def sequence_reader(
     data_args: PretrainingArguments, mask_args: MaskingArguments, tokenizer: PreTrainedTokenizerBase
-) -> PieceReader:
-    """Return what makes masked texts of pieces of documents.
+) -> SequenceReader:
+    """Return the reader of masked sequences.
 
     Raises:
         UserError: the tokenizer has no mask token, or no special tokens around a pair of segments.
@@ -119,7 +134,7 @@ def piece_reader(
         raise UserError(
             "--next_sentence: the tokenizer has no special tokens before and after a text, a pair needs them"
         )
-    return PieceReader(special, Masking.of(tokenizer, mask_args), data_args.next_sentence)
+    return SequenceReader(special, Masking.of(tokenizer, mask_args), data_args.next_sentence)
 
 
 if __name__ == "__main__":

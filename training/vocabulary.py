@@ -24,8 +24,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.data.masked_batches import tokenize_documents
 from training.data.sources import Columns, read_sources
+from training.data.token_store import tokenize_documents
 from training.engine.saving import save
 from training.models.encoder import ModelArguments, load_encoder
 
@@ -131,9 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = Path(arguments.output_dir).absolute()
     sources = read_sources(arguments.train_data, Columns((arguments.text_column,), None, "texts"))
     output_dir.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output_dir, prefix="tokens-") as folder:
-        for source in sources:
-            counts += tokenize_documents(source, tokenizer, Path(folder)).token_counts(len(counts)).numpy()
+    for source in sources:
+        counts += tokenize_documents(source, tokenizer).token_counts(len(counts)).numpy()
     of_prompts = np.zeros_like(counts)
     for prompt in model.config.prompts.values():
         of_prompts[tokenizer(prompt, add_special_tokens=False)["input_ids"]] = arguments.min_count

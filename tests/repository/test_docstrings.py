@@ -45,7 +45,6 @@ NOT_YET: set[str] = {
     "experiments",
     "modeling_longembed",
     "training",
-    "training/data",
     "training/engine",
     "training/models",
 }

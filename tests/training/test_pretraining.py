@@ -22,9 +22,10 @@ from transformers import (
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from tests.training.tiny_training import SPECIALS, tiny_config, write_jsonl
-from training.data.masked_batches import MaskedText, mask_batch, pack_masked
+from training.data.masked_batches import mask_batch, pack_masked
 from training.data.masking import Masking
 from training.data.next_sentence import NextSentenceHead
+from training.data.sequences import MaskedText
 from training.engine.checkpoints import find_checkpoint
 from training.engine.saving import WHOLE_WEIGHTS, load_adapter
 from training.objectives.masked_lm import MaskedLanguageModel, masked_gradient
@@ -293,7 +294,7 @@ def test_patterns_may_reach_as_far_as_the_new_context(pretrain, save_bert, tmp_p
         ("--sequence_length 129", r"--sequence_length 129: is more than the model's context of 128 tokens"),
         ("--eval_sequence_length 129", r"--eval_sequence_length 129: is more than"),
         ("--sequence_length 16:0.5", r"--sequence_length 16:0.5: the shares of the steps must sum to 1"),
-        ("--mask_rate 2", r"--mask_rate 2: write a share"),
+        ("--mask_rate 2", r"--mask_rate 2: write a fraction"),
         ("--mask_unit letter", r"--mask_unit.*invalid choice"),
         ("--mask_replace_prob 0.95", r"--mask_replace_prob 0.95 --random_replace_prob 0.1: .* at most 1"),
         ("--gradient_accumulation_steps 2", r"--gradient_accumulation_steps: give more --per_device_train_tokens"),

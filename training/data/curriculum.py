@@ -1,4 +1,4 @@
-"""What changes over a run: the length of the sequences, and how much of them is masked; functions of the step."""
+"""Schedules of masked-language modelling: sequence length and masking rate as functions of the step."""
 
 import re
 from collections.abc import Sequence
@@ -11,21 +11,28 @@ from common.errors import UserError
 
 @dataclass(frozen=True)
 class LengthSchedule:
-    """Sequence length in tokens: constant from stage to stage.
+    """The sequence length, constant within each stage.
 
     Args:
-        stages: the length, and the share of the steps after which the stage ends; the last share is 1.
+        stages: of each its length in tokens, and the fraction of the steps after which it ends; the last one is 1.
     """
 
     stages: tuple[tuple[int, float], ...]
 
     @classmethod
     def parse(cls, words: Sequence[str], option: str = "sequence_length") -> "LengthSchedule":
-        """Read `512`; phases with their shares of the steps, `128:0.9 512:0.1` (Devlin et al. 2019, appendix A.2); or
-        `ramp:512-8192:5`, five stages of equal shares whose lengths grow by a constant factor.
+        """Read a schedule from a command-line option.
+
+        Args:
+            words: `512`; phases with their shares of the steps, `128:0.9 512:0.1` (Devlin et al. 2019, appendix A.2);
+                or `ramp:512-8192:5`, five stages of equal shares whose lengths grow by a constant factor.
+            option: name of the option, for errors.
+
+        Returns:
+            The schedule.
 
         Raises:
-            UserError: words of no such form, or shares whose sum is not 1.
+            UserError: another format, or shares whose sum is not 1.
         """
         text = " ".join(words)
         if re.fullmatch(r"[1-9]\d*", text):
@@ -50,11 +57,11 @@ class LengthSchedule:
 
     @property
     def lengths(self) -> list[int]:
-        """Of all stages."""
+        """The lengths of all stages."""
         return [length for length, _ in self.stages]
 
     def at(self, step: int, total: int) -> int:
-        """The length at step number `step` of `total`, counted from 0; that of the last stage from there on."""
+        """Return the length at a step of `total`, counted from 0; after them it is the last one."""
         # Rounded: 0.9 of 10 steps are 9, whatever the sum of binary fractions is.
         ends = [round(end * total) for _, end in self.stages]
         return next((length for length, end in zip(self.lengths, ends, strict=True) if step < end), self.lengths[-1])
@@ -62,52 +69,70 @@ class LengthSchedule:
 
 @dataclass(frozen=True)
 class RateSchedule:
-    """A share of the tokens, linear from the first step to the last."""
+    """The fraction of the tokens to predict, linear from the first step to the last.
+
+    Args:
+        first: at the first step.
+        last: at the last step and after it.
+    """
 
     first: float
     last: float
 
     @classmethod
     def parse(cls, words: Sequence[str], option: str = "mask_rate") -> "RateSchedule":
-        """Read `0.15`, or `0.3-0.15`.
+        """Read a schedule from a command-line option.
+
+        Args:
+            words: `0.15`, or `0.3-0.15`.
+            option: name of the option, for errors.
+
+        Returns:
+            The schedule.
 
         Raises:
-            UserError: another form, or shares outside (0, 1].
+            UserError: another format, or a fraction outside (0, 1].
         """
         text = " ".join(words)
         match = re.fullmatch(r"(\d*\.?\d+)(?:-(\d*\.?\d+))?", text)
         ends = [float(match[1]), float(match[2] or match[1])] if match else []
         if not ends or not all(0 < end <= 1 for end in ends):
             raise UserError(
-                f"--{option} {text}: write a share above 0 and up to 1, such as 0.15, or one from which and one to "
-                "which it goes, such as 0.3-0.15"
+                f"--{option} {text}: write a fraction above 0 and up to 1, such as 0.15, or the first and the last, "
+                "such as 0.3-0.15"
             )
         return cls(*ends)
 
     def at(self, step: int, total: int) -> float:
-        """The share at step number `step` of `total`, counted from 0; the last one from there on."""
+        """Return the fraction at a step of `total`, counted from 0; after them it is the last one."""
         place = min(1.0, step / max(1, total - 1))
         return (1 - place) * self.first + place * self.last
 
 
 @dataclass(frozen=True)
-class Course:
-    """The two schedules over the steps of a run."""
+class Curriculum:
+    """The two schedules of a run.
+
+    Args:
+        lengths: of the sequence length.
+        mask_rates: of the fraction of the tokens to predict.
+        steps: number of steps of the run.
+    """
 
     lengths: LengthSchedule
     mask_rates: RateSchedule
     steps: int
 
     def length(self, step: int) -> int:
-        """Sequence length in tokens of a step, counted from 0."""
+        """Return the sequence length of a step, counted from 0, in tokens."""
         return self.lengths.at(step, self.steps)
 
     def mask_rate(self, step: int) -> float:
-        """Share of the tokens that a step predicts, counted from 0."""
+        """Return the fraction of the tokens to predict at a step, counted from 0."""
         return self.mask_rates.at(step, self.steps)
 
     def describe(self) -> dict[str, object]:
-        """All that what happens at a step depends on: of constants, the number of steps is no part."""
+        """Return all in which a resumed run must agree with this one; the steps are left out if nothing changes."""
         constant = len(set(self.lengths.lengths)) == 1 and self.mask_rates.first == self.mask_rates.last
         return {
             "lengths": [list(stage) for stage in self.lengths.stages],

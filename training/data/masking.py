@@ -1,4 +1,4 @@
-"""Masking for masked-language models: which tokens are predicted, and what the model reads in their place."""
+"""Masking for masked-language models: which tokens are predicted, and what the model reads instead of them."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,26 +10,36 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import UserError
 
 IGNORED = -100  # the label of a token that is not predicted
-SPAN_P, SPAN_MAX = 0.2, 10  # of SpanBERT's span lengths
+SPAN_P, SPAN_MAX = 0.2, 10  # SpanBERT's distribution of span lengths
 
 
 @dataclass
 class MaskingArguments:
-    """Which tokens are predicted, and what the model reads in their place."""
+    """Which tokens are predicted, and what the model reads instead of them.
+
+    Raises:
+        UserError: fractions below 0, or together above 1.
+    """
 
     mask_rate: list[str] = field(
         default_factory=lambda: ["0.15"],
-        metadata={"help": "share of the tokens that is predicted: 0.15, or from-to, linear over the run: 0.3-0.15"},
+        metadata={
+            "help": "fraction of the tokens to predict: a number (0.15), or first-last, linear over the run (0.3-0.15)"
+        },
     )
     mask_unit: Literal["token", "word", "span", "token_span"] = field(
         default="token",
         metadata={
-            "help": "what is chosen: single tokens; whole words; spans of whole words as in SpanBERT, or of tokens"
+            "help": "unit that is chosen for prediction: token; word (whole words); span (spans of whole words, as in "
+            "SpanBERT); token_span (spans of tokens)"
         },
     )
-    mask_replace_prob: float = field(default=0.8, metadata={"help": "share of the chosen that becomes the mask token"})
+    mask_replace_prob: float = field(
+        default=0.8, metadata={"help": "fraction of the chosen tokens replaced by the mask token"}
+    )
     random_replace_prob: float = field(
-        default=0.1, metadata={"help": "share of the chosen that becomes a random token; the rest stays as it is"}
+        default=0.1,
+        metadata={"help": "fraction of the chosen tokens replaced by a random token; the rest is unchanged"},
     )
 
     def __post_init__(self) -> None:
@@ -43,16 +53,17 @@ class MaskingArguments:
 
 @dataclass(frozen=True)
 class Masking:
-    """BERT's masking (Devlin et al. 2019, arXiv:1810.04805, section 3.1), of tokens, whole words or spans.
+    """Mask a text as BERT does (Devlin et al. 2019, arXiv:1810.04805, section 3.1): tokens, whole words or spans.
 
     Args:
-        mask_id: what a masked token is read as.
-        special_ids: never chosen, and never a random replacement.
-        vocab_size: random replacements are drawn from all other ids below it, uniformly.
+        mask_id: id of the mask token.
+        special_ids: ids that are never chosen, and never a random replacement.
+        vocab_size: random replacements are drawn uniformly from all other ids below it.
         unit: `token`; `word` (all tokens of a word together); `span` (Joshi et al. 2020, arXiv:1907.10529, section 3.1:
             spans of a geometric number of whole words); `token_span` (the same of tokens).
-        mask_share, random_share: of the chosen; the rest stays. Drawn for each token, for each span under the span
-            units.
+        mask_share: fraction of the chosen tokens replaced by the mask token; it is drawn for each token, or for each
+            span if the unit is a span.
+        random_share: fraction replaced by a random token. The rest is unchanged.
     """
 
     mask_id: int
@@ -64,10 +75,17 @@ class Masking:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, arguments: MaskingArguments) -> "Masking":
-        """As the arguments say, with the special tokens of a tokenizer.
+        """Build the masking of a tokenizer from the options.
+
+        Args:
+            tokenizer: the model's.
+            arguments: parsed command-line options.
+
+        Returns:
+            The masking.
 
         Raises:
-            UserError: it has no mask token.
+            UserError: the tokenizer has no mask token.
         """
         if tokenizer.mask_token_id is None:
             raise UserError(
@@ -84,7 +102,7 @@ class Masking:
 
     @cached_property
     def ordinary_ids(self) -> np.ndarray:
-        """All ids that are not special."""
+        """All ids that are not special, in ascending order."""
         return np.setdiff1d(np.arange(self.vocab_size), self.special_ids)
 
     def __call__(
@@ -95,12 +113,12 @@ class Masking:
         Args:
             input_ids: `(n,)` integers.
             starts_word: `(n,)` bool, the first token of each word.
-            rate: share of the tokens, special ones aside, that is to be predicted. At least one is, if there is one.
-            generator: where all randomness comes from.
+            rate: fraction of the tokens to predict, without special tokens; at least one token is predicted.
+            generator: source of all randomness.
 
         Returns:
-            What the model reads `(n,)`, and the labels `(n,)`: the original id where a token is predicted, -100
-            elsewhere.
+            The ids that the model reads, `(n,)`, and the labels, `(n,)`: the original id where a token is predicted,
+            -100 elsewhere.
         """
         chosen = self.choose(input_ids, starts_word, rate, generator)
         labels = np.where(chosen >= 0, input_ids, IGNORED)
@@ -115,14 +133,24 @@ class Masking:
     def choose(
         self, input_ids: np.ndarray, starts_word: np.ndarray, rate: float, generator: np.random.Generator
     ) -> np.ndarray:
-        """`(n,)`: the number of the unit that each chosen token belongs to, from 0; -1 for the others."""
+        """Choose the tokens to predict.
+
+        Args:
+            input_ids: `(n,)` integers.
+            starts_word: `(n,)` bool, the first token of each word.
+            rate: fraction of the tokens to predict.
+            generator: source of all randomness.
+
+        Returns:
+            `(n,)`: the number, from 0, of the unit that each chosen token belongs to; -1 for the others.
+        """
         candidate = ~np.isin(input_ids, self.special_ids)
         count = int(candidate.sum())
         chosen = np.full(len(input_ids), -1)
         if not count:
             return chosen
-        # Rounded up as often as makes the expectation exact.
-        wanted = max(1, int(rate * count + generator.random()))
+        # Rounded up at random, so that the expectation is exact.
+        budget = max(1, int(rate * count + generator.random()))
         starts_unit = candidate
         if self.unit in ("word", "span"):  # a word never reaches over a special token, nor begins with one
             starts_unit = candidate & (starts_word | ~np.append(False, candidate[:-1]))
@@ -132,39 +160,47 @@ class Masking:
         if "span" not in self.unit:
             before = np.cumsum(sizes[order]) - sizes[order]
             number = np.full(len(sizes), -1)
-            number[order[before < wanted]] = np.arange((before < wanted).sum())
+            number[order[before < budget]] = np.arange((before < budget).sum())
         else:
-            number = self._choose_spans(sizes, unit_of, wanted, order, generator)
+            number = self._choose_spans(sizes, unit_of, budget, order, generator)
         chosen[candidate] = number[unit_of[candidate]]
         return chosen
 
     @staticmethod
     def _choose_spans(
-        sizes: np.ndarray, unit_of: np.ndarray, wanted: int, order: np.ndarray, generator: np.random.Generator
+        sizes: np.ndarray, unit_of: np.ndarray, budget: int, order: np.ndarray, generator: np.random.Generator
     ) -> np.ndarray:
-        """The number of the span of each unit (word or token), -1 for those in none; spans never overlap."""
+        """Return the number of the span of each unit (word or token), -1 for those in none; spans never overlap."""
         first_token = np.flatnonzero((unit_of >= 0) & (unit_of != np.append(-1, unit_of[:-1])))
-        # Whether the next unit follows without a special token between.
-        goes_on = np.append(first_token[:-1] + sizes[:-1] == first_token[1:], False)
+        # Whether the next unit follows directly, without a special token between.
+        continues = np.append(first_token[:-1] + sizes[:-1] == first_token[1:], False)
         number, reached = np.full(len(sizes), -1), 0
         for span, (unit, length) in enumerate(zip(order, span_lengths(len(order), generator), strict=True)):
-            if reached >= wanted:
+            if reached >= budget:
                 break
             for _ in range(length):
                 if number[unit] >= 0:
                     break
                 number[unit] = span
                 reached += sizes[unit]
-                if reached >= wanted or not goes_on[unit]:
+                if reached >= budget or not continues[unit]:
                     break
                 unit += 1
-        # A span that began inside another one is none: numbers without a gap.
+        # A span that began inside another one was dropped: the numbers of the others are made consecutive.
         used = np.unique(number[number >= 0])
         return np.where(number >= 0, np.searchsorted(used, number), -1)
 
 
 def span_lengths(count: int, generator: np.random.Generator) -> np.ndarray:
-    """`(count,)` draws of SpanBERT's span length: P(l) = p (1 - p)^(l - 1) / (1 - (1 - p)^10) for l = 1 ... 10."""
+    """Draw span lengths from SpanBERT's distribution: P(l) = p (1 - p)^(l - 1) / (1 - (1 - p)^10) for l = 1 ... 10.
+
+    Args:
+        count: number of draws.
+        generator: source of all randomness.
+
+    Returns:
+        `(count,)` integers.
+    """
     lengths = np.arange(1, SPAN_MAX + 1)
     weights = SPAN_P * (1 - SPAN_P) ** (lengths - 1)
     return generator.choice(lengths, size=count, p=weights / weights.sum())
@@ -172,7 +208,11 @@ def span_lengths(count: int, generator: np.random.Generator) -> np.ndarray:
 
 @dataclass(frozen=True)
 class NoMasking(Masking):
-    """Nothing is predicted: texts are read as they are."""
+    """Predict nothing, and leave texts as they are.
+
+    Args:
+        mask_id, special_ids, vocab_size, unit: not used; see `Masking`.
+    """
 
     mask_id: int = -1
     special_ids: tuple[int, ...] = ()
@@ -182,5 +222,5 @@ class NoMasking(Masking):
     def __call__(
         self, input_ids: np.ndarray, starts_word: np.ndarray, rate: float, generator: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The text, and labels that are all -100."""
+        """Return the text, and labels that are all -100."""
         return input_ids, np.full(len(input_ids), IGNORED)

@@ -1,4 +1,4 @@
-"""Features of another modality with labels: rows of vectors, read and checked, and batches of them."""
+"""Labelled features of another modality, such as images or sound: rows of vectors, and batches of them."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from training.data.row_order import RowOrder
 from training.data.sources import PARQUET_SUFFIX, Columns, check_class, data_files, json_rows
 
 FEATURES = Columns(("features",), None, "rows of features", ("label",))
-ORDER, MATES = 1000, 1001  # streams of random numbers beside those of the texts' sources
+ORDER, PARTNERS = 1000, 1001  # streams of random numbers that the sources of texts do not use
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class FeatureSource:
     Args:
         name: as the user gave it.
         rows: `features`, `(n, f)` numbers with any n, and `label`, memory-mapped.
-        width: f.
-        longest: the largest n.
+        width: length of a vector, f.
+        longest: largest number of vectors in a row, n.
         label: `(rows,)` int64, equal where the labels are equal.
     """
 
@@ -43,22 +43,25 @@ class FeatureSource:
     label: np.ndarray
 
     def features(self, row: int) -> np.ndarray:
-        """`(n, f)` float32."""
+        """Return the features of a row, `(n, f)` float32."""
         return np.array(self.rows[row]["features"], dtype=np.float32)
 
 
 def read_features(name: str, longest: int) -> FeatureSource:
     """Open a file or folder, Parquet or JSON lines, with the columns `features` and `label`.
 
-    A row's features are a list of n vectors, such as the patches of an image or the frames of a recording, or a single
-    vector; all vectors have the same length. Labels are integers or texts, and each is there at least twice.
+    The features of a row are a list of n vectors, such as the patches of an image or the frames of a recording, or a
+    single vector; all vectors have the same length. Labels are integers or texts, and each occurs at least twice.
 
     Args:
-        name: its path.
-        longest: vectors that a row may have: the context of the model.
+        name: the path.
+        longest: most vectors of a row: the context of the model.
+
+    Returns:
+        The rows.
 
     Raises:
-        UserError: what cannot be read or is not so, by file, row and column.
+        UserError: the file cannot be read or is not as described; names the file, row and column.
     """
     if not Path(name).exists():
         raise UserError(f"{name}: no such file or folder; give rows with {FEATURES}")
@@ -95,7 +98,7 @@ def read_features(name: str, longest: int) -> FeatureSource:
 
 
 def _checked_rows(paths: list[str], longest: int, versions: object) -> Iterator[dict[str, Any]]:
-    """Rows of all files; `versions` is there for the cache's key alone."""
+    """Yield the rows of all files; `versions` only is a part of the key of the cache."""
     width = None
     for path in paths:
         for number, row in _parquet_rows(path) if path.endswith(PARQUET_SUFFIX) else json_rows(Path(path), FEATURES):
@@ -134,7 +137,7 @@ def _parquet_rows(path: str) -> Iterator[tuple[int, dict]]:
 
 
 def _vectors(path: str, number: int, value: object) -> np.ndarray:
-    """A row's features as `(n, f)`, n and f at least 1."""
+    """Return the features of a row as `(n, f)`, n and f at least 1."""
     try:
         features = np.array(value, dtype=np.float32)
     except (TypeError, ValueError):
@@ -150,7 +153,7 @@ def _vectors(path: str, number: int, value: object) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PackedFeatures:
-    """Rows of features, one after another, as the model takes packed documents.
+    """Rows of features one after another, in the form in which the model takes packed documents.
 
     Args:
         features: `(1, T, f)`, the vectors of all rows.
@@ -163,6 +166,7 @@ class PackedFeatures:
     max_length_q: int
 
     def to(self, device: torch.device) -> "PackedFeatures":
+        """Return a copy on a device."""
         return replace(
             self,
             features=self.features.to(device, non_blocking=True),
@@ -175,9 +179,9 @@ class FeatureBatch:
     """One process's share of a batch.
 
     Args:
-        chunks: the rows, packed.
+        chunks: the packed rows.
         label: `(rows,)` int64.
-        seed: of what is random in computing it.
+        seed: random seed for the forward pass.
     """
 
     chunks: list[PackedFeatures]
@@ -185,15 +189,27 @@ class FeatureBatch:
     seed: int
 
     def to(self, device: torch.device) -> "FeatureBatch":
+        """Return a copy on a device."""
         return replace(
             self, chunks=[chunk.to(device) for chunk in self.chunks], label=self.label.to(device, non_blocking=True)
         )
 
 
 class FeatureBatches(Dataset):
-    """Batch number `index` of an endless run, for one process: shuffled passes, each row with another of its label.
+    """Batch number `index` of an endless run, for one process: shuffled epochs, each row with another one of its label.
 
-    So every row has a positive in its batch. It is a pure function of the seed and the index.
+    So every row has a positive in its batch. Batches are a pure function of the seed and the index.
+
+    Args:
+        source: the rows.
+        batch_size: rows per batch and process, each of which comes with another one of its label.
+        batch_tokens: vectors of a packed chunk.
+        seed: random seed.
+        rank: number of this process.
+        world_size: number of processes.
+
+    Raises:
+        UserError: there are fewer rows than a batch has.
     """
 
     def __init__(
@@ -206,13 +222,6 @@ class FeatureBatches(Dataset):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Args:
-        batch_size: rows of one process, each of which comes with another of its label.
-        batch_tokens: vectors of one packed chunk.
-
-        Raises:
-            UserError: there are fewer rows than a batch has.
-        """
         self.source, self.batch_tokens, self.seed = source, batch_tokens, seed
         self.batch_size, self.rank, self.global_batch_size = batch_size, rank, batch_size * world_size
         if len(source.rows) < self.global_batch_size:
@@ -226,12 +235,12 @@ class FeatureBatches(Dataset):
             self.rows_of_label[label].append(row)
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, and a resumed run must agree in."""
+        """Return all in which a resumed run must agree with this one."""
         return {"features": [self.source.name, len(self.source.rows), self.global_batch_size]}
 
     def global_rows(self, index: int) -> list[tuple[int, int]]:
-        """The rows of all processes of batch `index`, and for each another one of its label."""
-        generator = np.random.default_rng((self.seed, MATES, index))
+        """Return the rows of all processes of batch `index`, each with another one of its label."""
+        generator = np.random.default_rng((self.seed, PARTNERS, index))
         pairs = []
         for row in self.order.batch(index):
             alike = self.rows_of_label[int(self.source.label[row])]
@@ -241,11 +250,11 @@ class FeatureBatches(Dataset):
 
     def __getitem__(self, index: int) -> FeatureBatch:
         own = self.global_rows(index)[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        seed = np.random.SeedSequence((self.seed, MATES, index, self.rank)).generate_state(1, np.uint64)
+        seed = np.random.SeedSequence((self.seed, PARTNERS, index, self.rank)).generate_state(1, np.uint64)
         return self._collate([row for pair in own for row in pair], int(seed[0] >> 1))
 
     def heaviest(self) -> FeatureBatch:
-        """A batch that takes at least as much memory as any of the run: the longest rows."""
+        """Return a batch that takes at least as much memory as any of the run: the longest rows."""
         lengths = pyarrow.compute.list_value_length(self.source.rows.data.column("features"))
         longest = pyarrow.compute.array_sort_indices(lengths.combine_chunks(), order="descending").to_pylist()
         return self._collate((longest * 2)[: 2 * self.batch_size], 0)

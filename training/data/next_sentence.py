@@ -1,4 +1,4 @@
-"""Next-sentence prediction: pairs of segments from documents, and the head that tells which belong together."""
+"""Next-sentence prediction: pairs of segments from documents, and the head that classifies them."""
 
 from typing import NamedTuple
 
@@ -9,41 +9,46 @@ IS_NEXT, NOT_NEXT = 0, 1  # transformers' labels in BertForNextSentencePredictio
 
 
 class Segment(NamedTuple):
-    """Tokens `start` to `stop` of a document."""
+    """Tokens `start` to `stop` of a document, which is given by its number in its source."""
 
     document: int
     start: int
     stop: int
 
 
-def draw_pair(piece: Segment, lengths: np.ndarray, generator: np.random.Generator) -> tuple[Segment, Segment, int]:
-    """A and B of next-sentence prediction (Devlin et al. 2019, arXiv:1810.04805, section 3.1).
+def draw_pair(sequence: Segment, lengths: np.ndarray, generator: np.random.Generator) -> tuple[Segment, Segment, int]:
+    """Draw segments A and B for next-sentence prediction (Devlin et al. 2019, arXiv:1810.04805, section 3.1).
 
-    A is the beginning of the piece, up to a random place. In half of the cases B is the rest of the piece, otherwise as
-    many tokens, from a random place, of another document, or all of a shorter one: together they never exceed the
-    piece, and their lengths do not give the answer away.
+    A is the beginning of the sequence, up to a random place. With probability 1/2 B is the rest of the sequence;
+    otherwise it is a span of another document, as long as that rest, at a random place, or all of a shorter document.
+    So A and B together are never longer than the sequence, and their lengths do not reveal the label.
 
     Args:
-        piece: at least 2 tokens.
-        lengths: tokens of each document, at least one and of at least 2 documents.
-        generator: where all randomness comes from.
+        sequence: of at least 2 tokens.
+        lengths: tokens of each document, at least one token and 2 documents.
+        generator: source of all randomness.
 
     Returns:
         A, B, and the label: 0 if B follows A, 1 if it is from another document.
     """
-    cut = int(generator.integers(piece.start + 1, piece.stop))
-    first = Segment(piece.document, piece.start, cut)
+    cut = int(generator.integers(sequence.start + 1, sequence.stop))
+    first = Segment(sequence.document, sequence.start, cut)
     if generator.random() < 0.5:
-        return first, Segment(piece.document, cut, piece.stop), IS_NEXT
+        return first, Segment(sequence.document, cut, sequence.stop), IS_NEXT
     other = int(generator.integers(len(lengths) - 1))
-    other += other >= piece.document
-    size = min(piece.stop - cut, int(lengths[other]))
+    other += other >= sequence.document
+    size = min(sequence.stop - cut, int(lengths[other]))
     start = int(generator.integers(lengths[other] - size + 1))
     return first, Segment(other, start, start + size), NOT_NEXT
 
 
 class NextSentenceHead(nn.Module):
-    """BERT's: dense, tanh, and two scores of the state of the first token, `(n, d)` to `(n, 2)`."""
+    """Classify pairs as BERT does: a dense layer, tanh, and two scores.
+
+    Args:
+        hidden_size: width of the states, d.
+        initializer_range: standard deviation of the initial weights.
+    """
 
     def __init__(self, hidden_size: int, initializer_range: float) -> None:
         super().__init__()
@@ -53,4 +58,5 @@ class NextSentenceHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, first_states: Tensor) -> Tensor:
+        """Return the scores, `(n, 2)`, given the states of the first tokens, `(n, d)`."""
         return self.classifier(self.dense(first_states).tanh())

@@ -1,4 +1,4 @@
-"""Batches of pairs: their order is a pure function of (seed, index), so any position is reached at once."""
+"""Batches of pairs; which pairs is a pure function of (seed, index), so any position is reached at once."""
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,12 +20,13 @@ from training.data.sources import Source, text_id
 
 @dataclass
 class PairTokenizer:
-    """Texts of pairs to token ids: the first column is the query, the others are documents.
+    """Tokenises the texts of pairs: queries and documents.
 
     Args:
         tokenizer: the model's.
-        max_length, query_max_length: tokens, special tokens included, at which a document and a query are cut off.
-        prompts: `query` and `document`: what is put before a text.
+        max_length: tokens, with special tokens, at which a document is cut off.
+        query_max_length: the same for a query.
+        prompts: text that is put before a `query` and before a `document`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ class PairTokenizer:
     prompts: dict[str, str]
 
     def __call__(self, texts: list[str], kind: str) -> list[list[int]]:
-        """Token ids of texts of one kind, `query` or `document`."""
+        """Return the token ids of texts of one kind, `query` or `document`."""
         prompt = self.prompts.get(kind, "")
         encoded = self.tokenizer(
             [prompt + text for text in texts], truncation=True, max_length=self.limit(kind), return_attention_mask=False
@@ -42,11 +43,11 @@ class PairTokenizer:
         return encoded["input_ids"]
 
     def limit(self, kind: str) -> int:
-        """Tokens at which texts of a kind are cut off."""
+        """Return the number of tokens at which texts of a kind are cut off."""
         return self.query_max_length if kind == "query" else self.max_length
 
     def room(self) -> int:
-        """Tokens that a text of either kind may have so that nothing is cut off."""
+        """Return the most tokens of a text, without special tokens and prompt, that is not cut off as either kind."""
         return min(
             self.limit(kind) - len(self.tokenizer(self.prompts.get(kind, ""))["input_ids"])
             for kind in ("query", "document")
@@ -58,16 +59,16 @@ class PairBatch:
     """One process's share of a batch.
 
     Args:
-        chunks: the texts, packed; in the order of `text_ids`, all anchors, then all positives, then all negatives.
+        chunks: the packed texts, in the order of `text_ids`: all anchors, then all positives, then all negatives.
         text_ids: `(n * columns,)` int64, equal where the texts are equal.
-        pairs: n.
-        tokens: in all chunks together.
-        longest: for each column its longest text, in tokens: what a padded batch would be padded to.
-        cut_off: texts that fill the limit of their kind.
+        pairs: number of pairs on this process, n.
+        tokens: number of tokens in all chunks together.
+        longest: for each column its longest text, in tokens, to which a padded batch would be padded.
+        cut_off: number of texts that fill the limit of their kind.
         classes: for each class column the class of each pair, `(n,)` int64, equal where the classes are equal.
-        texts: the columns of texts, if something beside the model reads them.
-        source: where the pairs come from.
-        rows: of the source, from 1.
+        texts: the columns of texts, if another model reads them as well.
+        source: name of the source.
+        rows: numbers of the rows in the source, from 1.
         bookmark: of a stream, where the next batch begins.
     """
 
@@ -84,6 +85,7 @@ class PairBatch:
     bookmark: dict[str, Any] | None = None
 
     def to(self, device: torch.device) -> "PairBatch":
+        """Return a copy on a device."""
         return replace(
             self,
             chunks=[chunk.to(device) for chunk in self.chunks],
@@ -92,30 +94,31 @@ class PairBatch:
         )
 
     def locate(self) -> str:
-        """Where the pairs come from."""
+        """Return the source and the rows of the pairs, for errors."""
         return f"{self.source}, rows {', '.join(map(str, sorted(self.rows)))}"
 
     def column_chunks(self, column: int) -> list[PackedTexts]:
-        """The texts of one column alone, in chunks no larger than `chunks`."""
-        wanted, parts, first = range(column * self.pairs, (column + 1) * self.pairs), [], 0
+        """Return the texts of one column only, in chunks no larger than `chunks`."""
+        own, parts, first = range(column * self.pairs, (column + 1) * self.pairs), [], 0
         for chunk in self.chunks:
             count = len(chunk.cu_seq_lens_q) - 1
-            start, stop = max(0, wanted.start - first), min(count, wanted.stop - first)
+            start, stop = max(0, own.start - first), min(count, own.stop - first)
             if start < stop:
                 parts.append(chunk.part(start, stop))
             first += count
         return parts
 
     def largest_chunk(self) -> PackedTexts:
-        """The texts that take the most memory at once."""
+        """Return the chunk that takes the most memory."""
         return max(self.chunks, key=lambda chunk: chunk.input_ids.numel())
 
     def measures(self) -> dict[str, Tensor]:
-        """What a run reports of its data, as scalars.
+        """Return what a run logs about its data.
 
-        `padding_share` is the share of what the model computes that is no token of a text; `padding_share_if_padded`
-        what it would be with every column padded to its longest text; `cut_off_share` the share of texts that fill the
-        limit.
+        Returns:
+            Scalars, float64, by name. `padding_share` is the fraction of the computed positions that are no tokens of a
+            text; `padding_share_if_padded` what it would be with every column padded to its longest text;
+            `cut_off_share` the fraction of texts that fill the limit.
         """
         computed = sum(chunk.input_ids.numel() for chunk in self.chunks)
         values = {
@@ -131,10 +134,23 @@ class PairBatch:
 class PairBatches(Dataset):
     """Batch number `index` of an endless run, for one process; `len` is the number of batches in an epoch.
 
-    All pairs of a batch, on all processes, come from one source: between sources a negative is too easy. An epoch holds
-    `weight * rows` of each source, in whole batches; a source's rows form an endless stream of shuffled passes (see
-    `RowOrder`), so rows that do not fill an epoch's last batch come first in the next epoch, and no batch is ever short
-    (a short one would hang the gather of negatives). Pairs of documents are made anew each time.
+    All pairs of a batch, on all processes, come from one source: a negative from another source is too easy. An epoch
+    has `weight * rows` pairs of each source, in whole batches. The rows of a source are an endless stream of shuffled
+    epochs (see `RowOrder`), so that rows that do not fill the last batch come first in the next epoch, and no batch is
+    ever short (a short one would make the gather of negatives hang). Pairs of documents are made anew each time.
+
+    Args:
+        sources: the data.
+        tokenize: tokenizer of the pairs.
+        batch_size: pairs per batch and process; all processes together take `batch_size * world_size` pairs a batch.
+        batch_tokens: tokens of a packed chunk.
+        seed: random seed.
+        rank: number of this process.
+        world_size: number of processes.
+        keep_texts: keep the texts of a batch beside their tokens, for another model than the one that trains.
+
+    Raises:
+        UserError: a source has fewer pairs than a batch.
     """
 
     def __init__(
@@ -149,14 +165,6 @@ class PairBatches(Dataset):
         world_size: int = 1,
         keep_texts: bool = False,
     ) -> None:
-        """Args:
-        batch_size: pairs of one process; all processes together take `batch_size * world_size` pairs a batch.
-        batch_tokens: tokens of one packed chunk.
-        keep_texts: a batch holds its texts as well, for another model than the one that trains.
-
-        Raises:
-            UserError: a source has fewer pairs than a batch.
-        """
         self.sources, self.tokenize, self.batch_tokens, self.seed = sources, tokenize, batch_tokens, seed
         self.batch_size, self.rank, self.global_batch_size = batch_size, rank, batch_size * world_size
         self.keep_texts = keep_texts
@@ -179,16 +187,16 @@ class PairBatches(Dataset):
         return int(self.first_batch_of_source[-1])
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, and a resumed run must agree in; the number of processes is not in it."""
+        """Return all in which a resumed run must agree with this one; the number of processes may differ."""
         return {
             "seed": self.seed,
             "pairs a batch": self.global_batch_size,
             "sources": [[source.name, len(source.rows), source.weight] for source in self.sources],
-            "pairs": [str(source.make) for source in self.sources],
+            "pairs": [str(source.strategy) for source in self.sources],
         }
 
     def global_rows(self, index: int) -> tuple[int, list[int]]:
-        """The number of the source and the rows of all processes of batch `index`."""
+        """Return the number of the source of batch `index`, and the rows of all processes."""
         epoch, place = divmod(index, len(self))
         batch = _permutation(len(self), self.seed, 0, epoch)[place]
         source = int(np.searchsorted(self.first_batch_of_source, batch, side="right")) - 1
@@ -200,10 +208,10 @@ class PairBatches(Dataset):
         source, own = self.sources[number], slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         texts = source.texts(rows[own])
         ids = [[text_id(text) for text in column] for column in texts]
-        if source.make is not None:
+        if source.strategy is not None:
             generators = [np.random.default_rng((self.seed, number, index, n)) for n in range(len(rows))[own]]
-            texts = make_pairs(source.make, source.documents(rows[own], self.tokenize.tokenizer), generators)
-            ids = ids * 2  # two pieces of one document are not each other's negatives
+            texts = make_pairs(source.strategy, source.documents(rows[own], self.tokenize.tokenizer), generators)
+            ids = ids * 2  # two spans of one document are not each other's negatives
         return self.collate(source, rows[own], texts, ids)
 
     def collate(
@@ -214,7 +222,18 @@ class PairBatches(Dataset):
         ids: list[list[int]] | None = None,
         cut: bool = False,
     ) -> PairBatch:
-        """Texts of some rows of a source, one list a column, as a batch; see `collate_pairs`."""
+        """Collate pairs of a source.
+
+        Args:
+            source: the source.
+            rows: their rows.
+            texts: their texts, one list per column.
+            ids: see `collate_pairs`.
+            cut: see `collate_pairs`.
+
+        Returns:
+            The batch, with classes and texts.
+        """
         classes = source.classes_of(rows)
         return replace(
             collate_pairs(texts, self.tokenize, self.batch_tokens, ids=ids, anchor_kind=source.anchor_kind, cut=cut),
@@ -225,9 +244,9 @@ class PairBatches(Dataset):
         )
 
     def heaviest(self) -> PairBatch:
-        """A batch that takes at least as much memory as any of the run: the longest texts, in chunks that are full.
+        """Return a batch that takes at least as much memory as any of the run: the longest texts, in full chunks.
 
-        A text that does not fit into what is left of a chunk is cut off there instead of starting the next one: shorter
+        A text that does not fit into the rest of a chunk is cut off there instead of starting the next one: shorter
         texts of another batch could fill that chunk to the last token.
         """
         batches = [
@@ -253,15 +272,18 @@ def collate_pairs(
     anchor_kind: str = "query",
     cut: bool = False,
 ) -> PairBatch:
-    """Texts of a batch, one list a column with the anchors first, packed.
+    """Tokenise and pack pairs.
 
     Args:
-        columns: the texts.
-        tokenize: the model's.
-        batch_tokens: tokens of one packed chunk.
-        ids: of the texts, if not their own.
-        anchor_kind: what the first column is read as.
-        cut: texts are cut off so that all chunks are full.
+        columns: the texts, one list per column with the anchors first.
+        tokenize: tokenizer of the pairs.
+        batch_tokens: tokens of a packed chunk.
+        ids: numbers of the texts, equal where texts are not each other's negatives; None: hashes of the texts.
+        anchor_kind: whether the first column is read as `query` or as `document`.
+        cut: cut texts off so that all chunks are full.
+
+    Returns:
+        The batch.
     """
     kinds = [anchor_kind] + ["document"] * (len(columns) - 1)
     token_ids = [tokenize(texts, kind) for texts, kind in zip(columns, kinds, strict=True)]

@@ -1,4 +1,4 @@
-"""Which documents are near a query, by any encoder or by BM25: what hard negatives are mined with."""
+"""Rank documents for queries with any encoder or with BM25, to mine hard negatives."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -16,17 +16,21 @@ _QUERIES_AT_ONCE = 1024
 
 
 class Ranker(Protocol):
-    """Scores of documents for queries, both named by their place in the sequences that the ranker was made of."""
+    """Scores of documents for queries; both are given by their places in what the ranker was built from."""
 
     def nearest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` nearest documents of each query, the nearest first.
+        """Find the nearest documents of each query.
+
+        Args:
+            k: number of documents per query.
 
         Returns:
-            Scores, float32, and documents, int64, both `(queries, k)`; -inf and -1 where there are no more.
+            Scores, float32, and documents, int64, both `(queries, k)`, the nearest first; -inf and -1 where there are
+            no more.
         """
 
     def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
-        """The scores of `n` documents for one query, float32 `(n,)`."""
+        """Return the scores of `n` documents for one query, float32 `(n,)`."""
 
 
 def load_ranker(
@@ -39,40 +43,45 @@ def load_ranker(
     trust_remote_code: bool = False,
     index: str = "flat",
 ) -> Ranker:
-    """Read all texts with a model, or count their words.
+    """Build a ranker: encode all texts with a model, or index their words.
 
     Args:
         spec: the model.
-        queries, documents: the texts, at least one each; any sequences, also columns of a table on disk.
-        cache: where vectors are and go; a killed run goes on there.
+        queries: at least one text; any sequence, also a column of a table on disk.
+        documents: the same for the texts to rank.
+        cache: where vectors are read and stored, so that an interrupted run continues there.
         batch_tokens: token budget of a forward pass.
-        trust_remote_code: run code that the model's folder brings.
-        index: as of `VectorRanker`.
+        trust_remote_code: run code from the folder of the model.
+        index: see `VectorRanker`.
+
+    Returns:
+        The ranker.
 
     Raises:
-        UserError: faiss is not installed, the model does not load, or gives vectors that are not finite.
+        UserError: faiss is not installed, the model does not load, or its vectors are not finite.
     """
     if spec.kind == "bm25":
         return WordRanker(queries, documents)
-    _faiss()  # that it is missing is told before the texts are read, not after
+    _faiss()  # a missing faiss is an error before the texts are encoded, not after
     encoder = spec.load_encoder(batch_tokens, trust_remote_code)
     return VectorRanker(encoder, queries, documents, cache, every_row=spec.kind == "chunk-max", index=index)
 
 
 class VectorRanker:
-    """By cosine; by dot product where a model says that it was trained for it.
+    """Rank by cosine, or by dot product if the model was trained for that.
 
     Args:
-        encoder: what makes vectors.
-        queries, documents: the texts.
-        cache: where vectors are and go.
-        every_row: a document is as near as the nearest of its rows (MaxP, Dai and Callan 2019, arXiv:1905.09217); if
-            not, it has one vector, the sum of its rows.
+        encoder: the model.
+        queries: the queries.
+        documents: the texts to rank.
+        cache: where vectors are read and stored.
+        every_row: the score of a document is that of its best row (MaxP, Dai and Callan 2019, arXiv:1905.09217);
+            otherwise it has one vector, the sum of its rows.
         index: `flat` is exact; `hnsw` is approximate, and faster from some 100,000 vectors on (Malkov and Yashunin
             2018, arXiv:1603.09320).
 
     Raises:
-        UserError: vectors that are not finite.
+        UserError: the vectors are not finite.
     """
 
     def __init__(
@@ -85,7 +94,7 @@ class VectorRanker:
         every_row: bool = False,
         index: str = "flat",
     ):
-        # The length of a row of a chunk is its number of tokens, and says nothing: `every_row` is always by cosine.
+        # The length of a chunk's row is its number of tokens and has no meaning: `every_row` always ranks by cosine.
         self._by_dot = encoder.model.similarity_fn_name == "dot" and not every_row
         self._queries = self._prepared(vectors_of(queries, encoder, "query", cache))
         self._index = _new_index(index, encoder.dimension)
@@ -101,7 +110,7 @@ class VectorRanker:
         self._owners = np.concatenate(owners)
 
     def nearest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Ranker.nearest`."""
+        """Find the nearest documents of each query; see `Ranker`."""
         scores = np.full((len(self._queries), k), -np.inf, np.float32)
         documents = np.full((len(self._queries), k), -1, np.int64)
         for start in range(0, len(self._queries), _QUERIES_AT_ONCE):
@@ -111,14 +120,14 @@ class VectorRanker:
         return scores, documents
 
     def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
-        """As `Ranker.scores`."""
+        """Return the scores of documents for one query; see `Ranker`."""
         first, counts = self._rows[documents].T
         ends = np.cumsum(counts)
         rows = np.arange(ends[-1]) + np.repeat(first - (ends - counts), counts)
         return np.maximum.reduceat(self._index.reconstruct_batch(rows) @ self._queries[query], ends - counts)
 
     def _nearest(self, queries: np.ndarray, k: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Scores and documents of each query, `k` or as many as there are."""
+        """Return scores and documents of each query, `k` or as many as there are."""
         depth = min(k, self._index.ntotal)
         while True:
             found = []
@@ -140,20 +149,25 @@ class VectorRanker:
 
 
 class WordRanker:
-    """By BM25."""
+    """Rank by BM25.
+
+    Args:
+        queries: the queries.
+        documents: the texts to rank.
+    """
 
     def __init__(self, queries: Sequence[str], documents: Sequence[str]):
         self._queries, self._documents = queries, len(documents)
         self._index = BM25Index(documents)
 
     def nearest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """As `Ranker.nearest`."""
+        """Find the nearest documents of each query; see `Ranker`."""
         scores, documents = self._index.search(list(self._queries), k)
         missing = ((0, 0), (0, k - scores.shape[1]))
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(documents, missing, constant_values=-1)
 
     def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
-        """As `Ranker.scores`."""
+        """Return the scores of documents for one query; see `Ranker`."""
         return self._index.scores(self._queries[query])[documents]
 
 
@@ -161,8 +175,8 @@ def _new_index(kind: str, dimension: int) -> Any:
     faiss = _faiss()
     if kind == "flat":
         return faiss.IndexFlatIP(dimension)
-    # The metric is given: faiss's default is the Euclidean distance, whose neighbours of vectors that are not of one
-    # length are others.
+    # The metric has to be given: faiss's default is the Euclidean distance, which ranks vectors of unequal lengths
+    # differently.
     index = faiss.IndexHNSWFlat(dimension, 32, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction, index.hnsw.efSearch = 200, 256
     return index

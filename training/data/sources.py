@@ -1,4 +1,4 @@
-"""Pairs or texts from JSONL, Parquet or the Hub, checked before the first step: file, row and column are named."""
+"""Rows of texts from JSON lines, Parquet or the Hub, checked before training; errors name the file, row and column."""
 
 import hashlib
 import re
@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError, one_line
 from common.jsonl import read_jsonl
-from training.data.pair_makers import Document, Positives, longest_pairs
+from training.data.pair_makers import Document, PairStrategy, longest_pairs
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
@@ -25,14 +25,14 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns are read.
+    """The columns that are read.
 
     Args:
-        required: these, in this order.
-        prefix: and any number that begin with it; none if None.
-        rows: what a row is, in words.
-        classes: and these, which hold an integer or a text that names the row's class.
-        numbers: and these, which hold a list of numbers.
+        required: columns of texts that must be there, in this order.
+        prefix: columns of texts whose names begin with it are read as well; None: no others.
+        rows: plural noun for the rows in errors, such as `pairs`.
+        classes: required columns whose integers or texts name the class of a row.
+        numbers: required columns of lists of numbers.
     """
 
     required: tuple[str, ...]
@@ -41,29 +41,33 @@ class Columns:
     classes: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
 
+    @property
+    def every(self) -> tuple[str, ...]:
+        """All required columns."""
+        return self.required + self.classes + self.numbers
+
     def __str__(self) -> str:
-        return " and ".join(self.required + self.classes + self.numbers)
+        return " and ".join(self.every)
 
-
-# Of a document: the characters at which its tokens start and end, and the numbers of their words.
-TOKENS = ("token_starts", "token_stops", "token_words")
 
 PAIRS = Columns(("anchor", "positive"), "negative", "pairs")
 TEXTS = Columns(("text",), None, "texts")
+# Of a document: the characters at which its tokens start and stop, and the numbers of their words.
+OFFSET_COLUMNS = ("token_starts", "token_stops", "token_words")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that share their columns.
+    """Rows with the same columns.
 
     Args:
         name: as the user gave it, without the weight.
         rows: the texts, memory-mapped.
-        columns: of pairs `anchor`, `positive`, and any number that begin with `negative`, in that order.
+        columns: columns of texts in the order in which they are read: of pairs `anchor`, `positive`, then negatives.
         weight: how many times an epoch goes through the rows.
-        classes: columns that name a row's class.
-        make: if the rows are documents, how pairs are made of them; `rows` may have the columns of `TOKENS` then.
-        anchor_kind: what the model reads anchors as, `query` or `document`.
+        classes: columns that name the class of a row.
+        strategy: how pairs are made, if the rows are documents; `rows` then may have the `OFFSET_COLUMNS`.
+        anchor_kind: whether anchors are read as `query` or as `document`.
     """
 
     name: str
@@ -71,41 +75,42 @@ class Source:
     columns: tuple[str, ...]
     weight: float = 1.0
     classes: tuple[str, ...] = ()
-    make: Positives | None = None
+    strategy: PairStrategy | None = None
     anchor_kind: str = "query"
 
     def select(self, rows: np.ndarray) -> "Source":
-        """Some of the rows alone, by their number in this source, in their order."""
+        """Return the source with some of its rows only, given by their places in it, in that order."""
         return self if len(rows) == len(self.rows) else replace(self, rows=self.rows.select(rows))
 
     def numbers(self, rows: list[int]) -> tuple[int, ...]:
-        """The numbers of rows as a user counts them: from 1, with those that are left out."""
+        """Return the numbers of rows as a user counts them: from 1, with the rows that were left out."""
         indices = self.rows._indices
         places = rows if indices is None else indices.column(0).take(rows).to_pylist()
         return tuple(place + 1 for place in places)
 
     def texts(self, rows: list[int]) -> list[list[str]]:
-        """The texts of some rows, one list a column."""
+        """Return the texts of some rows, one list per column."""
         selected = self.rows.select_columns(list(dict.fromkeys(self.columns)))[rows]
         return [selected[column] for column in self.columns]
 
     def documents(self, rows: list[int], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-        """Some rows of which pairs are made; they are tokenised here if they were not before."""
+        """Return some rows as documents, and tokenise them if they were not tokenised before."""
         selected = self.rows[rows]
-        if TOKENS[0] not in selected:
+        if OFFSET_COLUMNS[0] not in selected:
             return [Document.read(text, tokenizer) for text in selected[self.columns[0]]]
+        columns = (selected[name] for name in (*self.columns, *OFFSET_COLUMNS))
         return [
             Document(text, np.array([starts, stops]).T, np.array(words))
-            for text, starts, stops, words in zip(*(selected[name] for name in (*self.columns, *TOKENS)), strict=True)
+            for text, starts, stops, words in zip(*columns, strict=True)
         ]
 
     def classes_of(self, rows: list[int]) -> dict[str, list[str]]:
-        """What the class columns of some rows hold, by column."""
+        """Return the names of the classes of some rows, by column."""
         selected = self.rows.select_columns(list(self.classes))[rows] if self.classes else {}
         return {column: [str(name) for name in selected[column]] for column in self.classes}
 
     def text_ids(self, columns: Collection[str]) -> np.ndarray:
-        """`(rows, columns)` int64, equal where the texts are equal."""
+        """Return a number for each text, equal where the texts are equal: `(rows, columns)` int64."""
         texts, portions = self.rows.select_columns(list(dict.fromkeys(columns))), []
         for start in range(0, len(texts), 1000):
             selected = texts[start : start + 1000]
@@ -113,21 +118,29 @@ class Source:
         return np.concatenate(portions)
 
     def longest_texts(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
-        """For each column its `count` texts of the most characters, the longest first; of documents their pieces."""
+        """Return the texts with the most characters.
+
+        Args:
+            count: number of texts per column.
+            tokenizer: the model's, for documents from which pairs are made.
+
+        Returns:
+            For each column its texts, the longest first; of documents the longest spans that pairs can be made of.
+        """
         columns = []
         for column in self.columns:
             lengths = pyarrow.compute.utf8_length(self.rows.data.column(column))
             if self.rows._indices is not None:
                 lengths = lengths.take(self.rows._indices.column(0))
             rows = pyarrow.compute.array_sort_indices(lengths, order="descending")[:count].to_pylist()
-            if self.make is not None:
-                return longest_pairs(self.make, self.documents(rows, tokenizer))
+            if self.strategy is not None:
+                return longest_pairs(self.strategy, self.documents(rows, tokenizer))
             columns.append(self.rows[rows][column])
         return columns
 
 
 def text_id(text: str) -> int:
-    """63 bits of a hash: the same for the same text in every process."""
+    """Return a hash of 63 bits, the same for the same text in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -137,25 +150,35 @@ def read_sources(specifications: list[str], columns: Columns = PAIRS, *, split: 
     Args:
         specifications: each `path_or_id[:weight]`: a .jsonl, .jsonl.gz or .parquet file, a folder of such files, or
             `org/name[@config]` on the Hub.
-        columns: what to read of them.
-        split: which split of a Hub dataset.
+        columns: the columns to read.
+        split: the split of a Hub dataset.
 
     Returns:
-        One source each.
+        One source per specification.
 
     Raises:
-        UserError: what cannot be read or does not have these columns, by file, row and column.
+        UserError: a source cannot be read or does not have these columns; names the file, row and column.
     """
     return [_read_source(*split_weight(specification), columns, split) for specification in specifications]
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether what is no path may be a dataset on the Hub."""
+    """Check whether a name that is no path may be that of a dataset on the Hub."""
     return HUB_ID.fullmatch(name) is not None and not name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX))
 
 
 def split_weight(specification: str) -> tuple[str, float]:
-    """The name and the weight of `path_or_id[:weight]`."""
+    """Split `path_or_id[:weight]` into its name and its weight.
+
+    Args:
+        specification: as the user gave it.
+
+    Returns:
+        The name, and the weight, 1 by default.
+
+    Raises:
+        UserError: the weight is 0.
+    """
     name, _, weight = specification.rpartition(":")
     if name and re.fullmatch(r"\d+(\.\d*)?|\.\d+", weight):
         if float(weight) == 0:
@@ -164,25 +187,35 @@ def split_weight(specification: str) -> tuple[str, float]:
     return specification, 1.0
 
 
-def _read_source(name: str, weight: float, wanted: Columns, split: str) -> Source:
+def _read_source(name: str, weight: float, columns: Columns, split: str) -> Source:
     path = Path(name)
     if path.exists():
-        rows = _read_files(name, data_files(path), wanted)
+        rows = _read_files(name, data_files(path), columns)
     elif is_hub_id(name):
         rows = _read_hub(name, split)
     else:
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
-    columns = present_columns(name, rows.column_names, wanted)
-    rows = rows.select_columns(list(dict.fromkeys((*columns, *wanted.classes, *wanted.numbers))))
+    texts = text_columns(name, rows.column_names, columns)
+    rows = rows.select_columns(list(dict.fromkeys((*texts, *columns.classes, *columns.numbers))))
     if not len(rows):
-        raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
-    _check_columns(name, rows.select_columns(list(dict.fromkeys(columns))))
-    _check_classes(name, rows, wanted.classes)
-    return Source(name, rows, columns, weight, wanted.classes)
+        raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
+    _check_texts(name, rows.select_columns(list(dict.fromkeys(texts))))
+    _check_classes(name, rows, columns.classes)
+    return Source(name, rows, texts, weight, columns.classes)
 
 
 def data_files(path: Path) -> list[Path]:
-    """The file, or those of the folder, all Parquet or all JSON lines; a `UserError` if there are none."""
+    """List the data files of a path.
+
+    Args:
+        path: a file, or a folder of files.
+
+    Returns:
+        The file, or the files of the folder: all Parquet or all JSON lines.
+
+    Raises:
+        UserError: there are none, or of both formats.
+    """
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     readable = [file for file in files if file.name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX))]
     if not readable:
@@ -192,7 +225,7 @@ def data_files(path: Path) -> list[Path]:
     return readable
 
 
-def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Dataset:
+def _read_files(name: str, files: list[Path], columns: Columns) -> datasets.Dataset:
     for file in files:
         try:
             with open(file, "rb") as opened:
@@ -200,36 +233,41 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
         if empty:
-            raise UserError(f"{file}: is empty; give JSON lines with {wanted}")
-    paths = [str(file.absolute()) for file in files]
-    if paths[0].endswith(PARQUET_SUFFIX):
-        try:
-            count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
-            present = {path: pyarrow.parquet.read_schema(path).names for path in paths}
-            columns = present_columns(paths[0], present[paths[0]], wanted)
-            for path in paths[1:]:
-                present_columns(path, present[path], replace(wanted, required=columns, prefix=None))
-            if not count:  # datasets cannot make a table of nothing
-                raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
-            wanted_columns = list(dict.fromkeys((*columns, *wanted.classes, *wanted.numbers)))
-            return datasets.load_dataset("parquet", data_files=paths, columns=wanted_columns, split="train")
-        except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
-            raise UserError(f"{name}: is not readable Parquet: {one_line(error.__cause__ or error)}") from None
+            raise UserError(f"{file}: is empty; give JSON lines with {columns}")
+    if files[0].name.endswith(PARQUET_SUFFIX):
+        return _read_parquet(name, [str(file.absolute()) for file in files], columns)
+    return _read_json(files, columns)
 
+
+def _read_parquet(name: str, paths: list[str], columns: Columns) -> datasets.Dataset:
+    try:
+        count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
+        present = {path: pyarrow.parquet.read_schema(path).names for path in paths}
+        texts = text_columns(paths[0], present[paths[0]], columns)
+        for path in paths[1:]:
+            text_columns(path, present[path], replace(columns, required=texts, prefix=None))
+        if not count:  # datasets cannot make a table of nothing
+            raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
+        names = list(dict.fromkeys((*texts, *columns.classes, *columns.numbers)))
+        return datasets.load_dataset("parquet", data_files=paths, columns=names, split="train")
+    except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{name}: is not readable Parquet: {one_line(error.__cause__ or error)}") from None
+
+
+def _read_json(files: list[Path], columns: Columns) -> datasets.Dataset:
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
     # reading line by line costs one pass, whose result is cached until a file changes.
-    columns = present_columns(str(files[0]), next(json_rows(files[0], wanted))[1], wanted)
+    texts = text_columns(str(files[0]), next(json_rows(files[0], columns))[1], columns)
+    features = {column: datasets.Value("large_string") for column in (*texts, *columns.classes)}
+    features |= {column: datasets.Sequence(datasets.Value("float64")) for column in columns.numbers}
     try:
         return datasets.Dataset.from_generator(
             _json_texts,
-            features=datasets.Features(
-                {column: datasets.Value("large_string") for column in (*columns, *wanted.classes)}
-                | {column: datasets.Sequence(datasets.Value("float64")) for column in wanted.numbers}
-            ),
+            features=datasets.Features(features),
             gen_kwargs={
-                "paths": paths,
-                "wanted": wanted,
+                "paths": [str(file.absolute()) for file in files],
                 "columns": columns,
+                "texts": texts,
                 "versions": tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files),
             },
         )
@@ -240,38 +278,63 @@ def _read_files(name: str, files: list[Path], wanted: Columns) -> datasets.Datas
 
 
 def _json_texts(
-    paths: list[str], wanted: Columns, columns: tuple[str, ...], versions: object
+    paths: list[str], columns: Columns, texts: tuple[str, ...], versions: object
 ) -> Iterator[dict[str, Any]]:
-    """Rows of JSON-lines files; `versions` is there for the cache's key alone."""
+    """Yield the rows of files of JSON lines; `versions` only is a part of the key of the cache."""
     for path in paths:
-        for number, row in json_rows(Path(path), wanted):
-            yield checked_row(path, number, row, columns, wanted)
+        for number, row in json_rows(Path(path), columns):
+            yield checked_row(path, number, row, texts, columns)
 
 
 def checked_row(
-    path: str, number: int, row: dict[str, Any], columns: tuple[str, ...], wanted: Columns
+    path: str, number: int, row: dict[str, Any], texts: tuple[str, ...], columns: Columns
 ) -> dict[str, Any]:
-    """What is read of a row; a `UserError` if it is not as it should be."""
-    for column in columns:
+    """Check a row.
+
+    Args:
+        path: its file, for errors.
+        number: its number, for errors.
+        row: what the file has.
+        texts: the columns of texts to read.
+        columns: the other columns to read.
+
+    Returns:
+        The columns that are read; classes as texts.
+
+    Raises:
+        UserError: a column is missing, or has a value of the wrong type.
+    """
+    for column in texts:
         if column not in row:
             raise UserError(f"{path}, row {number}: the column {column} is missing")
         _check_text(path, number, column, row[column])
-    for column in wanted.classes:
+    for column in columns.classes:
         check_class(path, number, column, row.get(column))
-    for column in wanted.numbers:
+    for column in columns.numbers:
         check_numbers(path, number, column, row.get(column))
-    texts = {column: row[column] for column in columns} | {column: str(row[column]) for column in wanted.classes}
-    return texts | {column: row[column] for column in wanted.numbers}
+    read = {column: row[column] for column in texts} | {column: str(row[column]) for column in columns.classes}
+    return read | {column: row[column] for column in columns.numbers}
 
 
-def json_rows(path: Path, wanted: Columns) -> Iterator[tuple[int, dict]]:
-    """Line numbers, from 1, and objects of one file; a `UserError` if there are none."""
+def json_rows(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Read the rows of a file of JSON lines, of which there has to be one.
+
+    Args:
+        path: the file.
+        columns: what is to be read, for errors.
+
+    Yields:
+        The number of the line, from 1, and its object.
+
+    Raises:
+        UserError: the file cannot be read, or has no rows.
+    """
     empty = True
     for number, row in read_jsonl(path):
         empty = False
         yield number, row
     if empty:
-        raise UserError(f"{path}: holds no rows; give JSON lines with {wanted}")
+        raise UserError(f"{path}: holds no rows; give JSON lines with {columns}")
 
 
 def _read_hub(name: str, split: str) -> datasets.Dataset:
@@ -282,17 +345,29 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
         raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {one_line(error)}") from None
 
 
-def present_columns(name: str, present: Collection[str], wanted: Columns) -> tuple[str, ...]:
-    """The columns that are read; a `UserError` if one is missing."""
-    for column in (*wanted.required, *wanted.classes, *wanted.numbers):
+def text_columns(name: str, present: Collection[str], columns: Columns) -> tuple[str, ...]:
+    """Find the columns of texts to read.
+
+    Args:
+        name: the file, for errors.
+        present: the columns that it has.
+        columns: those that are asked for.
+
+    Returns:
+        The required columns and those with the prefix.
+
+    Raises:
+        UserError: a required column is missing.
+    """
+    for column in columns.every:
         if column not in present:
             raise UserError(f"{name}: the column {column} is missing; it has {', '.join(present) or 'none'}")
-    more = () if wanted.prefix is None else (column for column in present if column.startswith(wanted.prefix))
-    return (*wanted.required, *more)
+    more = () if columns.prefix is None else (column for column in present if column.startswith(columns.prefix))
+    return (*columns.required, *more)
 
 
-def _check_columns(name: str, rows: datasets.Dataset) -> None:
-    """Types, missing values and blank texts; one pass over memory-mapped columns."""
+def _check_texts(name: str, rows: datasets.Dataset) -> None:
+    """Check types, missing values and blank texts, in one pass over memory-mapped columns."""
     for column in rows.column_names:
         kind = rows.features[column]
         if not (isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")):
@@ -319,7 +394,17 @@ def _check_classes(name: str, rows: datasets.Dataset, columns: tuple[str, ...]) 
 
 
 def check_class(name: str, number: int, column: str, value: object) -> None:
-    """A `UserError` unless a value can name a class."""
+    """Check that a value can name a class.
+
+    Args:
+        name: the file, for errors.
+        number: of the row, for errors.
+        column: of the value, for errors.
+        value: what the row has.
+
+    Raises:
+        UserError: it is neither an integer nor a text.
+    """
     if not isinstance(value, int | str) or isinstance(value, bool):
         kind = "null" if value is None else type(value).__name__
         raise UserError(
@@ -328,7 +413,17 @@ def check_class(name: str, number: int, column: str, value: object) -> None:
 
 
 def check_numbers(name: str, number: int, column: str, value: object) -> None:
-    """A `UserError` unless a value is a list of numbers."""
+    """Check that a value is a list of numbers.
+
+    Args:
+        name: the file, for errors.
+        number: of the row, for errors.
+        column: of the value, for errors.
+        value: what the row has.
+
+    Raises:
+        UserError: it is something else.
+    """
     if not isinstance(value, list) or not all(isinstance(x, int | float) and not isinstance(x, bool) for x in value):
         raise UserError(f"{name}, row {number}: {column} must hold a list of numbers, such as [4.5, -1.25]")
 

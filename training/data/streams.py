@@ -1,9 +1,9 @@
-"""Pairs from data that is read as it comes: nothing is copied or counted before the first step.
+"""Pairs from data that is read during training: nothing is copied or counted before the first step.
 
-A stream is a list of shards: stretches of JSON-lines files, compressed files, row groups of Parquet, or those of a
-dataset on the Hub. Each pass goes through them in an order of its own. Rows come in blocks, and those of a block are
-shuffled as if they were all there is (`PairBatches`). So a run that goes on has to know where its block began, and
-reads that again: datasets' own shuffle buffer would have been lost with the run.
+A stream is a list of shards: byte ranges of JSON-lines files, compressed files, row groups of Parquet, or the shards of
+a dataset on the Hub. Each epoch goes through them in another order. Rows come in blocks, and the rows of a block are
+shuffled like a whole source (`PairBatches`). A run that is resumed only has to know where its block began, and reads
+the block again: the contents of the shuffle buffer of `datasets` would be lost.
 """
 
 import gzip
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from common.errors import UserError, one_line
 from common.jsonl import parse_row
 from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer
-from training.data.pair_makers import Document, Positives
+from training.data.pair_makers import Document, PairStrategy
 from training.data.sources import (
     PARQUET_SUFFIX,
     Columns,
@@ -30,21 +30,22 @@ from training.data.sources import (
     checked_row,
     data_files,
     is_hub_id,
-    present_columns,
     split_weight,
+    text_columns,
 )
 
-SHARD_BYTES = 2**24  # of JSON lines: a run that goes on reads at most so much anew, and a block
-BEGINNING = 2**12  # characters that tell of most documents whether they are long enough
+SHARD_BYTES = 2**24  # of JSON lines; a resumed run reads at most a shard and a block again
+BEGINNING = 2**12  # characters that are enough to see of most documents that they are long enough
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A stretch of a file.
+    """A part of a file.
 
     Args:
-        path: of the file.
-        start, stop: bytes of JSON lines; a shard has the lines that begin there. Of Parquet the number of a row group.
+        path: the file.
+        start: the first byte of JSON lines; of Parquet the number of the row group.
+        stop: the byte after the last of JSON lines. A shard has the lines that begin in this range.
     """
 
     path: str
@@ -56,7 +57,14 @@ class Shard:
         return f"{self.path} {unit} {self.start}" if self.start else self.path
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows, numbered from 1; a `UserError` if they cannot be read."""
+        """Read the rows.
+
+        Yields:
+            The number of the row in the shard, from 1, and its columns.
+
+        Raises:
+            UserError: they cannot be read.
+        """
         try:
             if self.path.endswith(PARQUET_SUFFIX):
                 table = pyarrow.parquet.ParquetFile(self.path).read_row_group(self.start)
@@ -76,13 +84,23 @@ class Shard:
         with open(self.path, "rb") as file:
             if self.start:
                 file.seek(self.start - 1)
-                file.readline()  # what is left of a line of the shard before
+                file.readline()  # the rest of a line that belongs to the shard before
             while file.tell() < self.stop and (line := file.readline()):
                 yield line
 
 
 def shards_of(path: Path) -> list[Shard]:
-    """The shards of a file or folder."""
+    """Divide the data files of a path into shards.
+
+    Args:
+        path: a file or a folder.
+
+    Returns:
+        The shards, in the order of the files.
+
+    Raises:
+        UserError: there are no data files, or they cannot be read.
+    """
     shards = []
     for file in map(str, data_files(path)):
         if file.endswith(PARQUET_SUFFIX):
@@ -106,87 +124,106 @@ def _read_shards(shards: list[Shard]) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Stream:
-    """A source of rows that are read as they come; arguments as those of `Source`.
+    """A source of rows that are read during training.
 
     Args:
-        shards: rows as `_read_shards` gives them, or as the Hub does.
-        wanted: what is read of a row.
+        name: as the user gave it, without the weight.
+        shards: rows as `_read_shards` or the Hub yields them.
+        read_columns: the columns that are read of a row.
+        columns: those of them that are texts, in the order in which they are read.
+        weight: share of the batches, in proportion to the weights of the other streams.
+        strategy: how pairs are made, if the rows are documents.
+        anchor_kind: whether anchors are read as `query` or as `document`.
     """
 
     name: str
     shards: datasets.IterableDataset
-    wanted: Columns
+    read_columns: Columns
     columns: tuple[str, ...]
     weight: float = 1.0
-    make: Positives | None = None
+    strategy: PairStrategy | None = None
     anchor_kind: str = "query"
 
     def read(self, row: dict[str, Any]) -> dict[str, str]:
-        """A row as the shards give it, to its texts."""
+        """Return the checked columns of a row that `shards` yielded."""
         if row.keys() >= {"place", "number", "row"}:
-            return checked_row(row["place"], row["number"], row["row"], self.columns, self.wanted)
-        return checked_row(self.name, 0, row, self.columns, self.wanted)
+            return checked_row(row["place"], row["number"], row["row"], self.columns, self.read_columns)
+        return checked_row(self.name, 0, row, self.columns, self.read_columns)
 
     def block(self, rows: list[dict[str, str]]) -> Source:
-        """Rows that were read, as a source of their own."""
+        """Return rows that were read as a source."""
         texts = datasets.Dataset.from_list(rows)
-        return Source(self.name, texts, self.columns, 1.0, self.wanted.classes, self.make, self.anchor_kind)
+        return Source(self.name, texts, self.columns, 1.0, self.read_columns.classes, self.strategy, self.anchor_kind)
 
 
-def open_streams(specifications: list[str], wanted: Columns) -> list[Stream]:
-    """Sources, as `read_sources` takes them, as streams. Of each its first row is read.
+def open_streams(specifications: list[str], columns: Columns) -> list[Stream]:
+    """Open training data as streams, and read the first row of each.
+
+    Args:
+        specifications: the sources, in the format of `read_sources`.
+        columns: the columns to read.
+
+    Returns:
+        One stream per specification.
 
     Raises:
-        UserError: what cannot be read, or has not these columns.
+        UserError: a source cannot be read, or does not have these columns.
     """
     streams = []
     for specification in specifications:
         name, weight = split_weight(specification)
-        if Path(name).exists():
-            shards: Any = datasets.IterableDataset.from_generator(
-                _read_shards, gen_kwargs={"shards": shards_of(Path(name))}
-            )
-        elif is_hub_id(name):
-            repository, _, config = name.partition("@")
-            try:
-                shards = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-            except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                raise UserError(f"{name}: is not loadable from the Hub: {one_line(error)}") from None
-        else:
-            raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
+        shards = _open_shards(name)
         first = next(iter(shards), None)
         if first is None:
-            raise UserError(f"{name}: holds no {wanted.rows}; give at least one row with {wanted}")
-        stream = Stream(name, shards, wanted, present_columns(name, first.get("row", first), wanted), weight)
+            raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
+        stream = Stream(name, shards, columns, text_columns(name, first.get("row", first), columns), weight)
         stream.read(first)
         streams.append(stream)
     return streams
 
 
+def _open_shards(name: str) -> Any:
+    if Path(name).exists():
+        shards = shards_of(Path(name))
+        return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards})
+    if not is_hub_id(name):
+        raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
+    repository, _, config = name.partition("@")
+    try:
+        return datasets.load_dataset(repository, config or None, split="train", streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{name}: is not loadable from the Hub: {one_line(error)}") from None
+
+
 class Reader:
-    """The endless rows of a stream, from any position that it has had."""
+    """The endless rows of a stream, from the start or from any position that was reached before.
+
+    Args:
+        stream: what is read.
+        seed: random seed of the order of the shards.
+    """
 
     def __init__(self, stream: Stream, *seed: int) -> None:
         self.stream, self.seed = stream, seed
         self.go_to({"pass": 0, "shard": 0, "row": 0})
 
     def go_to(self, position: dict[str, int]) -> None:
-        """Read on from a position."""
-        self.turn, self.shard, self.row = position["pass"], position["shard"], position["row"]
+        """Continue at a position."""
+        self.epoch, self.shard, self.row = position["pass"], position["shard"], position["row"]
         count = self.stream.shards.num_shards
-        order = np.random.default_rng((*self.seed, self.turn)).permutation(count)
+        order = np.random.default_rng((*self.seed, self.epoch)).permutation(count)
         shard = self.stream.shards.shard(count, int(order[self.shard])).skip(self.row)
-        # Not iter(shard): in a process that loads, datasets would share the rows out over these processes.
+        # Not iter(shard): in a worker of a data loader, datasets would divide the rows among the workers.
         self.rows = shard.iter(batch_size=1)
 
     def position(self) -> dict[str, int]:
-        """Where the next row is."""
-        return {"pass": self.turn, "shard": self.shard, "row": self.row}
+        """Return where the next row is."""
+        return {"pass": self.epoch, "shard": self.shard, "row": self.row}
 
     def __next__(self) -> dict[str, str]:
         while (row := next(self.rows, None)) is None:
-            turn, shard = divmod(self.shard + 1, self.stream.shards.num_shards)
-            self.go_to({"pass": self.turn + turn, "shard": shard, "row": 0})
+            more, shard = divmod(self.shard + 1, self.stream.shards.num_shards)
+            self.go_to({"pass": self.epoch + more, "shard": shard, "row": 0})
         self.row += 1
         return self.stream.read({name: value for name, (value,) in row.items()})
 
@@ -195,9 +232,10 @@ class _Blocks:
     """The batches of a stream, in order.
 
     Args:
-        reader: of its rows.
-        batches: of a block.
-        options: of `PairBatches`.
+        reader: reads its rows.
+        batches: number of batches in a block.
+        tokenize: tokenizer of the pairs.
+        options: options of the `PairBatches` of a block.
     """
 
     def __init__(self, reader: Reader, batches: int, tokenize: PairTokenizer, options: dict[str, Any]) -> None:
@@ -205,31 +243,32 @@ class _Blocks:
         self.go_to({"start": reader.position(), "block": 0, "used": 0})
 
     def go_to(self, position: dict[str, Any]) -> None:
-        """Go on with batch `used` of the block that starts at a position of the reader."""
+        """Continue with batch `used` of the block that starts at a position of the reader."""
         self.start, self.block, self.used = position["start"], position["block"], position["used"]
         self.loaded: PairBatches | None = None
 
     def position(self) -> dict[str, Any]:
+        """Return where the next batch is."""
         return {"start": self.start, "block": self.block, "used": self.used}
 
     def load(self) -> PairBatches:
-        """The block, read if it was not."""
+        """Return the block; it is read unless it was read before."""
         if self.loaded is None:
             self.reader.go_to(self.start)
             size = self.batches * self.options["batch_size"] * self.options["world_size"]
-            rows, passes = list[dict[str, str]](), self.reader.turn
+            rows, first_epoch = list[dict[str, str]](), self.reader.epoch
             while len(rows) < size:
                 row = next(self.reader)
                 if self._is_long_enough(row):
                     rows.append(row)
-                elif not rows and self.reader.turn > passes + 1:
-                    raise UserError(f"{self.reader.stream.name}: no document is long enough for two pieces")
+                elif not rows and self.reader.epoch > first_epoch + 1:
+                    raise UserError(f"{self.reader.stream.name}: no document is long enough for a pair")
             seed = int(np.random.default_rng((*self.reader.seed, self.block, 1)).integers(2**31))
             self.loaded = PairBatches([self.reader.stream.block(rows)], self.tokenize, seed=seed, **self.options)
         return self.loaded
 
-    def next(self) -> None:
-        """Pass over a batch."""
+    def skip(self) -> None:
+        """Go to the next batch."""
         if self.used + 1 < self.batches:
             self.used += 1
         else:
@@ -238,19 +277,32 @@ class _Blocks:
 
     def _is_long_enough(self, row: dict[str, str]) -> bool:
         stream, generator = self.reader.stream, np.random.default_rng(0)
-        if stream.make is None:
+        if stream.strategy is None:
             return True
         text = row[stream.columns[0]]
         parts = (text[:BEGINNING], text) if len(text) > BEGINNING else (text,)
-        return any(stream.make(Document.read(part, self.tokenize.tokenizer), generator) is not None for part in parts)
+        documents = (Document.read(part, self.tokenize.tokenizer) for part in parts)
+        return any(stream.strategy(document, generator) is not None for document in documents)
 
 
 class StreamedBatches(Dataset):
-    """Batch number `index` of streams, for one process: a function of `index`, like `PairBatches`.
+    """Batch number `index` of streams, for one process; a pure function of `index`, like `PairBatches`.
 
-    Which stream a batch comes from is drawn by the weights. Every process reads all rows, and takes its share of each
-    batch: the batches are then the same whatever the number of processes. They are reached one after another, and that
-    after a bookmark at once: every batch has the one of the next.
+    The stream of each batch is drawn by the weights. Every process reads all rows, and takes its share of each batch,
+    so that the batches are the same whatever the number of processes. Batches are reached one after another; but the
+    one after a bookmark is reached at once, and every batch has the bookmark of the next.
+
+    Args:
+        streams: the data.
+        tokenize: tokenizer of the pairs.
+        length: number of batches of the run.
+        buffer: least number of rows that are shuffled together; a block has whole batches.
+        batch_size: pairs per batch and process.
+        batch_tokens: tokens of a packed chunk.
+        seed: random seed.
+        rank: number of this process.
+        world_size: number of processes.
+        keep_texts: keep the texts of a batch beside their tokens.
     """
 
     def __init__(
@@ -267,11 +319,6 @@ class StreamedBatches(Dataset):
         world_size: int = 1,
         keep_texts: bool = False,
     ) -> None:
-        """Args:
-        length: batches of the run.
-        buffer: rows that are shuffled together, at least; a block has whole batches.
-        batch_size, batch_tokens, seed, rank, world_size, keep_texts: as in `PairBatches`.
-        """
         self.streams, self.tokenize, self.length, self.seed = streams, tokenize, length, seed
         self.batch_size, self.batch_tokens, self.global_batch_size = batch_size, batch_tokens, batch_size * world_size
         self.block_batches = -(-buffer // self.global_batch_size)
@@ -292,23 +339,23 @@ class StreamedBatches(Dataset):
         return self.length
 
     def describe(self) -> dict[str, Any]:
-        """All that the order depends on, and a resumed run must agree in; the number of processes is not in it."""
+        """Return all in which a resumed run must agree with this one; the number of processes may differ."""
         return {
             "seed": self.seed,
             "pairs a batch": self.global_batch_size,
             "batches a block": self.block_batches,
             "sources": [[stream.name, stream.shards.num_shards, stream.weight] for stream in self.streams],
-            "pairs": [str(stream.make) for stream in self.streams],
+            "pairs": [str(stream.strategy) for stream in self.streams],
         }
 
     def go_to(self, bookmark: dict[str, Any]) -> None:
-        """Start from a batch that has been reached before."""
+        """Continue at a batch that was reached before."""
         self.start, self.index = bookmark, bookmark["index"]
         for blocks, position in zip(self.blocks, bookmark["streams"], strict=True):
             blocks.go_to(position)
 
     def stream_of(self, index: int) -> int:
-        """The number of the stream that batch `index` comes from."""
+        """Return the number of the stream of batch `index`."""
         weights = np.array([stream.weight for stream in self.streams])
         return int(np.random.default_rng((self.seed, 0, index)).choice(len(weights), p=weights / weights.sum()))
 
@@ -317,41 +364,49 @@ class StreamedBatches(Dataset):
             if index < self.index:
                 self.go_to(self.start)
             while self.index < index:
-                self._pass()
+                self._skip()
             blocks = self.blocks[self.stream_of(index)]
             batch = blocks.load()[blocks.used]
-            self._pass()
+            self._skip()
         except UserError as error:
             return Refusal(str(error))  # type: ignore[return-value] # raises where the batch is moved to its device
         positions = [blocks.position() for blocks in self.blocks]
         return replace(batch, bookmark={"index": self.index, "streams": positions})
 
-    def _pass(self) -> None:
-        self.blocks[self.stream_of(self.index)].next()
+    def _skip(self) -> None:
+        self.blocks[self.stream_of(self.index)].skip()
         self.index += 1
 
     def heaviest(self) -> PairBatch:
-        """A batch that takes at least as much memory as any of the run: texts that fill the limit, in full chunks."""
+        """Return a batch that takes at least as much memory as any of the run: texts at the limit, in full chunks."""
         tokenizer, batches = self.tokenize.tokenizer, []
+        limit = max(self.tokenize.max_length, self.tokenize.query_max_length)
         for stream, blocks in zip(self.streams, self.blocks, strict=True):
             block = blocks.load()
             (text, *_), *_ = block.sources[0].texts([0])
             document = Document.read(text, tokenizer)
-            limit = max(self.tokenize.max_length, self.tokenize.query_max_length)
             document = Document.read(" ".join([text] * -(-limit // max(1, len(document)))), tokenizer)
-            wanted = limit if stream.make is None else stream.make.longest(limit)
-            longest = [document.piece(0, min(wanted, len(document)))] * self.batch_size
-            columns = [longest] * (len(stream.columns) if stream.make is None else 2)
+            tokens = limit if stream.strategy is None else stream.strategy.longest(limit)
+            longest = [document.span(0, min(tokens, len(document)))] * self.batch_size
+            columns = [longest] * (len(stream.columns) if stream.strategy is None else 2)
             batches.append(block.collate(block.sources[0], list(range(self.batch_size)), columns, cut=True))
         return max(batches, key=lambda batch: (batch.largest_chunk().input_ids.numel(), batch.tokens))
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a batch is that cannot be read: an exception in a process that loads would arrive as a traceback."""
+    """Stands for a batch that cannot be read, because an exception in a worker would arrive as a traceback.
+
+    Args:
+        message: of the error.
+    """
 
     message: str
 
     def to(self, device: Any) -> None:
-        """Raise it where the batch is used."""
+        """Fail where the batch is used.
+
+        Raises:
+            UserError: always.
+        """
         raise UserError(self.message)

@@ -10,8 +10,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from training.data.masked_batches import MaskedBatch, MaskedChunk, PieceReader, Pieces, TokenizedDocuments, mask_batch
+from training.data.masked_batches import MaskedBatch, MaskedChunk, mask_batch
 from training.data.next_sentence import NextSentenceHead
+from training.data.sequences import SequenceReader, Sequences
+from training.data.token_store import TokenizedDocuments
 from training.engine.distributed import mean_over_processes
 from training.engine.loop import AccumulateGradient
 from training.objectives.chunked_loss import (
@@ -150,9 +152,9 @@ class MaskedEvaluation:
     """
 
     def __init__(
-        self, documents: TokenizedDocuments, read: PieceReader, *, length: int, mask_rate: float, batch_tokens: int
+        self, documents: TokenizedDocuments, read: SequenceReader, *, length: int, mask_rate: float, batch_tokens: int
     ) -> None:
-        self.pieces, self.mask_rate, self.batch_tokens = Pieces(documents, length, read), mask_rate, batch_tokens
+        self.pieces, self.mask_rate, self.batch_tokens = Sequences(documents, length, read), mask_rate, batch_tokens
         self.read, self.length = read, length
 
     @torch.no_grad()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError
-from training.data.masked_batches import MaskedBatch, MaskedChunk, Pieces, SpecialTokens
+from training.data.masked_batches import MaskedBatch, MaskedChunk
 from training.data.packing import PackedTexts, pack
+from training.data.sequences import Sequences, SpecialTokens
 from training.engine.distributed import mean_over_processes
 from training.engine.loop import AccumulateGradient
 from training.objectives.chunked_loss import (
@@ -274,7 +275,7 @@ class RelationEvaluation:
 
     def __init__(
         self,
-        pieces: Pieces,
+        pieces: Sequences,
         special: SpecialTokens,
         teacher: RelationTeacher,
         arguments: RelationArguments,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from training.data.curriculum import Course, LengthSchedule, RateSchedule
+from training.data.curriculum import Curriculum, LengthSchedule, RateSchedule
 
 
 @pytest.mark.promise("M3")
@@ -29,12 +29,14 @@ def test_a_ramp_grows_by_a_constant_factor_in_equal_stages(first, factor, stages
 
 
 def test_a_constant_needs_no_end():
-    course = Course(LengthSchedule.parse(["512"]), RateSchedule.parse(["0.15"]), 7)
-    assert {course.length(step) for step in range(20)} == {512}
-    assert {course.mask_rate(step) for step in range(20)} == {0.15}
-    longer = Course(course.lengths, course.mask_rates, 9)
-    assert longer.describe() == course.describe()  # a run may be made longer
-    changing = [Course(LengthSchedule.parse(["8:.5", "9:.5"]), course.mask_rates, steps).describe() for steps in (7, 9)]
+    curriculum = Curriculum(LengthSchedule.parse(["512"]), RateSchedule.parse(["0.15"]), 7)
+    assert {curriculum.length(step) for step in range(20)} == {512}
+    assert {curriculum.mask_rate(step) for step in range(20)} == {0.15}
+    longer = Curriculum(curriculum.lengths, curriculum.mask_rates, 9)
+    assert longer.describe() == curriculum.describe()  # a run may be made longer
+    changing = [
+        Curriculum(LengthSchedule.parse(["8:.5", "9:.5"]), curriculum.mask_rates, steps).describe() for steps in (7, 9)
+    ]
     assert changing[0] != changing[1]
 
 

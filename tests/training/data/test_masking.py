@@ -119,7 +119,7 @@ def test_words_are_chosen_whole_and_not_one_too_many(seed, rate, unit):
     assert sorted(set(chosen) - {-1}) == list(range(chosen.max() + 1))
 
 
-def test_the_pieces_of_a_word_are_those_of_transformers_whole_word_collator(word_tokenizer):
+def test_words_are_those_of_transformers_whole_word_collator(word_tokenizer):
     """At a rate at which one word is chosen, ours and theirs choose the same sets: the words."""
     ids = np.array([[2, *range(5, 17), 3]])
     starts = np.array([[1, 1, 0, 0, 1, 1, 0, 1, 0, 1, 0, 0, 1, 1]], bool)
@@ -142,12 +142,12 @@ def test_the_pieces_of_a_word_are_those_of_transformers_whole_word_collator(word
 
 def _words(chosen: np.ndarray, starts: np.ndarray) -> set[tuple[int, ...]]:
     """The chosen tokens, cut where a word starts."""
-    pieces: list[list[int]] = []
+    words: list[list[int]] = []
     for place in np.flatnonzero(chosen):
-        if starts[place] or not pieces or pieces[-1][-1] != place - 1:
-            pieces.append([])
-        pieces[-1].append(int(place))
-    return {tuple(piece) for piece in pieces}
+        if starts[place] or not words or words[-1][-1] != place - 1:
+            words.append([])
+        words[-1].append(int(place))
+    return {tuple(word) for word in words}
 
 
 @pytest.mark.promise("M1")

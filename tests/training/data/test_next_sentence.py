@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForNextSentencePrediction
 
-from training.data.masked_batches import SpecialTokens
 from training.data.next_sentence import IS_NEXT, NOT_NEXT, NextSentenceHead, Segment, draw_pair
+from training.data.sequences import SpecialTokens
 
 lengths = st.lists(st.integers(1, 60), min_size=2, max_size=6)
 
@@ -21,20 +21,20 @@ def test_true_pairs_go_on_and_the_others_are_of_another_document(lengths, data):
     if document is None:
         return
     start = data.draw(st.integers(0, lengths[document] - 2))
-    piece = Segment(document, start, data.draw(st.integers(start + 2, lengths[document])))
+    sequence = Segment(document, start, data.draw(st.integers(start + 2, lengths[document])))
     for seed in range(8):
-        first, second, label = draw_pair(piece, np.array(lengths), np.random.default_rng(seed))
+        first, second, label = draw_pair(sequence, np.array(lengths), np.random.default_rng(seed))
         assert (first.document, first.start) == (document, start)
         assert first.stop - first.start > 0
         assert second.stop - second.start > 0
         assert 0 <= second.start < second.stop <= lengths[second.document]
-        # Together they keep to the budget of the piece.
-        assert first.stop - first.start + second.stop - second.start <= piece.stop - piece.start
+        # Together they keep to the budget of the sequence.
+        assert first.stop - first.start + second.stop - second.start <= sequence.stop - sequence.start
         if label == IS_NEXT:
-            assert second == Segment(document, first.stop, piece.stop)
+            assert second == Segment(document, first.stop, sequence.stop)
         else:
             assert second.document != document
-            full = piece.stop - first.stop
+            full = sequence.stop - first.stop
             assert second.stop - second.start == min(full, lengths[second.document])
 
 

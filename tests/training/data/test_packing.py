@@ -14,8 +14,8 @@ def test_packing_keeps_every_token_in_order_and_within_the_budget(lengths, budge
     documents = [[number] * length for number, length in enumerate(lengths)]
     chunks = pack(documents, budget)
     assert torch.cat([chunk.input_ids[0] for chunk in chunks]).tolist() == list(chain(*documents))
-    unpacked = [piece for c in chunks for piece in c.input_ids[0].split(c.cu_seq_lens_q.diff().tolist())]
-    assert [piece.tolist() for piece in unpacked] == documents
+    unpacked = [document for c in chunks for document in c.input_ids[0].split(c.cu_seq_lens_q.diff().tolist())]
+    assert [document.tolist() for document in unpacked] == documents
     for chunk in chunks:
         documents_in_it = chunk.cu_seq_lens_q.diff()
         assert chunk.max_length_q == documents_in_it.max()

@@ -1,4 +1,4 @@
-"""Positives made from documents: whose words are numbered, so that a piece tells where it was cut, and real ones."""
+"""Pairs made from documents: real ones, and ones whose words are numbered, so that a span tells where it comes from."""
 
 import inspect
 import json.decoder
@@ -18,7 +18,7 @@ from training.data.pair_makers import Crops, Document, InverseCloze, Neighbours,
 pytestmark = pytest.mark.promise("C4")
 seeds = st.integers(0, 2**32)
 REAL = [inspect.getsource(module) for module in (json.decoder, statistics)]
-WAYS = [Crops(100, (0.1, 0.5), 0.1), InverseCloze(100, 0.9), Neighbours(50), Segments(100, 30)]
+STRATEGIES = [Crops(100, (0.1, 0.5), 0.1), InverseCloze(100, 0.9), Neighbours(50), Segments(100, 30)]
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -40,25 +40,25 @@ def numbered(word_tokenizer):
     return make
 
 
-def words(piece: str) -> list[int]:
-    return [int(word) for word in piece.replace(".", " ").split()]
+def words(span: str) -> list[int]:
+    return [int(word) for word in span.replace(".", " ").split()]
 
 
-def is_stretch(found: list[int]) -> bool:
+def is_consecutive(found: list[int]) -> bool:
     return found == list(range(found[0], found[-1] + 1))
 
 
 @given(st.integers(2, 300), st.integers(2, 400), st.floats(0.01, 1), st.floats(0.01, 1), seeds)
-def test_crops_are_stretches_of_one_window_within_the_ratio(numbered, tokens, window, one, other, seed):
+def test_crops_are_spans_of_one_window_within_the_ratio(numbered, tokens, window, one, other, seed):
     ratio = min(one, other), max(one, other)
     pair = Crops(window, ratio, 0.0)(numbered(tokens), rng(seed))
     size = min(window, tokens)
-    for piece in map(words, pair):
-        assert is_stretch(piece)
-        assert 0 <= piece[0] <= piece[-1] < tokens
-        inside = ratio[0] * size <= len(piece) <= ratio[1] * size
-        assert inside or len(piece) in (1, int(np.ceil(ratio[0] * size)))  # where no whole number is inside
-        assert len(piece) <= Crops(window, ratio, 0.0).longest(tokens)
+    for span in map(words, pair):
+        assert is_consecutive(span)
+        assert 0 <= span[0] <= span[-1] < tokens
+        inside = ratio[0] * size <= len(span) <= ratio[1] * size
+        assert inside or len(span) in (1, int(np.ceil(ratio[0] * size)))  # where no whole number is inside
+        assert len(span) <= Crops(window, ratio, 0.0).longest(tokens)
     assert max(map(max, map(words, pair))) - min(map(min, map(words, pair))) < size
 
 
@@ -78,8 +78,8 @@ def test_crops_are_independent_and_anywhere(numbered):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_words_are_deleted_at_their_rate_and_keep_their_order(numbered, rate):
     document, draw = numbered(200), Crops(200, (1.0, 1.0), rate)
-    kept = [words(piece) for seed in range(100) for piece in draw(document, rng(seed))]
-    assert all(piece == sorted(set(piece)) for piece in kept)
+    kept = [words(span) for seed in range(100) for span in draw(document, rng(seed))]
+    assert all(span == sorted(set(span)) for span in kept)
     count = 200 * len(kept)
     share = 1 - sum(map(len, kept)) / count
     assert share == pytest.approx(rate, abs=4 * np.sqrt(rate * (1 - rate) / count))
@@ -88,14 +88,14 @@ def test_words_are_deleted_at_their_rate_and_keep_their_order(numbered, rate):
 
 
 def test_a_deleted_word_goes_with_all_of_its_tokens_and_one_word_stays(word_tokenizer):
-    pieces = Tokenizer(models.WordPiece({"[UNK]": 0, "ab": 1, "##cd": 2}, unk_token="[UNK]"))
-    pieces.pre_tokenizer = pre_tokenizers.Whitespace()
-    document = Document.read("abcd  abcd\nabcd", PreTrainedTokenizerFast(tokenizer_object=pieces))
+    core = Tokenizer(models.WordPiece({"[UNK]": 0, "ab": 1, "##cd": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    document = Document.read("abcd  abcd\nabcd", PreTrainedTokenizerFast(tokenizer_object=core))
     assert len(document) == 6
-    found = {piece for seed in range(200) for piece in Crops(6, (1.0, 1.0), 0.7)(document, rng(seed))}
+    found = {span for seed in range(200) for span in Crops(6, (1.0, 1.0), 0.7)(document, rng(seed))}
     assert found == {"abcd", "abcd  abcd", "abcd\nabcd", "abcd  abcd\nabcd"}
     document = Document.read("river. stone", word_tokenizer)  # words stay apart when the mark between them goes
-    found = {piece for seed in range(200) for piece in Crops(3, (1.0, 1.0), 0.5)(document, rng(seed))}
+    found = {span for seed in range(200) for span in Crops(3, (1.0, 1.0), 0.5)(document, rng(seed))}
     assert found == {"river. stone", "river stone", "river.", "river", ". stone", "stone", "."}
 
 
@@ -105,14 +105,14 @@ def test_a_sentence_is_removed_at_its_rate(numbered):
     removed = 0
     for seed in range(20000):
         query, passage = map(words, draw(document, rng(seed)))
-        assert is_stretch(query)
+        assert is_consecutive(query)
         # a whole sentence, and the last one has no full stop
         assert query[0] % 7 == 0
         assert len(query) == min(7, 300 - query[0])
         inside = set(query) & set(passage)
         assert inside in (set(), set(query))
         removed += not inside
-        assert is_stretch(sorted({*query, *passage}))  # it was taken from that passage
+        assert is_consecutive(sorted({*query, *passage}))  # it was taken from that passage
         assert len({*query, *passage}) <= 60
     assert removed / 20000 == pytest.approx(0.9, abs=0.01)
 
@@ -122,8 +122,8 @@ def test_neighbours_are_adjacent_and_disjoint(numbered, tokens, stops, blanks, w
     stops, blanks = ({place for place in places if place < tokens - 1} for places in (stops, blanks))
     document = numbered(tokens, stops - blanks, blanks)
     before, after = map(words, Neighbours(window)(document, rng(seed)))
-    assert is_stretch(before)
-    assert is_stretch(after)
+    assert is_consecutive(before)
+    assert is_consecutive(after)
     assert after[0] == before[-1] + 1
     assert max(len(before), len(after)) <= window
     assert before[-1] in (blanks or stops or range(tokens))
@@ -158,31 +158,31 @@ def test_segments_are_two_of_the_windows(numbered, tokens, window, data):
 
 def test_all_pairs_of_segments_are_drawn(numbered):
     document = numbered(10)
-    starts = {tuple(words(piece)[0] for piece in Segments(4, 2)(document, rng(seed))) for seed in range(300)}
+    starts = {tuple(words(span)[0] for span in Segments(4, 2)(document, rng(seed))) for seed in range(300)}
     assert starts == {(a, b) for a in (0, 2, 4, 6) for b in (0, 2, 4, 6) if a != b}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("text", REAL)
-def test_pieces_of_real_documents(way, text, word_tokenizer):
+def test_spans_of_real_documents(strategy, text, word_tokenizer):
     document = Document.read(text, word_tokenizer)
-    pairs = [way(document, rng(seed)) for seed in range(50)]
-    assert pairs == [way(document, rng(seed)) for seed in range(50)]
+    pairs = [strategy(document, rng(seed)) for seed in range(50)]
+    assert pairs == [strategy(document, rng(seed)) for seed in range(50)]
     assert len(set(pairs)) > 25
     flat = text.split()
     for pair in pairs:
-        for piece in pair:
-            assert piece.strip()
-            tokens = len(word_tokenizer(piece, add_special_tokens=False)["input_ids"])
-            assert tokens <= way.longest(len(document)) + 2  # a name that is cut in the middle
-            if not isinstance(way, Crops | InverseCloze):
-                assert piece in text
+        for span in pair:
+            assert span.strip()
+            tokens = len(word_tokenizer(span, add_special_tokens=False)["input_ids"])
+            assert tokens <= strategy.longest(len(document)) + 2  # a name that is cut in the middle
+            if not isinstance(strategy, Crops | InverseCloze):
+                assert span in text
             inner = iter(flat)  # in order, the words at the ends maybe cut
-            assert isinstance(way, Crops) or all(word in inner for word in piece.split()[1:-1])
+            assert isinstance(strategy, Crops) or all(word in inner for word in span.split()[1:-1])
 
 
 @pytest.mark.parametrize(
-    ("way", "shortest"),
+    ("strategy", "shortest"),
     [
         (Crops(100, (0.25, 0.5), 0.1), "one two"),
         (InverseCloze(100, 0.9), "One. Two."),
@@ -190,20 +190,20 @@ def test_pieces_of_real_documents(way, text, word_tokenizer):
         (Segments(3, 2), "one two three four"),
     ],
 )
-def test_documents_without_a_second_piece(word_tokenizer, way, shortest):
+def test_documents_without_a_second_span(word_tokenizer, strategy, shortest):
     documents = [Document.read(shortest, word_tokenizer)] * 50
-    assert all(all(side) for side in make_pairs(way, documents, [rng(seed) for seed in range(50)]))
+    assert all(all(side) for side in make_pairs(strategy, documents, [rng(seed) for seed in range(50)]))
     for text in ("", " \n", "one", shortest.rpartition(" ")[0]):
-        assert way(Document.read(text, word_tokenizer), rng()) is None, text
+        assert strategy(Document.read(text, word_tokenizer), rng()) is None, text
 
 
 def test_a_character_of_several_tokens_is_cut_once():
-    """Bytes as tokens: neighbours share no character, and no piece is blank."""
+    """Bytes as tokens: neighbours share no character, and no span is blank."""
     core = Tokenizer(models.BPE({token: n for n, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = "naïve  \n 日本語 and \U0001f600 end"
     document = Document.read(text, PreTrainedTokenizerFast(tokenizer_object=core))
-    assert [document.piece(n, n + 1) for n in range(len(document))] == [*"".join(text.split())]
+    assert [document.span(n, n + 1) for n in range(len(document))] == [*"".join(text.split())]
     for seed in range(50):
         before, after = Neighbours(100)(document, rng(seed))
         assert "".join((before + after).split()) == "".join(text.split())

@@ -1,4 +1,4 @@
-"""What pairs are read or made of, what is left out, and in what shares sources are mixed."""
+"""Reading and making pairs: the columns, what is left out, and the shares of the sources."""
 
 import inspect
 import itertools
@@ -21,13 +21,13 @@ MADE = ["crops", "inverse_cloze", "neighbours", "segments"]
 
 @pytest.fixture
 def read(tmp_path, word_tokenizer):
-    """Sources of rows, one file each, and what was said of them."""
+    """Sources of rows, one file each, and the lines that were logged about them."""
 
     def read(*files: list[dict], max_length: int = 40, **options) -> tuple[list, list[str]]:
         paths = [str(write_jsonl(tmp_path / f"{number}.jsonl", rows)) for number, rows in enumerate(files)]
-        said: list[str] = []
+        logged: list[str] = []
         tokenize = PairTokenizer(word_tokenizer, max_length, max_length, {"query": "river stone "})
-        return read_pairs(paths, PairArguments(**options), PAIRS, tokenize, said.append), said
+        return read_pairs(paths, PairArguments(**options), PAIRS, tokenize, logged.append), logged
 
     return read
 
@@ -54,9 +54,9 @@ def sentences(count: int) -> list[dict]:
 
 def test_columns_by_other_names(read):
     rows = [{"title": row["anchor"], "body": row["positive"], "negative_0": "x"} for row in random_pairs(5)]
-    (source,), said = read(rows, anchor_column="title", positive_column="body")
+    (source,), logged = read(rows, anchor_column="title", positive_column="body")
     assert texts(source) == [[row[name] for row in rows] for name in ("title", "body", "negative_0")]
-    assert said == []
+    assert logged == []
     with pytest.raises(UserError, match="the column abstract is missing; it has title, body, negative_0"):
         read(rows, anchor_column="abstract", positive_column="body")
 
@@ -76,10 +76,10 @@ NLI = [
 
 def test_triplets_of_labelled_premises(read):
     rows = [dict(zip(("premise", "hypothesis", "label"), row, strict=True)) for row in NLI]
-    (source,), said = read(rows, pairs="nli")
+    (source,), logged = read(rows, pairs="nli")
     found = list(zip(*texts(source), strict=True))
     assert found == [("p", "yes 1", "no 1"), ("p", "yes 2", "no 2"), ("p", "yes 3", "no 1")]
-    assert [line.partition(": ")[2] for line in said] == [
+    assert [line.partition(": ")[2] for line in logged] == [
         "2 of 3 premises lack an entailment or a contradiction: left out"
     ]
     with pytest.raises(UserError, match="row 2: label is perhaps"):
@@ -92,8 +92,8 @@ def test_triplets_of_labelled_premises(read):
 @pytest.mark.parametrize("pairs", MADE)
 def test_pairs_of_documents_know_their_document_and_are_made_anew(read, word_tokenizer, pairs):
     rows = sentences(12)
-    (source,), said = read(rows, pairs=pairs, pair_window=10, segment_step=4)
-    assert said == []
+    (source,), logged = read(rows, pairs=pairs, pair_window=10, segment_step=4)
+    assert logged == []
     made = batches([source], word_tokenizer)
     again = batches([source], word_tokenizer)
     epochs: list[dict] = [{}, {}]
@@ -143,9 +143,9 @@ def test_twins_are_read_as_documents(read, word_tokenizer):
 
 def test_short_documents_are_counted_and_left_out(read, word_tokenizer):
     rows = [{"text": text} for text in ("one", "river stone", "!", "night paper music", "x " * 99)]
-    (source,), said = read(rows, pairs="crops")
+    (source,), logged = read(rows, pairs="crops")
     assert texts(source) == [["river stone", "night paper music", "x " * 99]]
-    assert [line.partition(": ")[2] for line in said] == ["2 of 5 documents are too short for two pieces: left out"]
+    assert [line.partition(": ")[2] for line in logged] == ["2 of 5 documents are too short for a pair: left out"]
     assert source.numbers([0, 1, 2]) == (2, 4, 5)  # as the user counts them
     # Half of 40 - 2 - 2: special tokens and the prompt.
     assert source.longest_texts(1, word_tokenizer) == [["x " * 17 + "x"]] * 2
@@ -155,9 +155,9 @@ def test_short_documents_are_counted_and_left_out(read, word_tokenizer):
 
 def test_rows_that_repeat_another_one_are_counted_and_left_out(read, word_tokenizer):
     rows = random_pairs(6)
-    (source,), said = read([rows[0]] * 1000 + rows + [rows[3]])
+    (source,), logged = read([rows[0]] * 1000 + rows + [rows[3]])
     assert texts(source) == [[row[name] for row in rows] for name in ("anchor", "positive")]
-    assert [line.partition(": ")[2] for line in said] == ["1001 of 1007 rows repeat another row whole: left out"]
+    assert [line.partition(": ")[2] for line in logged] == ["1001 of 1007 rows repeat another row: left out"]
     assert source.numbers([0, 1, 5]) == (1, 1002, 1006)
     assert set(itertools.chain(*(batches([source], word_tokenizer, 3)[n].rows for n in range(2)))) == {
         1,
@@ -166,8 +166,8 @@ def test_rows_that_repeat_another_one_are_counted_and_left_out(read, word_tokeni
 
 
 def test_pairs_of_a_text_and_itself_are_counted(read):
-    _, said = read([*random_pairs(3), {"anchor": "a", "positive": "a"}])
-    assert [line.partition(": ")[2] for line in said] == [
+    _, logged = read([*random_pairs(3), {"anchor": "a", "positive": "a"}])
+    assert [line.partition(": ")[2] for line in logged] == [
         "in 1 of 4 rows anchor and positive are the same text: from these a model learns nothing"
     ]
 

@@ -81,9 +81,9 @@ def test_passes_are_shuffled_anew_and_rows_are_not_favoured():
     text_ids = grouped(40, 4, 0)
     order = RowOrder(text_ids, 8, 7)
     places = np.zeros((40, 5))
-    for turn in range(2000):
+    for epoch in range(2000):
         for place in range(5):
-            places[order.batch(5 * turn + place), place] += 1
+            places[order.batch(5 * epoch + place), place] += 1
     assert np.abs(places / 2000 - 0.2).max() < 5 * np.sqrt(0.2 * 0.8 / 2000)
     first = [order.batch(number) for number in range(5)]
     assert first != [order.batch(number) for number in range(5, 10)]

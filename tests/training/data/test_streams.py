@@ -1,4 +1,4 @@
-"""Data that is read as it comes: complete, shuffled, the same for any number of processes, reached again at once."""
+"""Streams: complete, shuffled, the same for any number of processes, and continued from any position."""
 
 import gzip
 import json
@@ -32,11 +32,11 @@ def small_shards(monkeypatch):
     st.booleans(),
     st.integers(1, 90),
 )
-def test_the_lines_of_the_stretches_are_those_of_the_file(tmp_path_factory, lines, ends, size):
+def test_the_lines_of_the_shards_are_those_of_the_file(tmp_path_factory, lines, ends, size):
     path = tmp_path_factory.mktemp("lines") / "a.jsonl"
     path.write_text("\n".join(lines) + "\n" * ends)
-    stretches = [Shard(str(path), start, start + size) for start in range(0, path.stat().st_size, size)]
-    rows = [row for stretch in stretches for _, row in stretch.rows()]
+    shards = [Shard(str(path), start, start + size) for start in range(0, path.stat().st_size, size)]
+    rows = [row for shard in shards for _, row in shard.rows()]
     assert rows == [json.loads(line) for line in lines if line.strip()]
 
 
@@ -219,7 +219,7 @@ def test_a_mistake_in_the_middle_is_one_sentence(train_script, tmp_path, name, c
     assert "\n" not in str(caught.value)
 
 
-def test_the_stretch_of_a_mistake_is_named(tmp_path, small_shards):
+def test_the_shard_of_a_mistake_is_named(tmp_path, small_shards):
     rows = random_pairs(40)
     rows[-1]["anchor"] = 7
     (stream,) = open_streams([str(write_jsonl(tmp_path / "a.jsonl", rows))], PAIRS)

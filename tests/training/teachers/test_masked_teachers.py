@@ -17,8 +17,9 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM
 from tests.training.tiny_training import SPECIALS, WORDS, losses, tiny_config
 from training import pretraining
-from training.data.masked_batches import MaskedBatch, MaskedText, mask_batch
+from training.data.masked_batches import MaskedBatch, mask_batch
 from training.data.next_sentence import NextSentenceHead
+from training.data.sequences import MaskedText
 from training.objectives.masked_lm import MaskedLanguageModel, masked_gradient
 from training.teachers.masked_teachers import MaskedTeacherArguments, MaskedTeachers
 
