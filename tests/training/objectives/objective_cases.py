@@ -1,4 +1,4 @@
-"""Every objective with the options that its tests run it with, and batches whose texts are token ids."""
+"""Every objective with the options of its tests, and batches whose texts are random token ids."""
 
 import torch
 
@@ -10,7 +10,7 @@ from training.objectives.arguments import ObjectiveArguments
 from training.objectives.contrastive import build_objective
 from training.objectives.objective import Objective
 
-# A name, and behind it the options of a case. Queues are longer than a batch and no multiple of it.
+# Options by case; a case is named after its objective. Queues are longer than a batch and no multiple of it.
 CASES = {
     "info_nce": {"learnable_temperature": True, "symmetric": True, "negative_weight": -0.5},
     "info_nce masked": {"false_negative_margin": 0.02},
@@ -25,24 +25,27 @@ CASES = {
     "momentum": {"queue_size": 15, "momentum": 0.8, "learnable_temperature": True},
     "momentum matryoshka": {"queue_size": 15, "momentum": 0.8, "matryoshka_dims": [32, 8]},
 }
-COLUMNS = {"simcse": 1, "nt_xent": 2, "vicreg": 2, "momentum": 2}  # of texts; info_nce and sup_con take three
+COLUMNS = {"simcse": 1, "nt_xent": 2, "vicreg": 2, "momentum": 2}  # columns of texts; 3 for info_nce and sup_con
 
 
 def arguments_of(case: str) -> ObjectiveArguments:
+    """The options of a case, as parsed."""
     return ObjectiveArguments(objective=case.split()[0], **CASES[case])
 
 
 def double_encoder(dropout: float = 0.0) -> LongEmbedModel:
+    """A tiny encoder in float64, in training mode."""
     torch.manual_seed(1)
     return LongEmbedModel(tiny_config(hidden_dropout_prob=dropout)).double().train()
 
 
 def double_objective(case: str, encoder: torch.nn.Module, rows: int, options: dict | None = None) -> Objective:
+    """The objective of a case in float64, in training mode; `options` replace those of the case."""
     torch.manual_seed(2)
     arguments = ObjectiveArguments(objective=case.split()[0], **(CASES[case] | (options or {})))
     wide_enough = max(rows, 2)
     if arguments.objective == "simcse":
-        # The check of the dropout has a test of its own; exactness is tested without dropout too.
+        # The check of the dropout has its own test; here simcse is tested without dropout, too.
         rate, encoder.config.hidden_dropout_prob = encoder.config.hidden_dropout_prob, 0.1
         objective = build_objective(arguments, encoder, wide_enough)
         encoder.config.hidden_dropout_prob = rate
@@ -52,7 +55,7 @@ def double_objective(case: str, encoder: torch.nn.Module, rows: int, options: di
 
 
 def batch_of(case: str, pairs: int, budget: int, seed: int = 0, rows: slice = slice(None)) -> PairBatch:
-    """Random texts of 1 to 40 tokens, one of them twice; `rows` of it as a process of a distributed run has them."""
+    """Random texts of 1 to 40 tokens, one of them twice; `rows` are those of a process of a distributed run."""
     name = case.split()[0]
     count = COLUMNS.get(name, 3)
     generator = torch.Generator().manual_seed(seed)
@@ -76,7 +79,7 @@ def batch_of(case: str, pairs: int, budget: int, seed: int = 0, rows: slice = sl
 
 
 def gradients(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
-    """What has been accumulated, by name; it is taken away."""
+    """The accumulated gradients of each module by name, which are removed."""
     taken = []
     for module in modules:
         taken.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
@@ -85,4 +88,5 @@ def gradients(*modules: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
 
 
 def state_of(objective: Objective) -> dict[str, torch.Tensor]:
+    """Copies of the buffers."""
     return {name: buffer.clone() for name, buffer in objective.named_buffers()}

@@ -1,8 +1,12 @@
-"""Objectives against their losses written out by hand; their cached gradients against the plain backward pass."""
+"""Objectives against their losses by hand, and their cached gradients against the plain backward pass."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
@@ -19,7 +23,7 @@ from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
 from training.engine.loop import _enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
-from training.objectives import objective as objectives
+from training.objectives import objective as objective_module
 from training.objectives import pair_step
 from training.objectives.arguments import ObjectiveArguments
 from training.objectives.contrastive import OBJECTIVES, build_objective
@@ -31,7 +35,7 @@ from training.objectives.losses.regularizers import debias, spread_out
 from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.supcon import sup_con
 from training.objectives.losses.vicreg import vicreg
-from training.objectives.objective import GatheredBatch
+from training.objectives.objective import GatheredBatch, Objective
 from training.objectives.pair_step import pair_gradient
 
 PAIRS = 6
@@ -42,21 +46,37 @@ def test_every_objective_has_a_case():
 
 
 def random_batch(columns: int, **more) -> GatheredBatch:
+    """PAIRS rows of random embeddings, of one process; `columns` texts each, all different."""
     generator = torch.Generator().manual_seed(3)
     embeddings = 3 * torch.randn(PAIRS, columns, 32, dtype=torch.float64, generator=generator)
     classes = {name: torch.arange(PAIRS) % 3 for name in ("label", "group")}
     return GatheredBatch(embeddings, torch.arange(PAIRS * columns).view(PAIRS, columns), slice(None), classes, **more)
 
 
-def unit(rows):
+def unit(rows: Tensor) -> Tensor:
+    """Rows of unit length."""
     return F.normalize(rows, dim=-1)
 
 
-def by_hand_info_nce(objective, batch):
-    q, p, first, second = unit(batch.embeddings).unbind(1)
+def random_unit(rows: int, width: int, seed: int) -> Tensor:
+    """Random rows of unit length."""
+    return unit(torch.randn(rows, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+
+
+KEYS, QUEUED_KEYS = random_unit(2 * PAIRS, 32, seed=5).chunk(2)  # of the batch, and of an earlier one
+
+
+# Each function below computes the loss of an objective from the gathered batch. Where it calls the production loss, it
+# tests the wiring alone: which columns, options, heads and dimensions reach that loss. The formulas have independent
+# oracles in tests/training/objectives/losses.
+
+
+def info_nce_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """Test the wiring: columns, temperature, symmetry and the weight of own negatives, by the production loss."""
+    query, positive, first, second = unit(batch.embeddings).unbind(1)
     return info_nce(
-        q,
-        p,
+        query,
+        positive,
         torch.cat([first, second]),
         temperature=objective.temperature(),
         symmetric=True,
@@ -65,89 +85,106 @@ def by_hand_info_nce(objective, batch):
     )[0]
 
 
-def by_hand_masked(objective, batch):
-    """A cross entropy over what is at most 0.02 more like the query than its positive is."""
-    q, p, *negatives = unit(batch.embeddings).unbind(1)
-    scores = q @ torch.cat([p, *negatives]).T
+def masked_info_nce_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """Compute a cross entropy over what is at most 0.02 more like the query than its positive is."""
+    query, positive, *negatives = unit(batch.embeddings).unbind(1)
+    scores = query @ torch.cat([positive, *negatives]).T
     own = scores.diagonal()[:, None]
     return F.cross_entropy(scores.masked_fill(scores > own + 0.02, -torch.inf) / 0.05, torch.arange(PAIRS))
 
 
-def by_hand_auxiliary(objective, batch):
-    q, p, *negatives = unit(batch.embeddings).unbind(1)
-    spread = (spread_out(q)[0] + spread_out(p)[0]) / 2
-    return info_nce(q, p, torch.cat(negatives))[0] + 0.5 * spread + 2.0 * debias(p, batch.classes["group"])[0]
+def auxiliary_terms_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """Test the wiring: weights and columns of both auxiliary terms, by the production losses."""
+    query, positive, *negatives = unit(batch.embeddings).unbind(1)
+    spread = (spread_out(query)[0] + spread_out(positive)[0]) / 2
+    bias = debias(positive, batch.classes["group"])[0]
+    return info_nce(query, positive, torch.cat(negatives))[0] + 0.5 * spread + 2.0 * bias
 
 
-def by_hand_matryoshka(objective, batch):
-    def at(dim):
-        q, p, *negatives = unit(batch.embeddings[..., :dim]).unbind(1)
-        return info_nce(q, p, torch.cat(negatives))[0]
+def matryoshka_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """Test the wiring: dimensions, their weights and unit length, by the production loss."""
+
+    def at(dim: int) -> Tensor:
+        query, positive, *negatives = unit(batch.embeddings[..., :dim]).unbind(1)
+        return info_nce(query, positive, torch.cat(negatives))[0]
 
     return at(32) + 0.5 * at(8)
 
 
-def by_hand_simcse(objective, batch):
+def simcse_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """Compute the cross entropy of one view against the other."""
     first, second = unit(batch.embeddings).unbind(1)
     return F.cross_entropy(first @ second.T / 0.1, torch.arange(PAIRS))
 
 
-def through_head(head: ProjectionHead, rows, dims=32):
-    """The head by its formula, with the columns of the first layer that read the first dimensions alone."""
+def through_head(head: ProjectionHead, rows: Tensor, dims: int = 32) -> Tensor:
+    """Compute the head by its formula, with the columns of the first layer that read the first dimensions."""
     first, norm, _, last = head.layers
     inner = rows[:, :dims] @ first.weight[:, :dims].T + first.bias
     inner = (inner - inner.mean(0)) / (inner.var(0, correction=0) + 1e-5).sqrt() * norm.weight + norm.bias
     return inner.clamp(min=0) @ last.weight.T
 
 
-def by_hand_nt_xent(objective, batch, dims=32):
+def nt_xent_by_hand(objective: Objective, batch: GatheredBatch, dims: int = 32) -> Tensor:
+    """Test the wiring: the head over both views at once, and the temperature, by the production loss."""
     first, second = unit(through_head(objective.head, torch.cat(batch.embeddings.unbind(1)), dims)).chunk(2)
     return nt_xent(first, second, temperature=objective.temperature())[0]
 
 
-def by_hand_sup_con(objective, batch, dims=32):
+def sup_con_by_hand(objective: Objective, batch: GatheredBatch, dims: int = 32) -> Tensor:
+    """Test the wiring: all texts of a row with its label, by the production loss."""
     views = unit(batch.embeddings[..., :dims]).unbind(1)
     return sup_con(torch.cat(views), (torch.arange(PAIRS) % 3).repeat(len(views)), temperature=0.07)[0]
 
 
-def by_hand_vicreg(objective, batch):
+def vicreg_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """Test the wiring: the expander over each view, by the production loss."""
     return vicreg(*(through_head(objective.head, view) for view in batch.embeddings.unbind(1)))[0]
 
 
-def by_hand_momentum(objective, batch, dims=32):
-    shorter = (unit(rows[..., :dims]) for rows in (batch.embeddings[:, 0], batch.key, batch.queue))
-    return momentum_contrast(*shorter, temperature=objective.temperature())[0]
+def momentum_by_hand(objective: Objective, batch: GatheredBatch, dims: int = 32) -> Tensor:
+    """Test the wiring: anchors against the keys of the batch and of the queue, by the production loss."""
+    columns = (batch.embeddings[:, 0], KEYS, QUEUED_KEYS)
+    return momentum_contrast(*(unit(rows[:, :dims]) for rows in columns), temperature=objective.temperature())[0]
 
 
-BY_HAND = {
-    "info_nce": (4, by_hand_info_nce),
-    "info_nce masked": (4, by_hand_masked),
-    "info_nce auxiliary": (4, by_hand_auxiliary),
-    "info_nce matryoshka": (4, by_hand_matryoshka),
-    "simcse": (2, by_hand_simcse),
-    "nt_xent": (2, by_hand_nt_xent),
-    "nt_xent matryoshka": (2, lambda o, b: by_hand_nt_xent(o, b) + by_hand_nt_xent(o, b, 8)),
-    "sup_con": (3, by_hand_sup_con),
-    "sup_con matryoshka": (3, lambda o, b: by_hand_sup_con(o, b, 16) + by_hand_sup_con(o, b, 8)),
-    "vicreg": (2, by_hand_vicreg),
-    "momentum": (1, by_hand_momentum),
-    "momentum matryoshka": (1, lambda o, b: by_hand_momentum(o, b) + by_hand_momentum(o, b, 8)),
+def summed_over(dims: tuple[int, ...], by_hand: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the sum of a loss by hand over first dimensions."""
+
+    def summed(objective: Objective, batch: GatheredBatch) -> Tensor:
+        return torch.stack([by_hand(objective, batch, dim) for dim in dims]).sum()
+
+    return summed
+
+
+BY_HAND = {  # the columns of the batch, and the loss
+    "info_nce": (4, info_nce_by_hand),
+    "info_nce masked": (4, masked_info_nce_by_hand),
+    "info_nce auxiliary": (4, auxiliary_terms_by_hand),
+    "info_nce matryoshka": (4, matryoshka_by_hand),
+    "simcse": (2, simcse_by_hand),
+    "nt_xent": (2, nt_xent_by_hand),
+    "nt_xent matryoshka": (2, summed_over((32, 8), nt_xent_by_hand)),
+    "sup_con": (3, sup_con_by_hand),
+    "sup_con matryoshka": (3, summed_over((16, 8), sup_con_by_hand)),
+    "vicreg": (2, vicreg_by_hand),
+    "momentum": (2, momentum_by_hand),
+    "momentum matryoshka": (2, summed_over((32, 8), momentum_by_hand)),
 }
 
 
 @pytest.mark.parametrize("rows_at_once", [512, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_loss_by_hand(case, rows_at_once, monkeypatch):
-    monkeypatch.setattr(objectives, "ROWS_AT_ONCE", rows_at_once)
+    """Mostly the wiring: see the comment above the functions."""
+    monkeypatch.setattr(objective_module, "ROWS_AT_ONCE", rows_at_once)
     objective = double_objective(case, double_encoder(0.1), PAIRS)
     columns, by_hand = BY_HAND[case]
     batch = random_batch(columns)
     if case.startswith("momentum"):
-        keys = unit(torch.randn(2 * PAIRS, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))
-        batch = random_batch(2, key=keys[:PAIRS])  # ids of texts: two columns; embeddings: the anchors
-        batch = GatheredBatch(batch.embeddings[:, :1], batch.text_ids, slice(None), batch.classes, key=keys[:PAIRS])
-        objective.remember(keys[PAIRS:], torch.arange(1000, 1000 + PAIRS))
-        object.__setattr__(batch, "queue", keys[PAIRS:])
+        # The encoder in training embeds the anchors alone, although the texts have two columns.
+        batch = replace(batch, embeddings=batch.embeddings[:, :1], key=KEYS)
+        objective.remember(QUEUED_KEYS, torch.arange(1000, 1000 + PAIRS))
     loss, metrics = objective(batch)
     torch.testing.assert_close(loss, by_hand(objective, batch), atol=1e-10, rtol=1e-10)
     if "auxiliary" not in case:
@@ -155,9 +192,9 @@ def test_is_the_loss_by_hand(case, rows_at_once, monkeypatch):
 
 
 def test_a_guide_decides_instead_of_the_own_scores():
-    """What the guide finds more like the query than the positive leaves the cross entropy."""
+    """A document that the guide scores higher than the positive leaves the cross entropy."""
     objective = build_objective(ObjectiveArguments(guide_model="somewhere"), double_encoder(), PAIRS)
-    guide = unit(torch.randn(PAIRS, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(4)))
+    guide = random_unit(PAIRS * 3, 5, seed=4).view(PAIRS, 3, 5)
     batch = random_batch(3, guide=guide)
     (q, p, n), (gq, gp, gn) = unit(batch.embeddings).unbind(1), guide.unbind(1)
     by_guide = gq @ torch.cat([gp, gn]).T
@@ -170,15 +207,15 @@ def test_a_guide_decides_instead_of_the_own_scores():
 
 
 def plain_backward(model, chunks, embed, loss, *, synchronize=True):
-    """All chunks with their graph at once: the definition of what the cache computes."""
+    """Embed all chunks with their graph at once: the definition of what the cache computes."""
     value, metrics = loss(torch.cat([embed(chunk) for chunk in chunks]))
     value.backward()
     return metrics
 
 
-def two_steps(case, encoder, tuning, budget, options=None):
-    """Losses, gradients and what is remembered of two batches, by what trains."""
-    objective = double_objective(case, encoder, PAIRS, options)
+def two_steps(case: str, encoder: torch.nn.Module, budget: int) -> list[tuple]:
+    """Compute loss, gradients and buffers of two batches in chunks of `budget` tokens."""
+    objective = double_objective(case, encoder, PAIRS)
     accumulate = pair_gradient(objective)
     torch.manual_seed(7)
     results = []
@@ -198,13 +235,13 @@ def test_blocks_of_rows_change_no_gradient_and_no_metric(case, monkeypatch):
         return metrics, gradients(encoder, objective)
 
     whole = step()
-    monkeypatch.setattr(objectives, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(objective_module, "ROWS_AT_ONCE", 4)
     torch.testing.assert_close(step(), whole, atol=1e-10, rtol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize("case", ["info_nce", "info_nce masked", "nt_xent", "sup_con"])
 def test_scores_take_memory_in_proportion_to_the_rows(case):
-    """What autograd keeps for the backward pass, for twice the rows: twice, not four times, as much."""
+    """For twice the rows autograd keeps twice, not four times, as many bytes for the backward pass."""
     objective = double_objective(case, double_encoder(), PAIRS)
 
     def kept(rows: int) -> int:
@@ -220,11 +257,11 @@ def test_scores_take_memory_in_proportion_to_the_rows(case):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = objective(batch)[0]  # alive, so that no two tensors have the same place
+            loss = objective(batch)[0]  # kept alive, so that no two tensors share an address
         assert loss.requires_grad
         return sum(sizes.values())
 
-    assert kept(8 * objectives.ROWS_AT_ONCE) < 2.5 * kept(4 * objectives.ROWS_AT_ONCE)
+    assert kept(8 * objective_module.ROWS_AT_ONCE) < 2.5 * kept(4 * objective_module.ROWS_AT_ONCE)
 
 
 @pytest.mark.promise("C8")
@@ -238,21 +275,21 @@ def test_the_cached_gradient_is_the_plain_one(case, tuning, dropout, monkeypatch
             return model
         adapted = select_parameters(model, TuningArguments(tuning="lora")).double().train()
         for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:  # it starts at zero, and A has no gradient then
+            if "lora_B" in name:  # it starts at zero, at which A has no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
         _enable_gradient_checkpointing(adapted)
         return adapted
 
-    cached = two_steps(case, encoder(), tuning, budget=60)
+    cached = two_steps(case, encoder(), budget=60)
     monkeypatch.setattr(pair_step, "cached_backward", plain_backward)
-    plain = two_steps(case, encoder(), tuning, budget=60)
+    plain = two_steps(case, encoder(), budget=60)
     torch.testing.assert_close(cached, plain, atol=1e-10, rtol=1e-8)
-    if not dropout:  # and then the chunks do not matter
-        torch.testing.assert_close(two_steps(case, encoder(), tuning, budget=10**6), cached, atol=1e-10, rtol=1e-8)
+    if not dropout:  # without dropout the chunks make no difference
+        torch.testing.assert_close(two_steps(case, encoder(), budget=10**6), cached, atol=1e-10, rtol=1e-8)
 
 
 def test_in_evaluation_mode_nothing_is_remembered():
-    """As the rehearsal of the heaviest batch needs it."""
+    """The rehearsal of the heaviest batch relies on it."""
     encoder = double_encoder()
     objective = double_objective("momentum", encoder, PAIRS).eval()
     with torch.no_grad():

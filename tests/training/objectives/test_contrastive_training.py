@@ -1,4 +1,4 @@
-"""Every objective trains on real text, the documentation inside CPython's library, and goes on where it was killed."""
+"""Every objective trains on real text, the docstrings of Python's standard library, and resumes where it was killed."""
 
 import ast
 import json
@@ -45,20 +45,20 @@ OPTIONS = {
 }
 
 
-def documented(path: Path) -> list[tuple[str, str]]:
-    """The first paragraph and the rest of each docstring in a file."""
+def docstring_pairs(path: Path) -> list[tuple[str, str]]:
+    """The first paragraph and the remaining text of each docstring in a file."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    docstrings = (ast.get_docstring(node) for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds))
-    halves = (docstring.split("\n\n", 1) for docstring in docstrings if docstring)
+    texts = (ast.get_docstring(node) for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds))
+    halves = (docstring.split("\n\n", 1) for docstring in texts if docstring)
     return [(half[0], half[1]) for half in halves if len(half) == 2 and min(map(len, half)) > 30]
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory) -> Path:
-    """A folder with a model whose tokenizer has read the texts, pairs of paragraphs of a topic, and held-out ones."""
-    folder = tmp_path_factory.mktemp("real")
+def docstrings(tmp_path_factory) -> Path:
+    """A folder with an untrained model and its tokenizer, pairs of paragraphs of a docstring, and held-out ones."""
+    folder = tmp_path_factory.mktemp("docstrings")
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    documents = {path.stem: documented(path) for path in files}
+    documents = {path.stem: docstring_pairs(path) for path in files}
     split = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])
     words = Counter(
         word
@@ -88,22 +88,21 @@ def real(tmp_path_factory) -> Path:
     return folder
 
 
-def train(real: Path, output: Path, name: str, options: str = "") -> list[dict]:
-    given = (
-        f"--model_name_or_path {real}/start --train_data {real}/train.jsonl --output_dir {output} --objective {name} "
-    )
-    given += (
-        "--per_device_train_batch_size 16 --max_length 48 --batch_tokens 600 --learning_rate 3e-3 --logging_steps 1 "
-    )
+def train(docstrings: Path, output: Path, name: str, options: str = "") -> list[dict]:
+    """Train with an objective; return the lines of metrics.jsonl."""
+    given = f"--model_name_or_path {docstrings}/start --train_data {docstrings}/train.jsonl --output_dir {output} "
+    given += f"--objective {name} --per_device_train_batch_size 16 --max_length 48 --batch_tokens 600 "
+    given += "--learning_rate 3e-3 --logging_steps 1 "
     given += f"--dataloader_num_workers 0 --report_to none --warmup_steps 2 {OPTIONS[name]} "
     main((given + options).split())
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
-def judge(folder: Path, real: Path) -> dict[str, float]:
+def held_out_metrics(folder: Path, docstrings: Path) -> dict[str, float]:
+    """Evaluate a saved model on the held-out pairs."""
     model = LongEmbedModel.from_pretrained(folder).eval()
     tokenize = PairTokenizer(model.tokenizer, 48, 48, {})
-    (source,) = read_sources([str(real / "held-out.jsonl")])
+    (source,) = read_sources([str(docstrings / "held-out.jsonl")])
     retrieval = PairRetrieval(source, tokenize, batch_size=32, batch_tokens=2000)
     return retrieval(lambda chunk: embed(model, chunk), 0.05)
 
@@ -125,21 +124,25 @@ def test_every_objective_has_a_recipe():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_objective_and_held_out_retrieval_improve(name, real, tmp_path):
-    lines = train(real, tmp_path, name, "--max_steps 40")
+def test_the_objective_and_held_out_retrieval_improve(name, docstrings, tmp_path):
+    lines = train(docstrings, tmp_path, name, "--max_steps 40")
     losses = [line["loss"] for line in lines if "loss" in line]
     if name == "momentum":
-        losses = losses[5:]  # by then the queue is full: before, there is less to confuse the own key with
+        losses = losses[5:]  # until the queue is full there are fewer negatives, and the loss is lower
     assert sum(losses[-8:]) < 0.98 * sum(losses[:8])
-    before, after = judge(real / "start", real), judge(tmp_path / "final", real)
+    before, after = (
+        held_out_metrics(docstrings / "start", docstrings),
+        held_out_metrics(tmp_path / "final", docstrings),
+    )
     if name == "simcse":
-        # What it does first is to spread the texts. To find one by another, the start must know words already.
+        # SimCSE first spreads the texts. To retrieve one by another, it needs an encoder that already knows words.
         assert after["eval_uniformity"] < 2 * before["eval_uniformity"]
     else:
         assert after["eval_ndcg_at_10"] > before["eval_ndcg_at_10"] + 0.02
         assert after["eval_loss"] < before["eval_loss"]
     saved = load_file(tmp_path / "final" / "model.safetensors")
-    assert saved.keys() == load_file(real / "start" / "model.safetensors").keys()  # nothing of the objective
+    # No parameter of the objective is saved.
+    assert saved.keys() == load_file(docstrings / "start" / "model.safetensors").keys()
 
 
 @pytest.mark.parametrize(
@@ -152,11 +155,11 @@ def test_the_objective_and_held_out_retrieval_improve(name, real, tmp_path):
     ],
 )
 @pytest.mark.promise("C5")
-def test_a_resumed_run_is_bitwise_the_same(name, options, state, real, tmp_path):
+def test_a_resumed_run_is_bitwise_the_same(name, options, state, docstrings, tmp_path):
     options += " --max_steps 8 --save_steps 4 --gradient_accumulation_steps 2"
-    train(real, tmp_path / "whole", name, options)
+    train(docstrings, tmp_path / "whole", name, options)
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-4", tmp_path / "resumed" / "checkpoints" / "step-4")
-    train(real, tmp_path / "resumed", name, options + " --resume_from_checkpoint last")
+    train(docstrings, tmp_path / "resumed", name, options + " --resume_from_checkpoint last")
     for file in (f"checkpoints/step-8/{WEIGHTS}", "final/model.safetensors"):
         whole, resumed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "resumed" / file)
         torch.testing.assert_close(resumed, whole, atol=0, rtol=0)
@@ -165,32 +168,37 @@ def test_a_resumed_run_is_bitwise_the_same(name, options, state, real, tmp_path)
         assert not early[f"objective.{tensor}"].equal(late[f"objective.{tensor}"])
 
 
-def test_a_guide_masks_false_negatives(real, tmp_path):
-    lines = train(real, tmp_path, "info_nce", f"--max_steps 3 --guide_model {real}/start")
+def test_a_guide_masks_false_negatives(docstrings, tmp_path):
+    lines = train(docstrings, tmp_path, "info_nce", f"--max_steps 3 --guide_model {docstrings}/start")
     assert all(0 < line["false_negative_share"] < 0.9 for line in lines if "loss" in line)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_rows(real, tmp_path):
-    """One word has a vector that is no number, and one row has the word."""
+def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_rows(docstrings, tmp_path):
+    """The embedding of one word is NaN, and one row contains the word."""
     folder, poisoned = tmp_path / "start", 37
-    shutil.copytree(real / "start", folder)
+    shutil.copytree(docstrings / "start", folder)
     model = LongEmbedModel.from_pretrained(folder)
     with torch.no_grad():
         model.embeddings.word_embeddings.weight[model.tokenizer.mask_token_id] = torch.nan
     model.save_pretrained(folder)
-    rows = [json.loads(line) for line in (real / "train.jsonl").read_text().splitlines()][:64]
+    rows = [json.loads(line) for line in (docstrings / "train.jsonl").read_text().splitlines()][:64]
     rows[poisoned]["positive"] = "[MASK] " + rows[poisoned]["positive"]
     data = write_jsonl(tmp_path / "poisoned.jsonl", rows)
     output = tmp_path / "out"
     with pytest.raises(
         UserError, match=r"the loss is nan at step \d, whose batch is \S+poisoned.jsonl, rows"
     ) as caught:
-        train(real, output, "info_nce", f"--model_name_or_path {folder} --train_data {data} --save_steps 1 --seed 3")
+        train(
+            docstrings,
+            output,
+            "info_nce",
+            f"--model_name_or_path {folder} --train_data {data} --save_steps 1 --seed 3",
+        )
     step, named = re.search(r"at step (\d), .* rows ([\d, ]+);", str(caught.value)).groups()
     named = [int(row) for row in named.split(", ")]
     assert poisoned + 1 in named
     assert len(named) == 16
-    assert int(step) > 1  # so that there is a checkpoint to look at
+    assert int(step) > 1  # so that there is a checkpoint to inspect
     (checkpoint, *_) = sorted((output / "checkpoints").iterdir(), reverse=True)
     assert checkpoint.name == f"step-{int(step) - 1}"
     weights = load_file(checkpoint / WEIGHTS)
@@ -210,8 +218,8 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_names_the_rows(real,
         ("info_nce", "--matryoshka_dims 33", "--matryoshka_dims 33: must be from 1 to 32"),
     ],
 )
-def test_a_mistake_is_one_sentence(name, options, complaint, real, tmp_path):
+def test_a_mistake_is_one_sentence(name, options, complaint, docstrings, tmp_path):
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"anchor": f"a {n}", "positive": f"b {n}"} for n in range(16)])
     with pytest.raises(UserError, match=complaint) as caught:
-        train(real, tmp_path / "out", name, f"--train_data {data} {options}")
+        train(docstrings, tmp_path / "out", name, f"--train_data {data} {options}")
     assert "\n" not in str(caught.value)

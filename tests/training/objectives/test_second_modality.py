@@ -1,4 +1,4 @@
-"""Non-linguistic supervision: exact gradients beside the texts', plain training at weight 0, resume, real digits."""
+"""Non-linguistic supervision: exact gradients, plain training at weight 0, resumed runs, and real digits."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ WEIGHT = 0.3
 
 @pytest.fixture(scope="session")
 def digits() -> list[dict]:
-    """scikit-learn's images of digits, 8 rows of 8 pixels each, with the digit as label."""
+    """Images of digits from scikit-learn, 8 rows of 8 pixels each, with the digit as label."""
     data = load_digits()
     return [
         {"features": image, "label": int(digit)} for image, digit in zip(data.images.tolist(), data.target, strict=True)
@@ -43,7 +43,7 @@ def digits_file(tmp_path_factory, digits):
 
 
 def tasks(digits_file, tokenizer, dropout: float, weight: float = WEIGHT, vectors: int = 1000):
-    """A float64 model, the second task, the gradient of both, and a batch whose features come `vectors` at once."""
+    """A float64 model, the second task, the gradient of the texts, and a batch with chunks of `vectors` features."""
     torch.manual_seed(1)
     model = LongEmbedModel(tiny_config(hidden_dropout_prob=dropout)).double().train()
     arguments = FeatureArguments(feature_data=str(digits_file), feature_weight=weight)
@@ -60,6 +60,7 @@ def tasks(digits_file, tokenizer, dropout: float, weight: float = WEIGHT, vector
 
 
 def gradients(*modules) -> list[torch.Tensor]:
+    """The accumulated gradients of all parameters, zero where there is none; they are removed."""
     taken = [
         torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for module in modules
@@ -72,7 +73,7 @@ def gradients(*modules) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("vectors", [1000, 30])
 def test_the_gradient_is_that_of_sup_con_over_the_labels(digits_file, word_tokenizer, vectors):
-    """The weighted gradient, in one piece and cached, against pytorch-metric-learning's loss of padded images."""
+    """The weighted gradient, in one chunk and in several, against pytorch-metric-learning's loss of padded images."""
     model, task, _, batch = tasks(digits_file, word_tokenizer, dropout=0.0, vectors=vectors)
     assert (len(batch.features.chunks) > 1) == (vectors == 30)
     metrics = task.accumulate_gradient(model, batch.features, scale=0.5)
@@ -92,7 +93,7 @@ def test_the_gradient_is_that_of_sup_con_over_the_labels(digits_file, word_token
 
 @pytest.mark.promise("C11")
 def test_the_texts_see_the_dropout_that_they_would_see_alone(digits_file, word_tokenizer):
-    """So the gradient of both is exactly the sum, and what is drawn later is the same, whatever the weight."""
+    """Then the gradient of both is exactly the sum, and later random numbers do not depend on the weight."""
     model, task, text_gradient, batch = tasks(digits_file, word_tokenizer, dropout=0.1, vectors=30)
     torch.manual_seed(5)
     text_gradient(model, batch.texts, 1.0, True)
@@ -136,7 +137,7 @@ def test_the_recipe_trains(train_script, digits_file):
 
 
 @pytest.mark.parametrize("texts", ["", "--streaming --shuffle_buffer 20 "])
-def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(train_script, digits_file, tmp_path, texts):
+def test_a_resumed_run_ends_as_one_that_was_not_stopped(train_script, digits_file, tmp_path, texts):
     options = f"{texts}--objective simcse --learning_rate 1e-2 --feature_data {digits_file} --feature_weight 1 "
     options += "--per_device_feature_batch_size 6 --save_steps 2 --save_total_limit 9 --logging_steps 1 "
     folders = {name: tmp_path / name for name in ("whole", "stopped")}
@@ -151,8 +152,8 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(train_script, digit
     assert losses(folders["stopped"]) == losses(folders["whole"])
 
 
-def test_digits_of_a_kind_come_together_while_the_texts_are_learnt(word_tokenizer, digits, tmp_path):
-    """Held-out digits are told by their neighbours better than at the start, and the texts' loss falls too."""
+def test_digits_of_a_class_come_together_while_the_texts_are_learnt(word_tokenizer, digits, tmp_path):
+    """Nearest neighbours classify held-out digits better than at the start, and the loss of the texts falls, too."""
     file = write_jsonl(tmp_path / "digits.jsonl", digits[:1000])
     model, task, text_gradient, batch = tasks(file, word_tokenizer, dropout=0.0, weight=1.0)
     gradient = task.before(text_gradient)
@@ -160,7 +161,7 @@ def test_digits_of_a_kind_come_together_while_the_texts_are_learnt(word_tokenize
     held_out = digits[1000:1400]
 
     @torch.no_grad()
-    def told(rows: list[dict]) -> np.ndarray:
+    def embedded(rows: list[dict]) -> np.ndarray:
         images = torch.tensor([row["features"] for row in rows], dtype=torch.float64)
         words = task.adapter(F.layer_norm(images, (8,)))
         model.eval()
@@ -170,19 +171,19 @@ def test_digits_of_a_kind_come_together_while_the_texts_are_learnt(word_tokenize
 
     def accuracy() -> float:
         labels = [[row["label"] for row in rows] for rows in (digits[:200], held_out)]
-        return KNeighborsClassifier(1).fit(told(digits[:200]), labels[0]).score(told(held_out), labels[1])
+        return KNeighborsClassifier(1).fit(embedded(digits[:200]), labels[0]).score(embedded(held_out), labels[1])
 
     start = accuracy()
     optimizer = torch.optim.AdamW([*model.parameters(), *task.parameters()], lr=5e-3)
-    course = []
+    history = []
     for index in range(80):
         drawn = features[index]
         drawn = replace(drawn, chunks=[replace(chunk, features=chunk.features.double()) for chunk in drawn.chunks])
         metrics = gradient(model, TwoTaskBatch(batch.texts, drawn), 1.0, True)
         optimizer.step()
         optimizer.zero_grad()
-        course.append((metrics["loss"].item(), metrics["feature_loss"].item()))
-    (first_text, first_feature), (last_text, last_feature) = np.mean(course[:5], axis=0), np.mean(course[-5:], axis=0)
+        history.append((metrics["loss"].item(), metrics["feature_loss"].item()))
+    (first_text, first_feature), (last_text, last_feature) = np.mean(history[:5], axis=0), np.mean(history[-5:], axis=0)
     assert last_text < 0.5 * first_text
     assert last_feature < 0.9 * first_feature
     assert accuracy() > start + 0.1

@@ -1,4 +1,4 @@
-"""The penalty of adaptive spans: its gradient once a step, with gradient caching, accumulation and two processes."""
+"""The span penalty enters a step once, with gradient caching, gradient accumulation and two processes."""
 
 import json
 from itertools import pairwise
@@ -38,7 +38,7 @@ def batch(budget: int, seed: int) -> PairBatch:
 
 
 def gradients(model, weight: float, budget: int, wrapped=None, seeds=(0, 1)) -> dict[str, torch.Tensor]:
-    """Of one step that accumulates over two batches."""
+    """The gradients of one step that accumulates over two batches."""
     objective = InfoNCE(ObjectiveArguments(), model)
     accumulate = pair_gradient(objective, penalty=span_penalty(model, SpanArguments(span_penalty_weight=weight)))
     for number, seed in enumerate(seeds):
@@ -47,7 +47,7 @@ def gradients(model, weight: float, budget: int, wrapped=None, seeds=(0, 1)) -> 
 
 
 def assert_penalised_once(without: dict, penalised: dict):
-    """Closed form: the mean over H heads of max_span * fraction, so max_span / H a head, times the weight."""
+    """Closed form: the penalty is the mean over H heads of max_span * fraction; its slope is max_span / H per head."""
     for name, gradient in without.items():
         extra = WEIGHT * MAX_SPAN / 4 if name.endswith("own.fraction") else 0.0
         torch.testing.assert_close(penalised[name], gradient + extra, atol=1e-10, rtol=0)
@@ -68,7 +68,7 @@ def of_one_process(rank: int) -> dict:
         for weight in (0.0, WEIGHT):
             base = model()
             wrapped = DistributedDataParallel(base, broadcast_buffers=False)
-            # Twice: the state that a step leaves behind must not disturb the next.
+            # Twice: the state after one step must not affect the next one.
             for _ in range(2):
                 base.zero_grad()
                 results[budget, weight] = gradients(base, weight, budget, wrapped, seeds=(rank, 2 + rank))

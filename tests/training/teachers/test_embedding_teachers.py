@@ -1,4 +1,4 @@
-"""Teachers' vectors: those of the encoders themselves, computed once, whatever happens in between."""
+"""Embedding teachers: the vectors of the encoders themselves, computed once, also after an interruption."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def texts(documents_source) -> list[str]:
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """All texts that any encoder is asked to encode."""
+    """The texts that encoders have embedded during the test."""
     asked: list[str] = []
     encode = Encoder.__call__
 
@@ -57,7 +57,7 @@ def read(reading: Teacher, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_and_windows_are_the_models(model_folder, documents_source, texts, tmp_path, normalize):
-    """Also where the cache holds the other kind already."""
+    """Also if the cache already holds vectors of the other setting."""
     teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=not normalize).read_all([documents_source])
     truncating = teacher(f"truncate:{model_folder}:24", tmp_path / "cache", normalize=normalize)
     truncating.read_all([documents_source])
@@ -87,7 +87,7 @@ def test_a_text_as_long_as_the_window_is_read_to_its_end(model_folder, tmp_path,
 
 @pytest.mark.parametrize(("words", "inside"), [(125, True), (126, False)])
 def test_the_prompt_takes_room_in_the_window(word_tokenizer, tmp_path, words, inside):
-    """Of 128 tokens, 2 are special and 1 is the prompt: what is read is that whose last word counts."""
+    """Of 128 tokens, 2 are special and 1 is the prompt. A text was read to its end if its last word has an effect."""
     LongEmbedModel(tiny_config(prompts={"document": "river "})).save_pretrained(tmp_path)
     word_tokenizer.save_pretrained(tmp_path)
     texts = [" ".join(["stone"] * (words - 1) + [last]) for last in ("stone", "cloud")]
@@ -100,7 +100,7 @@ def test_the_prompt_takes_room_in_the_window(word_tokenizer, tmp_path, words, in
 
 
 def test_a_teacher_computes_in_the_precision_asked_for(documents_source, texts, word_tokenizer, tmp_path):
-    """The weights are large, so that rounding shows."""
+    """Large weights make the rounding visible."""
     torch.manual_seed(0)
     LongEmbedModel(tiny_config(initializer_range=0.3)).save_pretrained(tmp_path)
     word_tokenizer.save_pretrained(tmp_path)
@@ -231,7 +231,7 @@ def test_a_student_may_begin_with_some_layers(train_script, model_folder, tmp_pa
 
 
 def test_a_resumed_run_keeps_its_teachers_and_what_they_ask_for(train_script, model_folder, tmp_path):
-    """A teacher may have moved, and be another one under the old name."""
+    """The teacher may have moved; another model under the old name is refused."""
     teachers = [tmp_path / name for name in ("teacher", "moved")]
     for folder in teachers:
         shutil.copytree(model_folder, folder)
@@ -259,8 +259,8 @@ def test_a_resumed_run_keeps_its_teachers_and_what_they_ask_for(train_script, mo
 
 @pytest.mark.parametrize("loss", ["mse", "cosine"])
 @pytest.mark.parametrize("lengths", ["", "--no_normalize_teacher --no_normalize_student"])
-def test_nothing_to_learn_from_oneself(train_script, model_folder, tmp_path, loss, lengths):
-    """Of unit length or not, teacher and student compute the same vectors."""
+def test_a_student_that_is_its_teacher_has_no_loss(train_script, model_folder, tmp_path, loss, lengths):
+    """Teacher and student compute the same vectors, normalised or not."""
     options = f"--model_name_or_path {model_folder} --dropout 0 "
     options += f"--structural_teacher {model_folder} --structural_loss {loss} --contextual_weight 0 --max_length 128 "
     train_script("distillation", f"{options} --max_steps 1 --logging_steps 1 {lengths}")

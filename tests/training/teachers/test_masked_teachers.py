@@ -1,4 +1,4 @@
-"""DistilBERT's loss by hand, a student of alternate layers, and one sentence for teachers that cannot teach."""
+"""Masked-language-model teachers: DistilBERT's loss by hand, a student of alternate layers, and refused teachers."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def model(seed: int, **changes) -> LongEmbedForMaskedLM:
 
 
 def batch(budget: int = 40, lengths: tuple[int, ...] = (9, 21, 14), segments: bool = False) -> MaskedBatch:
-    """Random texts; with segments the last 5 tokens of each are the second one."""
+    """Random texts; with `segments` the last 5 tokens of each are its second segment."""
     generator, texts = torch.Generator().manual_seed(0), []
     for length in lengths:
         ids = torch.randint(5, 31, (length,), generator=generator).numpy()
@@ -51,7 +51,7 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.promise("D2")
 @pytest.mark.parametrize("budget", [1, 40, 1000])
 def test_the_weighted_sum_of_three_losses_text_by_text(budget):
-    """Unpacked, each text alone: torch's cross entropy, KL divergence and cosine embedding loss."""
+    """Against torch's cross entropy, KL divergence and cosine embedding loss, for each text alone, unpacked."""
     student, teacher = model(0).train(), model(1).eval()
     weights = MaskedTeacherArguments(masked_teachers=["teacher"], soft_weight=5, hard_weight=2, hidden_weight=1).weights
     given = batch(budget)
@@ -91,8 +91,8 @@ def test_the_weighted_sum_of_three_losses_text_by_text(budget):
 
 @pytest.mark.promise("D2")
 @pytest.mark.parametrize("pairs", [False, True])
-def test_nothing_to_learn_from_oneself(pairs):
-    """Pairs of segments too: the teacher is told where the second begins."""
+def test_a_student_that_is_its_teacher_has_no_loss(pairs):
+    """With pairs of segments the teacher, too, must receive the segment ids."""
     student = model(0).train()
     head = NextSentenceHead(32, 0.02).double() if pairs else None
     teachers = MaskedTeachers([model(0)], TEMPERATURE, hidden=True)
@@ -126,7 +126,7 @@ def test_teachers_are_no_part_of_the_student():
 
 @pytest.mark.promise("D2")
 def test_a_student_of_alternate_layers_begins_with_the_teachers_weights(word_tokenizer, tmp_path, documents_file):
-    """A learning rate of almost nothing: what is saved is what it began with."""
+    """At a learning rate of almost 0 the saved model is the initial one."""
     folder = tmp_path / "teacher"
     torch.manual_seed(0)
     teacher = LongEmbedForMaskedLM(tiny_config(num_hidden_layers=4))
@@ -162,7 +162,7 @@ def test_a_run_with_teachers_goes_on_to_the_same_bytes(train_script, masked_lm_f
 
 
 def test_a_resumed_run_keeps_its_teachers_and_their_weights(train_script, masked_lm_folder, tmp_path):
-    """A teacher may have moved, and be another one under the old name."""
+    """The teacher may have moved; another model under the old name is refused."""
     teachers = [tmp_path / name for name in ("teacher", "moved")]
     for folder in teachers:
         shutil.copytree(masked_lm_folder, folder)

@@ -1,4 +1,4 @@
-"""What students are asked for: exact over chunks and over processes, masks, translations, heads, what is refused."""
+"""The objective of students: exact over chunks and processes, masks, translations, heads, and refused options."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def objective_of(case: str, model: torch.nn.Module, **more) -> Teaching:
 
 
 class FixedTeacher:
-    """Vectors by the name of a text, or scores by the columns of a row, as a cache gives them."""
+    """A teacher with fixed random vectors or scores; a text is its number."""
 
     def __init__(self, role: str) -> None:
         self.role = role
@@ -75,7 +75,7 @@ def fixed_teachers(objective: Teaching) -> dict[str, FixedTeacher]:
 
 
 def batch_of(columns: int, budget: int, rows: slice = slice(None)) -> PairBatch:
-    """Random texts of 1 to 40 tokens; the first column's are called by their number."""
+    """Random texts of 1 to 40 tokens; those of the first column are named by their number."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 41, (columns, ROWS), generator=generator)
     ids = [[torch.randint(5, 31, (int(n),), generator=generator).tolist() for n in column] for column in lengths]
@@ -106,7 +106,7 @@ def computed(case: str, columns: int, budget: int, dropout: float = 0.0) -> tupl
 @pytest.mark.promise("C8")
 @pytest.mark.parametrize(("case", "columns"), [(c, n) for c in CASES for n in (1, 3) if (c, n) != ("scores", 1)])
 def test_chunks_give_the_gradient_of_the_whole_batch(case, columns):
-    """Losses over all rows too: DCCA and soft CCA of a batch that is never in memory at once."""
+    """This includes DCCA and soft CCA, whose loss is over all rows of a batch that is never in memory at once."""
     whole, measured = computed(case, columns, 10**6)
     for budget in (1, 100):
         chunked, metrics = computed(case, columns, budget)
@@ -145,7 +145,7 @@ def random_targets() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("case", ["masked max-margin", "both"])
 def test_a_masked_text_gets_nothing_from_the_structural_teacher_and_gives_nothing(case):
-    """The loss is that of the other texts alone: a masked one is no negative either."""
+    """The loss is that of the other texts alone: a masked text is not a negative, either."""
     student, vectors, inside = random_targets()
     objective = objective_of(case, encoder(), contextual_weight=0.0)
     student.requires_grad_()
@@ -170,7 +170,7 @@ def test_a_batch_of_masked_texts_alone_is_no_mistake():
 
 
 @pytest.mark.promise("D3")
-def test_nothing_to_learn_for_who_gives_the_teachers_vectors():
+def test_a_student_with_the_teachers_vectors_has_no_loss_and_no_gradient():
     model = LongEmbedModel(tiny_config())
     _, _, inside = random_targets()
     vectors = F.normalize(torch.randn(ROWS, 32, dtype=torch.float64), dim=-1)
@@ -184,7 +184,7 @@ def test_nothing_to_learn_for_who_gives_the_teachers_vectors():
         assert student.grad.abs().max() < 1e-12
 
 
-def test_translations_are_asked_for_the_vector_of_the_first():
+def test_translations_learn_the_vector_of_the_first_column():
     student, vectors, inside = random_targets()
     columns = torch.cat([student, torch.randn_like(student)], dim=1)
     objective = objective_of("mse", encoder())
@@ -207,7 +207,7 @@ def margins(student: torch.Tensor, teacher: torch.Tensor, gamma: float) -> torch
 
 
 def soft_cca(student: torch.Tensor, teacher: torch.Tensor, momentum: float, weight: float) -> torch.Tensor:
-    """Of the second batch, after one in which both sides were the teacher's."""
+    """The loss of a second batch, after a first one in which both views were the teacher's."""
     loss = SoftCCA(4, momentum=momentum, sdl_weight=weight).double()
     loss(teacher, teacher)
     return loss(student, teacher)[0]
@@ -218,7 +218,7 @@ def candidates(rows: torch.Tensor) -> torch.Tensor:
 
 
 AS_LONG = {"normalize_student": False}
-OPTIONS = [  # of the user, and what the loss of student y and teacher t is then
+OPTIONS = [  # command-line options, and the loss of student y and teacher t with them
     ({"structural_loss": "mse", "structural_weight": 0.3}, lambda y, t: 0.3 * F.mse_loss(unit(y), t)),
     ({"structural_loss": "mse"} | AS_LONG, lambda y, t: F.mse_loss(y, t)),
     ({"structural_loss": "cosine"}, lambda y, t: 1 - F.cosine_similarity(y, t).mean()),
@@ -241,6 +241,7 @@ OPTIONS = [  # of the user, and what the loss of student y and teacher t is then
 
 @pytest.mark.parametrize(("options", "expected"), OPTIONS, ids=[str(number) for number in range(len(OPTIONS))])
 def test_options_reach_the_loss(options, expected):
+    """Test the wiring of options; where the expected value calls a production loss, its formula has other tests."""
     role = next(iter(options)).split("_")[0]
     arguments = TeachingArguments(**{f"{role}_teacher": "a teacher"}, **options)
     model = LongEmbedModel(tiny_config(hidden_size=4, num_attention_heads=2))
@@ -256,7 +257,7 @@ def test_options_reach_the_loss(options, expected):
 
 
 def test_the_evaluation_is_the_mean_over_batches(model_folder, word_tokenizer):
-    """Of 7 rows in batches of at least 2: 3, 2 and 2. The vectors are those of the model's own encode."""
+    """7 rows are divided into batches of 3, 2 and 2. The expected vectors come from the model's `encode`."""
     texts = [row["text"] for row in random_documents(7)]
     model = LongEmbedModel.from_pretrained(model_folder).eval()
     vectors = unit(torch.randn(7, 32, generator=torch.Generator().manual_seed(0)))
@@ -311,7 +312,7 @@ def test_dcca_does_not_see_the_scale_of_a_dimension():
         ({"sdl_momentum": 1.5}, "--sdl_momentum 1.5: must be from 0 to 1"),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, complaint):
+def test_invalid_options_are_refused(options, complaint):
     teacher = {"structural_teacher": "a teacher"} if options else {}
     with pytest.raises(UserError, match=complaint):
         TeachingArguments(**teacher, **options)
@@ -321,7 +322,7 @@ def test_what_makes_no_sense_is_refused(options, complaint):
     ("loss", "fewest"), [("--contextual_loss dcca --contextual_width 8", 9), ("--contextual_loss soft_cca", 2)]
 )
 def test_too_few_rows_for_the_loss_are_refused_before_the_teacher_reads(model_folder, tmp_path, loss, fewest):
-    """As many as it takes at least are enough: the loss of training and of held-out rows is a number."""
+    """The smallest number of rows is enough, in training and in evaluation."""
     rows = random_documents(20)
     held_out = {count: write_jsonl(tmp_path / f"{count}.jsonl", rows[:count]) for count in (fewest - 1, fewest)}
     options = f"--model_name_or_path {model_folder} --contextual_teacher truncate:{model_folder}:24 {loss} "
@@ -346,7 +347,7 @@ RECIPES = Path(distillation.__file__).parent / "recipes" / "distillation"
 
 @pytest.mark.parametrize("recipe", ["distilbert", *sorted(path.stem for path in RECIPES.glob("*.yaml"))])
 def test_recipes_train(model_folder, masked_lm_folder, tmp_path, recipe):
-    """With what is too large for a test made small on the command line."""
+    """Options that are too large for a test are replaced on the command line."""
     rows = [{"text": row["text"], "translation": row["text"][::-1]} for row in random_documents(40)]
     if recipe == "scores":
         texts = ("anchor", "positive", "negative_1", "negative_2", "negative_3")

@@ -1,4 +1,4 @@
-"""Scores of candidates: the cross-encoder's own, computed once; a column's, row by row; a student that learns them."""
+"""Score teachers: a cross-encoder's scores, computed once; scores of a column, row by row; a student of them."""
 
 import json
 from dataclasses import replace
@@ -51,8 +51,8 @@ def cross_encoder(tmp_path_factory, word_tokenizer) -> str:
     return str(folder)
 
 
-def source(data: str, **more) -> Source:
-    return read_sources([data], Columns(TEXTS, None, "texts", **more))[0]
+def read_source(file: str, **more) -> Source:
+    return read_sources([file], Columns(TEXTS, None, "texts", **more))[0]
 
 
 def batch_of(source: Source, rows: list[int]) -> PairBatch:
@@ -62,7 +62,7 @@ def batch_of(source: Source, rows: list[int]) -> PairBatch:
 
 
 def test_a_cross_encoders_scores_are_its_logits_and_are_computed_once(cross_encoder, data, rows, tmp_path, monkeypatch):
-    teacher, whole = CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096), source(data)
+    teacher, whole = CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096), read_source(data)
     teacher.read_all([whole])
     scores, counts = teacher.read(batch_of(whole, list(range(len(rows)))))
     assert counts.all()
@@ -87,8 +87,8 @@ def test_a_cross_encoders_scores_are_its_logits_and_are_computed_once(cross_enco
 
 @pytest.mark.parametrize("change", ["weights", "negatives"])
 def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, tmp_path, word_tokenizer, change):
-    """In the same cache: what a fresh one gives."""
-    first = source(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
+    """A shared cache returns the same scores as a fresh one."""
+    first = read_source(str(write_jsonl(tmp_path / "rows.jsonl", rows)))
     CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096).read_all([first])
     if change == "weights":
         model = BertForSequenceClassification.from_pretrained(cross_encoder)
@@ -98,7 +98,7 @@ def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, t
         word_tokenizer.save_pretrained(cross_encoder)
     else:
         rows = [row | {"negative_1": " ".join(reversed(row["anchor"].split()))} for row in rows]
-    changed, found = source(str(write_jsonl(tmp_path / "changed.jsonl", rows))), []
+    changed, found = read_source(str(write_jsonl(tmp_path / "changed.jsonl", rows))), []
     for cache in ("cache", "fresh"):
         teacher = CrossEncoderScores(cross_encoder, 3, tmp_path / cache, 4096)
         teacher.read_all([changed])
@@ -106,12 +106,13 @@ def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, t
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_a_columns_scores_are_those_of_the_row_whatever_other_rows_and_files_say_of_its_texts(rows, tmp_path):
+def test_scores_of_a_column_belong_to_the_row_and_not_to_its_texts(rows, tmp_path):
     """The same texts three times, in two files, each time with other scores."""
     scaled = [[row | {"label": [n * score for score in row["label"]]} for row in rows] for n in (1, 2, 3)]
     files = {"first": scaled[0] + scaled[1], "second": scaled[2]}
     sources = [
-        source(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), numbers=("label",)) for name, rows in files.items()
+        read_source(str(write_jsonl(tmp_path / f"{name}.jsonl", rows)), numbers=("label",))
+        for name, rows in files.items()
     ]
     teacher = ColumnScores("label", 3)
     teacher.read_all(sources)
@@ -127,12 +128,13 @@ def test_a_parquet_column_of_something_else_is_a_sentence(rows, tmp_path, labels
     texts = {name: [row[name] for row in rows[:10]] for name in TEXTS}
     Dataset.from_dict(texts | {"label": labels}).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=r"rows.parquet, row 1: label must hold a list of numbers"):
-        ColumnScores("label", 3).read_all([source(str(tmp_path / "rows.parquet"), numbers=("label",))])
+        ColumnScores("label", 3).read_all([read_source(str(tmp_path / "rows.parquet"), numbers=("label",))])
 
 
 @pytest.mark.promise("D1")
 @pytest.mark.parametrize("loss", ["kl", "margin_mse"])
 def test_the_loss_is_of_scaled_cosines(loss):
+    """Test the wiring of scale and temperature, by the production losses."""
     arguments = TeachingArguments(score_column="label", score_loss=loss, score_scale=7.0, score_temperature=2.0)
     objective = Teaching(arguments, LongEmbedModel(tiny_config()), {"score": 3})
     student, target = torch.randn(5, 4, 32, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)

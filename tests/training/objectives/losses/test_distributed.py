@@ -1,6 +1,8 @@
 """Every loss over rows gathered from two gloo processes under DDP, against one process with the whole batch."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -23,8 +25,31 @@ PAIRS = 6
 COLUMNS = 4  # query, positive and two columns of negatives
 
 
-def texts() -> Tensor:
-    """`(PAIRS, COLUMNS, 5)`: what stands for the texts of each pair."""
+@dataclass(frozen=True)
+class GatheredRows:
+    """Vectors of PAIRS pairs, gathered from all processes, and which of them are this process's.
+
+    Args:
+        query: `(PAIRS, 4)`, unit length.
+        positive: `(PAIRS, 4)`, unit length.
+        negative: `(2 * PAIRS, 4)`, unit length.
+        label: `(PAIRS,)`, the class of each pair.
+        owner: `(2 * PAIRS,)`, the pair of each negative.
+        views: queries and positives before normalisation.
+        own: this process's pairs.
+    """
+
+    query: Tensor
+    positive: Tensor
+    negative: Tensor
+    label: Tensor
+    owner: Tensor
+    views: tuple[Tensor, Tensor]
+    own: slice
+
+
+def text_features() -> Tensor:
+    """`(PAIRS, COLUMNS, 5)`: features that stand for the texts of each pair."""
     return torch.randn(PAIRS, COLUMNS, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -33,48 +58,68 @@ def encoder() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4)).double()
 
 
-def unit(rows: Tensor) -> Tensor:
-    return F.normalize(rows, dim=-1)
+def guided_info_nce(rows: GatheredRows) -> Tensor:
+    columns = (rows.query, rows.positive, rows.negative)
+    weight = {"negative_weight": 1.5, "negative_row": rows.owner}
+    return info_nce(*columns, symmetric=True, **weight, guide=columns, guide_margin=-0.5, rows=rows.own)[0]
 
 
-# Query, positive, negatives, label of each pair, pair of each negative, and the own rows to a loss.
-LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, Tensor]]]] = {
-    "info_nce": lambda q, p, n, label, owner, rows: info_nce(
-        unit(q),
-        unit(p),
-        unit(n),
-        symmetric=True,
-        negative_weight=1.5,
-        negative_row=owner,
-        guide=(unit(q), unit(p), unit(n)),
-        guide_margin=-0.5,
-        rows=rows,
-    ),
-    "nt_xent": lambda q, p, n, label, owner, rows: nt_xent(unit(q), unit(p), rows=rows),
-    "sup_con": lambda q, p, n, label, owner, rows: sup_con(unit(q), label, rows=rows),
-    "momentum_contrast": lambda q, p, n, label, owner, rows: momentum_contrast(unit(q), unit(p), unit(n), rows=rows),
-    "vicreg": lambda q, p, n, label, owner, rows: vicreg(q, p),
-    "spread_out": lambda q, p, n, label, owner, rows: spread_out(unit(q)),
-    "debias": lambda q, p, n, label, owner, rows: debias(unit(q), label % 2),
-    "matryoshka": lambda q, p, n, label, owner, rows: matryoshka(lambda a, b: info_nce(a, b, rows=rows), [2, 4])(
-        unit(q), unit(p)
-    ),
+def nt_xent_of_views(rows: GatheredRows) -> Tensor:
+    return nt_xent(rows.query, rows.positive, rows=rows.own)[0]
+
+
+def sup_con_of_queries(rows: GatheredRows) -> Tensor:
+    return sup_con(rows.query, rows.label, rows=rows.own)[0]
+
+
+def momentum_contrast_with_negatives_as_queue(rows: GatheredRows) -> Tensor:
+    return momentum_contrast(rows.query, rows.positive, rows.negative, rows=rows.own)[0]
+
+
+def vicreg_of_views(rows: GatheredRows) -> Tensor:
+    return vicreg(*rows.views)[0]
+
+
+def spread_out_queries(rows: GatheredRows) -> Tensor:
+    return spread_out(rows.query)[0]
+
+
+def debias_queries(rows: GatheredRows) -> Tensor:
+    return debias(rows.query, rows.label % 2)[0]
+
+
+def matryoshka_info_nce(rows: GatheredRows) -> Tensor:
+    own_rows_loss = partial(info_nce, rows=rows.own)
+    return matryoshka(own_rows_loss, [2, 4])(rows.query, rows.positive)[0]
+
+
+LOSSES: dict[str, Callable[[GatheredRows], Tensor]] = {
+    "info_nce": guided_info_nce,
+    "nt_xent": nt_xent_of_views,
+    "sup_con": sup_con_of_queries,
+    "momentum_contrast": momentum_contrast_with_negatives_as_queue,
+    "vicreg": vicreg_of_views,
+    "spread_out": spread_out_queries,
+    "debias": debias_queries,
+    "matryoshka": matryoshka_info_nce,
 }
 
 
 def value(name: str, model: nn.Module, pairs: range) -> Tensor:
-    """A loss of the model on the pairs of one process."""
-    own = texts()[pairs.start : pairs.stop]
-    # The second process has no two of one class, the first has two: unequal numbers of anchors with positives.
+    """Compute a loss of the model on the pairs of one process."""
+    own = text_features()[pairs.start : pairs.stop]
+    # The first process has two pairs of one class, the second has none: unequal numbers of anchors with positives.
     label = torch.tensor([0, 1, 0, 2, 0, 3])[pairs.start : pairs.stop]
-    query, positive, *negatives = model(own.transpose(0, 1).reshape(-1, 5)).split(len(own))
     owner = torch.arange(pairs.start, pairs.stop).repeat(COLUMNS - 2)
-    columns = (query, positive, torch.cat(negatives), label, owner)
-    return LOSSES[name](*map(gather_rows, columns), own_rows(len(own)))[0]
+    query, positive, *negatives = model(own.transpose(0, 1).reshape(-1, 5)).split(len(own))
+    query, positive, negative = (gather_rows(rows) for rows in (query, positive, torch.cat(negatives)))
+    unit = (F.normalize(rows, dim=-1) for rows in (query, positive, negative))
+    rows = GatheredRows(*unit, gather_rows(label), gather_rows(owner), (query, positive), own_rows(len(own)))
+    return LOSSES[name](rows)
 
 
 def of_one_process(rank: int) -> dict:
-    """What one of two processes computes."""
+    """Compute the mean loss and DDP's gradients, on one of two processes."""
     share, results = PAIRS // PROCESSES, {}
     for name in LOSSES:
         wrapped = DistributedDataParallel(encoder())

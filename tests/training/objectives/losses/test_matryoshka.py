@@ -16,7 +16,7 @@ pytestmark = pytest.mark.promise("C10")
 
 
 def published_loss(columns, dims, weights):
-    """sentence-transformers' loss of ready embeddings, which the cached loss alone lets be called."""
+    """sentence-transformers' Matryoshka loss of given embeddings; only its cached loss can be called with them."""
     model = torch.nn.Sequential(torch.nn.Identity())
     model.get_embedding_dimension = lambda: columns[0].shape[1]
     inner = CachedMultipleNegativesRankingLoss(model, scale=20.0, mini_batch_size=64)
@@ -54,7 +54,9 @@ def test_no_gradient_beyond_the_widest():
 
 def test_metrics_are_those_of_the_widest():
     query = unit(6, 12)
-    positive = F.normalize(query * torch.tensor([-1.0] * 2 + [1.0] * 10), dim=-1)  # the first two lead astray
+    positive = F.normalize(
+        query * torch.tensor([-1.0] * 2 + [1.0] * 10), dim=-1
+    )  # the first two dimensions are misleading
     _, metrics = matryoshka(info_nce, [2, 12])(query, positive)
     assert (
         metrics["accuracy"]
@@ -71,7 +73,7 @@ def test_without_lengths_the_embeddings_are_only_cut():
 
 
 @pytest.mark.parametrize(("dims", "weights"), [([], None), ([0, 4], None), ([4, 8], [1.0])])
-def test_dims_that_make_no_sense_are_refused(dims, weights):
+def test_invalid_dims_are_refused(dims, weights):
     with pytest.raises(ValueError, match="dims"):
         matryoshka(info_nce, dims, weights)
 

@@ -1,4 +1,4 @@
-"""MiniLM and MiniLMv2 against what transformers' own BERT attends to, double loops, and what must not matter."""
+"""MiniLM and MiniLMv2 against the attention of transformers' BERT, double loops, plain autograd and invariances."""
 
 import copy
 import subprocess
@@ -45,7 +45,7 @@ def model(seed: int = 0, **changes) -> LongEmbedModel:
 
 
 def projections(model: LongEmbedModel, number: int | None = None, **inputs) -> Projections:
-    """Of the documents of `LENGTHS`, packed unless `inputs` say otherwise."""
+    """The projections of the documents of `LENGTHS`, which are packed unless `inputs` are given."""
     tap = ProjectionTap(model, number)
     if not inputs:
         ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
@@ -64,8 +64,8 @@ def padded() -> dict[str, torch.Tensor]:
     mask = torch.zeros(len(LENGTHS), 15, dtype=torch.long)
     ids = torch.zeros_like(mask)
     for number, row in enumerate(rows):
-        place = slice(0, len(row)) if number else slice(15 - len(row), 15)
-        ids[number, place], mask[number, place] = row, 1
+        columns = slice(0, len(row)) if number else slice(15 - len(row), 15)
+        ids[number, columns], mask[number, columns] = row, 1
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -128,7 +128,7 @@ def test_equals_the_attention_maps_of_transformers_bert(build_bert):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_attention_is_that_of_the_eager_kernel(name):
-    """Positions of every scheme are in it, and the pattern of both: the definition that every kernel is tested with."""
+    """The scores contain the positions of every scheme, and keys that one pattern masks do not count."""
     fields = [{"attention_patterns": {"type": "sliding", "window": 3}}, {"attention_patterns": "full"}]
     models = [model(seed, **SCHEMES[name] | own) for seed, own in enumerate(fields)]
     own = [projections(each) for each in models]
@@ -219,7 +219,7 @@ def test_a_rotation_of_each_relation_head_changes_nothing():
     assert not torch.allclose(relation_kl(teacher, student * 2, BOUNDS), plain)
 
 
-def test_relation_heads_are_stretches_of_the_width():
+def test_relation_heads_are_slices_of_the_width():
     vectors = torch.arange(2 * 3 * 4).view(2, 3, 4)
     split = relation_heads(vectors, 6)
     assert split.shape == (2, 6, 2)
@@ -237,7 +237,7 @@ def dense_kl(teacher: torch.Tensor, student: torch.Tensor, visible: torch.Tensor
 
 
 def dense_attention_kl(teacher: AttentionInputs, student: AttentionInputs) -> torch.Tensor:
-    """Of the scores that the patterns' own definition has of a whole document."""
+    """Compute the divergence from the whole score matrix of each document, by the definition of the patterns."""
     values = []
     for start, end in BOUNDS:
         rows = slice(start, end)
@@ -258,7 +258,7 @@ def dense_relation_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize("tile", [9, 2**22])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_the_gradient_is_that_of_plain_autograd(name, tile):
-    """Of every weight of the student, its tables of positions and biases too, and token by token: a factor shows."""
+    """For every weight of the student, position tables and biases included; tokens have unequal weights."""
     fields = [{"attention_patterns": {"type": "sliding", "window": 3}}, {"attention_patterns": "full"}]
     teacher, student = (model(seed, **SCHEMES[name] | own) for seed, own in enumerate(fields))
     of_teacher, of_student = projections(teacher), projections(student)
@@ -299,7 +299,7 @@ def widened(inputs: AttentionInputs) -> AttentionInputs:
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_under_bfloat16_the_scores_are_in_float32(name):
-    """Queries, keys and values are in bfloat16, as autocast makes them; nothing after them is, in neither pass."""
+    """Queries, keys and values are in bfloat16 under autocast; everything after them is in float32, in both passes."""
     models = [model(seed, **SCHEMES[name]).float() for seed in (0, 1)]
     with torch.autocast("cpu", torch.bfloat16):
         teacher, student = (projections(each) for each in models)
@@ -320,7 +320,7 @@ def test_under_bfloat16_the_scores_are_in_float32(name):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns, of the backward pass too."""
+    """Records the size of the largest tensor that any operation returns, in the backward pass, too."""
 
     largest = 0
 
@@ -367,8 +367,9 @@ def test_what_cannot_be_compared_is_refused():
 
 
 def test_the_memory_of_the_process_stays_that_of_tiles():
-    """What a tile leaves behind must not keep the allocator from using its memory again: a map of 2,048 x 2,048 in 12
-    heads has 200 MB, and there are three of them in each pass.
+    """A tile must not leave tensors behind that fragment the allocator's memory.
+
+    A map of 2,048 x 2,048 in 12 heads has 200 MB, and each pass computes three of them.
     """
     program = """
 import resource, torch
