@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel, modeling_longembed
 from modeling_longembed.layout_layerdrop_longembed import draw_layers, every_other
 from modeling_longembed.layout_registry_longembed import layers_of
+from modeling_longembed.packing_longembed import PackedDocuments
 
 LAYOUTS = ["sfsfsf", "ssfsff", "sfffsff", "fsfs"]
 
@@ -56,7 +57,9 @@ def test_a_forward_pass_of_training_is_that_of_the_model_with_the_layers_that_we
     for seed in range(12):
         torch.manual_seed(seed)
         output = model(**batch)
-        states = model.embeddings(model.embeddings.word_embeddings(batch["input_ids"][0]), None, None, torch.arange(20))
+        tokens = batch["input_ids"][:1]
+        documents = PackedDocuments.from_inputs(tokens)
+        states = model.embeddings(model.embeddings.prepare(tokens, None, documents.token_index, documents))
         kept = [index for index, take in enumerate(drawn[-1]) if take]
         if not any(layout[index] == "s" for index in kept):
             if not kept:  # only the embeddings are left
