@@ -30,7 +30,11 @@ from training.teachers.relations import (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train with the command-line options `argv`; None: those of the process."""
+    """Train with the command-line options `argv`; None: those of the process.
+
+    Raises:
+        UserError: a mistake in the options, the data or the models.
+    """
     model_args, student_args, data_args, relation_args, tuning_args, run_args = parse(
         ModelArguments,
         StudentArguments,

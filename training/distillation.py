@@ -1,4 +1,4 @@
-"""Distillation: an embedding model learns the vectors of other models, a long-document one from short-context teachers.
+"""Distillation: a long-document embedding model learns the vectors or scores of other models.
 
 accelerate launch training/distillation.py --config training/recipes/distillation/chunks.yaml \\
     --model_name_or_path MODEL --train_data documents.jsonl --structural_teacher chunk-mean:TEACHER:256 \\
@@ -30,47 +30,58 @@ from training.teachers.step import Teachers, TeachingEvaluation, teaching_gradie
 
 @dataclass
 class DistillationArguments:
-    """The data."""
+    """The texts, and the size of the batches.
+
+    Raises:
+        UserError: a size is not positive.
+    """
 
     train_data: list[str] = field(
         metadata={
             "help": "path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name[@config] on "
-            "the Hub, with one text a row; the weight says how often an epoch goes through it"
+            "the Hub, with one text per row; the weight is the number of passes per epoch"
         }
     )
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out texts, in the same forms"})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out texts, given in the same way"})
     text_columns: list[str] = field(
         default_factory=lambda: ["text"],
         metadata={
-            "help": "the column of the texts, which teachers and student read; and maybe more, such as a translation, "
-            "which the student alone reads and of which it is to give the first one's vector; for scores a query and "
-            "its candidates: anchor positive negative_1"
+            "help": "the column of the texts that teachers and student read. Texts of further columns, such as "
+            "translations, are read by the student only, which learns to give them the vector of the first column's "
+            "text. For scores: the query and its candidates, anchor positive negative_1"
         },
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens at which the student cuts off; the model's context if not given"}
+        default=None, metadata={"help": "tokens at which the student truncates texts; its context if not given"}
     )
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "rows of one process in a batch"})
-    batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are held at once"})
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "rows per batch on one process"})
+    batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are in memory at once"})
 
     def __post_init__(self) -> None:
         for name in ("per_device_train_batch_size", "batch_tokens"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
 
-    def sources(self, data: list[str], wanted: TeachingArguments) -> list[Source]:
-        """The data, as teachers and student read it.
+    def sources(self, data: list[str], teaching: TeachingArguments) -> list[Source]:
+        """Open the data as teachers and student read it.
+
+        Args:
+            data: `train_data` or `eval_data`.
+            teaching: whether vectors or scores are learned.
+
+        Returns:
+            A source for each entry of `data`.
 
         Raises:
-            UserError: what cannot be read; too few columns for scores.
+            UserError: the data cannot be read, or has too few columns for scores.
         """
-        if wanted.scores and len(self.text_columns) < 3:
+        if teaching.scores and len(self.text_columns) < 3:
             raise UserError(
                 "--text_columns: scores are of a query and at least two candidates; name three columns, such as anchor "
                 "positive negative"
             )
-        numbers = (wanted.score_column,) if wanted.score_column else ()
-        kind = "query" if wanted.scores else "document"
+        numbers = (teaching.score_column,) if teaching.score_column else ()
+        kind = "query" if teaching.scores else "document"
         columns = Columns(tuple(self.text_columns), None, "texts", numbers=numbers)
         return [replace(source, anchor_kind=kind) for source in read_sources(data, columns)]
 
@@ -151,34 +162,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class TaughtBatches(PairBatches):
-    """Batches of texts whose teachers know them."""
+    """Batches of texts that the teachers have read."""
 
     def heaviest(self) -> PairBatch:
-        """As of `PairBatches`, but the texts that teachers are asked about are those of the source's first rows: the
-        longest of each column are no row, of which somebody could have a score.
+        """Return the heaviest batch, with the texts of the source's first rows for the teachers.
+
+        The longest texts of the columns, which make up the batch, come from different rows, which no teacher has
+        scored.
         """
         batch = super().heaviest()
         source = next(source for source in self.sources if source.name == batch.source)
         return replace(batch, texts=source.texts(list(range(batch.pairs))))
 
 
-def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, loop: Loop) -> Teachers:
-    """The teachers by their role, `structural` and `contextual`, or `score`."""
-    cache = Path(wanted.teacher_cache) if wanted.teacher_cache else loop.output_dir / "teachers.sqlite"
-    candidates = len(arguments.text_columns) - 1
-    if wanted.score_column is not None:
-        return {"score": ColumnScores(wanted.score_column, candidates)}
-    if wanted.score_teacher is not None:
-        return {"score": CrossEncoderScores(wanted.score_teacher, candidates, cache, arguments.batch_tokens)}
-    names = {"structural": wanted.structural_teacher, "contextual": wanted.contextual_teacher}
+def load_teachers(data: DistillationArguments, teaching: TeachingArguments, loop: Loop) -> Teachers:
+    """Return the teachers by role: `structural` and `contextual`, or `score`.
+
+    Args:
+        data: columns and token budget.
+        teaching: which teachers.
+        loop: whose output folder holds the cache of vectors if no other is given.
+    """
+    cache = Path(teaching.teacher_cache) if teaching.teacher_cache else loop.output_dir / "teachers.sqlite"
+    candidates = len(data.text_columns) - 1
+    if teaching.score_column is not None:
+        return {"score": ColumnScores(teaching.score_column, candidates)}
+    if teaching.score_teacher is not None:
+        return {"score": CrossEncoderScores(teaching.score_teacher, candidates, cache, data.batch_tokens)}
+    names = {"structural": teaching.structural_teacher, "contextual": teaching.contextual_teacher}
     return {
         role: Teacher(
             f"{role}_teacher",
             name,
             cache,
-            batch_tokens=arguments.batch_tokens,
-            normalize=wanted.normalize_teacher,
-            precision=wanted.teacher_precision,
+            batch_tokens=data.batch_tokens,
+            normalize=teaching.normalize_teacher,
+            precision=teaching.teacher_precision,
         )
         for role, name in names.items()
         if name is not None
@@ -186,10 +205,15 @@ def load_teachers(arguments: DistillationArguments, wanted: TeachingArguments, l
 
 
 def report_mask(teacher: Teacher, train: list[Source], loop: Loop) -> None:
-    """Say how many texts `--structural_mask` leaves.
+    """Print the share of texts that `--structural_mask` keeps.
+
+    Args:
+        teacher: the structural teacher, which has read the texts.
+        train: the training data.
+        loop: its main process prints.
 
     Raises:
-        UserError: none.
+        UserError: it keeps none.
     """
     if not any(teacher.shares[source.name] for source in train):
         raise UserError(

@@ -7,18 +7,18 @@ The supernet of Mandava et al. 2020, "Pay Attention when Required" (arXiv:2009.0
 layout is a Gumbel-softmax mixture of attention, feed-forward and identity (training/models/supernet.py), here under the
 contrastive objective of training/contrastive.py. The schedule is the paper's, read as follows:
 
-1. For `--weight_steps` steps the weights train alone, and the architecture (the logits of the mixtures) stays bitwise.
-2. Then come cycles of `--cycle_steps` steps (the paper's epochs). In the last `--architecture_share` (20 %) of a
-   cycle's steps the architecture trains and the weights stay bitwise; in the others it is the other way round. Each has
-   its own learning rate and weight decay.
+1. For `--weight_steps` steps only the weights train; the architecture (the logits of the mixtures) does not change.
+2. Then come cycles of `--cycle_steps` steps (the paper's epochs). In the last `--architecture_share` (20 %) of the
+   steps of a cycle only the architecture trains, in the others only the weights. Each has its own learning rate and
+   weight decay.
 3. At the end of a cycle the likeliest kind of each position is compared with that at the end of the cycle before. If
-   fewer than `--changed_share` (75 %) of the positions have changed, the search is over; at the latest after the last
+   fewer than `--changed_share` (75 %) of the positions have changed, the search ends; otherwise it ends with the last
    step of the run. The first comparison is at the end of the second cycle.
 
-It ends with the likeliest kind of each position, identities left out: the `sublayer_pattern`. If attention is nowhere
-the likeliest, the position where it is likelier than anywhere else is made attention: in an encoder without any, no
-token sees another. `layout.json` in the output folder holds the pattern and what it was chosen from; `final/` holds the
-model of this layout with the supernet's weights, which were trained in mixtures: train it before use.
+The result is the likeliest kind of each position without the identities: the `sublayer_pattern`. If attention is the
+likeliest kind nowhere, the position where it is most likely becomes attention, because without any attention no token
+sees another. `layout.json` in the output folder holds the pattern and the probabilities; `final/` holds the model of
+this layout with the weights of the supernet. They were trained in mixtures: train the model before use.
 """
 
 import json
@@ -56,25 +56,31 @@ from training.objectives.pair_step import (
 
 @dataclass
 class SearchArguments:
-    """The schedule of the search."""
+    """The schedule of the search.
 
-    weight_steps: int = field(default=1000, metadata={"help": "steps at the start in which the weights train alone"})
-    cycle_steps: int = field(default=500, metadata={"help": "steps of a cycle of weights, then architecture"})
+    Raises:
+        UserError: a number is out of range, or a cycle leaves no step to the architecture or to the weights.
+    """
+
+    weight_steps: int = field(default=1000, metadata={"help": "steps at the start in which only the weights train"})
+    cycle_steps: int = field(
+        default=500, metadata={"help": "steps of a cycle: first the weights train, then the architecture"}
+    )
     architecture_share: float = field(
-        default=0.2, metadata={"help": "share of a cycle's steps in which the architecture trains"}
+        default=0.2, metadata={"help": "fraction of the steps of a cycle in which the architecture trains"}
     )
     architecture_learning_rate: float = field(
         default=1e-2, metadata={"help": "peak learning rate of the architecture; follows --lr_scheduler_type"}
     )
     architecture_weight_decay: float = field(default=5e-4, metadata={"help": "weight decay of the architecture"})
     gumbel_temperature: float = field(
-        default=1.0, metadata={"help": "of the mixtures: towards 0 each draw is nearly one kind alone"}
+        default=1.0, metadata={"help": "temperature of the mixtures; towards 0 each draw is nearly one kind alone"}
     )
     changed_share: float = field(
         default=0.75,
         metadata={
-            "help": "the search is over once a cycle has changed the kind of fewer than this share of the positions; "
-            "less is stricter"
+            "help": "the search ends when a cycle changes the kind of fewer than this fraction of the positions; a "
+            "smaller value is stricter"
         },
     )
 
@@ -109,21 +115,25 @@ class SearchArguments:
 
     @property
     def architecture_steps(self) -> int:
-        """Steps of a cycle in which the architecture trains."""
+        """Number of steps of a cycle in which the architecture trains."""
         return round(self.architecture_share * self.cycle_steps)
 
     def trains_architecture(self, step: int) -> bool:
-        """Whether step number `step`, counted from 1, trains the architecture (otherwise the weights)."""
+        """Return whether step number `step`, counted from 1, trains the architecture and not the weights."""
         place = (step - self.weight_steps - 1) % self.cycle_steps
         return step > self.weight_steps and place >= self.cycle_steps - self.architecture_steps
 
     def ends_cycle(self, step: int) -> bool:
-        """Whether step number `step` is the last one of a cycle."""
+        """Return whether step number `step` is the last one of a cycle."""
         return step > self.weight_steps and (step - self.weight_steps) % self.cycle_steps == 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Search with the command-line options `argv`; None: those of the process."""
+    """Search with the command-line options `argv`; None: those of the process.
+
+    Raises:
+        UserError: a mistake in the options, the data or the model.
+    """
     model_args, data_args, objective_args, search_args, run_args = parse(
         ModelArguments, ContrastiveArguments, ObjectiveArguments, SearchArguments, RunArguments, argv=argv
     )
@@ -171,7 +181,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def search_groups(supernet: Supernet, search: SearchArguments, weight_decay: float) -> list[dict[str, Any]]:
-    """Optimiser groups: the weights as in every training, and the architecture with what is its own."""
+    """Return the optimiser's groups: the weights as in every training, and the architecture with its own settings.
+
+    Args:
+        supernet: the model.
+        search: learning rate and weight decay of the architecture.
+        weight_decay: weight decay of the weights.
+    """
     architecture = set(supernet.logits())
     groups = parameter_groups(supernet, weight_decay)
     for group in groups:
@@ -183,7 +199,13 @@ def search_groups(supernet: Supernet, search: SearchArguments, weight_decay: flo
 def alternate(
     supernet: Supernet, search: SearchArguments, objective: AccumulateGradient[PairBatch]
 ) -> AccumulateGradient[PairBatch]:
-    """The objective of a mixture drawn anew for every batch, whose gradient reaches what trains in this step alone."""
+    """Return an objective that draws the mixtures for each batch, and trains weights or architecture as scheduled.
+
+    Args:
+        supernet: the model.
+        search: the schedule.
+        objective: the objective of the supernet.
+    """
     architecture = set(supernet.logits())
 
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> dict[str, Tensor]:
@@ -193,8 +215,8 @@ def alternate(
             trains_architecture = search.trains_architecture(int(supernet.step) + 1)
             for parameter in supernet.parameters():
                 if (parameter in architecture) != trains_architecture:
-                    # None, not zero: AdamW leaves a parameter without a gradient bitwise alone, and moves one whose
-                    # gradient is zero by decay and momentum. And not requires_grad, which DDP does not take back.
+                    # None, not zero: AdamW does not touch a parameter without a gradient, but moves one whose gradient
+                    # is zero by decay and momentum. requires_grad is no alternative, because DDP reads it only once.
                     parameter.grad = None
         return metrics | {"layout_entropy": torch.special.entr(supernet.probabilities()).sum(dim=1).mean()}
 
@@ -202,7 +224,13 @@ def alternate(
 
 
 def cycle_end(supernet: Supernet, search: SearchArguments, report: bool) -> Callable[[int], bool]:
-    """What happens after each step: count it; at the end of a cycle compare the layout with that of the last cycle."""
+    """Return a function that counts the steps and ends the search when a cycle changes few positions.
+
+    Args:
+        supernet: the model, whose buffers hold the number of steps and the layout of the last cycle.
+        search: the schedule.
+        report: whether the layout is printed at the end of each cycle.
+    """
 
     def ends_after(step: int) -> bool:
         supernet.step.fill_(step)
@@ -220,7 +248,7 @@ def cycle_end(supernet: Supernet, search: SearchArguments, report: bool) -> Call
 
 
 def describe(supernet: Supernet, config: PreTrainedConfig) -> dict[str, Any]:
-    """What layout.json says: fields for a LongEmbedConfig, and under `search` where they come from."""
+    """Return the content of layout.json: fields for a LongEmbedConfig, and what they were chosen from."""
     names = ("sublayer_pattern", "attention_patterns", "training_attention_patterns")
     probabilities = [dict(zip(KINDS, row, strict=True)) for row in supernet.probabilities().tolist()]
     search = {"positions": supernet.kinds(), "probabilities": probabilities, "steps": int(supernet.step)}

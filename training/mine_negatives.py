@@ -1,9 +1,9 @@
-"""Hard negatives for pairs: documents that a teacher finds near a query and that are not what it asks for.
+"""Mine hard negatives for pairs: documents that a teacher ranks high for a query although they do not answer it.
 
     python training/mine_negatives.py --model chunk-max:sentence-transformers/all-MiniLM-L6-v2:256 --data pairs.jsonl \\
         --relative_margin 0.05 --output mined.jsonl
 
-Reads pairs as training/contrastive.py does and writes JSON lines {anchor, positive, negative_1, ...} that it trains on.
+Reads pairs as training/contrastive.py does, and writes JSON lines {anchor, positive, negative_1, ...} for it.
 Needs `pip install -e .[train,eval,search]`. docs/guides/pairs.md says which settings are for what.
 """
 
@@ -27,26 +27,33 @@ from training.data.sources import TEXTS, read_sources
 
 @dataclass
 class Thresholds:
-    """Which of the documents near a query become its negatives."""
+    """Which of the documents near a query become its negatives.
 
-    num_negatives: int = field(default=3, metadata={"help": "of each pair; pairs that have fewer are left out"})
-    range_max: int = field(default=100, metadata={"help": "how many of the nearest are looked at, positives aside"})
+    Raises:
+        UserError: ranges that exclude each other.
+    """
+
+    num_negatives: int = field(default=3, metadata={"help": "negatives per pair; pairs with fewer are left out"})
+    range_max: int = field(
+        default=100, metadata={"help": "number of the nearest documents that are considered, without positives"}
+    )
     range_min: int = field(
-        default=0, metadata={"help": "how many of the nearest are passed over, of those that the thresholds leave"}
+        default=0,
+        metadata={"help": "number of the nearest documents that are skipped, of those that pass the thresholds"},
     )
     relative_margin: float | None = field(
         default=None,
-        metadata={"help": "a negative's score is at most the positive's less this share of it; NV-Retriever: 0.05"},
+        metadata={"help": "maximum score of a negative: the positive's less this fraction of it; NV-Retriever: 0.05"},
     )
     absolute_margin: float | None = field(
-        default=None, metadata={"help": "a negative's score is at most the positive's less this"}
+        default=None, metadata={"help": "maximum score of a negative: the positive's less this"}
     )
-    max_score: float | None = field(default=None, metadata={"help": "a negative's score is at most this"})
-    min_score: float | None = field(default=None, metadata={"help": "a negative's score is at least this"})
+    max_score: float | None = field(default=None, metadata={"help": "maximum score of a negative"})
+    min_score: float | None = field(default=None, metadata={"help": "minimum score of a negative"})
     sampling: Literal["top", "random"] = field(
-        default="top", metadata={"help": "the nearest of what is left, or any of it"}
+        default="top", metadata={"help": "take the nearest of the documents that are left, or random ones"}
     )
-    seed: int = field(default=0, metadata={"help": "of random sampling"})
+    seed: int = field(default=0, metadata={"help": "random seed of --sampling random"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.range_min < self.range_max:
@@ -58,20 +65,20 @@ class Thresholds:
             )
 
     def choose(self, scores: np.ndarray, positive: float, query: int, removed: Counter[str]) -> np.ndarray:
-        """The negatives of one query (Moreira et al. 2024, arXiv:2407.15831, section 3: positive-aware mining).
+        """Return the negatives of one query (Moreira et al. 2024, arXiv:2407.15831, section 3: positive-aware mining).
 
         Args:
-            scores: `(n,)` of candidates, none of them a positive.
-            positive: the score of the positive; the lowest if there are several.
-            query: its number; random sampling is a function of the seed and of it.
-            removed: how many each threshold removed is added here.
+            scores: `(n,)`, scores of the candidates, none of which is a positive.
+            positive: score of the positive; the lowest if there are several.
+            query: number of the query; random sampling is a function of the seed and this number.
+            removed: counts of the candidates that each threshold removes, which are added to.
 
         Returns:
             Indices into the candidates, the nearest first; fewer than `num_negatives` if no more are left.
         """
         keeps: dict[str, Callable[[float], np.ndarray]] = {
             "absolute_margin": lambda margin: scores <= positive - margin,
-            # A share of the size: (1 - margin) times a positive's score below 0 would be above it.
+            # A fraction of the absolute score: (1 - margin) times a negative score would be higher than it.
             "relative_margin": lambda margin: scores <= positive - abs(positive) * margin,
             "max_score": lambda limit: scores <= limit,
             "min_score": lambda limit: scores >= limit,
@@ -91,44 +98,51 @@ class Thresholds:
 
 @dataclass
 class Arguments:
-    """The pairs, the teacher, and where the rows go."""
+    """The pairs, the teacher, and the output."""
 
     model: str = field(
-        metadata={"help": "the teacher, as of eval/mteb_long.py: a folder or Hub id, chunk-max:PATH:256, ..., bm25"}
+        metadata={"help": "the teacher, as in eval/mteb_long.py: a folder or Hub id, chunk-max:PATH:256, ..., bm25"}
     )
-    data: str = field(metadata={"help": "pairs, as one --train_data of training/contrastive.py"})
-    output: str = field(metadata={"help": "the JSON-lines file, gzipped if its name ends in .gz"})
+    data: str = field(metadata={"help": "pairs, as an entry of --train_data of training/contrastive.py"})
+    output: str = field(metadata={"help": "JSON-lines file to write, gzipped if its name ends in .gz"})
     corpus: str | None = field(
-        default=None, metadata={"help": "more documents to choose from, with a column text; always: all positives"}
+        default=None, metadata={"help": "more documents to choose from beside all positives, with a column text"}
     )
     guide: str | None = field(
         default=None,
-        metadata={"help": "a second teacher, whose scores the thresholds are about and the nearest are ordered by"},
+        metadata={
+            "help": "a second teacher, whose scores are compared with the thresholds and order the nearest documents"
+        },
     )
     index: Literal["flat", "hnsw"] = field(
         default="flat", metadata={"help": "flat: exact; hnsw: approximate, for millions of documents"}
     )
     vector_cache: str | None = field(
-        default=None, metadata={"help": "file of the vectors computed so far; default: OUTPUT.vectors.sqlite"}
+        default=None, metadata={"help": "file that keeps computed vectors; default: OUTPUT.vectors.sqlite"}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens of a text that a model reads; chunk-max and its like say theirs"}
+        default=None,
+        metadata={"help": "tokens at which a model truncates texts; chunk-max:PATH:N and the like have their own"},
     )
     precision: str = field(
-        default="auto", metadata={"help": "float32; bfloat16; auto: bfloat16 where the processor is fast in it"}
+        default="auto", metadata={"help": "float32, bfloat16, or auto: bfloat16 if the processor computes it fast"}
     )
-    batch_tokens: int = field(default=16384, metadata={"help": "tokens in one forward pass"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with a model"})
+    batch_tokens: int = field(default=16384, metadata={"help": "tokens per forward pass"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run the code in the models' folders"})
 
 
 class PairTexts:
     """Pairs by their unique queries and documents; the texts stay on disk.
 
+    Args:
+        data: the pairs.
+        corpus: more documents.
+
     Attributes:
-        queries, documents: the unique texts; documents are the positives, then the corpus.
-        query_of, document_of: `(rows,)` indices of each pair's.
-        positives: of each query its positives, as indices into the documents.
-        own: the same, and the document whose text is the query itself, if there is one.
+        queries, documents: the unique texts; the documents are the positives, then the corpus.
+        query_of, document_of: `(rows,)`, for each pair the index of its query and of its document.
+        positives: for each query the indices of its positives.
+        own: for each query the same and, if there is one, the document with the text of the query.
     """
 
     def __init__(self, data: str, corpus: str | None):
@@ -159,7 +173,7 @@ class PairTexts:
         return len(self._rows)
 
     def with_negatives(self, negatives: Sequence[Sequence[int]]) -> Iterator[dict[str, str]]:
-        """The rows to write, in their order; `negatives` are of each query, empty where its pairs are left out."""
+        """Yield the rows to write, in order; `negatives` holds those of each query, none if its pairs are left out."""
         for query, document in zip(self.query_of.tolist(), self.document_of.tolist(), strict=True):
             if len(negatives[query]):
                 row = {"anchor": self.queries[query], "positive": self.documents[document]}
@@ -167,10 +181,17 @@ class PairTexts:
 
 
 def mine(arguments: Arguments, thresholds: Thresholds) -> str:
-    """Write the rows, and say in a sentence what became of the pairs and of the documents near them.
+    """Mine negatives and write the rows.
+
+    Args:
+        arguments: pairs, teacher and output.
+        thresholds: which documents become negatives.
+
+    Returns:
+        A sentence about how many pairs have negatives, and what the thresholds removed.
 
     Raises:
-        UserError: data or a model that is not as it must be, or thresholds that leave no pair.
+        UserError: a mistake in the data or the models, or thresholds that leave no pair.
     """
     precision = resolve_precision(arguments.precision)
     spec = ModelSpec.parse(arguments.model, arguments.max_length, precision)
@@ -221,12 +242,12 @@ def mine(arguments: Arguments, thresholds: Thresholds) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Mine; `argv` is the process's own if None."""
+    """Mine with the command-line options `argv`; None: those of the process."""
     print(mine(*parse(Arguments, Thresholds, argv=argv)))
 
 
 def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unique ids in the order of their first row, the place of each row among them, and their first rows."""
+    """Return unique ids in the order of their first row, the index of each row among them, and their first rows."""
     values, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     order = np.argsort(first)
     place = np.empty_like(order)
@@ -235,7 +256,7 @@ def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _texts(rows: datasets.Dataset, column: str) -> datasets.Dataset:
-    """One column alone, named `text`, of one type whatever file it is from."""
+    """Return one column, renamed to `text` and cast to one type whatever file it comes from."""
     rows = rows.select_columns([column])
     rows = rows if column == "text" else rows.rename_column(column, "text")
     return rows.cast_column("text", datasets.Value("large_string"))

@@ -1,4 +1,4 @@
-"""Paragraph Vectors of your own documents: a teacher that has read all of a document, whatever its length.
+"""Train Paragraph Vectors on your own documents: a teacher that reads documents of any length to their end.
 
     python training/paragraph_vector.py --train_data documents.jsonl --eval_data held-out.jsonl --output_dir runs/pv
 
@@ -23,33 +23,39 @@ from training.teachers.paragraph_vector import SETTING_NAMES, ParagraphVector, g
 
 @dataclass
 class ParagraphVectorArguments:
-    """The documents and the model."""
+    """The documents and the model.
+
+    Raises:
+        UserError: a number is out of range.
+    """
 
     train_data: list[str] = field(
         metadata={
             "help": "path_or_id ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name[@config] on the Hub, "
-            "with one document a row"
+            "with one document per row"
         }
     )
     output_dir: str = field(metadata={"help": "folder for final/ and report.json"})
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out documents, in the same forms"})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out documents, given in the same way"})
     text_column: str = field(default="text", metadata={"help": "the column that holds the documents"})
     id_column: str | None = field(
-        default=None, metadata={"help": "the column that names them; file and row do if not given"}
+        default=None, metadata={"help": "the column with the names of documents; default: file and row number"}
     )
     architecture: Literal["dm", "dbow", "both"] = field(
-        default="dbow", metadata={"help": "dm: distributed memory; dbow: bag of words; both: one behind the other"}
+        default="dbow", metadata={"help": "dm: distributed memory; dbow: bag of words; both: concatenated"}
     )
-    vector_size: int = field(default=100, metadata={"help": "of one architecture"})
-    window: int = field(default=5, metadata={"help": "words on either side"})
-    min_count: int = field(default=2, metadata={"help": "rarer words are left out"})
-    negative: int = field(default=5, metadata={"help": "noise words for each word"})
-    epochs: int = field(default=10, metadata={"help": "times through the documents, and of an inference"})
-    learning_rate: float = field(default=0.025, metadata={"help": "at the start; it falls to 0.0001"})
-    dbow_words: bool = field(default=True, metadata={"help": "dbow learns vectors of words as well (skip-gram)"})
-    lowercase: bool = field(default=True, metadata={"help": "words are read in lower case"})
-    workers: int = field(default=1, metadata={"help": "threads; with more than one no two runs are the same"})
-    seed: int = field(default=42, metadata={"help": "of everything that is random"})
+    vector_size: int = field(default=100, metadata={"help": "dimensions of the vectors of one architecture"})
+    window: int = field(default=5, metadata={"help": "context words on either side"})
+    min_count: int = field(default=2, metadata={"help": "occurrences that a word needs to be used"})
+    negative: int = field(default=5, metadata={"help": "noise words per word (negative sampling)"})
+    epochs: int = field(
+        default=10, metadata={"help": "passes through the documents, and through a text whose vector is inferred"}
+    )
+    learning_rate: float = field(default=0.025, metadata={"help": "initial learning rate; it decreases to 0.0001"})
+    dbow_words: bool = field(default=True, metadata={"help": "let dbow train word vectors too (skip-gram)"})
+    lowercase: bool = field(default=True, metadata={"help": "convert words to lower case"})
+    workers: int = field(default=1, metadata={"help": "threads; with more than one, runs are not reproducible"})
+    seed: int = field(default=42, metadata={"help": "random seed"})
 
     def __post_init__(self) -> None:
         for name in ("vector_size", "window", "min_count", "negative", "epochs", "workers", "learning_rate"):
@@ -60,7 +66,7 @@ class ParagraphVectorArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train; `argv` is the process's own if None."""
+    """Train with the command-line options `argv`; None: those of the process."""
     (arguments,) = parse(ParagraphVectorArguments, argv=argv)
     gensim_doc2vec()
     classes = () if arguments.id_column is None else (arguments.id_column,)
@@ -68,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train = read_sources(arguments.train_data, columns)
     held_out = read_sources(arguments.eval_data, Columns((arguments.text_column,), None, "documents"))
     final = Path(arguments.output_dir) / "final"
-    names = document_ids(train, arguments.id_column)  # before the training: they may be refused
+    names = document_ids(train, arguments.id_column)  # before the training, because they may be refused
     settings = {name: getattr(arguments, name) for name in SETTING_NAMES}
     architectures = ("dm", "dbow") if arguments.architecture == "both" else (arguments.architecture,)
     ParagraphVector.train(train, architectures, settings, arguments.workers).save(final, names)
@@ -83,14 +89,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def half_retrieval(model: ParagraphVector, texts: Sequence[str]) -> dict[str, float]:
-    """Whether vectors tell documents apart: every other word of a document must find the words between.
+    """Measure whether vectors distinguish documents: the even words of a document have to find its odd words.
 
     Args:
-        model: that makes vectors.
-        texts: of documents that it was not trained on.
+        model: the model.
+        texts: documents that it was not trained on.
 
     Returns:
-        The number of `documents`, and the share whose own other half is the nearest: `accuracy`, and by `chance`.
+        The number of `documents`, the fraction whose other half is the nearest (`accuracy`), and that by `chance`.
     """
     halves = []
     for start in (0, 1):
@@ -103,10 +109,10 @@ def half_retrieval(model: ParagraphVector, texts: Sequence[str]) -> dict[str, fl
 
 
 def document_ids(sources: list[Source], column: str | None) -> list[str]:
-    """The names of all documents in their order.
+    """Return the names of all documents in order.
 
     Raises:
-        UserError: two documents of one name.
+        UserError: two documents have the same name.
     """
     ids: list[str] = []
     for source in sources:

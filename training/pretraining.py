@@ -1,4 +1,4 @@
-"""Continued masked-language-model training of an encoder on long documents: what new positions and patterns mean.
+"""Continued masked-language-model training on long documents, in which an encoder learns new positions and patterns.
 
 accelerate launch training/pretraining.py --config training/recipes/pretraining/default.yaml \\
     --model_name_or_path MODEL --train_data documents.jsonl --output_dir runs/adapted
@@ -125,6 +125,11 @@ def sequence_reader(
     data_args: PretrainingArguments, mask_args: MaskingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> SequenceReader:
     """Return the reader of masked sequences.
+
+    Args:
+        data_args: whether texts are pairs of segments.
+        mask_args: what is masked.
+        tokenizer: tokenizer of the model.
 
     Raises:
         UserError: the tokenizer has no mask token, or no special tokens around a pair of segments.

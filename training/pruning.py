@@ -1,14 +1,14 @@
-"""Prune a LongEmbed model to a depth: which layers it can do without is searched on held-out pairs.
+"""Prune a LongEmbed model to a given depth: a search on held-out pairs finds the layers that it can do without.
 
 python training/pruning.py --model_name_or_path MODEL --eval_data pairs.jsonl --depth 3 --output_dir runs/pruned
 
-Layers go one after the other, each time the one without which the nDCG@10 of the pairs is highest. From n layers to d
-that takes (n (n + 1) - d (d + 1)) / 2 readings of all texts of the pairs, each with one layer less than the round
-began with: 15 for 6 to 3, 57 for 12 to 6. No weight changes, so it is for models that were trained with LayerDrop
-(Fan et al. 2020, arXiv:1909.11556), or as the start of a distillation (training/compression.py).
+Layers are removed one by one, each time the one without which the nDCG@10 of the pairs is highest. From n layers to d
+this embeds all texts of the pairs (n (n + 1) - d (d + 1)) / 2 times: 15 times from 6 to 3, 57 times from 12 to 6. No
+weight changes, so it is for models that were trained with LayerDrop (Fan et al. 2020, arXiv:1909.11556), or as the
+start of a distillation (training/compression.py).
 
-`<output_dir>/search.json` holds every score as soon as it is there: the same command again goes on where it was. The
-best model of the depth is in `<output_dir>/final`.
+`<output_dir>/search.json` receives every score when it is computed, so the same command resumes an interrupted search.
+The best model of the depth is written to `<output_dir>/final`.
 """
 
 import copy
@@ -37,20 +37,27 @@ from training.objectives.pair_retrieval import PairRetrieval
 
 @dataclass
 class PruningArguments:
-    """How far, and how it is judged."""
+    """The depth, and the pairs that models are judged by.
+
+    Raises:
+        UserError: a number is not positive.
+    """
 
     eval_data: list[str] = field(
         metadata={"help": "labelled pairs, anchor and positive: .jsonl, .jsonl.gz, .parquet, or org/name on the Hub"}
     )
-    depth: int = field(metadata={"help": "layers, or sublayers, that are left"})
+    depth: int = field(metadata={"help": "number of layers, or sublayers, to keep"})
     output_dir: str = field(metadata={"help": "folder of search.json and final/"})
     unit: Literal["layer", "sublayer"] = field(
-        default="layer", metadata={"help": "what goes as one: an attention with the feed-forward after it, or either"}
+        default="layer",
+        metadata={
+            "help": "what is removed at once: an attention with the feed-forward after it (layer), or either of them"
+        },
     )
     max_length: int | None = field(
-        default=None, metadata={"help": "tokens at which a text is cut off; the model's context if not given"}
+        default=None, metadata={"help": "tokens at which a text is truncated; the model's context if not given"}
     )
-    batch_tokens: int = field(default=16384, metadata={"help": "tokens of one forward pass"})
+    batch_tokens: int = field(default=16384, metadata={"help": "tokens per forward pass"})
 
     def __post_init__(self) -> None:
         for name in ("depth", "batch_tokens"):
@@ -63,11 +70,11 @@ Units = tuple[int, ...]
 
 @dataclass
 class Search:
-    """The scores of what may be kept of a model.
+    """A greedy search over the units (layers or sublayers) of a model to keep.
 
     Args:
-        score: what units are kept to a score; the higher the better.
-        scores: those that are known.
+        score: maps units to keep to a score, of which higher is better; None: no model has these units.
+        scores: the scores known so far; new ones are added.
         remember: called whenever one is added.
     """
 
@@ -76,12 +83,16 @@ class Search:
     remember: Callable[[], None]
 
     def greedy(self, count: int, depth: int) -> list[Units]:
-        """What to keep of `count` units at each depth from `count` down to `depth`.
+        """Return the units to keep at each depth from `count` down to `depth`.
 
-        Of equal scores the one that keeps the earlier units wins.
+        Among equal scores the one that keeps the earlier units wins.
+
+        Args:
+            count: number of units of the model.
+            depth: number of units to keep at the end.
 
         Raises:
-            UserError: nothing that could be dropped leaves a model.
+            UserError: no unit can be removed without leaving a model without attention.
         """
         path = [tuple(range(count))]
         steps = sum(range(depth + 1, count + 1)) + 1
@@ -108,7 +119,12 @@ class Search:
 
 
 def pruned(model: Any, kept: Sequence[int], unit: str) -> Any:
-    """A copy of a model that keeps these layers or sublayers.
+    """Return a copy of a model that keeps some of its layers or sublayers.
+
+    Args:
+        model: a LongEmbed model.
+        kept: numbers of the layers or sublayers to keep.
+        unit: `layer` or `sublayer`.
 
     Raises:
         ValueError: no attention is left.
@@ -118,41 +134,45 @@ def pruned(model: Any, kept: Sequence[int], unit: str) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Search and write; `argv` is the process's own if None."""
-    model_arguments, arguments = parse(ModelArguments, PruningArguments, argv=argv)
-    loaded, tokenizer = load_encoder(model_arguments)
+    """Search and write with the command-line options `argv`; None: those of the process.
+
+    Raises:
+        UserError: a mistake in the options, the data or the model.
+    """
+    model_args, args = parse(ModelArguments, PruningArguments, argv=argv)
+    loaded, tokenizer = load_encoder(model_args)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model: Any = loaded.eval().to(device)
-    length = text_length("max_length", arguments.max_length, model, tokenizer)
+    length = text_length("max_length", args.max_length, model, tokenizer)
     layout = model.config.sublayer_pattern
-    count = len(layers_of(layout)) if arguments.unit == "layer" else len(layout)
-    if arguments.depth > count:
-        raise UserError(f"--depth {arguments.depth}: the model has {count} {arguments.unit}s; give at most that")
+    count = len(layers_of(layout)) if args.unit == "layer" else len(layout)
+    if args.depth > count:
+        raise UserError(f"--depth {args.depth}: the model has {count} {args.unit}s; give at most that")
     tokenize = PairTokenizer(tokenizer, length, length, model.config.prompts)
-    sources = read_sources(arguments.eval_data, PAIRS)
-    retrievals = [PairRetrieval(s, tokenize, batch_size=64, batch_tokens=arguments.batch_tokens) for s in sources]
+    sources = read_sources(args.eval_data, PAIRS)
+    retrievals = [PairRetrieval(s, tokenize, batch_size=64, batch_tokens=args.batch_tokens) for s in sources]
 
     @torch.no_grad()
     def score(kept: Units) -> float | None:
         try:
-            candidate = pruned(model, kept, arguments.unit)
+            candidate = pruned(model, kept, args.unit)
         except ValueError:
             return None
         found = [r(lambda chunk: embed(candidate, chunk.to(device)), 0.05)["eval_ndcg_at_10"] for r in retrievals]
         return sum(found) / len(found)
 
-    output_dir = Path(arguments.output_dir).absolute()
+    output_dir = Path(args.output_dir).absolute()
     file = output_dir / "search.json"
-    made_by: dict[str, Any] = {"unit": arguments.unit, "max_length": length, "texts": _hash_texts(retrievals)}
+    made_by: dict[str, Any] = {"unit": args.unit, "max_length": length, "texts": _hash_texts(retrievals)}
     made_by["model"] = model_identity(model, tokenizer)
     known = _read(file, made_by)
     search = Search(score, known, lambda: _write(file, made_by, known))
-    path = search.greedy(count, arguments.depth)
+    path = search.greedy(count, args.depth)
     for kept in path:
         value = known[kept]
         assert value is not None
-        print(f"{len(kept)} {arguments.unit}s: nDCG@10 {100 * value:.2f}, kept {' '.join(map(str, kept))}")
-    save(pruned(model, path[-1], arguments.unit), output_dir, title=output_dir.name)
+        print(f"{len(kept)} {args.unit}s: nDCG@10 {100 * value:.2f}, kept {' '.join(map(str, kept))}")
+    save(pruned(model, path[-1], args.unit), output_dir, title=output_dir.name)
 
 
 def _hash_texts(retrievals: list[PairRetrieval]) -> str:
@@ -161,10 +181,10 @@ def _hash_texts(retrievals: list[PairRetrieval]) -> str:
 
 
 def _read(file: Path, made_by: dict[str, Any]) -> dict[Units, float | None]:
-    """The scores that are there.
+    """Read the scores of an earlier search, if there are any.
 
     Raises:
-        UserError: they are of another model, or of other pairs; the file is damaged.
+        UserError: they belong to another model or other pairs, or the file is damaged.
     """
     if not file.exists():
         return {}

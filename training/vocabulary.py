@@ -1,12 +1,13 @@
-"""Trim the vocabulary of a LongEmbed model to a corpus: word embeddings that no text uses are dropped.
+"""Trim the vocabulary of a LongEmbed model to a corpus: embeddings of tokens that no text uses are removed.
 
 python training/vocabulary.py --model_name_or_path MODEL --train_data documents.jsonl --output_dir runs/trimmed
 
-In a small model most parameters are word embeddings, and a corpus of one field or one language uses a part of them. The
-texts of the corpus are cut into the same pieces as before and have the same vectors. Kept are special and added tokens,
-the pieces of the prompts, pieces that occur, and single characters, so that a word that is new is spelled. With
-`--min_count` above 1 rare pieces go too, and the texts that hold them are cut into smaller ones. A word that was [UNK]
-because WordPiece, taking the longest piece, came to where none fits may now be cut: another piece is the longest.
+In a small model most parameters are word embeddings, of which a corpus of one field or language uses a part. The texts
+of the corpus are split into the same tokens as before and have the same vectors. The trimmed vocabulary keeps special
+and added tokens, the tokens of the prompts, tokens that occur in the corpus, and single characters, so that a new word
+can be spelled. With `--min_count` above 1 rare tokens are removed too, and texts that contain them are split into
+smaller ones. A word that was [UNK], because WordPiece took the longest token and then found none for the rest, may now
+be split, because another token is the longest.
 """
 
 import json
@@ -29,33 +30,37 @@ from training.data.token_store import tokenize_documents
 from training.engine.saving import save
 from training.models.encoder import ModelArguments, load_encoder
 
-# What is left of a piece without the marks of a word's start or middle.
+# Matches a token without the mark that its tokenizer sets at the start or in the middle of a word.
 _BARE = re.compile(r"^(?:##|\u2581)?(.*)$", re.DOTALL)
 
 
 @dataclass
 class VocabularyArguments:
-    """What decides which pieces stay."""
+    """The corpus, and how often a token must occur.
+
+    Raises:
+        UserError: the count is not positive.
+    """
 
     train_data: list[str] = field(
         metadata={"help": "the corpus: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name on the Hub"}
     )
     output_dir: str = field(metadata={"help": "folder of final/, the trimmed model"})
     text_column: str = field(default="text", metadata={"help": "the column that holds the texts"})
-    min_count: int = field(default=1, metadata={"help": "how often a piece must occur to stay"})
+    min_count: int = field(default=1, metadata={"help": "occurrences that a token needs to be kept"})
 
     def __post_init__(self) -> None:
         if self.min_count < 1:
             raise UserError(f"--min_count {self.min_count}: must be at least 1")
 
 
-def pieces_to_keep(tokenizer: PreTrainedTokenizerBase, counts: np.ndarray, min_count: int) -> np.ndarray:
-    """The ids that stay, ascending.
+def tokens_to_keep(tokenizer: PreTrainedTokenizerBase, counts: np.ndarray, min_count: int) -> np.ndarray:
+    """Return the ids of the tokens to keep, ascending.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         counts: `(vocab_size,)`, how often each id occurs.
-        min_count: how often it must.
+        min_count: how often an id must occur.
     """
     keep = counts >= min_count
     for token, number in tokenizer.get_vocab().items():
@@ -67,13 +72,14 @@ def pieces_to_keep(tokenizer: PreTrainedTokenizerBase, counts: np.ndarray, min_c
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, keep: np.ndarray) -> PreTrainedTokenizerBase:
-    """The tokenizer with the ids `keep`, which become 0, 1, ... in their order.
+    """Return a tokenizer that has only the ids `keep`, renumbered 0, 1, ... in their order.
 
-    A piece that WordPiece takes is the longest that fits, and what Unigram takes the most probable of all ways to cut a
-    word: both take the same pieces when others are gone. (A word that WordPiece could not cut is none of these.)
+    WordPiece takes the longest token that fits, and Unigram the most probable split of a word, so both choose the same
+    tokens when others are removed. (Only a word that WordPiece could not split may change.)
 
     Raises:
-        UserError: a tokenizer of which this cannot be said, such as BPE, whose pieces are made by merging others.
+        UserError: the tokenizer may split texts differently after trimming, as BPE, which builds tokens by merging
+            others.
     """
     new_id = {int(old): new for new, old in enumerate(keep)}
     with TemporaryDirectory() as folder:
@@ -99,17 +105,17 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, keep: np.ndarray) -> PreT
         _renumber(content.get("post_processor"), new_id)
         file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         settings = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
-        settings.pop("added_tokens_decoder", None)  # tokenizer.json says it too
+        settings.pop("added_tokens_decoder", None)  # tokenizer.json has them too
         Path(folder, "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         for other in Path(folder).iterdir():
-            if other.suffix != ".json":  # the vocabulary in an older form
+            if other.suffix != ".json":  # a file of the old vocabulary in another format
                 other.unlink()
         return AutoTokenizer.from_pretrained(folder)
 
 
 @torch.no_grad()
 def trim_embeddings(model: Any, keep: np.ndarray) -> None:
-    """Drop the word embeddings of all ids but `keep`, in place."""
+    """Remove the embeddings of all ids but `keep`, in place."""
     table, config = model.get_input_embeddings(), model.config
     places = torch.from_numpy(keep)
     pad = config.pad_token_id
@@ -122,38 +128,38 @@ def trim_embeddings(model: Any, keep: np.ndarray) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trim and write; `argv` is the process's own if None."""
-    model_arguments, arguments = parse(ModelArguments, VocabularyArguments, argv=argv)
-    loaded, tokenizer = load_encoder(model_arguments)
+    """Trim and write with the command-line options `argv`; None: those of the process."""
+    model_args, args = parse(ModelArguments, VocabularyArguments, argv=argv)
+    loaded, tokenizer = load_encoder(model_args)
     model: Any = loaded
     before = model.num_parameters(), len(tokenizer)
     counts = np.zeros(model.config.vocab_size, np.int64)
-    output_dir = Path(arguments.output_dir).absolute()
-    sources = read_sources(arguments.train_data, Columns((arguments.text_column,), None, "texts"))
+    output_dir = Path(args.output_dir).absolute()
+    sources = read_sources(args.train_data, Columns((args.text_column,), None, "texts"))
     output_dir.mkdir(parents=True, exist_ok=True)
     for source in sources:
         counts += tokenize_documents(source, tokenizer).token_counts(len(counts)).numpy()
     of_prompts = np.zeros_like(counts)
     for prompt in model.config.prompts.values():
-        of_prompts[tokenizer(prompt, add_special_tokens=False)["input_ids"]] = arguments.min_count
-    keep = pieces_to_keep(tokenizer, counts + of_prompts, arguments.min_count)
+        of_prompts[tokenizer(prompt, add_special_tokens=False)["input_ids"]] = args.min_count
+    keep = tokens_to_keep(tokenizer, counts + of_prompts, args.min_count)
     trimmed = trim_tokenizer(tokenizer, keep)
     trim_embeddings(model, keep)
     model.tokenizer = trimmed
     final = save(model, output_dir, title=output_dir.name)
     print(
-        f"{final}: {len(keep):,} of {before[1]:,} pieces, {model.num_parameters():,} of {before[0]:,} parameters; "
+        f"{final}: {len(keep):,} of {before[1]:,} tokens, {model.num_parameters():,} of {before[0]:,} parameters; "
         f"{counts[keep].sum() / max(1, counts.sum()):.2%} of the tokens of the corpus are as they were"
     )
 
 
 def _renumber(processor: dict[str, Any] | None, new_id: dict[int, int]) -> None:
-    """The special tokens of a post-processor, in place."""
+    """Renumber the special tokens of a post-processor, in place."""
     if processor is None:
         return
     for inner in processor.get("processors", []):
         _renumber(inner, new_id)
-    for name in ("sep", "cls"):  # of BERT's and RoBERTa's own
+    for name in ("sep", "cls"):  # post-processors of BERT and RoBERTa
         if name in processor:
             processor[name][1] = new_id[processor[name][1]]
     for token in (processor.get("special_tokens") or {}).values():

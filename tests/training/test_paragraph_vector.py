@@ -133,7 +133,7 @@ def test_the_end_of_a_long_document_counts(tmp_path):
 
 
 @pytest.mark.parametrize("architecture", ["dm", "dbow"])
-def test_stretches_of_a_document_are_examples_of_one_tag(tmp_path, architecture, monkeypatch):
+def test_spans_of_a_document_are_examples_of_one_tag(tmp_path, architecture, monkeypatch):
     """To the bit what gensim itself makes of two examples with one tag, and of one inference after the other."""
     texts = long_documents(TOPICS[:2])
     data = write_jsonl(tmp_path / "train.jsonl", [{"text": text} for text in texts])

@@ -164,7 +164,7 @@ def test_special_tokens_are_where_they_were(processor):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **NAMES)
     counts = np.zeros(len(pieces), np.int64)
     counts[pieces.index("bb")] = 1
-    small = vocabulary.trim_tokenizer(tokenizer, vocabulary.pieces_to_keep(tokenizer, counts, 1))
+    small = vocabulary.trim_tokenizer(tokenizer, vocabulary.tokens_to_keep(tokenizer, counts, 1))
     assert sorted(small.get_vocab()) == sorted(piece for piece in pieces if piece != "aaa")
     assert small.backend_tokenizer.padding["pad_id"] == small.pad_token_id
     for texts in (["bb a"], ["a", "bb a"]):
@@ -181,7 +181,7 @@ def test_bytes_stay_so_that_every_character_can_be_spelled():
         models.Unigram([("[UNK]", 0.0), ("abc", -2.0), ("a", -5.0), *byte_pieces], unk_id=0, byte_fallback=True)
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
-    keep = vocabulary.pieces_to_keep(tokenizer, np.zeros(259, np.int64), 1)
+    keep = vocabulary.tokens_to_keep(tokenizer, np.zeros(259, np.int64), 1)
     small = vocabulary.trim_tokenizer(tokenizer, keep)
     assert len(small) == 258
     assert small.tokenize("aé") == tokenizer.tokenize("aé") == ["a", "<0xC3>", "<0xA9>"]
@@ -199,7 +199,7 @@ def test_the_real_minilm_keeps_its_vectors(minilm, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(minilm)
     counts = np.zeros(len(tokenizer), np.int64)
     np.add.at(counts, [number for text in texts for number in tokenizer(text)["input_ids"]], 1)
-    keep = vocabulary.pieces_to_keep(tokenizer, counts, 1)
+    keep = vocabulary.tokens_to_keep(tokenizer, counts, 1)
     model = LongEmbedModel.from_encoder(minilm)
     before = np.asarray(model.encode(texts))
     vocabulary.trim_embeddings(model, keep)

@@ -1,4 +1,4 @@
-"""What processes give each other: rows, through an all-gather that gradients flow back through, and means."""
+"""Collectives: a differentiable all-gather of rows, means over processes, and what DDP and FSDP need around them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """All-gather whose backward is the sum of all processes' gradients with respect to the own rows.
+    """All-gather whose backward pass sums the gradients of all processes with respect to this process's rows.
 
-    `torch.distributed.all_gather` cuts the graph: with the loss over local rows the queries' gradient would still be
-    right, but the keys would miss what the other processes' queries ask of them.
+    `torch.distributed.all_gather` cuts the graph: with a loss over local rows the gradient of the queries would still
+    be right, but that of the keys would lack the part that comes from the other processes' queries.
     """
 
     @staticmethod
@@ -26,7 +26,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # gloo has no reduce-scatter; the embeddings of a batch are small, so the sum of all rows is no burden.
+        # gloo has no reduce-scatter; the embeddings of a batch are small, so summing all rows is cheap.
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         start = dist.get_rank() * ctx.count
@@ -34,33 +34,33 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, in the order of the processes, differentiable with respect to every process's rows.
+    """Return the rows of all processes in process order, differentiable with respect to the rows of each process.
 
-    With a loss that is the mean over the *own* rows against gathered columns, the mean of the processes' parameter
-    gradients (what DDP computes) is the gradient of the global loss: no factor of the number of processes anywhere.
+    With a loss that averages over this process's rows against gathered columns, the mean of the processes' parameter
+    gradients (which DDP computes) is the gradient of the global loss, without any factor of the number of processes.
 
     Args:
-        rows: `(n, ...)`; the same shape on every process, or the collective hangs.
+        rows: `(n, ...)`; the same shape on every process, otherwise the collective hangs.
 
     Returns:
-        `(world_size * n, ...)`; `rows` itself in a run of one process.
+        `(world_size * n, ...)`; `rows` itself if there is one process.
     """
     return rows if world_size() == 1 else _GatherWithGradient.apply(rows)
 
 
 def own_rows(count: int) -> slice:
-    """Where this process's `count` rows are in the result of `gather_rows`."""
+    """Return where the `count` rows of this process are in the result of `gather_rows`."""
     start = dist.get_rank() * count if world_size() > 1 else 0
     return slice(start, start + count)
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of a tensor over the processes, without gradient."""
+    """Return the mean of a tensor over the processes, without gradient."""
     values = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(values)
@@ -68,13 +68,18 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def own_share(count: int) -> range:
-    """This process's contiguous share of `count` things; the shares of all processes, in order, are all of them."""
+    """Return the contiguous share of this process of `count` items; the shares of all processes make up all items."""
     processes, rank = world_size(), dist.get_rank() if world_size() > 1 else 0
     return range(count * rank // processes, count * (rank + 1) // processes)
 
 
 def synchronizing(model: nn.Module, synchronize: bool) -> AbstractContextManager[None]:
-    """Whether a forward and backward pass inside ends in the reduction of gradients, of DDP or of FSDP."""
+    """Return a context in which a backward pass reduces the gradients of DDP or FSDP, or does not.
+
+    Args:
+        model: as DDP or FSDP wraps it; any other model has nothing to reduce.
+        synchronize: whether gradients are reduced.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(synchronize)
     elif isinstance(model, DistributedDataParallel) and not synchronize:
@@ -83,10 +88,10 @@ def synchronizing(model: nn.Module, synchronize: bool) -> AbstractContextManager
 
 
 def passes_together(model: nn.Module, count: int) -> int:
-    """Forward passes that this process makes of a batch in `count` chunks.
+    """Return the number of forward passes that this process has to make for a batch in `count` chunks.
 
-    Under FSDP, where a forward pass is a collective, as many as the process with the most chunks: the surplus repeats a
-    chunk, with a gradient of zero.
+    Under FSDP a forward pass is a collective, so every process makes as many as the one with the most chunks. The
+    caller repeats a chunk for the surplus passes, with a gradient of zero.
     """
     if not isinstance(model, FSDPModule):
         return count
@@ -96,27 +101,27 @@ def passes_together(model: nn.Module, count: int) -> int:
 
 
 def settle(model: nn.Module) -> None:
-    """Let DDP do now, on all processes at once, what it does once in the first forward pass after a synchronised step.
+    """Make DDP rebuild its buckets now, on all processes at once, instead of in its next forward pass.
 
-    It orders its buckets anew, which is a collective. Processes whose batches have more or fewer chunks come to their
-    next forward pass with gradients at another place, before or after the gather of the embeddings, and would wait for
-    each other for ever.
+    Rebuilding is a collective, which DDP runs once, in the first forward pass with gradients after a synchronised step.
+    For processes with different numbers of chunks that pass comes before or after the gather of the embeddings, so
+    they would wait for each other forever.
     """
     if isinstance(model, DistributedDataParallel):
         model.reducer._rebuild_buckets()
 
 
 def broadcast(module: nn.Module) -> None:
-    """Let every process begin with the parameters and buffers of the first, as DDP does with those of the model."""
+    """Copy parameters and buffers of the first process to all others, as DDP does for the model that it wraps."""
     if world_size() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor.detach(), 0)
 
 
 def average_gradients(module: nn.Module) -> None:
-    """The mean over the processes of the gradients of what is in no DDP module, such as an objective's parameters.
+    """Average gradients over the processes, for parameters outside of DDP such as a learnable temperature.
 
-    Once a step, on all processes, whose gradients are there or not there alike.
+    Call it once per step on all processes; a parameter must have a gradient on all of them or on none.
     """
     for parameter in module.parameters():
         if parameter.grad is not None:

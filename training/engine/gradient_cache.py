@@ -14,7 +14,11 @@ Metrics = dict[str, Tensor]
 
 
 class RandomState:
-    """The state of the random generators that dropout draws from, to be drawn from again."""
+    """The state of the random number generators that dropout draws from, captured to be replayed.
+
+    Args:
+        device: whose generator is captured beside that of the CPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.devices = [device] if device.type == "cuda" else []
@@ -23,7 +27,7 @@ class RandomState:
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Inside, random numbers repeat from this state; outside, the generators go on as if nothing had happened."""
+        """Repeat the random numbers from this state inside the block, and leave the generators unchanged after it."""
         with torch.random.fork_rng(self.devices):
             torch.set_rng_state(self.cpu_state)
             for device, state in zip(self.devices, self.device_states, strict=True):
@@ -39,24 +43,23 @@ def cached_backward(
     *,
     synchronize: bool = True,
 ) -> Metrics:
-    """Accumulate the gradient of `loss(embeddings of all chunks)` while the activations of one chunk are alive.
+    """Accumulate the exact gradient of `loss(embeddings of all chunks)` with the activations of one chunk in memory.
 
-    Gao et al. 2021 (arXiv:2101.06983), section 3: (1) embed every chunk without a graph; (2) the loss of the detached
-    embeddings, in float32 whatever the model computes in, and its gradient with respect to them; (3) embed every chunk
-    again with the same random numbers and continue the backward pass from the cached gradient. It is exact for a model
-    in which texts do not see each other, and costs a second forward pass; a batch of one chunk is computed directly.
+    Gao et al. 2021 (arXiv:2101.06983), section 3: (1) embed every chunk without a graph; (2) compute the loss of the
+    detached embeddings, in float32 whatever the model computes in, and its gradient with respect to them; (3) embed
+    every chunk again with the same random numbers and continue the backward pass from the cached gradient. The result
+    is exact if texts do not see each other. It costs a second forward pass; a batch of one chunk is computed directly.
 
     Args:
-        model: the module that `embed` calls; if it is a DDP or FSDP module its gradients are reduced once, in the last
-            chunk.
-        chunks: what `embed` takes; concatenated, their embeddings are the batch.
-        embed: a chunk to its embeddings `(n_i, d)`.
-        loss: all embeddings `(sum n_i, d)` to a scalar and detached metrics. It may gather over processes; parameters
-            of its own receive their gradient in step 2.
-        synchronize: False while gradients are accumulated over several batches: no all-reduce at all.
+        model: the module that `embed` calls. The gradients of a DDP or FSDP module are reduced once, in the last chunk.
+        chunks: the parts of the batch.
+        embed: maps a chunk to its embeddings `(n_i, d)`.
+        loss: maps all embeddings `(sum n_i, d)` to a scalar and detached metrics. It may gather over processes; its own
+            parameters receive their gradient in step 2.
+        synchronize: whether gradients are reduced over the processes at all; False while they are accumulated.
 
     Returns:
-        The metrics.
+        The metrics of `loss`.
     """
     passes = passes_together(model, len(chunks))
     if passes == 1:
@@ -75,7 +78,7 @@ def cached_backward(
 
     cached = _in_full_precision(torch.cat(embeddings)).requires_grad_()
     value, metrics = loss(cached[: sum(map(len, embeddings[: len(chunks)]))])
-    value.backward()  # not autograd.grad: a loss with parameters of its own (a temperature) gets its gradient here
+    value.backward()  # not autograd.grad: parameters of the loss, such as a temperature, get their gradient here
     assert cached.grad is not None
     gradients = cached.grad.split([len(rows) for rows in embeddings])
 
@@ -88,5 +91,5 @@ def cached_backward(
 
 
 def _in_full_precision(embeddings: Tensor) -> Tensor:
-    """At least float32: the exponentials of similarities at a low temperature need it."""
+    """Return embeddings in float32 or better, which exponentials of similarities at a low temperature need."""
     return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

@@ -1,11 +1,11 @@
-"""What a run reports of its held-out data."""
+"""Evaluation on held-out data: one function for all sources of `--eval_data`."""
 
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
 
-# Of the model under training, by name.
+# Maps the model under training to its metrics.
 Evaluate = Callable[[nn.Module], dict[str, float]]
 OfSource = TypeVar("OfSource")
 
@@ -13,14 +13,15 @@ OfSource = TypeVar("OfSource")
 def by_source(
     evaluations: dict[str, OfSource], evaluate: Callable[[OfSource, nn.Module], dict[str, float]]
 ) -> Evaluate | None:
-    """The evaluation of a model on each source of `--eval_data`; None if there is none.
+    """Return a function that evaluates a model on each source of `--eval_data`; None if there is no source.
 
     Args:
-        evaluations: of the sources, by their name.
-        evaluate: calls one of them with a model.
+        evaluations: what evaluates on one source, by the name of the source.
+        evaluate: calls one of the evaluations with a model, and returns its metrics.
 
     Returns:
-        Metrics of a model: as `evaluate` names them if there is one source, else `metric/source`.
+        A function from a model to its metrics, which are named as `evaluate` names them if there is one source, and
+        `metric/source` otherwise.
     """
 
     def metrics(model: nn.Module) -> dict[str, float]:

@@ -50,7 +50,11 @@ from training.engine.sharding import (
 
 @dataclass(kw_only=True)
 class LoopArguments(OptimizerArguments):
-    """How long a run is, how it computes, and when it logs, evaluates and saves."""
+    """How long a run is, how it computes, and when it logs, evaluates and saves.
+
+    Raises:
+        UserError: a number of steps is not positive, or nothing is to be trained.
+    """
 
     output_dir: str = field(metadata={"help": "folder for checkpoints/, metrics.jsonl, tensorboard/ and final/"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes through the training data"})
@@ -146,9 +150,9 @@ class Stream(Protocol):
         """Continue at the place that the `bookmark` of the last batch names."""
 
 
-# Adds the gradient of one batch to the parameters and returns metrics of this process, scalars without gradient; those
-# named `*_count` are summed over processes and batches, all others averaged. The arguments are the model, the batch, a
-# factor of the loss, and whether the gradients are to be reduced over the processes after it.
+# Adds the gradient of one batch to the parameters, and returns metrics of this process: scalars without gradient, of
+# which those named `*_count` are summed over processes and batches, and all others averaged. The arguments are the
+# model, the batch, a factor of the loss, and whether gradients are reduced over the processes after this batch.
 AccumulateGradient = Callable[[nn.Module, AnyBatch, float, bool], dict[str, Tensor]]
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 

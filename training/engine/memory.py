@@ -18,7 +18,11 @@ CPU_SHARE = 0.9  # of the machine's memory that a run on the CPU may take if no 
 
 @dataclass(kw_only=True)
 class MemoryArguments:
-    """How much memory there is, and what is tried before the first step."""
+    """How much memory there is, and what is tried before the first step.
+
+    Raises:
+        UserError: the limit is not positive.
+    """
 
     rehearse: Literal["first", "only", "never"] = field(
         default="first",
@@ -93,7 +97,11 @@ class Memory:
 
     @contextmanager
     def answering(self) -> Iterator[None]:
-        """Turn memory that runs out inside the block into a `UserError` that says what to change."""
+        """Turn memory that runs out inside the block into an error that says what to change.
+
+        Raises:
+            UserError: memory has run out.
+        """
         try:
             yield
         except RuntimeError as error:

@@ -13,7 +13,11 @@ from common.errors import UserError
 
 @dataclass(kw_only=True)
 class OptimizerArguments:
-    """The optimiser and the schedule of its learning rate."""
+    """The optimiser and the schedule of its learning rate.
+
+    Raises:
+        UserError: the learning rate is not positive.
+    """
 
     learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of AdamW"})
     weight_decay: float = field(
@@ -62,7 +66,13 @@ def make_optimizer(groups: list[dict[str, Any]], arguments: OptimizerArguments) 
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, arguments: OptimizerArguments, total_steps: int) -> LRScheduler:
-    """Return the schedule of the learning rate over the `total_steps` of a run."""
+    """Return the schedule of the learning rate.
+
+    Args:
+        optimizer: its groups keep the proportions of their learning rates.
+        arguments: parsed command-line options.
+        total_steps: number of steps of the whole run.
+    """
     return get_scheduler(
         arguments.lr_scheduler_type,
         optimizer,

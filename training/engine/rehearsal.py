@@ -52,6 +52,9 @@ def rehearse(
         memory: the limit.
         model: as the loop wraps it.
         optimizer: of the run.
+
+    Returns:
+        Whether memory sufficed, and the peak.
     """
     device, batch = loop.device, training.batches.heaviest()
     chunk = batch.largest_chunk()

@@ -18,7 +18,11 @@ WHOLE_WEIGHTS = "train_embed_norm.safetensors"
 
 @dataclass(kw_only=True)
 class HubArguments:
-    """Whether and where the final model is published."""
+    """Whether and where the final model is published.
+
+    Raises:
+        UserError: the model is to be published, and no repository is named.
+    """
 
     push_to_hub: bool = field(default=False, metadata={"help": "upload the final model to the Hugging Face Hub"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository to upload to: org/name"})
@@ -52,6 +56,11 @@ def save(model: PreTrainedModel | PeftModel, output_dir: Path, title: str, tunin
 
 def push(final: Path, repository: str, private: bool) -> None:
     """Upload the folder of a final model as it is.
+
+    Args:
+        final: the folder.
+        repository: `org/name` on the Hub, created if it does not exist.
+        private: whether a new repository is private.
 
     Raises:
         UserError: the upload failed.

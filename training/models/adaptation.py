@@ -1,4 +1,4 @@
-"""A masked-language model to adapt: one of ours or any encoder that converts, with other positions and patterns."""
+"""A masked-language model to adapt: a LongEmbed model or an encoder to convert, with new positions and patterns."""
 
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
@@ -17,33 +17,39 @@ from training.models.encoder import ModelArguments
 
 @dataclass
 class AdaptationArguments:
-    """What of the model is changed before it trains."""
+    """What is changed in the model before it trains.
+
+    Raises:
+        UserError: options that exclude each other.
+    """
 
     max_position_embeddings: int | None = field(
-        default=None, metadata={"help": "the new context in tokens; the model's own if not given"}
+        default=None, metadata={"help": "new context in tokens; the model's own if not given"}
     )
     position_extension: str | None = field(
         default=None,
         metadata={
-            "help": "how positions reach the new context: a method such as repeat, interpolate, group, yarn, or with "
-            "parameters restart:period=254; default: the model's usual one"
+            "help": "how positions are extended to the new context: a method such as repeat, interpolate, group, yarn, "
+            "or one with parameters, restart:period=254; default: the usual method of the model's positions"
         },
     )
     position_embedding_type: str | None = field(
         default=None,
-        metadata={"help": "another position scheme, which the model has to learn anew: rope, alibi, sinusoidal, ..."},
+        metadata={"help": "a new position scheme, which the model has to learn: rope, alibi, sinusoidal, ..."},
     )
-    rope_theta: float | None = field(default=None, metadata={"help": "base of the rotation of a new rope scheme"})
+    rope_theta: float | None = field(
+        default=None, metadata={"help": "base of the rotation angles of a new rope scheme"}
+    )
     attention_patterns: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "one for all attention sublayers, or one for each: full sliding:window=128 block:size=254; the "
-            "model's own if not given"
+            "help": "attention patterns, one for all attention sublayers or one for each: full sliding:window=128 "
+            "block:size=254; the model's own if not given"
         },
     )
     training_attention_patterns: list[str] = field(
         default_factory=list,
-        metadata={"help": "the same, in training alone, such as shifted:size=512; default: no others"},
+        metadata={"help": "attention patterns used in training only, such as shifted:size=512; default: the same"},
     )
 
     def __post_init__(self) -> None:
@@ -55,7 +61,7 @@ class AdaptationArguments:
             raise UserError("--rope_theta: is the base of a new rope scheme; add --position_embedding_type rope")
 
     def patterns(self) -> dict[str, list[dict]]:
-        """The attention patterns that were given, as fields of the config."""
+        """Return the attention patterns that were given, as fields of the config."""
         names = ("attention_patterns", "training_attention_patterns")
         return {
             name: [parse_pattern(text, option=name) for text in getattr(self, name)]
@@ -64,7 +70,7 @@ class AdaptationArguments:
         }
 
     def extension(self) -> dict[str, Any] | None:
-        """The method of extension and its parameters, as the config's field."""
+        """Return the extension method and its parameters, as the field of the config."""
         if self.position_extension is None:
             return None
         return parse_pattern(self.position_extension, option="position_extension", key="method")
@@ -73,10 +79,17 @@ class AdaptationArguments:
 def load_masked_lm(
     model_arguments: ModelArguments, arguments: AdaptationArguments
 ) -> tuple[LongEmbedForMaskedLM, bool]:
-    """The masked-language model, with its tokenizer as `model.tokenizer`, and whether its head is new.
+    """Load a masked-language model, convert it if it is not a LongEmbed model, and adapt it.
+
+    Args:
+        model_arguments: names the model.
+        arguments: what is changed.
+
+    Returns:
+        The model, with its tokenizer as `model.tokenizer`, and whether its head is new.
 
     Raises:
-        UserError: there is no such model, it cannot be converted or changed so, or it has no tokenizer.
+        UserError: the model does not exist, cannot be converted or changed in this way, or has no tokenizer.
     """
     name = model_arguments.model_name_or_path
     options: dict[str, Any] = {
@@ -85,8 +98,8 @@ def load_masked_lm(
     }
     try:
         ours = AutoConfig.from_pretrained(name, **options).model_type == LongEmbedModel.config_class.model_type
-        # The usual method of an extension depends on the patterns: they are there before it. Those that reach beyond
-        # the old context can only come after it.
+        # Patterns are set before the extension, whose usual method depends on them, unless they reach beyond the old
+        # context: then they can only be set after it.
         now, later = arguments.patterns(), dict[str, Any]()
         if arguments.max_position_embeddings is not None:
             switches = arguments.position_embedding_type is not None
@@ -129,10 +142,10 @@ def _load_ours(
     name: str, arguments: AdaptationArguments, options: dict[str, Any], overrides: dict[str, Any]
 ) -> tuple[LongEmbedForMaskedLM, bool]:
     model, loading = _load(name, **options, **overrides)
-    wanted, extension = arguments.max_position_embeddings, arguments.extension() or {}
-    if arguments.position_embedding_type is None and (wanted is not None or extension):
+    length, extension = arguments.max_position_embeddings, arguments.extension() or {}
+    if arguments.position_embedding_type is None and (length is not None or extension):
         method = extension.pop("method", None)
-        model.extend_context(wanted, method, **extension)
+        model.extend_context(length, method, **extension)
     return model, any(name.startswith("head.dense") for name in loading["missing_keys"])
 
 
@@ -156,13 +169,14 @@ def _convert(
 
 
 def train_new_head(model: LongEmbedForMaskedLM, word_counts: Tensor) -> None:
-    """Let a head that starts new train under every tuning: frozen, it would be noise for ever.
+    """Initialise a new head from word counts, and train it under every `--tuning`: frozen, it would remain noise.
 
-    It starts by guessing words as often as they occur: from a bias of zeros the first hundred thousand tokens would
-    teach it no more than that, with gradients that spoil the encoder meanwhile. The projection to the vocabulary is the
-    table of word embeddings and stays with that.
+    The head starts by predicting words as often as they occur. From a bias of zeros it would learn nothing else from
+    the first hundred thousand tokens, with gradients that damage the encoder meanwhile. The projection to the
+    vocabulary is the table of word embeddings and trains if that does.
 
     Args:
+        model: the model with the new head.
         word_counts: `(vocab_size,)`, how often each token occurs in the training documents.
     """
     with torch.no_grad():

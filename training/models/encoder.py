@@ -72,7 +72,7 @@ def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrained
 
 
 def text_length(option: str, length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Check and return the number of tokens at which texts are truncated.
+    """Return the number of tokens at which texts are truncated, after checking it.
 
     Args:
         option: name of the option, for the error message.

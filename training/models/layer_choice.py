@@ -1,4 +1,4 @@
-"""Which layers of a model a student begins with."""
+"""The choice of the layers that a student keeps of a model."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,31 +12,36 @@ from modeling_longembed.layout_registry_longembed import layers_of
 
 @dataclass
 class LayerArguments:
-    """The layers to train."""
+    """The layers to keep."""
 
     keep_layers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "the model begins with these of its layers: every_other, ends:3 (so many, evenly spaced from the "
-            "first to the last), or their numbers from 0; all if not given"
+            "help": "layers of the model to keep and train: every_other, ends:3 (three, evenly spaced from the first "
+            "to the last), or their numbers counted from 0; all if not given"
         },
     )
 
     def apply(self, model: Any) -> None:
-        """Leave a LongEmbed model the layers that it is to begin with.
+        """Remove the other layers from a LongEmbed model, in place.
 
         Raises:
-            UserError: layers that it does not have, or a layout without layers.
+            UserError: the model does not have these layers, or its layout has none.
         """
         if self.keep_layers:
             keep_layers(model, self.keep_layers, "keep_layers")
 
 
 def keep_layers(model: Any, words: list[str], option: str) -> None:
-    """Leave a model the layers that `words` choose; `option` is where they come from.
+    """Remove all layers of a model but the chosen ones, in place.
+
+    Args:
+        model: a LongEmbed model.
+        words: the choice; see `chosen_layers`.
+        option: name of the option, for the error message.
 
     Raises:
-        UserError: layers that it does not have, or a layout without layers.
+        UserError: the model does not have these layers, or its layout has none.
     """
     try:
         model.keep_layers(chosen_layers(words, len(layers_of(model.config.sublayer_pattern)), option))
@@ -45,12 +50,17 @@ def keep_layers(model: Any, words: list[str], option: str) -> None:
 
 
 def chosen_layers(words: list[str], num_layers: int, option: str) -> list[int]:
-    """The layers to keep, from `every_other`, `ends:3` or numbers.
+    """Return the numbers of the layers to keep, ascending.
 
-    Evenly spaced from the first to the last are DistilBERT's 0, 2, 4, 7, 9 and 11 of 12.
+    `ends:6` of 12 layers are DistilBERT's 0, 2, 4, 7, 9 and 11.
+
+    Args:
+        words: `every_other`, `ends:N`, or numbers.
+        num_layers: number of layers of the model.
+        option: name of the option, for the error message.
 
     Raises:
-        UserError: words of no such form, or more layers than there are.
+        UserError: the words have another form, or name layers that the model does not have.
     """
     text = " ".join(words) or "every_other"
     if text == "every_other":

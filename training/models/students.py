@@ -1,4 +1,4 @@
-"""The student that a teacher is compressed into: some of its layers, a fresh model of other sizes, or a given one."""
+"""The student that a teacher is compressed into: some of its layers, a new model of other sizes, or a given one."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,48 +12,51 @@ from training.models.encoder import ModelArguments, load_encoder
 from training.models.identity import tokenizer_identity
 from training.models.layer_choice import keep_layers
 
-# Of a fresh student.
+# Fields of the config that give the size of a new student.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 @dataclass
 class StudentArguments:
-    """The student."""
+    """The student, described in one of three ways: layers of the teacher, sizes, or the name of a model.
+
+    Raises:
+        UserError: a size is not positive, or the student is described in more than one way.
+    """
 
     student_layers: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "the student is these layers of the teacher: every_other, ends:3 (so many, evenly spaced from the "
-            "first to the last), or their numbers from 0; every_other if no student is described otherwise"
+            "help": "layers of the teacher that make up the student: every_other, ends:3 (three, evenly spaced from "
+            "the first to the last), or their numbers counted from 0; default: every_other"
         },
     )
     student_hidden_size: int | None = field(
-        default=None, metadata={"help": "the student is fresh, of this width; any of the sizes below may be left out"}
+        default=None, metadata={"help": "width of a new student; the sizes below that are not given are the teacher's"}
     )
-    student_num_hidden_layers: int | None = field(
-        default=None, metadata={"help": "attention layers of a fresh student"}
-    )
-    student_num_attention_heads: int | None = field(
-        default=None, metadata={"help": "attention heads of a fresh student"}
-    )
+    student_num_hidden_layers: int | None = field(default=None, metadata={"help": "attention layers of a new student"})
+    student_num_attention_heads: int | None = field(default=None, metadata={"help": "attention heads of a new student"})
     student_intermediate_size: int | None = field(
         default=None,
-        metadata={"help": "feed-forward width of a fresh student; in the teacher's proportion if left out"},
+        metadata={"help": "feed-forward width of a new student; in the teacher's proportion if not given"},
     )
     student_attention_patterns: list[str] = field(
         default_factory=list,
-        metadata={"help": "of a fresh student, one for all layers or one for each; the teacher's if left out"},
+        metadata={
+            "help": "attention patterns of a new student, one for all layers or one each; default: the teacher's"
+        },
     )
     student_position_embedding_type: str | None = field(
-        default=None, metadata={"help": "position scheme of a fresh student; the teacher's if left out"}
+        default=None, metadata={"help": "position scheme of a new student; the teacher's if not given"}
     )
     student_name_or_path: str | None = field(
-        default=None, metadata={"help": "the student is this LongEmbed model, such as one trained from an assistant"}
+        default=None,
+        metadata={"help": "folder or Hub id of the student, a LongEmbed model such as one trained from an assistant"},
     )
 
     @property
     def fresh(self) -> dict[str, Any]:
-        """What describes a fresh student, by its name without `student_`."""
+        """The options that describe a new student, by their names without `student_`."""
         names = (*SIZES, "attention_patterns", "position_embedding_type")
         return {name: value for name in names if (value := getattr(self, f"student_{name}")) not in (None, [])}
 
@@ -75,15 +78,16 @@ def make_student(
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreTrainedModel:
-    """The student, with the teacher's tokenizer.
+    """Return the student, with the teacher's tokenizer.
 
     Args:
-        arguments: of the user.
-        model_arguments: of the teacher, and the dropout of the student.
-        teacher, tokenizer: what `model_arguments` load.
+        arguments: which student.
+        model_arguments: which teacher, and the dropout of the student.
+        teacher: the model that `model_arguments` name.
+        tokenizer: its tokenizer.
 
     Raises:
-        UserError: layers or sizes that cannot be, a model that cannot be loaded, or whose tokens are others.
+        UserError: the layers or sizes are impossible, or the student cannot be loaded or has another tokenizer.
     """
     if arguments.student_name_or_path is not None:
         student, own_tokenizer = _given(arguments.student_name_or_path, model_arguments)
@@ -91,7 +95,7 @@ def make_student(
         return student
     try:
         if arguments.fresh:
-            student = type(teacher)(_fresh_config(teacher.config, arguments.fresh | model_arguments.dropouts()))
+            student = type(teacher)(_new_config(teacher.config, arguments.fresh | model_arguments.dropouts()))
         else:
             student, _ = load_encoder(model_arguments)
             keep_layers(student, arguments.student_layers, "student_layers")
@@ -102,7 +106,16 @@ def make_student(
 
 
 def same_tokens(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises `UserError` if two models do not read the same tokens: relations are between the tokens of a text."""
+    """Check that two models read the same tokens, because relations are between the tokens of a text.
+
+    Args:
+        teacher: tokenizer of the teacher.
+        student: tokenizer of the student.
+        name: of the student, for the error message.
+
+    Raises:
+        UserError: the tokenizers differ.
+    """
     if tokenizer_identity(teacher) != tokenizer_identity(student):
         raise UserError(
             f"--student_name_or_path {name}: has another tokenizer than the teacher, and relations between tokens can "
@@ -117,19 +130,19 @@ def _given(name: str, model_arguments: ModelArguments) -> tuple[PreTrainedModel,
         raise UserError(str(error).replace("--model_name_or_path", "--student_name_or_path")) from None
 
 
-def _fresh_config(teacher: Any, wanted: dict[str, Any]) -> Any:
-    """The teacher's config with other sizes."""
-    fields = teacher.to_dict() | wanted
+def _new_config(teacher: Any, changes: dict[str, Any]) -> Any:
+    """Return the teacher's config with other sizes."""
+    fields = teacher.to_dict() | changes
     fields["head_dim"] = None
-    if "intermediate_size" not in wanted:
+    if "intermediate_size" not in changes:
         fields["intermediate_size"] = fields["hidden_size"] * teacher.intermediate_size // teacher.hidden_size
     layers, of_teacher = fields["num_hidden_layers"], teacher.num_hidden_layers
     if layers != of_teacher:
         fields["sublayer_pattern"] = None
-    if layers != of_teacher or "attention_patterns" in wanted:
+    if layers != of_teacher or "attention_patterns" in changes:
         fields |= {"layer_types": None, "training_attention_patterns": None}
-    if "attention_patterns" in wanted:
-        texts = wanted["attention_patterns"]
+    if "attention_patterns" in changes:
+        texts = changes["attention_patterns"]
         fields["attention_patterns"] = [parse_pattern(text, option="student_attention_patterns") for text in texts]
     elif layers != of_teacher:
         spaced = np.linspace(0, of_teacher - 1, layers).round().astype(int)

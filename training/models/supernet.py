@@ -1,4 +1,4 @@
-"""A supernet: an encoder in which every position of the layout is a mixture of what could stand there."""
+"""A supernet: an encoder in which every position of the layout is a mixture of the possible sublayers."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ class MixedSublayer(nn.Module):
     """Self-attention, feed-forward and identity, weighted by a Gumbel-softmax over trainable logits.
 
     `y = w_s attention(x) + w_f feed_forward(x) + w_- x` with `w = softmax((logits + g) / temperature)`, g Gumbel noise
-    (Jang et al. 2017, arXiv:1611.01144, equation 2). Both candidates are whole residual sublayers, norm included, so
-    that a one-hot w is that sublayer and nothing else. In evaluation the likeliest candidate stands alone.
+    (Jang et al. 2017, arXiv:1611.01144, equation 2). Both candidates are complete residual sublayers, norm included, so
+    that a one-hot w gives exactly that sublayer. In evaluation only the likeliest candidate is computed.
 
     Args:
         attention, feed_forward: the candidates, two `LongEmbedSublayer`s.
-        temperature: of the softmax; towards 0 the weights become one-hot samples.
+        temperature: temperature of the softmax; towards 0 the weights become one-hot samples.
     """
 
     def __init__(self, attention: nn.Module, feed_forward: nn.Module, temperature: float) -> None:
@@ -33,18 +33,18 @@ class MixedSublayer(nn.Module):
     def draw(self) -> None:
         """Draw the noise of the next batch.
 
-        Once a batch, not once a forward pass: under gradient caching a batch is several passes, and queries and
-        documents that different mixtures have embedded could not be compared.
+        It is drawn once per batch, not once per forward pass: under gradient caching a batch takes several passes, and
+        embeddings of queries and documents from different mixtures could not be compared.
         """
         self.noise = -torch.empty_like(self.logits).exponential_().log()
 
     def weights(self) -> Tensor:
-        """`(3,)`, in the order of `KINDS`, sum 1; without noise before the first `draw`."""
+        """Return the weights `(3,)` in the order of `KINDS`, whose sum is 1; without noise before the first `draw`."""
         noise = 0.0 if self.noise is None else self.noise
         return torch.softmax((self.logits + noise) / self.temperature, dim=0)
 
     def forward(self, hidden_states: Tensor, context: Any) -> tuple[Tensor, None]:
-        """`(T, d)` to `(T, d)`, as a `LongEmbedSublayer`."""
+        """Map `(T, d)` to `(T, d)`, as a `LongEmbedSublayer` does."""
         if not self.training:
             kind = int(self.logits.argmax())
             if KINDS[kind] != "-":
@@ -60,10 +60,20 @@ class MixedSublayer(nn.Module):
 class Supernet(LongEmbedModel):
     """A LongEmbed encoder with a `MixedSublayer` at each of the N positions of a layout.
 
-    Its config is that of the layout `(sf)^N`: position i mixes the pair i.
+    Its config is that of the layout `(sf)^N`: position i mixes the i-th pair.
 
-    Buffers, which a checkpoint holds: `step`, the optimiser steps done, and `choice` `(N,)`, the likeliest kind of each
-    position (its index in `KINDS`) at the end of the last cycle, -1 before the first one.
+    The sublayers of the model that it starts from are the candidates of their kind at their position; the other
+    candidate of a position is new. A new attention sublayer has the attention pattern of the attention before it (of
+    the first one if there is none before it). LayerDrop is off, because a mixture drops sublayers by itself.
+
+    Args:
+        model: the encoder to start from; its modules become those of the supernet.
+        temperature: temperature of the Gumbel-softmax.
+
+    Attributes:
+        step: a buffer: the number of optimiser steps done.
+        choice: a buffer `(N,)`: the likeliest kind of each position (index in `KINDS`) at the end of the last cycle, -1
+            before the end of the first.
     """
 
     config: LongEmbedConfig
@@ -71,20 +81,10 @@ class Supernet(LongEmbedModel):
     choice: Tensor
 
     def __init__(self, model: LongEmbedModel, temperature: float) -> None:
-        """Takes over the weights of `model`: its sublayers are the candidates of their kind at their position.
-
-        The other candidate of a position is fresh. An attention sublayer where there was none has the attention pattern
-        of the one before it (of the first one, if there is none before). LayerDrop is off: a mixture drops sublayers by
-        itself.
-
-        Args:
-            model: the encoder to start from; its modules become those of the supernet.
-            temperature: of the Gumbel-softmax.
-        """
         kinds = model.config.sublayer_pattern
         nearest = [max(0, kinds[: index + 1].count("s") - 1) for index in range(len(kinds))]
         super().__init__(_with_layout(model.config, "sf" * len(kinds), nearest, layerdrop=0.0))
-        self.layerdrop = model.config.layerdrop  # of a model that is derived
+        self.layerdrop = model.config.layerdrop  # for the model that `derive` returns
         self.set_attn_implementation(model.config._attn_implementation)
         fresh = self.layers
         for name, module in model.named_children():
@@ -99,23 +99,23 @@ class Supernet(LongEmbedModel):
         self.register_buffer("choice", torch.full((len(kinds),), -1))
 
     def logits(self) -> list[Tensor]:
-        """The architecture: `(3,)` for each position."""
+        """Return the architecture parameters, `(3,)` for each position."""
         return [layer.logits for layer in self.layers]
 
     def draw(self) -> None:
-        """Draw the Gumbel noise of the next batch, at all positions."""
+        """Draw the Gumbel noise of the next batch at all positions."""
         for layer in self.layers:
             layer.draw()
 
     def probabilities(self) -> Tensor:
-        """`(N, 3)`, softmax of the logits."""
+        """Return the softmax of the logits, `(N, 3)`."""
         return torch.stack(self.logits()).detach().softmax(dim=1)
 
     def kinds(self) -> str:
-        """The likeliest kind of each position, N letters of `KINDS`, at least one of them attention.
+        """Return the likeliest kind of each position as N letters of `KINDS`, at least one of them attention.
 
-        An encoder without attention embeds bags of words. If it is nowhere the likeliest, it stands where it is
-        likelier than anywhere else.
+        An encoder without attention embeds bags of words. If attention is the likeliest kind nowhere, the position
+        where it is most likely becomes attention.
         """
         probabilities = self.probabilities()
         letters = [KINDS[kind] for kind in probabilities.argmax(dim=1).tolist()]
@@ -124,7 +124,7 @@ class Supernet(LongEmbedModel):
         return "".join(letters)
 
     def derive(self) -> LongEmbedModel:
-        """The model of the layout `kinds()`, without the identities, with this supernet's weights (copied)."""
+        """Return the model of the layout `kinds()` without its identities, with a copy of the supernet's weights."""
         kinds = self.kinds()
         chosen = [(i, self.layers[i].candidates[KINDS.index(kind)]) for i, kind in enumerate(kinds) if kind != "-"]
         config = _with_layout(
@@ -144,7 +144,14 @@ class Supernet(LongEmbedModel):
 
 
 def _with_layout(config: PreTrainedConfig, pattern: str, attention: list[int], **changes: Any) -> LongEmbedConfig:
-    """`config` with another layout: for each of its attention sublayers the number of the attention pattern it has."""
+    """Return a config with another layout.
+
+    Args:
+        config: the config to change.
+        pattern: the new `sublayer_pattern`.
+        attention: for each attention sublayer of the new layout, the index of its pattern in the old config.
+        **changes: other fields.
+    """
     changes |= {"sublayer_pattern": pattern, "num_hidden_layers": None, "layer_types": None}
     for name in ("attention_patterns", "training_attention_patterns"):
         if entries := getattr(config, name):

@@ -15,18 +15,18 @@ from modeling_longembed.position_base_longembed import extension_factor
 
 @dataclass
 class TuningArguments:
-    """What trains."""
+    """Which parameters train."""
 
     tuning: Literal["full", "lora", "longlora", "positions"] = field(
         default="full",
         metadata={
-            "help": "full: every parameter; lora: low-rank updates of the attention; longlora: these, and embeddings "
-            "and norms whole; positions: the position table alone, of an extended table only its new rows"
+            "help": "parameters that train. full: all; lora: low-rank updates of the attention; longlora: these and, "
+            "whole, embeddings and norms; positions: only the position table, and of an extended one only the new rows"
         },
     )
     lora_r: int = field(default=8, metadata={"help": "rank of the LoRA updates"})
-    lora_alpha: int = field(default=16, metadata={"help": "LoRA updates are scaled by lora_alpha / lora_r"})
-    lora_dropout: float = field(default=0.0, metadata={"help": "dropout on the input of the LoRA updates"})
+    lora_alpha: int = field(default=16, metadata={"help": "the LoRA updates are scaled by lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout of the input of the LoRA updates"})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
         metadata={"help": "names of the linear layers that LoRA updates"},
@@ -34,19 +34,23 @@ class TuningArguments:
 
 
 def select_parameters(model: PreTrainedModel, arguments: TuningArguments) -> PreTrainedModel | PeftModel:
-    """Choose what trains, in place.
+    """Choose the parameters that train, in place.
 
     - `lora`: Hu et al. 2021 (arXiv:2106.09685), through peft.
     - `longlora`: Chen et al. 2023 (arXiv:2309.12307), section 3.3: LoRA, and every parameter whose name contains
-      `embed` or `norm` trains whole. (peft's own "LoRA+" is another thing: learning rates for A and B.)
+      `embed` or `norm` trains whole. (It is not peft's "LoRA+", which is about learning rates.)
     - `positions`: only the rows of the position table that the extension has added (E5-Base-4k, Zhu et al. 2024,
-      arXiv:2404.12096); the rows of the original model stay bitwise. A table without added rows trains whole.
+      arXiv:2404.12096). The rows of the original model do not change by a bit. A table without added rows trains whole.
+
+    Args:
+        model: the model before any wrapper.
+        arguments: parsed command-line options.
 
     Returns:
-        `model`, wrapped by peft if the tuning is a LoRA one.
+        `model`, wrapped by peft for `lora` and `longlora`.
 
     Raises:
-        UserError: the model has no position table, or no module that LoRA could update.
+        UserError: the model has no position table, or no module that LoRA can update.
     """
     if arguments.tuning == "positions":
         _train_positions(model)
@@ -75,7 +79,7 @@ def _add_lora(model: PreTrainedModel, arguments: TuningArguments) -> PeftModel:
 
 
 def _embeddings_and_norms(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """By name, whatever the case: BERT writes `LayerNorm`. An adapter's own parameters are none of them."""
+    """Return embeddings and norms, found by name regardless of case (BERT writes `LayerNorm`), without LoRA weights."""
     return [
         (name, parameter)
         for name, parameter in model.named_parameters()
@@ -94,15 +98,15 @@ def _train_positions(model: PreTrainedModel) -> None:
     table.weight.requires_grad_(True)
     frozen = original_rows(model)
     if frozen.any():
-        # On the incoming gradient: masking rows commutes with DDP's mean, and clipping then sees only what trains.
-        # A row whose gradient is always zero has zero moments, so AdamW without decay leaves it bitwise alone.
+        # The mask is applied to the incoming gradient, which commutes with DDP's mean; clipping sees only what trains.
+        # A row whose gradient is always zero has zero moments, so AdamW without decay does not change it.
         table.weight.register_hook(lambda gradient: gradient.masked_fill(frozen.to(gradient.device)[:, None], 0.0))
 
 
 def original_rows(model: PreTrainedModel) -> Tensor:
-    """Which rows of a position table are the original model's: `(rows,)` bool, all False if it was not extended.
+    """Return which rows of a position table are the original model's: `(rows,)` bool, all False without an extension.
 
-    `repeat` puts the P old rows first, `interpolate` at the multiples of its factor.
+    The method `repeat` puts the P old rows first, `interpolate` puts them at the multiples of its factor.
     """
     rows = len(model.base_model.get_parameter("embeddings.position_embeddings.weight"))
     extension = model.config.position_extension or {}
