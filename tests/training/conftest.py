@@ -21,6 +21,7 @@ from tests.training.tiny_training import (
     tiny_config,
     write_jsonl,
 )
+from training import contrastive
 
 
 @pytest.fixture
@@ -86,6 +87,38 @@ def train_script(inputs, tmp_path):
         return output
 
     return run
+
+
+@pytest.fixture
+def train_contrastive(model_folder, pairs_file, tmp_path):
+    """Run training/contrastive.py in this process; options that are given again win. Returns the output folder."""
+
+    def run(options: str = "", output: str = "out") -> Path:
+        given = f"--model_name_or_path {model_folder} --train_data {pairs_file} --output_dir {tmp_path / output} "
+        given += "--max_steps 4 --logging_steps 1 --per_device_train_batch_size 8 --dataloader_num_workers 0 "
+        contrastive.main((given + options).split())
+        return tmp_path / output
+
+    return run
+
+
+@pytest.fixture
+def out_of_memory_above(monkeypatch):
+    """Let models run out of memory beyond a number of tokens at once. Returns a list that receives those numbers."""
+
+    def fail_above(tokens: int) -> list[int]:
+        forward, seen = LongEmbedModel.forward, []
+
+        def forward_or_fail(self, input_ids, **inputs):
+            seen.append(input_ids.numel())
+            if input_ids.numel() > tokens:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return forward(self, input_ids, **inputs)
+
+        monkeypatch.setattr(LongEmbedModel, "forward", forward_or_fail)
+        return seen
+
+    return fail_above
 
 
 @pytest.fixture(scope="session")

@@ -11,21 +11,7 @@ from transformers import BertConfig, BertModel
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
-from training.contrastive import main
 from training.engine.saving import WHOLE_WEIGHTS, load_adapter
-
-
-@pytest.fixture
-def train_contrastive(model_folder, pairs_file, tmp_path):
-    """Run the script in this process; options that are given again win. Returns the default output folder."""
-
-    def run(options: str = "") -> Path:
-        output = tmp_path / "out"
-        given = f"--model_name_or_path {model_folder} --train_data {pairs_file} --output_dir {output} --max_steps 4 "
-        main((given + "--per_device_train_batch_size 8 --dataloader_num_workers 0 " + options).split())
-        return output
-
-    return run
 
 
 def metrics(output: Path) -> list[dict]:

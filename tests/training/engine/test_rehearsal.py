@@ -1,10 +1,8 @@
 """The heaviest batch comes first and leaves no trace, the largest budget is found, an answer tells what to change."""
 
 import json
-import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,42 +15,10 @@ from common.errors import UserError
 from common.memory import is_out_of_memory, machine_memory
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import losses, random_pairs, write_jsonl
-from training import contrastive
 from training.data.packing import cut_to_fill, pack
 from training.data.pair_batches import PairBatches, PairTokenizer
 from training.data.sources import read_sources
-from training.engine import run
 from training.engine.rehearsal import Probe, largest_that_fits, run_probe
-from training.engine.run import FOUND, RunArguments, find_batch_tokens
-
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
-
-
-@pytest.fixture
-def train_contrastive(model_folder, pairs_file, tmp_path):
-    """Run the script in this process; options that are given again win. Returns the output folder."""
-
-    def run(options: str = "", output: str = "out") -> Path:
-        given = f"--model_name_or_path {model_folder} --train_data {pairs_file} --output_dir {tmp_path / output} "
-        given += "--max_steps 4 --logging_steps 1 --per_device_train_batch_size 8 --dataloader_num_workers 0 "
-        contrastive.main((given + options).split())
-        return tmp_path / output
-
-    return run
-
-
-def failing_above(tokens, monkeypatch):
-    """The embeddings of more than so many tokens at once run out of memory."""
-    forward, seen = LongEmbedModel.forward, []
-
-    def fail(self, input_ids, **inputs):
-        seen.append(input_ids.numel())
-        if input_ids.numel() > tokens:
-            raise OUT_OF_MEMORY
-        return forward(self, input_ids, **inputs)
-
-    monkeypatch.setattr(LongEmbedModel, "forward", fail)
-    return seen
 
 
 @pytest.mark.parametrize("options", ["", "--batch_tokens 100 --gradient_accumulation_steps 2", "--tuning lora"])
@@ -66,12 +32,12 @@ def test_a_rehearsal_changes_no_bit(train_contrastive, options):
     torch.testing.assert_close(*weights, atol=0, rtol=0)
 
 
-def test_a_rehearsal_of_pretraining_changes_no_bit_and_ends_in_an_answer(train_script, monkeypatch, tmp_path):
+def test_a_rehearsal_of_pretraining_changes_no_bit_and_ends_in_an_answer(train_script, out_of_memory_above, tmp_path):
     with_it = train_script("pretraining", "--batch_tokens 64 --logging_steps 1 --max_steps 2")
     without = f"--batch_tokens 64 --logging_steps 1 --max_steps 2 --rehearse never --output_dir {tmp_path}/never"
     train_script("pretraining", without)
     assert losses(with_it) == losses(tmp_path / "never")
-    failing_above(63, monkeypatch)
+    out_of_memory_above(63)
     with pytest.raises(UserError, match=r"with 64 tokens at once .*; use --gradient_checkpointing"):
         train_script("pretraining", f"--batch_tokens 64 --output_dir {tmp_path}/failed")
     assert not (tmp_path / "failed" / "final").exists()
@@ -113,8 +79,8 @@ def test_chunks_are_full(lengths, batch_tokens):
     assert longest <= batch_tokens or max(sizes) == longest
 
 
-def test_memory_that_does_not_suffice_shows_before_the_first_step(train_contrastive, monkeypatch, tmp_path):
-    seen = failing_above(99, monkeypatch)
+def test_memory_that_does_not_suffice_shows_before_the_first_step(train_contrastive, out_of_memory_above, tmp_path):
+    seen = out_of_memory_above(99)
     with pytest.raises(UserError) as caught:
         train_contrastive("--batch_tokens 100")
     assert seen[-1] == max(seen) == 100
@@ -127,8 +93,8 @@ def test_memory_that_does_not_suffice_shows_before_the_first_step(train_contrast
     assert not (tmp_path / "out").exists()
 
 
-def test_what_the_run_uses_already_is_no_remedy(train_contrastive, monkeypatch):
-    failing_above(30, monkeypatch)
+def test_what_the_run_uses_already_is_no_remedy(train_contrastive, out_of_memory_above):
+    out_of_memory_above(30)
     with pytest.raises(UserError) as caught:
         train_contrastive("--batch_tokens 36 --gradient_checkpointing --tuning lora")
     text = str(caught.value)
@@ -139,8 +105,8 @@ def test_what_the_run_uses_already_is_no_remedy(train_contrastive, monkeypatch):
     assert " or " not in remedies
 
 
-def test_memory_that_runs_out_later_is_answered_too(train_contrastive, monkeypatch, tmp_path):
-    failing_above(60, monkeypatch)
+def test_memory_that_runs_out_later_is_answered_too(train_contrastive, out_of_memory_above, tmp_path):
+    out_of_memory_above(60)
     with pytest.raises(UserError, match=r"out of memory: .*; use --gradient_checkpointing"):
         train_contrastive("--rehearse never")
     assert not (tmp_path / "out" / "final").exists()
@@ -204,36 +170,6 @@ def test_a_text_that_does_not_fit_by_itself_ends_the_search():
         largest_that_fits(lambda tokens: Probe(False, max(tokens, 500), answer=f"{max(tokens, 500)}"), 4000)
 
 
-def test_every_try_is_a_process_and_the_found_budget_is_used_and_remembered(train_contrastive, monkeypatch, tmp_path):
-    tried = []
-
-    def probe(command):
-        assert command[-4:-1] == ["--rehearse", "only", "--batch_tokens"]
-        tried.append(int(command[-1]))
-        return Probe(tried[-1] <= 96, min(tried[-1], 200), answer="no")
-
-    monkeypatch.setattr(run, "run_probe", probe)
-    seen = failing_above(10_000, monkeypatch)
-    output = train_contrastive("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last")
-    assert tried == [64, 128]
-    assert max(seen) == 64
-    assert json.loads((output / FOUND).read_text()) == {"batch_tokens": 64}
-    train_contrastive("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last --max_steps 5")
-    assert tried == [64, 128]  # a run that goes on computes in the same chunks
-
-
-@pytest.mark.parametrize(("limit", "fits"), [(100, True), (0.05, False)])
-def test_rehearse_only_tells_and_writes_nothing(train_contrastive, tmp_path, capsys, limit, fits):
-    with pytest.raises(SystemExit) as caught:
-        train_contrastive(f"--rehearse only --find_batch_tokens --batch_tokens 150 --memory_limit_gib {limit}")
-    assert caught.value.code == 0
-    found = Probe(**json.loads(capsys.readouterr().out.splitlines()[-1]))
-    assert (found.fits, found.tokens) == (fits, 150)
-    assert found.peak_gib > 0.05
-    assert found.answer.startswith("out of memory") != fits
-    assert not (tmp_path / "out").exists()
-
-
 def run_python(code):
     return run_probe([sys.executable, "-c", code])
 
@@ -244,23 +180,3 @@ def test_what_a_process_says_is_heard():
     assert not run_python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)").fits
     with pytest.raises(UserError, match=r"^no such file$"):
         run_python("import sys; print('error: no such file', file=sys.stderr); sys.exit(2)")
-
-
-def test_mistakes(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"--memory_limit_gib -1\.0: must be more than 0"):
-        RunArguments(output_dir=str(tmp_path), memory_limit_gib=-1.0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    arguments = RunArguments(output_dir=str(tmp_path), find_batch_tokens=True)
-    with pytest.raises(UserError, match="works in one process"):
-        find_batch_tokens(arguments, 64, "script.py", [])
-
-
-def test_the_script_ends_with_2(model_folder, pairs_file, tmp_path):
-    options = f"--model_name_or_path {model_folder} --train_data {pairs_file} --output_dir {tmp_path / 'out'}"
-    command = [sys.executable, contrastive.__file__, *options.split(), "--memory_limit_gib", "0.1"]
-    command += ["--per_device_train_batch_size", "8"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert process.stderr.strip().splitlines()[-1].startswith("error: out of memory: a peak of")
-    assert "Traceback" not in process.stderr
-    assert not (tmp_path / "out").exists()

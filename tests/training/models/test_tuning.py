@@ -2,14 +2,12 @@
 
 import pytest
 import torch
-from peft import PeftModel
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
 from training.engine.optimizer import parameter_groups
-from training.engine.saving import WHOLE_WEIGHTS, load_adapter, save_adapter
 from training.models.tuning import TuningArguments, original_rows, select_parameters
 from training.objectives.embed import embed
 
@@ -90,20 +88,6 @@ def test_longlora_trains_the_embeddings_and_norms_too():
     assert lora <= longlora
 
 
-@pytest.mark.promise("M5")
-def test_longlora_comes_back_bitwise_from_the_adapter_and_its_extra_file(tmp_path):
-    adapted = select_parameters(fresh(), TuningArguments(tuning="longlora"))
-    train(adapted)
-    save_adapter(adapted, "longlora", tmp_path)
-    loaded = load_adapter(fresh(), tmp_path)
-    assert embed(loaded, TEXTS).equal(embed(adapted, TEXTS))
-    # The adapter alone is another model, as peft loads it: the extra file is needed, and asked for.
-    assert not embed(PeftModel.from_pretrained(fresh(), str(tmp_path)), TEXTS).equal(embed(adapted, TEXTS))
-    (tmp_path / WHOLE_WEIGHTS).unlink()
-    with pytest.raises(UserError, match=f"{WHOLE_WEIGHTS} is missing"):
-        load_adapter(fresh(), tmp_path)
-
-
 @pytest.mark.parametrize(
     ("method", "length", "old"), [("repeat", 100, 32), ("interpolate", 100, 32), ("interpolate", 96, 24)]
 )
@@ -146,11 +130,3 @@ def test_refusals():
         select_parameters(fresh(position_embedding_type="alibi"), TuningArguments(tuning="positions"))
     with pytest.raises(UserError, match="--lora_target_modules nothing"):
         select_parameters(fresh(), TuningArguments(tuning="lora", lora_target_modules=["nothing"]))
-
-
-def test_decay_is_for_matrices_alone():
-    model = fresh()
-    decays = {id(p): group["weight_decay"] for group in parameter_groups(model, 0.1) for p in group["params"]}
-    assert len(decays) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        assert decays[id(parameter)] == (0.1 if "_proj.weight" in name else 0.0), name
