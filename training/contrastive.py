@@ -14,14 +14,9 @@ from training.models.encoder import ModelArguments, load_encoder
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.arguments import ObjectiveArguments
 from training.objectives.contrastive import build_objective, objective_groups
-from training.objectives.pair_step import (
-    ContrastiveArguments,
-    load_guide,
-    pair_batches,
-    pair_gradient,
-    pair_retrieval,
-    pair_tokenizer,
-)
+from training.objectives.guide import load_guide
+from training.objectives.pair_data import ContrastiveArguments, pair_batches, pair_retrieval, pair_tokenizer
+from training.objectives.pair_step import pair_gradient
 from training.objectives.second_modality import FeatureArguments, add_feature_task
 from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
 
@@ -48,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # What is minimised.
     objective = build_objective(objective_args, model, batches.global_batch_size)
+    guide = load_guide(objective_args.guide_model, data_args.batch_tokens)
     decay = run_args.weight_decay
     training = Training(
         model=model,
         batches=batches,
         evaluate=pair_retrieval(data_args, objective, batches, loop),
-        gradient=pair_gradient(objective, load_guide(data_args, objective_args), span_penalty(encoder, span_args)),
+        gradient=pair_gradient(objective, guide, span_penalty(encoder, span_args)),
         groups=[*span_groups(encoder, span_args, decay), *objective_groups(objective, decay)],
         auxiliary=objective,
         tuning=tuning_args.tuning,

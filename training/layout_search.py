@@ -44,14 +44,9 @@ from training.models.encoder import ModelArguments, load_encoder
 from training.models.supernet import KINDS, Supernet
 from training.objectives.arguments import ObjectiveArguments
 from training.objectives.contrastive import build_objective, objective_groups
-from training.objectives.pair_step import (
-    ContrastiveArguments,
-    load_guide,
-    pair_batches,
-    pair_gradient,
-    pair_retrieval,
-    pair_tokenizer,
-)
+from training.objectives.guide import load_guide
+from training.objectives.pair_data import ContrastiveArguments, pair_batches, pair_retrieval, pair_tokenizer
+from training.objectives.pair_step import pair_gradient
 
 
 @dataclass
@@ -159,10 +154,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # What is minimised, by the weights and by the architecture in turn.
     objective = build_objective(objective_args, supernet, batches.global_batch_size)
+    guide = load_guide(objective_args.guide_model, data_args.batch_tokens)
     training = Training(
         model=supernet,
         batches=batches,
-        gradient=alternate(supernet, search_args, pair_gradient(objective, load_guide(data_args, objective_args))),
+        gradient=alternate(supernet, search_args, pair_gradient(objective, guide)),
         evaluate=pair_retrieval(data_args, objective, batches, loop),
         groups=[
             *search_groups(supernet, search_args, run_args.weight_decay),

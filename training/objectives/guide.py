@@ -40,3 +40,8 @@ class Guide:
         vectors = [self.encoder(texts, "document" if number else "query") for number, texts in enumerate(columns)]
         rows = torch.from_numpy(np.stack([np.concatenate(column) for column in vectors], axis=1))
         return F.normalize(rows.float(), dim=-1).to(device)
+
+
+def load_guide(name: str | None, batch_tokens: int) -> Guide | None:
+    """Return the guide that `--guide_model` names; None without that option."""
+    return None if name is None else Guide(name, batch_tokens)

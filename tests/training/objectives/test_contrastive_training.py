@@ -29,8 +29,8 @@ from training.models.encoder import ModelArguments
 from training.objectives.arguments import ObjectiveArguments
 from training.objectives.contrastive import OBJECTIVES
 from training.objectives.embed import embed
+from training.objectives.pair_data import ContrastiveArguments
 from training.objectives.pair_retrieval import PairRetrieval
-from training.objectives.pair_step import ContrastiveArguments
 
 RECIPES = Path(__file__).parents[3] / "training" / "recipes" / "contrastive"
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -1,0 +1,156 @@
+"""Pairs for contrastive training, as scripts use them: options, batches and the evaluation on held-out pairs."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from common.errors import UserError
+from training.data.pair_batches import PairBatches, PairTokenizer
+from training.data.pairs import PairArguments, read_pairs, stream_pairs
+from training.data.sources import PAIRS, read_sources
+from training.data.streams import StreamedBatches
+from training.engine.held_out import by_source
+from training.engine.loop import Loop
+from training.models.encoder import text_length
+from training.objectives.arguments import ObjectiveArguments, check_range
+from training.objectives.contrastive import objective_columns
+from training.objectives.embed import embed
+from training.objectives.objective import Objective
+from training.objectives.pair_retrieval import PairRetrieval
+
+
+@dataclass(kw_only=True)
+class ContrastiveArguments(PairArguments):
+    """The training and evaluation data."""
+
+    train_data: list[str] = field(
+        metadata={
+            "help": "training data, path_or_id[:weight] ...: .jsonl, .jsonl.gz, .parquet, a folder of these, or "
+            "org/name[@config] on the Hub, with the columns of --pairs; the weight is how often an epoch repeats it"
+        }
+    )
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "held-out labelled pairs, in the same formats"}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens after which a document is truncated; default: the model's context length"},
+    )
+    query_max_length: int | None = field(
+        default=None, metadata={"help": "tokens after which a query is truncated; default --max_length"}
+    )
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "number of pairs of a batch on each process"}
+    )
+    batch_tokens: int = field(default=16384, metadata={"help": "number of tokens whose activations fit in memory"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "per_device_train_batch_size", "batch_tokens", positive=True)
+
+
+def pair_tokenizer(
+    arguments: ContrastiveArguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> PairTokenizer:
+    """Build the tokenizer of queries and documents.
+
+    Args:
+        arguments: parsed command-line options, with the lengths of queries and documents.
+        model: the model, with its prompts and its context length.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        A tokenizer that adds prompts and truncates.
+
+    Raises:
+        UserError: a length is more than the model's context.
+    """
+    max_length = text_length("max_length", arguments.max_length, model, tokenizer)
+    query_max_length = max_length
+    if arguments.query_max_length is not None:
+        query_max_length = text_length("query_max_length", arguments.query_max_length, model, tokenizer)
+    return PairTokenizer(tokenizer, max_length, query_max_length, model.config.prompts)
+
+
+def pair_batches(
+    arguments: ContrastiveArguments, objective: ObjectiveArguments, tokenize: PairTokenizer, loop: Loop
+) -> PairBatches | StreamedBatches:
+    """Read the training data and divide it into batches with the columns that the objective reads.
+
+    Args:
+        arguments: parsed command-line options of the data.
+        objective: parsed command-line options of the objective.
+        tokenize: tokenizer of queries and documents.
+        loop: the training loop; its seed, processes and number of steps are used.
+
+    Returns:
+        Batches from memory-mapped data, or with `--streaming` from a stream.
+
+    Raises:
+        UserError: the data cannot be read, or its options contradict the objective.
+    """
+    pair_arguments: PairArguments = arguments
+    if objective.objective == "simcse":
+        if arguments.pairs not in ("columns", "twins"):
+            raise UserError(
+                f"--pairs {arguments.pairs}: the pairs of --objective simcse are twins; use another objective"
+            )
+        if arguments.pairs == "columns":
+            pair_arguments = replace(arguments, pairs="twins", text_column=arguments.anchor_column)
+
+    def log(line: str) -> None:
+        if loop.is_main:
+            print(line, file=sys.stderr)
+
+    options: dict[str, Any] = {
+        "batch_size": arguments.per_device_train_batch_size,
+        "batch_tokens": arguments.batch_tokens,
+        "seed": loop.arguments.seed,
+        "rank": loop.accelerator.process_index,
+        "world_size": loop.accelerator.num_processes,
+        "keep_texts": objective.guide_model is not None,
+    }
+    columns = objective_columns(objective)
+    if arguments.streaming:
+        if loop.arguments.max_steps <= 0:
+            raise UserError("--streaming: how long an epoch is is not known; give --max_steps")
+        streams = stream_pairs(arguments.train_data, pair_arguments, columns, tokenize)
+        length = loop.arguments.max_steps * loop.arguments.gradient_accumulation_steps
+        return StreamedBatches(streams, tokenize, length=length, buffer=arguments.shuffle_buffer, **options)
+    with loop.accelerator.main_process_first():  # the other processes find its tokenised data in the cache
+        sources = read_pairs(arguments.train_data, pair_arguments, columns, tokenize, log)
+    return PairBatches(sources, tokenize, **options)
+
+
+def pair_retrieval(
+    arguments: ContrastiveArguments, objective: Objective, batches: PairBatches | StreamedBatches, loop: Loop
+) -> Callable[[nn.Module], dict[str, float]] | None:
+    """Build the evaluation of a model on each source of `--eval_data`.
+
+    Its loss is InfoNCE at the temperature of the objective, whatever the objective is.
+
+    Args:
+        arguments: parsed command-line options of the data.
+        objective: the objective in training.
+        batches: the training batches; the evaluation uses their tokenizer and their size.
+        loop: the training loop.
+
+    Returns:
+        A function from a model to metrics; None without `--eval_data`.
+    """
+    retrievals = {
+        source.name: PairRetrieval(
+            source, batches.tokenize, batch_size=batches.global_batch_size, batch_tokens=arguments.batch_tokens
+        )
+        for source in read_sources(arguments.eval_data, arguments.renamed(PAIRS))
+    }
+
+    def evaluate(retrieval: PairRetrieval, model: nn.Module) -> dict[str, float]:
+        device = loop.accelerator.device
+        return retrieval(lambda chunk: embed(model, chunk.to(device)), float(objective.temperature()))
+
+    return by_source(retrievals, evaluate)
