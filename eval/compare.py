@@ -121,6 +121,13 @@ def speed_cases(
 ) -> dict[int, Case]:
     """Return what is measured of a model: length in tokens -> case, for the lengths within its context.
 
+    Args:
+        path: the model as on the command line.
+        folder: its files.
+        lengths: requested lengths in tokens.
+        precision: of the weights and activations.
+        arguments: parsed command-line options.
+
     Raises:
         UserError: the folder holds no LongEmbed model, or every length is beyond its context.
     """

@@ -139,6 +139,9 @@ def load(name: str, arguments: Arguments, precision: str) -> LanguageModel:
         arguments: parsed command-line options.
         precision: `float32` or `bfloat16`.
 
+    Returns:
+        The model.
+
     Raises:
         UserError: the model does not load, or the lengths leave it no token to score.
     """
@@ -150,7 +153,7 @@ def load(name: str, arguments: Arguments, precision: str) -> LanguageModel:
             f"{arguments.stride} tokens; give a smaller one"
         )
     if not model.is_causal and shortest <= len(model.lead) + len(model.closing):
-        raise UserError(f"--lengths: {shortest} tokens have no room for any beside the special ones")
+        raise UserError(f"--lengths: {shortest} tokens have no room for any but the special ones")
     if not model.is_causal and model.tokenizer.mask_token_id is None:
         raise UserError(f"the tokenizer of {name} has no mask token, which a masked language model is scored with")
     return model

@@ -1,4 +1,4 @@
-"""Make a retrieval task of questions and long answers: does a model find the passage that answers a question?
+"""Make a retrieval task of questions and long answers, to see whether a model finds the answer to a question.
 
     python eval/questions.py --data questions.jsonl.gz --judge_from 2100 --output_dir my_tasks/Questions
     python eval/mteb_long.py --model runs/my/final bm25 --data_dir my_tasks --tasks Questions \\

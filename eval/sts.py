@@ -1,4 +1,4 @@
-"""Evaluate models on semantic textual similarity: do their cosines order pairs of sentences as people do?
+"""Evaluate models on semantic textual similarity: whether their cosines order pairs of sentences as people do.
 
     python eval/sts.py --model runs/my/final sentence-transformers/all-MiniLM-L6-v2 --data_dir sts --output_dir runs/sts
 

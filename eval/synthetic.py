@@ -110,7 +110,11 @@ class Arguments:
 
 
 def main() -> None:
-    """Run the script."""
+    """Run the script.
+
+    Raises:
+        UserError: the tokenizer does not load.
+    """
     (arguments,) = parse(Arguments)
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)

@@ -48,11 +48,11 @@ class Settings:
     context: int = 32768  # tokens; the longest address has 39,565
     block: int = 510  # tokens of a block; the encoder was trained on 512 with two special tokens
     token_weighting: str = "generalized_max"  # what a speech repeats does not outweigh what it says once
-    queries_an_address: int = 3
+    queries_an_address: int = 3  # paragraphs that are taken out of each speech
     lengths: tuple[int, ...] = (256, 1024, 4096)  # of passkey and needle documents, in tokens
-    synthetic_documents: int = 20
-    training_rounds: int = 4
-    training_words: int = 800
+    synthetic_documents: int = 20  # of each length
+    training_rounds: int = 4  # pairs of each speech
+    training_words: int = 800  # of the longer text of a pair
 
 
 @dataclass

@@ -194,7 +194,14 @@ def read_recipe(name: str, arguments: Arguments) -> dict[str, Any]:
 
 
 def train(recipe: str, start: str, output_dir: Path, arguments: Arguments) -> None:
-    """Run training/pretraining.py with a recipe."""
+    """Run training/pretraining.py.
+
+    Args:
+        recipe: name of the recipe.
+        start: model to start from.
+        output_dir: of the training.
+        arguments: parsed command-line options.
+    """
     options = ["--config", str(Path(arguments.recipes, f"{recipe}.yaml")), "--model_name_or_path", start]
     options += ["--train_data", *arguments.train_data, "--text_column", arguments.text_column]
     training_runs.train(SCRIPT, output_dir, [*options, "--eval_data", str(beginnings(arguments))])

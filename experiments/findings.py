@@ -190,7 +190,13 @@ def make(row: Row, folder: Path, arguments: Arguments) -> dict[int, Path]:
 
 
 def save_step(start: Path, checkpoint: Path, folder: Path) -> None:
-    """Save the model of a training checkpoint to a folder."""
+    """Save the model of a training checkpoint.
+
+    Args:
+        start: folder of the model that the training started from.
+        checkpoint: folder of the checkpoint.
+        folder: where the model is saved.
+    """
     model = LongEmbedModel.from_pretrained(start)
     tensors = load_file(checkpoint / "model.safetensors")
     model.load_state_dict({n: tensor for n, tensor in tensors.items() if not n.startswith("objective.")}, strict=False)
@@ -237,7 +243,16 @@ def evaluate(model: Path, evaluations: dict[str, dict[str, Any]], arguments: Arg
 
 
 def measure(row: Row, finding: Finding, arguments: Arguments) -> dict[str, Any]:
-    """Train and evaluate a row: an entry of results.json. Its stages are evaluated on textual similarity alone."""
+    """Train and evaluate a row. Its stages are evaluated on textual similarity alone.
+
+    Args:
+        row: the training.
+        finding: of the row.
+        arguments: parsed command-line options.
+
+    Returns:
+        An entry of results.json.
+    """
     folder = Path(arguments.output_dir, finding.name, row.name)
     *steps, (last, final) = make(row, folder, arguments).items()
     at_stages = {"similarity": finding.evaluations.get("similarity", {})}

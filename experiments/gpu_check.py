@@ -58,7 +58,13 @@ MASKS = ("full", "sliding:window=64", "sliding:window=64,global_tokens=2", "bloc
 
 
 class Check(NamedTuple):
-    """The result of one check."""
+    """The result of one check.
+
+    Attributes:
+        name: of the part and of what was checked.
+        passed: whether the rule holds.
+        detail: the numbers, or the error.
+    """
 
     name: str
     passed: bool
@@ -69,7 +75,13 @@ class Check(NamedTuple):
 
 
 def attention_inputs(pattern: AttentionPattern, device: str, alibi: bool) -> AttentionInputs:
-    """Return random bfloat16 queries, keys and values `(T, H, D)` of a packed batch."""
+    """Return random bfloat16 queries, keys and values `(T, H, D)` of a packed batch.
+
+    Args:
+        pattern: the attention pattern.
+        device: of the tensors.
+        alibi: whether the bias of ALiBi is added.
+    """
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(sum(LENGTHS), HEADS, HEAD_DIM, generator=generator).to(device, torch.bfloat16).requires_grad_()
@@ -82,7 +94,13 @@ def attention_inputs(pattern: AttentionPattern, device: str, alibi: bool) -> Att
 
 
 def outputs_and_gradients(kernel: str, inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:
-    """Return the output and the gradients of query, key and value under a fixed weighting, in float64."""
+    """Return the output and the gradients of query, key and value under a fixed weighting, in float64.
+
+    Args:
+        kernel: name of the attention kernel.
+        inputs: of `attention_inputs`.
+        dtype: in which the kernel computes.
+    """
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs[:3]]
     query, key, value = leaves
     context, _ = KERNELS[kernel].function(inputs._replace(query=query, key=key, value=value))
@@ -93,6 +111,12 @@ def outputs_and_gradients(kernel: str, inputs: AttentionInputs, dtype: torch.dty
 
 def error_ratios(pattern: AttentionPattern, kernel: str, device: str, alibi: bool = False) -> list[float]:
     """Compare a kernel with the dense softmax, both in bfloat16 and relative to float64.
+
+    Args:
+        pattern: the attention pattern.
+        kernel: name of the attention kernel.
+        device: where both are computed.
+        alibi: whether the bias of ALiBi is added.
 
     Returns:
         The ratio of their errors, for the output and for each of its three gradients.
@@ -137,7 +161,14 @@ def batch_of(lengths: Sequence[int], device: str) -> dict[str, Any]:
 
 
 def tiny_model(pattern: str | dict, device: str, dtype: torch.dtype, **fields: Any) -> Any:
-    """Return a model with random weights, the same for the same shape, so large that attention affects the output."""
+    """Return a model with random weights, the same for the same shape, so large that attention affects the output.
+
+    Args:
+        pattern: attention pattern of all layers.
+        device: of the model.
+        dtype: of its weights.
+        fields: further fields of its config.
+    """
     torch.manual_seed(0)
     config = LongEmbedConfig(**SIZES | {"attention_patterns": pattern, "initializer_range": 0.2} | fields)
     model: Any = LongEmbedModel._from_config(config)
@@ -163,7 +194,13 @@ def check_device(device: str) -> Iterator[Check]:
 
 
 def compile_whole(model: LongEmbedModel, batches: Sequence[dict[str, Any]], backend: str) -> tuple[list[Tensor], str]:
-    """Return the embeddings of packed batches by the compiled model, or the reason why its forward is not one graph."""
+    """Return the embeddings of packed batches by the compiled model, or the reason why its forward is not one graph.
+
+    Args:
+        model: the model.
+        batches: keyword arguments of its forward.
+        backend: of torch.compile.
+    """
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     try:
@@ -194,7 +231,14 @@ def check_compilation(device: str, backend: str = "inductor") -> Iterator[Check]
 
 
 def memory_ratio(pattern: dict, kernel: str, workload: Workload, length: int) -> float:
-    """Return the ratio of the peak memory above the base, of twice the length to the length, in fresh processes."""
+    """Return the ratio of the peak memory above the base, of twice the length to the length, in fresh processes.
+
+    Args:
+        pattern: attention pattern of all layers.
+        kernel: name of the attention kernel.
+        workload: the model, and what is done with it.
+        length: the shorter length, in tokens.
+    """
     above = []
     for tokens in (length, 2 * length):
         found = process.run_case(Case(workload, pattern, kernel, tokens, context=2 * length), limit=120)

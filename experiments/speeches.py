@@ -25,7 +25,13 @@ def addresses(judged: bool) -> dict[str, list[str]]:
 
 
 def pick(paragraphs: list[str], count: int, generator: random.Random) -> list[int]:
-    """Draw the indices of up to `count` paragraphs that may be taken out: neither salutation nor farewell."""
+    """Return the indices of random paragraphs that may be taken out: neither salutation nor farewell.
+
+    Args:
+        paragraphs: of an address.
+        count: maximum number of indices.
+        generator: draws them.
+    """
     inner = range(2, len(paragraphs) - 2)
     candidates = [place for place in inner if len(paragraphs[place].split()) in QUERY_WORDS]
     return generator.sample(candidates, min(count, len(candidates)))

@@ -43,7 +43,7 @@ class Arguments:
 
 
 def passages(text: str, count: int, generator: random.Random) -> list[str]:
-    """Draw passages of whole sentences from random places of a text.
+    """Return passages of whole sentences from random places of a text.
 
     Args:
         text: the text.

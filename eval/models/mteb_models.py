@@ -95,6 +95,9 @@ class EvaluatedModel(ModelSpec):
             batch_tokens: tokens in one forward pass.
             trust_remote_code: whether code that comes with a model may run.
 
+        Returns:
+            A model behind MTEB's encoder or search protocol.
+
         Raises:
             UserError: the model does not load, or its `tokens` are more than its context.
         """
@@ -163,7 +166,16 @@ class ChunkMax:
         self.corpus = corpus
 
     def search(self, queries: Any, *, task_metadata: Any, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
-        """Return the `top_k` best documents of each query: query id -> document id -> score."""
+        """Search the corpus, as MTEB asks for it.
+
+        Args:
+            queries: MTEB's data set of queries.
+            task_metadata: MTEB's description of the task.
+            top_k: number of documents for each query.
+
+        Returns:
+            Query id -> id of each of the `top_k` best documents -> score.
+        """
         query_texts = _texts(queries, task_metadata, PromptType.query)
         vectors = torch.nn.functional.normalize(
             torch.from_numpy(vectors_of(query_texts, self.encoder, "query", self.cache))
@@ -197,7 +209,16 @@ class BM25:
         self.words = BM25Index(_texts(corpus, task_metadata, PromptType.document))
 
     def search(self, queries: Any, *, task_metadata: Any, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
-        """Return the `top_k` best documents of each query: query id -> document id -> score."""
+        """Search the corpus, as MTEB asks for it.
+
+        Args:
+            queries: MTEB's data set of queries.
+            task_metadata: MTEB's description of the task.
+            top_k: number of documents for each query.
+
+        Returns:
+            Query id -> id of each of the `top_k` best documents -> score.
+        """
         scores, indices = self.words.search(_texts(queries, task_metadata, PromptType.query), top_k)
         return _by_id(queries, self.corpus, torch.from_numpy(indices), torch.from_numpy(scores))
 

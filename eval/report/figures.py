@@ -20,7 +20,13 @@ __all__ = ["plt", "save_figure", "use_length_axis", "use_log_values"]
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
-    """Write a figure to a PNG file, whole or not at all, and close it."""
+    """Write a figure to a PNG file, whole or not at all, and close it.
+
+    Args:
+        figure: the figure.
+        path: the file.
+        dpi: dots per inch.
+    """
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=dpi)
     plt.close(figure)
@@ -28,7 +34,13 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 150) -> None:
 
 
 def use_length_axis(axis: Axes, lengths: Iterable[int], label: str) -> None:
-    """Make the x axis logarithmic, with a tick at each length (in tokens)."""
+    """Make the x axis logarithmic, with a tick at each length.
+
+    Args:
+        axis: the axes.
+        lengths: in tokens.
+        label: of the x axis.
+    """
     ticks = sorted(set(lengths))
     axis.set_xscale("log", base=2)
     axis.set_xticks(ticks, [f"{length:,}" for length in ticks])

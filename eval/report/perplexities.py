@@ -43,7 +43,7 @@ class Point:
 
 
 def as_markdown(points: Sequence[Point], lengths: Sequence[int], titles: dict[str, str]) -> str:
-    """Format one table for each kind of perplexity: a row for each model, a column for each length.
+    """Return one Markdown table for each kind of perplexity: a row for each model, a column for each length.
 
     Args:
         points: what was measured.

@@ -33,7 +33,14 @@ class AtomicResultCache(ResultCache):
         *,
         encode_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write `<Task>.json`, `model_meta.json` and `run_settings.jsonl` of one model, as MTEB does."""
+        """Write `<Task>.json`, `model_meta.json` and `run_settings.jsonl` of one model, as MTEB does.
+
+        Args:
+            task_result: the scores.
+            model_name: name or description of the model.
+            model_revision: its revision, unless the description has it.
+            encode_kwargs: settings of the encoding, which MTEB records.
+        """
         final = self.get_task_result_path(task_result.task_name, model_name, model_revision).parent
         with TemporaryDirectory() as temporary:
             temporary_cache = ResultCache(temporary)

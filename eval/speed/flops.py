@@ -44,7 +44,7 @@ def peak_flops(device_name: str, dtype: str) -> float:
 
 
 def visible_pairs(pattern: AttentionPattern, length: int, num_heads: int, causal: bool, device: str = "cpu") -> int:
-    """Count the pairs of query and key that a pattern allows in one document, summed over all heads.
+    """Return the number of pairs of query and key that a pattern allows in one document, summed over all heads.
 
     Args:
         pattern: the attention pattern.
@@ -73,7 +73,7 @@ def visible_pairs(pattern: AttentionPattern, length: int, num_heads: int, causal
 
 
 def model_flops(config: LongEmbedConfig, length: int, mode: str = "forward", device: str = "cpu") -> int:
-    """Count the floating-point operations of one document through the encoder.
+    """Return the number of floating-point operations of one document through the encoder.
 
     Args:
         config: of the model.

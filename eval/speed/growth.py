@@ -83,7 +83,7 @@ class Curve:
 
 
 def as_markdown(curves: Sequence[Curve], lengths: Sequence[int], peak_flops: float | None = None) -> str:
-    """Format the tables of speed and memory and, where the device's peak is given, of model FLOP utilisation.
+    """Return Markdown tables of speed and memory and, where the device's peak is given, of model FLOP utilisation.
 
     Args:
         curves: the rows.

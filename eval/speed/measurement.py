@@ -30,15 +30,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Workload:
-    """The model, and what is done with it; the default is a random model of MiniLM's size."""
+    """The model, and what is done with it; the default is a random model of MiniLM's size.
+
+    Raises:
+        UserError: 8-bit weights are requested for something else than encoding on the CPU.
+    """
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "a LongEmbed model; default: random weights of the sizes below"}
     )
-    num_hidden_layers: int = 6
-    hidden_size: int = 384
-    num_attention_heads: int = 12
-    intermediate_size: int = 1536
+    num_hidden_layers: int = field(default=6, metadata={"help": "layers of a random model"})
+    hidden_size: int = field(default=384, metadata={"help": "width of a random model"})
+    num_attention_heads: int = field(default=12, metadata={"help": "attention heads of a random model"})
+    intermediate_size: int = field(default=1536, metadata={"help": "width of its feed-forward layers"})
     position_embedding_type: str = field(
         default="rope",
         metadata={"help": "position scheme of a random model; 'absolute' has one parameter row per position"},

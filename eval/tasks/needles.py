@@ -121,6 +121,9 @@ class Haystack:
             start: index of the sentence that the document starts with, modulo the number of sentences.
             before, after: texts around the document, which count towards its length but not towards the depth.
 
+        Returns:
+            The document.
+
         Raises:
             UserError: there is no room for the needle.
         """

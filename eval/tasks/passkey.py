@@ -28,7 +28,7 @@ REPEATS = 50  # of the filler, so that few passages are longer than the haystack
 
 
 def passkey_documents(source: Haystack, needles: Sequence[Needle], length: int, depth: float, seed: int) -> list[str]:
-    """Build one document for each needle.
+    """Return one document for each needle.
 
     Args:
         source: the text around the needles.
@@ -97,7 +97,14 @@ class EmbeddingTest:
         return list(lengths)
 
     def measure(self, length: int, depth: float, trials: int, seed: int) -> float:
-        """Return the accuracy, 0 to 1, of `trials` pass keys at a length (in tokens) and a depth."""
+        """Return the accuracy, 0 to 1, at one length and depth.
+
+        Args:
+            length: in tokens.
+            depth: of the pass keys, 0 to 1.
+            trials: number of pass keys.
+            seed: random seed.
+        """
         needles = passkey_needles(trials, seed=seed + length)
         documents = passkey_documents(self.source, needles, length - self.room, depth, seed)
         found = self.encoder(documents, "document")
@@ -106,7 +113,7 @@ class EmbeddingTest:
 
 
 def passkey_prompt(source: Haystack, key: int, tokens: int, depth: float) -> str:
-    """Build the prompt of landmark attention.
+    """Return the prompt of landmark attention.
 
     Args:
         source: the text around the key.
@@ -122,6 +129,11 @@ def is_greedy(model: LanguageModel, ids: Sequence[int], count: int) -> bool:
     """Return whether greedy decoding after all but the last `count` of `ids` gives exactly those.
 
     It does if each of them is the likeliest token after all before it, so that one forward pass is enough.
+
+    Args:
+        model: a causal language model.
+        ids: token ids of the prompt and of the answer.
+        count: tokens of the answer.
     """
     chosen = torch.zeros(1, len(ids) - 1, dtype=torch.bool)
     chosen[:, -count:] = True
@@ -150,7 +162,14 @@ class GenerationTest:
         return [length for length in lengths if length <= self.model.context]
 
     def measure(self, length: int, depth: float, trials: int, seed: int) -> float:
-        """Return the accuracy, 0 to 1, of `trials` pass keys at a length (in tokens) and a depth."""
+        """Return the accuracy, 0 to 1, at one length and depth.
+
+        Args:
+            length: in tokens.
+            depth: of the pass keys, 0 to 1.
+            trials: number of pass keys.
+            seed: random seed.
+        """
         generator = random.Random(f"generate-{seed}-{length}-{depth}")
         keys = [generator.choice(KEYS) for _ in range(trials)]
         given = 0
