@@ -41,7 +41,7 @@ from modeling_longembed.attention_longembed import check_kernel
 
 @dataclass
 class Arguments:
-    """Options of the script, beside those of the workload."""
+    """Options of the script, in addition to those of the workload."""
 
     output_dir: str = field(metadata={"help": "folder of results.json, table.md and plot.png"})
     attention_patterns: list[str] = field(

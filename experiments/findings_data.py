@@ -115,7 +115,7 @@ def write_training(path: Path, rows: Sequence[dict[str, str]], option: str) -> N
     """
     if not rows:
         raise UserError(
-            f"--{option} has no row to train on beside those that are evaluated; give more, or evaluate fewer "
+            f"--{option} has no row to train on, because all are evaluated; give more, or evaluate fewer "
             f"(--judged_{option})"
         )
     write_jsonl(path, rows)

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-# The import also registers our Auto classes, so that folders of ours load without trust_remote_code.
+# The import also registers the Auto classes, so that LongEmbed folders load without trust_remote_code.
 from common.encoders import context_length
 from common.errors import UserError
 from common.files import sha256_file

@@ -44,7 +44,7 @@ def grids(cells: Sequence[Cell]) -> Iterator[tuple[str, list[int], list[float], 
 
 
 def as_markdown(cells: Sequence[Cell]) -> str:
-    """Format one table for each model: accuracy in percent, a row for each depth and their mean, a column a length."""
+    """Format a table of each model: accuracy in percent, a row for each depth and their mean, a column per length."""
     tables = []
     for model, lengths, depths, grid in grids(cells):
         rows = [*zip((f"{depth:.0%}" for depth in depths), grid, strict=True), ("mean", grid.mean(0))]

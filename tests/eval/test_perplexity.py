@@ -286,7 +286,7 @@ def test_a_model_with_a_shorter_context_is_shown_as_far_as_it_reads(folders, boo
     [
         (["ours"], {"lengths": ["16,65"]}, "65 tokens are more than the context of .*ours; give at most 64"),
         (["gpt2"], {"stride": 16}, "--stride 16 leaves a window of 16 tokens no context"),
-        (["ours"], {"lengths": ["2"]}, "2 tokens have no room for any beside the special ones"),
+        (["ours"], {"lengths": ["2"]}, "2 tokens have no room for any but the special ones"),
         (["headless"], {}, "is a BertModel, which predicts no tokens; give a LongEmbedForMaskedLM"),
         (["none"], {}, "unknown model .*none"),
         (["ours", "ours"], {}, "--labels: give a different one for each --model"),

@@ -144,7 +144,7 @@ def test_a_file_of_which_nothing_is_left_to_train_on_is_told_before_training(
     setattr(findings_arguments, option, str(tmp_path / "rows.jsonl"))
     findings_arguments.judged_titles, findings_arguments.judged_documents, findings_arguments.document_words = 3, 3, 15
     (tmp_path / "recipes" / "steps.yaml").write_text(yaml.safe_dump(FINDING | {"data": data}))
-    with pytest.raises(UserError, match=rf"--{option} has no row to train on .*\(--judged_{option}\)"):
+    with pytest.raises(UserError, match=rf"--{option} has no row to train on, .*\(--judged_{option}\)"):
         findings.compare(findings_arguments)
     assert not (findings_arguments.data / f"{data}.jsonl").exists()  # which would be taken for made, next time
     assert not (tmp_path / "out" / "steps").exists()
