@@ -202,13 +202,13 @@ def native_weights(model, family: Family) -> dict[str, Tensor]:
 
 def renamed(ours: dict[str, Tensor], modules: dict) -> dict[str, Tensor]:
     """Rename tensors by `modules` (our module to theirs), and concatenate the parts of a fused projection."""
-    pieces: dict[str, list[Tensor]] = {}
+    parts_of: dict[str, list[Tensor]] = {}
     for mine, theirs in sorted(modules.items(), key=lambda item: item[1][1:] if isinstance(item[1], tuple) else ()):
         name = theirs[0] if isinstance(theirs, tuple) else theirs
         for suffix in ("weight", "bias"):
             if f"{mine}.{suffix}" in ours:
-                pieces.setdefault(f"{name}.{suffix}", []).append(ours[f"{mine}.{suffix}"])
-    return {name: torch.cat(parts) for name, parts in pieces.items()}
+                parts_of.setdefault(f"{name}.{suffix}", []).append(ours[f"{mine}.{suffix}"])
+    return {name: torch.cat(parts) for name, parts in parts_of.items()}
 
 
 def native_class(model_type: str, with_head: bool) -> tuple[Any, dict]:

@@ -1,4 +1,4 @@
-"""`common.arguments.parse`: the recipe fills, the command line wins, a mistake is named with its place."""
+"""`common.arguments.parse`: the command line takes precedence over the recipe, and errors name the place."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -60,10 +60,10 @@ def test_command_line_wins_over_recipe_and_recipe_over_defaults(recipe):
     flags=st.tuples(st.booleans(), st.booleans()),
 )
 def test_every_value_survives_the_recipe(tmp_path_factory, name, rate, steps, data, flags):
-    wanted = Training(rate, steps, data, *flags)
+    expected = Training(rate, steps, data, *flags)
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"model_name_or_path": name, **vars(wanted)}), encoding="utf-8")
-    assert parse(Model, Training, argv=["--config", str(path)]) == (Model(name), wanted)
+    path.write_text(yaml.safe_dump({"model_name_or_path": name, **vars(expected)}), encoding="utf-8")
+    assert parse(Model, Training, argv=["--config", str(path)]) == (Model(name), expected)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def random_texts(count: int, longest: int, seed: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("max_length", [None, 24])
 @pytest.mark.parametrize("prompt_type", ["query", "document"])
-def test_one_vector_a_text_equals_sentence_transformers(tiny_sentence_transformer, max_length, prompt_type):
+def test_one_vector_per_text_equals_sentence_transformers(tiny_sentence_transformer, max_length, prompt_type):
     encoder = Encoder(ModelFolder.find(str(tiny_sentence_transformer)), max_length, batch_tokens=200)
     reference = SentenceTransformer(str(tiny_sentence_transformer), device="cpu")
     reference.max_seq_length = max_length or 64
@@ -36,17 +36,17 @@ def test_one_vector_a_text_equals_sentence_transformers(tiny_sentence_transforme
 @hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(texts=texts_of_words, size=st.sampled_from([8, 31, 64]))
 def test_the_sum_of_chunks_is_the_sum_of_all_token_vectors(tiny_sentence_transformer, minilm_tokenizer, texts, size):
-    """By hand: cut the ids, put [CLS] and [SEP] around each piece, add up BERT's last hidden states."""
+    """By hand: cut the ids, put [CLS] and [SEP] around each chunk, add up BERT's last hidden states."""
     bert = BertModel.from_pretrained(tiny_sentence_transformer).eval()
     rows = ChunkEncoder(ModelFolder.find(str(tiny_sentence_transformer)), size, batch_tokens=300)(texts, "document")
     for text, matrix in zip(texts, rows, strict=True):
         ids = minilm_tokenizer(text, add_special_tokens=False)["input_ids"]
-        pieces = [ids[i : i + size - 2] for i in range(0, max(1, len(ids)), size - 2)]
-        assert len(matrix) == len(pieces)
-        for piece, row in zip(pieces, matrix, strict=True):
+        chunks = [ids[i : i + size - 2] for i in range(0, max(1, len(ids)), size - 2)]
+        assert len(matrix) == len(chunks)
+        for chunk, row in zip(chunks, matrix, strict=True):
             with torch.no_grad():
                 states = bert(
-                    torch.tensor([[minilm_tokenizer.cls_token_id, *piece, minilm_tokenizer.sep_token_id]])
+                    torch.tensor([[minilm_tokenizer.cls_token_id, *chunk, minilm_tokenizer.sep_token_id]])
                 ).last_hidden_state
             np.testing.assert_allclose(row, states[0].sum(0), rtol=1e-4, atol=1e-3)
 

@@ -1,4 +1,4 @@
-"""`common.errors.run`: what a user sees of a mistake, seen from outside the process."""
+"""`common.errors.run`: messages and exit codes of scripts, checked from outside the process."""
 
 import subprocess
 import sys

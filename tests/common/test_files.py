@@ -1,4 +1,4 @@
-"""`common.files`: under a final name there is the old content or the new, also after SIGKILL."""
+"""`common.files`: a file or folder has the old content or the new, even after SIGKILL."""
 
 import gzip
 import hashlib

@@ -1,4 +1,4 @@
-"""The files of a model: which folders are one, and what their revision depends on."""
+"""The files of a model: which folders are accepted, and what the revision depends on."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.model_folder import ModelFolder
 
 
-def test_a_folder_that_is_no_model_is_told(tmp_path, tiny_sentence_transformer):
+def test_a_folder_that_is_no_model_is_reported(tmp_path, tiny_sentence_transformer):
     with pytest.raises(UserError, match=r"it needs config.json and"):
         ModelFolder.find(str(tmp_path))
     for name in (str(tmp_path / "nowhere"), "nobody/nothing", "no such model"):

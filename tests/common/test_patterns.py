@@ -1,4 +1,4 @@
-"""Choices by name on a command line."""
+"""Options of the form `name:parameter=value` on the command line."""
 
 import pytest
 

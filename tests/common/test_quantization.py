@@ -1,4 +1,4 @@
-"""Weights in 8 bits: which, how near, and what a model still says."""
+"""Weights in 8 bits: which layers have them, how close they are, and what they change in the vectors of a model."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Vectors of many texts: each is computed once, whatever stops the run, and only a window of texts is in memory."""
+"""Vectors of many texts: each is computed once, even if the run is stopped, and only a window of texts is in memory."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""The cache of vectors: what was put comes back, whole or not at all, and a damaged file is one sentence."""
+"""The cache of vectors: a put is stored whole or not at all, and a damaged file is reported in one sentence."""
 
 import os
 import signal
@@ -50,13 +50,13 @@ def test_a_put_that_is_killed_leaves_nothing_or_all(tmp_path):
     assert put >= 3
 
 
-def test_a_file_that_is_no_cache_is_told(tmp_path):
+def test_a_file_that_is_no_cache_is_reported(tmp_path):
     (tmp_path / "v.sqlite").write_text("not a database" * 100)
     with pytest.raises(UserError, match=r"cannot use .*v.sqlite as the cache"):
         VectorCache(tmp_path / "v.sqlite")
 
 
-def test_a_cache_that_cannot_be_made_or_read_is_told(tmp_path):
+def test_a_cache_that_cannot_be_made_or_read_is_reported(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"cannot make .*file, the folder of the cache of vectors .*; name another"):
         VectorCache(tmp_path / "file" / "v.sqlite")
