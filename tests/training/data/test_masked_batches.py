@@ -1,6 +1,7 @@
 """Batches of sequences: the same for any number of processes, and reached at once; tokens per step stay the same."""
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,14 +46,12 @@ def test_processes_share_the_texts_that_one_would_have(processes, read):
 
 
 def text_rows(batch) -> list[tuple]:
-    """Ids, labels, and segment ids of each text of a batch."""
+    """Return ids, labels and segment ids of each text of a batch."""
     rows = []
     for chunk in batch.chunks:
-        sizes = chunk.texts.cu_seq_lens_q.diff().tolist()
-        columns = (chunk.texts.input_ids[0], chunk.labels[0], chunk.token_type_ids[0])
-        rows += [
-            tuple(tuple(c.tolist()) for c in text) for text in zip(*(c.split(sizes) for c in columns), strict=True)
-        ]
+        ends = chunk.texts.cu_seq_lens_q.tolist()
+        columns = [tensor[0].tolist() for tensor in (chunk.texts.input_ids, chunk.labels, chunk.token_type_ids)]
+        rows += [tuple(tuple(column[start:stop]) for column in columns) for start, stop in pairwise(ends)]
     return rows
 
 

@@ -20,7 +20,7 @@ def masking(unit: str = "token", mask_share: float = 0.8, random_share: float = 
 
 
 def texts(count: int, length: int, seed: int = 0, words: float = 0.6) -> tuple[np.ndarray, np.ndarray]:
-    """Ids `(count, length)` between [CLS] and [SEP], and which of them start a word."""
+    """Return random ids between [CLS] and [SEP], and which of them start a word, both `(count, length)`."""
     generator = np.random.default_rng(seed)
     ids = generator.integers(len(SPECIAL), VOCABULARY, (count, length))
     ids[:, 0], ids[:, -1] = 2, 3
@@ -28,14 +28,13 @@ def texts(count: int, length: int, seed: int = 0, words: float = 0.6) -> tuple[n
 
 
 def mask_all(mask, ids, starts, rate, generator) -> list[np.ndarray]:
-    """What is read, and the labels, of many texts."""
-    return [
-        np.stack(column) for column in zip(*map(lambda *row: mask(*row, rate, generator), ids, starts), strict=True)
-    ]
+    """Mask many texts; return the ids that the model reads, and the labels, both `(count, length)`."""
+    masked = [mask(text, words, rate, generator) for text, words in zip(ids, starts, strict=True)]
+    return [np.stack(column) for column in zip(*masked, strict=True)]
 
 
 def shares(ids: np.ndarray, read: np.ndarray, labels: np.ndarray) -> list[float]:
-    """Of all ordinary tokens the share that is predicted; of these the shares masked, replaced and kept."""
+    """Return the share of ordinary tokens that is predicted, and of these the shares masked, replaced and kept."""
     predicted = labels >= 0
     ordinary = ~np.isin(ids, SPECIAL)
     masked, kept = (read == MASK)[predicted].mean(), (read == ids)[predicted].mean()
@@ -49,9 +48,7 @@ def test_shares_on_a_million_tokens(unit, expected):
     ids, starts = texts(2000, 512)
     rate, mask_share, random_share, _ = expected
     mask, generator = masking(unit, mask_share, random_share), np.random.default_rng(1)
-    read, labels = map(
-        np.stack, zip(*(mask(*row, rate, generator) for row in zip(ids, starts, strict=True)), strict=True)
-    )
+    read, labels = mask_all(mask, ids, starts, rate, generator)
     # A token that is replaced by itself, once in a vocabulary, counts as kept.
     found = shares(ids, read, labels)
     assert found == pytest.approx(list(expected), abs=0.005)
@@ -70,9 +67,7 @@ def test_shares_are_those_of_transformers_collator(word_tokenizer):
     ]
     batch = published(features)
     ours, generator = Masking.of(word_tokenizer, MaskingArguments()), np.random.default_rng(0)
-    read, labels = map(
-        np.stack, zip(*(ours(*row, 0.15, generator) for row in zip(ids, starts, strict=True)), strict=True)
-    )
+    read, labels = mask_all(ours, ids, starts, 0.15, generator)
     theirs = shares(ids, batch["input_ids"].numpy(), batch["labels"].numpy())
     assert shares(ids, read, labels) == pytest.approx(theirs, abs=0.01)
     # Theirs draws special tokens as replacements in a vocabulary as small as this; ours never does.
@@ -141,7 +136,7 @@ def test_words_are_those_of_transformers_whole_word_collator(word_tokenizer):
 
 
 def _words(chosen: np.ndarray, starts: np.ndarray) -> set[tuple[int, ...]]:
-    """The chosen tokens, cut where a word starts."""
+    """Return the places of the chosen tokens, grouped by word."""
     words: list[list[int]] = []
     for place in np.flatnonzero(chosen):
         if starts[place] or not words or words[-1][-1] != place - 1:

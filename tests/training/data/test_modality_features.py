@@ -1,4 +1,4 @@
-"""Rows of features: what is refused and how it is said, the batches, and the files they come from."""
+"""Rows of features: the files they come from, what is refused, and the batches."""
 
 import json
 from pathlib import Path
@@ -65,7 +65,7 @@ def test_a_wrong_row_is_named(tmp_path, name):
     assert sentence in str(caught.value)
 
 
-def test_what_cannot_be_read_or_told_apart_is_said(tmp_path):
+def test_a_file_without_usable_rows_is_named(tmp_path):
     good = {"features": [[1, 2]], "label": 0}
     cases = {
         "no such file": tmp_path / "absent.jsonl",
@@ -100,7 +100,7 @@ def batches(source, **changes) -> FeatureBatches:
     return FeatureBatches(source, **({"batch_size": 6, "batch_tokens": 9, "seed": 3} | changes))
 
 
-def test_each_row_comes_with_another_one_of_its_label_and_once_a_pass(feature_source):
+def test_each_row_comes_once_an_epoch_with_another_one_of_its_label(feature_source):
     of_ten = batches(feature_source, batch_size=10)
     for index in range(0, 6, 2):
         pairs = of_ten.global_rows(index) + of_ten.global_rows(index + 1)

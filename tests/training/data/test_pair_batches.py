@@ -1,4 +1,4 @@
-"""The order of the data: a pure function of the position, complete, and shared out over processes."""
+"""Batches of pairs: a pure function of the position, complete, and divided among processes."""
 
 from collections import Counter
 from itertools import chain
@@ -39,8 +39,8 @@ def test_a_position_is_reached_without_those_before_it(sizes, index, seed):
 
 
 @given(rows=st.integers(8, 40), passes=st.integers(1, 3), seed=st.integers(0, 5))
-def test_a_source_is_gone_through_without_repetition(rows, passes, seed):
-    """Over k * lcm rows every row has come exactly k times, though batches do not divide the rows."""
+def test_every_row_of_a_source_comes_equally_often(rows, passes, seed):
+    """After k whole epochs of the rows each has come k times, though the batch size does not divide their number."""
     made = batches([source(0, rows)], seed=seed)
     # Whole epochs until the stream of rows is back at the start of a pass.
     epochs = passes * rows
@@ -50,7 +50,7 @@ def test_a_source_is_gone_through_without_repetition(rows, passes, seed):
 
 
 @given(sizes=sizes, weight=weights)
-def test_an_epoch_goes_through_a_source_as_often_as_its_weight_says(sizes, weight):
+def test_the_weight_is_how_often_an_epoch_goes_through_a_source(sizes, weight):
     made = batches([source(n, rows, weight if n == 0 else 1.0) for n, rows in enumerate(sizes)])
     count = Counter(made.global_rows(index)[0] for index in range(len(made)))
     for number, rows in enumerate(sizes):

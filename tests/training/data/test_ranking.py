@@ -1,4 +1,4 @@
-"""Rankers against brute force: every document scored, all of them sorted."""
+"""Rankers, compared with brute force: every document is scored, and all are sorted."""
 
 import sys
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from training.data.ranking import VectorRanker, WordRanker, load_ranker
 
 
 class Random:
-    """An encoder: a text is its number of rows, and a seed."""
+    """An encoder of random vectors; a text consists of its number of rows and a seed."""
 
     batch_tokens, dimension = 4, 6
 
@@ -38,7 +38,7 @@ def unit(vectors):
 
 
 def brute_force(queries, documents, every_row, similarity):
-    """The scores of all documents for all queries."""
+    """Return the scores of all documents for all queries."""
     encode = Random()
     scores = np.empty((len(queries), len(documents)))
     for i, query in enumerate(encode(queries, "query")):
@@ -74,7 +74,7 @@ def test_the_nearest_documents_are_those_of_brute_force(queries, documents, k, e
     np.testing.assert_allclose(ranker.scores(len(queries) - 1, some), expected[-1, some], atol=1e-5)
 
 
-def test_more_queries_than_are_searched_at_once(monkeypatch):
+def test_more_queries_than_one_search_takes(monkeypatch):
     monkeypatch.setattr("training.data.ranking._QUERIES_AT_ONCE", 4)
     queries, documents = ([f"2 {i}" for i in range(n)] for n in (11, 9))
     _, found = VectorRanker(Random(), queries, documents, VectorCache(":memory:")).nearest(3)
@@ -94,8 +94,8 @@ def test_hnsw_finds_nearly_all_of_what_is_nearest(similarity):
     assert near[0].max() == pytest.approx(exact[0].max(), abs=1e-5)
 
 
-def test_words_rank_as_lucenes_bm25():
-    """bm25s' own scores of all documents, which it tests against Lucene."""
+def test_bm25_ranks_as_bm25s_does():
+    """The reference is bm25s' own scores of all documents, which it tests against Lucene."""
     words = "fox whale frog heron badger otter salmon eagle".split()  # noqa: SIM905
     generator = np.random.default_rng(0)
     queries, documents = ([" ".join(generator.choice(words, 5)) for _ in range(n)] for n in (6, 12))
@@ -111,7 +111,7 @@ def test_words_rank_as_lucenes_bm25():
         np.testing.assert_allclose(ranker.scores(query, np.array([3, 0])), expected[query, [3, 0]], atol=1e-5)
 
 
-def test_vectors_that_are_not_finite_are_told():
+def test_vectors_that_are_not_finite_are_refused():
     class Broken(Random):
         def __call__(self, texts, prompt_type):
             return [np.full((1, 6), np.nan)] * len(texts)

@@ -1,4 +1,4 @@
-"""Batches without a text twice, of passes that hold every row once."""
+"""Row order: batches without duplicate texts, epochs with every row once."""
 
 from collections import Counter
 from itertools import chain, groupby
@@ -14,7 +14,7 @@ from training.data.row_order import RowOrder
 
 
 def clashes(batch: list[int], text_ids: np.ndarray) -> int:
-    """Rows of a batch that share a text with a row before them, counted naively."""
+    """Count the rows of a batch that share a text with a row before them."""
     seen, count = set(), 0
     for row in batch:
         own = set(text_ids[row].tolist())
@@ -24,13 +24,13 @@ def clashes(batch: list[int], text_ids: np.ndarray) -> int:
 
 
 def grouped(rows: int, size: int, seed: int) -> np.ndarray:
-    """Two columns: the first of its own, the second one text for every `size` rows, in any order."""
+    """Return ids of two columns: unique texts in the first, each text of the second in `size` random rows."""
     second = np.random.default_rng(seed).permutation(rows) // size + rows
     return np.stack([np.arange(rows), second], axis=1)
 
 
 @given(st.integers(2, 12), st.data())
-def test_no_batch_holds_a_text_twice_and_every_pass_each_row_once(batch_size, data):
+def test_no_batch_has_a_text_twice_and_every_epoch_has_each_row_once(batch_size, data):
     rows = data.draw(st.integers(6 * batch_size, 12 * batch_size))
     size = data.draw(st.integers(1, 3))  # at most half as many as there are batches in a pass
     text_ids = grouped(rows, size, data.draw(st.integers(0, 9)))
@@ -51,8 +51,7 @@ def test_a_batch_is_reached_without_those_before_it(batch_size, more, number, se
     assert near.batch(number) == RowOrder(text_ids, batch_size, seed).batch(number)
 
 
-def test_as_sentence_transformers_has_it():
-    """Real duplicates: its sampler's batches and ours, judged by the texts that it compares."""
+def test_batches_are_as_free_of_duplicates_as_those_of_sentence_transformers():
     rows = [(f"question {n % 150}", f"document {n * 7 % 40}") for n in range(400)]
     dataset = datasets.Dataset.from_dict(
         dict(zip(("anchor", "positive"), map(list, zip(*rows, strict=True)), strict=True))
@@ -69,7 +68,7 @@ def test_as_sentence_transformers_has_it():
     assert Counter(chain(*ours)) == Counter(range(400))
 
 
-def test_what_cannot_be_parted_still_comes_once_a_pass():
+def test_rows_that_cannot_be_separated_come_once_an_epoch():
     text_ids = np.stack([np.arange(60), np.r_[np.zeros(30), np.arange(100, 130)]], axis=1).astype(int)
     order = RowOrder(text_ids, 6, 0)
     batches = [order.batch(number) for number in range(10)]
@@ -77,7 +76,7 @@ def test_what_cannot_be_parted_still_comes_once_a_pass():
     assert sum(clashes(batch, text_ids) for batch in batches) == 20  # 30 rows of one text, 10 batches
 
 
-def test_passes_are_shuffled_anew_and_rows_are_not_favoured():
+def test_epochs_are_shuffled_anew_and_uniformly():
     text_ids = grouped(40, 4, 0)
     order = RowOrder(text_ids, 8, 7)
     places = np.zeros((40, 5))
@@ -91,7 +90,7 @@ def test_passes_are_shuffled_anew_and_rows_are_not_favoured():
 
 
 @pytest.mark.parametrize("batch_size", [3, 4, 5])
-def test_a_row_does_not_come_twice_in_a_batch_of_two_passes(batch_size):
+def test_a_row_does_not_come_twice_in_a_batch_across_two_epochs(batch_size):
     text_ids = np.arange(10)[:, None]
     order = RowOrder(text_ids, batch_size, 3)
     batches = [order.batch(number) for number in range(200)]

@@ -1,4 +1,4 @@
-"""Reading pairs: every form gives the same rows, and a mistake is one sentence with file, row and column."""
+"""Sources: every file format gives the same rows, and a mistake is one sentence with file, row and column."""
 
 import gzip
 import io
@@ -27,16 +27,16 @@ def parquet(columns: dict) -> bytes:
 
 
 def zipped(content: bytes) -> bytes:
-    """Without the time of day in its head: the content names a test, and two processes must give it one name."""
+    """Compress without the time of day: it would give a parametrised test another name in every process."""
     return gzip.compress(content, mtime=0)
 
 
 def damaged(content: bytes) -> bytes:
-    """Whole at both ends, zeros between the first column's pages: the footer is read without a complaint."""
+    """Overwrite pages of the first column with zeros; the footer stays readable."""
     return content[:30] + bytes(40) + content[70:]
 
 
-def test_every_form_holds_the_same_rows(tmp_path):
+def test_every_format_gives_the_same_rows(tmp_path):
     rows = random_pairs(20, negatives=2)
     # A text that looks like a date, or holds what is no ASCII, is a text.
     rows[0] |= {"anchor": "2020-01-01", "positive": "naïve \u2028 \U0001f600"}
@@ -74,7 +74,7 @@ def test_classes_are_integers_or_texts(tmp_path, labels):
         (True, "row 2: label is bool; it names the class"),
     ],
 )
-def test_what_names_no_class_is_refused(tmp_path, label, complaint):
+def test_a_value_that_names_no_class_is_refused(tmp_path, label, complaint):
     rows = [{"anchor": "a", "label": 1}, {"anchor": "b", "label": label}]
     with pytest.raises(UserError, match=complaint):
         read_sources([str(write_jsonl(tmp_path / "rows.jsonl", rows))], LABELLED)
@@ -180,7 +180,7 @@ def test_the_file_of_a_folder_that_lacks_a_column_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "some/missing.jsonl", "no such thing", "org/unknown-dataset"])
-def test_what_is_not_there_is_named(name):
+def test_a_missing_source_is_named(name):
     with pytest.raises(UserError, match=name):
         read_sources([name])
 

@@ -133,7 +133,7 @@ def test_weights_are_shares_of_the_batches(forms, word_tokenizer):
     assert share == pytest.approx(0.75, abs=4 * (0.75 * 0.25 / 4000) ** 0.5)
 
 
-def test_a_run_that_goes_on_reads_a_shard_and_a_block(forms, word_tokenizer, monkeypatch):
+def test_a_resumed_run_reads_a_shard_and_a_block(forms, word_tokenizer, monkeypatch):
     whole = streamed(forms[1][:1], word_tokenizer)
     bookmark = [whole[index].bookmark for index in range(99)][-1]
     read, original = [], Shard.rows
@@ -177,13 +177,18 @@ def test_documents_without_pairs_end_the_search(tmp_path, word_tokenizer):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_streamed_run_stops_and_goes_on(train_script, pairs_file, tmp_path, small_shards, monkeypatch, workers):
+def test_a_streamed_run_is_stopped_and_resumed(train_script, pairs_file, tmp_path, small_shards, monkeypatch, workers):
     options = "--streaming --shuffle_buffer 20 --max_steps 12 --save_steps 4 --save_total_limit 9 --logging_steps 1 "
     options += f"--gradient_accumulation_steps 2 --train_data {pairs_file} {pairs_file}:2 --dropout 0.1 "
     train_script("contrastive", options + f"--output_dir {tmp_path / 'whole'}")
     whole = losses(tmp_path / "whole")
-    reached, go_to = [], StreamedBatches.go_to
-    monkeypatch.setattr(StreamedBatches, "go_to", lambda self, mark: (reached.append(mark["index"]), go_to(self, mark)))
+    reached, original = [], StreamedBatches.go_to
+
+    def recorded(self, bookmark):
+        reached.append(bookmark["index"])
+        original(self, bookmark)
+
+    monkeypatch.setattr(StreamedBatches, "go_to", recorded)
     options += f"--dataloader_num_workers {workers} "
     for step in (4, 8):
         checkpoint = tmp_path / "whole" / "checkpoints" / f"step-{step}"
@@ -191,7 +196,7 @@ def test_a_streamed_run_stops_and_goes_on(train_script, pairs_file, tmp_path, sm
         train_script("contrastive", options + f"--output_dir {again} --resume_from_checkpoint {checkpoint}")
         found = losses(again)
         assert found == whole[step:]
-        assert 2 * step in reached  # and did not read all that was before
+        assert 2 * step in reached  # it did not read everything before the checkpoint again
 
 
 @pytest.mark.parametrize(
