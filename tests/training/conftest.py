@@ -1,5 +1,6 @@
 """A tiny LongEmbed model with a tokenizer of its own, and pairs to train on."""
 
+import os
 from pathlib import Path
 
 import datasets
@@ -133,6 +134,14 @@ def _own_dataset_cache(tmp_path_factory):
         folder = str(tmp_path_factory.mktemp("datasets"))
         patch.setenv("HF_DATASETS_CACHE", folder)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """Leave out what makes files outlive a power cut; processes that the tests kill lose nothing by it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 

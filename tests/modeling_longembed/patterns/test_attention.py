@@ -31,6 +31,7 @@ from modeling_longembed.position_alibi_longembed import AlibiBias, alibi_slopes
 from modeling_longembed.position_buckets_longembed import BucketBias
 from modeling_longembed.position_relative_longembed import DistanceBias
 from modeling_longembed.position_rope_longembed import rope_plan
+from tests.covering import covering_first
 from tests.modeling_longembed.pattern_settings import entries
 
 HEADS, DIM = 4, 8
@@ -171,15 +172,24 @@ def allowed(pattern, scheme, kernel, causal):
 # Patterns that are more than a mask have tests, and an oracle, of their own.
 ALL_PATTERNS = [p for name in PATTERNS for p in map(build_pattern, entries(name)) if p.is_mask]
 MASKS = sorted({pattern.type for pattern in ALL_PATTERNS})
-COMBINATIONS = [
-    pytest.param(pattern, scheme, kernel, causal, id=f"{pattern}-{scheme}-{kernel}-{'causal' * causal}")
-    for causal in (False, True)
-    for pattern in ALL_PATTERNS
-    for scheme in SCHEMES
-    for kernel in CPU_KERNELS
-    if allowed(pattern, scheme, kernel, causal)
-]
-BOTH_WAYS = [pytest.param(*case.values[:3], id=case.id) for case in COMBINATIONS if not case.values[3]]
+COMBINATIONS = covering_first(
+    [
+        pytest.param(pattern, scheme, kernel, causal, id=f"{pattern}-{scheme}-{kernel}-{'causal' * causal}")
+        for causal in (False, True)
+        for pattern in ALL_PATTERNS
+        for scheme in SCHEMES
+        for kernel in CPU_KERNELS
+        if allowed(pattern, scheme, kernel, causal)
+    ]
+)
+BOTH_WAYS = covering_first(
+    [pytest.param(*case.values[:3], id=case.id) for case in COMBINATIONS if not case.values[3]],
+)
+TRAINABLE = covering_first(
+    [pytest.param(*case.values, id=case.id) for case in BOTH_WAYS if case.values[2] in TRAINABLE_KERNELS],
+)
+
+
 # The predicates -------------------------------------------------------------------------------------------------------
 
 
@@ -333,7 +343,7 @@ def test_half_precision_loses_no_more_than_a_dense_softmax_would(pattern, scheme
 # Documents ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pattern", "scheme", "kernel"), [c for c in BOTH_WAYS if c.values[2] in TRAINABLE_KERNELS])
+@pytest.mark.parametrize(("pattern", "scheme", "kernel"), TRAINABLE)
 def test_no_document_sees_another(pattern, scheme, kernel):
     problem = make_problem(pattern, scheme, [9, 70, 1, 12])
     output = problem.attend(kernel)
@@ -375,9 +385,17 @@ def test_a_query_that_sees_nothing_gives_zeros(kernel, bias):
 
 
 @pytest.mark.promise("A13")
-@pytest.mark.parametrize("pooling", ["mean", "cls", "last", "weighted_mean"])
-@pytest.mark.parametrize("kernel", TRAINABLE_KERNELS)
-@pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "kernel", "pooling"),
+    covering_first(
+        [
+            pytest.param(pattern, kernel, pooling, id=f"{pattern}-{kernel}-{pooling}")
+            for pattern in ALL_PATTERNS
+            for kernel in TRAINABLE_KERNELS
+            for pooling in ("mean", "cls", "last", "weighted_mean")
+        ]
+    ),
+)
 def test_a_document_that_is_all_padding_gives_zeros(build_tiny_model, pattern, kernel, pooling):
     entry = {"type": pattern.type, **vars(pattern)}
     model = build_tiny_model(attention_patterns=entry, pooling=pooling, attn_implementation=kernel)

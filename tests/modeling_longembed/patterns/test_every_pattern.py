@@ -1,6 +1,7 @@
 """What holds for every registered pattern inside a model: one definition, one config, one set of weights."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from modeling_longembed.pattern_registry_longembed import PATTERNS, build_pattern
+from tests.covering import covering_first
 from tests.modeling_longembed.clean_environment import CleanEnvironment
 from tests.modeling_longembed.pattern_settings import SCHEMES, entries, refused
 from tests.modeling_longembed.tiny_checkpoints import save_checkpoint
@@ -16,13 +18,20 @@ ALL_ENTRIES = [entry for name in PATTERNS for entry in entries(name, reach=6)]
 LONGEST = 61
 
 
-CASES = [
-    pytest.param(entry, fields | {"is_causal": causal}, id=f"{build_pattern(entry)}-{scheme}{'-causal' * causal}")
-    for entry in ALL_ENTRIES
-    for scheme, fields in SCHEMES.items()
-    for causal in (False, True)
-    if (causal or scheme != "none") and refused(entry, fields | {"is_causal": causal}) is None
-]
+def case_id(entry, scheme, causal, training) -> str:
+    return f"{build_pattern(entry)}-{scheme}{'-causal' * causal}-{'training' if training else 'evaluation'}"
+
+
+CASES = covering_first(
+    [
+        pytest.param(entry, scheme, causal, training, id=case_id(entry, scheme, causal, training))
+        for entry in ALL_ENTRIES
+        for scheme, fields in SCHEMES.items()
+        for causal in (False, True)
+        if (causal or scheme != "none") and refused(entry, fields | {"is_causal": causal}) is None
+        for training in (False, True)
+    ]
+)
 
 
 def test_every_pattern_can_be_combined_with_absolute_positions_and_most_with_rope():
@@ -33,9 +42,8 @@ def test_every_pattern_can_be_combined_with_absolute_positions_and_most_with_rop
 
 
 @pytest.mark.parametrize("entry", ALL_ENTRIES, ids=str)
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_refusal_is_one_sentence_that_names_the_field(entry, scheme):
-    for causal in (False, True):
+def test_a_refusal_is_one_sentence_that_names_the_field(entry):
+    for scheme, causal in product(SCHEMES, (False, True)):
         message = refused(entry, SCHEMES[scheme] | {"is_causal": causal or scheme == "none"})
         if message is not None:
             assert message.startswith(("attention_patterns: ", "position_extension: ")), message
@@ -64,9 +72,9 @@ def outputs_and_gradients(model, documents):
 
 
 @pytest.mark.promise("A1")
-@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-@pytest.mark.parametrize(("entry", "fields"), CASES)
-def test_the_fast_path_is_the_definition_with_its_gradients(build_tiny_model, entry, fields, training):
+@pytest.mark.parametrize(("entry", "scheme", "causal", "training"), CASES)
+def test_the_fast_path_is_the_definition_with_its_gradients(build_tiny_model, entry, scheme, causal, training):
+    fields = SCHEMES[scheme] | {"is_causal": causal}
     documents = batch(LONGEST, 1, 17, 2)
     results = [
         outputs_and_gradients(build(build_tiny_model, entry, kernel, **fields).train(training), documents)
