@@ -247,7 +247,7 @@ def test_commands_can_be_given(page, tmp_path, monkeypatch):
 # --- the site -------------------------------------------------------------------------------------------------------
 
 
-def check_option_tables():
+def test_option_tables_are_those_of_the_scripts():
     stale = [
         name(path)
         for path, text in make_reference.pages().items()
