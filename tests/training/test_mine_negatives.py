@@ -258,8 +258,8 @@ def test_a_mistake_is_one_sentence_and_leaves_no_file(model_folder, tmp_path, mo
     monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as left:
         run(mine_negatives.main)
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    messages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert left.value.code == 2
-    assert len(told) == 1
-    assert words in told[0]
+    assert len(messages) == 1
+    assert words in messages[0]
     assert not (tmp_path / "mined.jsonl").exists()

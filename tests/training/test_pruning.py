@@ -214,11 +214,11 @@ def far_from_whole_when_pruned(layerdrop: float) -> float:
     fields = {"norm_placement": "pre", "final_norm": True, "initializer_range": 0.2, "hidden_dropout_prob": 0.0}
     model = LongEmbedModel(tiny_config(num_hidden_layers=4, layerdrop=layerdrop, **fields)).train()
     ids = torch.randint(5, 30, (64, 8), generator=torch.Generator().manual_seed(1))
-    wanted = torch.nn.functional.normalize(torch.randn(25, 32, generator=torch.Generator().manual_seed(2)), dim=1)
-    wanted = torch.nn.functional.normalize(wanted[ids - 5].mean(1), dim=1)
+    target = torch.nn.functional.normalize(torch.randn(25, 32, generator=torch.Generator().manual_seed(2)), dim=1)
+    target = torch.nn.functional.normalize(target[ids - 5].mean(1), dim=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
-        loss = (torch.nn.functional.normalize(model(ids).pooler_output, dim=1) - wanted).square().sum(1).mean()
+        loss = (torch.nn.functional.normalize(model(ids).pooler_output, dim=1) - target).square().sum(1).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
