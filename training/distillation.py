@@ -7,11 +7,10 @@ accelerate launch training/distillation.py --config training/recipes/distillatio
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer
+from training.data.pair_batches import PairTokenizer
 from training.data.sources import Columns, Source, read_sources
 from training.engine.held_out import by_source
 from training.engine.loop import Loop, Training
@@ -23,9 +22,9 @@ from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.embed import pool
 from training.teachers.arguments import TeachingArguments
 from training.teachers.embedding_teachers import Teacher
+from training.teachers.loading import load_teachers, report_mask
 from training.teachers.objective import Teaching
-from training.teachers.score_teachers import ColumnScores, CrossEncoderScores
-from training.teachers.step import Teachers, TeachingEvaluation, teaching_gradient
+from training.teachers.step import TaughtBatches, TeachingEvaluation, teaching_gradient
 
 
 @dataclass
@@ -120,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # The teachers, and what the student learns of them.
-    teachers = load_teachers(data_args, teaching_args, loop)
+    teachers = load_teachers(teaching_args, len(data_args.text_columns) - 1, data_args.batch_tokens, loop.output_dir)
     student = select_parameters(encoder, tuning_args)
     objective = Teaching(teaching_args, student, {role: teacher.width for role, teacher in teachers.items()})
     objective.check_rows("--per_device_train_batch_size", batches.global_batch_size)
@@ -129,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for teacher in teachers.values():
         teacher.read_all([*train, *held_out])
     if teaching_args.structural_mask and isinstance(structural := teachers.get("structural"), Teacher):
-        report_mask(structural, train, loop)
+        report_mask(structural, train, loop.is_main)
     evaluations = {
         source.name: TeachingEvaluation(
             source,
@@ -159,70 +158,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         tuning=tuning_args.tuning,
     )
     run_training(training, loop, run_args)
-
-
-class TaughtBatches(PairBatches):
-    """Batches of texts that the teachers have read."""
-
-    def heaviest(self) -> PairBatch:
-        """Return the heaviest batch, with the texts of the source's first rows for the teachers.
-
-        The longest texts of the columns, which make up the batch, come from different rows, which no teacher has
-        scored.
-        """
-        batch = super().heaviest()
-        source = next(source for source in self.sources if source.name == batch.source)
-        return replace(batch, texts=source.texts(list(range(batch.pairs))))
-
-
-def load_teachers(data: DistillationArguments, teaching: TeachingArguments, loop: Loop) -> Teachers:
-    """Return the teachers by role: `structural` and `contextual`, or `score`.
-
-    Args:
-        data: columns and token budget.
-        teaching: which teachers.
-        loop: whose output folder holds the cache of vectors if no other is given.
-    """
-    cache = Path(teaching.teacher_cache) if teaching.teacher_cache else loop.output_dir / "teachers.sqlite"
-    candidates = len(data.text_columns) - 1
-    if teaching.score_column is not None:
-        return {"score": ColumnScores(teaching.score_column, candidates)}
-    if teaching.score_teacher is not None:
-        return {"score": CrossEncoderScores(teaching.score_teacher, candidates, cache, data.batch_tokens)}
-    names = {"structural": teaching.structural_teacher, "contextual": teaching.contextual_teacher}
-    return {
-        role: Teacher(
-            f"{role}_teacher",
-            name,
-            cache,
-            batch_tokens=data.batch_tokens,
-            normalize=teaching.normalize_teacher,
-            precision=teaching.teacher_precision,
-        )
-        for role, name in names.items()
-        if name is not None
-    }
-
-
-def report_mask(teacher: Teacher, train: list[Source], loop: Loop) -> None:
-    """Print the share of texts that `--structural_mask` keeps.
-
-    Args:
-        teacher: the structural teacher, which has read the texts.
-        train: the training data.
-        loop: its main process prints.
-
-    Raises:
-        UserError: it keeps none.
-    """
-    if not any(teacher.shares[source.name] for source in train):
-        raise UserError(
-            f"--structural_mask: {teacher.name} reads none of the texts to its end (its window is {teacher.window} "
-            "tokens), and so would teach nothing; give a teacher that reads more, or leave out the mask"
-        )
-    if loop.is_main:
-        for source in train:
-            print(f"{source.name}: --structural_mask leaves {teacher.shares[source.name]:.1%} of the texts")
 
 
 if __name__ == "__main__":

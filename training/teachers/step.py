@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from training.data.packing import PackedTexts
-from training.data.pair_batches import PairBatch, PairTokenizer, collate_pairs
+from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
 from training.data.sources import Source
 from training.engine.distributed import gather_rows, own_share
 from training.engine.gradient_cache import cached_backward
@@ -40,6 +40,20 @@ class TextTeacher(Protocol):
 
 
 Teachers = Mapping[str, TextTeacher]  # by role: `structural` and `contextual`, or `score`
+
+
+class TaughtBatches(PairBatches):
+    """Batches of texts that the teachers have read."""
+
+    def heaviest(self) -> PairBatch:
+        """Return the heaviest batch, with the texts of the source's first rows for the teachers.
+
+        The longest texts of the columns, which make up the batch, come from different rows, which no teacher has
+        scored.
+        """
+        batch = super().heaviest()
+        source = next(source for source in self.sources if source.name == batch.source)
+        return replace(batch, texts=source.texts(list(range(batch.pairs))))
 
 
 def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGradient:
