@@ -1,7 +1,7 @@
-"""The attention arithmetic on packed tokens that needs torch alone, at linear memory.
+"""The attention arithmetic on packed tokens that needs torch alone, in linear memory.
 
 Every function takes query, key and value of shape `(T, H, D)` and returns the context `(T, H, D)`. None of them
-allocates a tensor of T x T elements: queries are taken in chunks whose scores, where they exist at all, stay below
+allocates a tensor of T x T elements: queries are computed in chunks whose scores, where they exist at all, stay below
 `MAX_SCORES`.
 """
 
@@ -30,7 +30,10 @@ MAX_UNFUSED_SCORES = 2**22
 
 
 def masked_softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Softmax over the keys that the mask allows, in fp32 at least; a row that sees nothing is zero, not NaN."""
+    """Compute the softmax over the keys that the mask allows, in fp32 at least.
+
+    A row that sees no key is zero, not NaN.
+    """
     scores = scores.masked_fill(~mask, float("-inf"))
     weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(torch.float32, scores.dtype))
     return weights.masked_fill(~mask, 0.0)
@@ -45,10 +48,18 @@ def attend(
     dropout: float,
     causal: bool = False,
 ) -> Tensor:
-    """Attention of one or of N equal problems, mask broadcastable to the scores.
+    """Compute attention of one problem, or of N equal ones.
 
-    Query `(..., H, Q, D)`, key and value `(..., H, K, D)`, mask `(..., H, Q, K)` or, without one, maybe causal; returns
-    `(..., H, Q, D)`.
+    Args:
+        query: `(..., H, Q, D)`.
+        key, value: `(..., H, K, D)`.
+        mask: bool or a bias, broadcastable to `(..., H, Q, K)`; None: everything is seen, or a causal mask applies.
+        scaling: factor of the scores.
+        dropout: probability to leave out an attention weight.
+        causal: no query sees a later key; read only without a mask.
+
+    Returns:
+        `(..., H, Q, D)`.
     """
     if mask is not None and mask.is_floating_point():
         mask = mask.to(query.dtype)
@@ -58,12 +69,12 @@ def attend(
 
 
 def recompute_in_backward(function: Callable, *inputs: Any) -> Any:
-    """Calls `function`; backward computes its scores again: kept for it, they would add up to T x T elements."""
+    """Call `function`; the backward pass computes its scores again, because kept they would add up to T x T."""
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
 def varlen_kernel_applies(query: Tensor, dropout: float) -> bool:
-    """Whether torch's own variable-length flash kernel takes this input: CUDA, half precision, no dropout."""
+    """Return whether torch's variable-length flash kernel takes this input: CUDA, half precision, no dropout."""
     return (
         varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
     )
@@ -79,7 +90,19 @@ def varlen_kernel(
     window: int,
     causal: bool,
 ) -> Tensor:
-    """torch's variable-length flash kernel; `window` tokens on each side, -1 for all."""
+    """Call torch's variable-length flash kernel.
+
+    Args:
+        query, key, value: `(T, H, D)`.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths.
+        longest: length of the longest segment in tokens.
+        scaling: factor of the scores.
+        window: number of tokens that are seen on each side; -1: all.
+        causal: no query sees a later key.
+
+    Returns:
+        `(T, H, D)`.
+    """
     sides = (window, 0 if causal else window)
     context = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=sides)
     return cast(Tensor, context)  # a pair only where `return_aux` asks for one
@@ -98,15 +121,22 @@ def segment_attention(
     causal: bool = False,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Full attention inside every segment: a document, or a block of one.
+    """Compute full attention inside every segment: a document, or a block of one.
 
     Args:
-        cu_seqlens: `(N + 1,)` int32 cumulative segment lengths.
-        max_seqlen: longest segment in tokens.
+        query, key, value: `(T, H, D)`.
+        cu_seqlens: `(N + 1,)` int32, cumulative lengths of the segments.
+        max_seqlen: length of the longest segment in tokens.
+        scaling: factor of the scores.
+        dropout: probability to leave out an attention weight.
         bias: added to the scores by the distance of query and key, or None.
         grouped: the second rotation of Self-Extend for far keys, or None.
         causal: no query sees a later key of its segment.
-        places: `(T,)` place of each token in its document where segments do not run on in it; the bias needs it.
+        places: `(T,)`, position of each token in its document, where a segment is not a run of consecutive tokens; the
+            bias needs it.
+
+    Returns:
+        `(T, H, D)`.
     """
     if varlen_kernel_applies(query, dropout) and bias is None and grouped is None:
         return varlen_kernel(query, key, value, cu_seqlens, max_seqlen, scaling, -1, causal)
@@ -141,7 +171,7 @@ def segment_attention(
 
 
 def causal_mask(query_index: Tensor, key_index: Tensor) -> Tensor:
-    """`(1, Q, K)`: no query sees a later key."""
+    """Return the mask `(1, Q, K)` under which no query sees a later key."""
     return (key_index[None, :] <= query_index[:, None])[None]
 
 
@@ -177,15 +207,19 @@ def online_attention(
     query_chunk: int = 1024,
     key_chunk: int = 4096,
 ) -> Tensor:
-    """Attention of ONE document with online softmax over chunks of keys (Rabe & Staats 2021, algorithm 1).
+    """Compute attention of ONE document with an online softmax over chunks of keys (Rabe & Staats 2021, algorithm 1).
 
-    For what no fused kernel computes. Memory: `H * query_chunk * key_chunk` scores, whatever the length; backward
-    recomputes them. Where a chunk of keys is invisible to a whole chunk of queries it is not read.
+    For what no fused kernel computes. Memory: `H * query_chunk * key_chunk` scores, whatever the length; the backward
+    pass computes them again. A chunk of keys that no query of a chunk sees is not read.
 
     Args:
         query, key, value: `(L, H, D)`.
-        mask: from places `(Q,)` and `(K,)` to bool `(1 or H, Q, K)`; None: everything is seen.
-        bias, grouped: as in `segment_attention`.
+        scaling: factor of the scores.
+        dropout: probability to leave out an attention weight.
+        mask: from positions `(Q,)` and `(K,)` to bool `(1 or H, Q, K)`; None: everything is seen.
+        bias: added to the scores by the distance of query and key, or None.
+        grouped: the second rotation of Self-Extend for far keys, or None.
+        query_chunk, key_chunk: number of queries and of keys that are computed at once.
 
     Returns:
         `(L, H, D)`; zeros for a query that sees nothing.
@@ -237,7 +271,7 @@ def online_attention(
 
 @dataclass(frozen=True)
 class GlobalKeys:
-    """Keys that every query of a document sees beside its window: G tokens."""
+    """Keys that every query of a document sees besides its window: G tokens."""
 
     key: Tensor  # (G, H, D)
     value: Tensor  # (G, H, D)
@@ -257,19 +291,21 @@ def window_attention(
     global_keys: GlobalKeys | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Sliding-window attention of ONE document, blocks of queries against the keys around them (Longformer, 3.1).
+    """Compute sliding-window attention of ONE document in blocks of queries (Longformer, Beltagy et al. 2020, 3.1).
 
     Args:
         query, key, value: `(L, H, D)`.
-        window: keys that a token sees on each side.
+        window: number of keys that a token sees on each side.
+        scaling: factor of the scores.
+        dropout: probability to leave out an attention weight.
         bias: added to the scores by distance, or None.
         causal: no query sees a later key.
-        is_global: `(L,)` bool, tokens that are in `global_keys` and hence not in the band; with it.
-        global_keys: keys that all queries see beside the band, in the same softmax, or None.
-        places: `(L,)` places in the document, evenly spaced, of a dilated window; 0 to L - 1 if None.
+        is_global: `(L,)` bool, tokens that are in `global_keys` and hence not in the band; goes with it.
+        global_keys: keys that all queries see besides the band, in the same softmax, or None.
+        places: `(L,)`, evenly spaced positions in the document, of a dilated window; None: 0 to L - 1.
 
     Returns:
-        `(L, H, D)`; the rows of global tokens are those of any other.
+        `(L, H, D)`; the rows of global tokens are computed like any other.
     """
     length, heads, _ = query.shape
     device = query.device

@@ -1,6 +1,6 @@
 """Self-attention of the encoder: projections, positions, and the table of kernels.
 
-`config.attention_patterns` says WHICH keys a query sees and is part of the model; `attn_implementation` says HOW the
+`config.attention_patterns` says WHICH keys a query sees and is part of the model. `attn_implementation` says HOW the
 numbers are computed and is never saved. All kernels take packed tensors and give the same numbers.
 """
 
@@ -28,20 +28,20 @@ except ImportError:  # optional: the `flash` extra
 class LayerContext(NamedTuple):
     """What the sublayers of one forward pass share."""
 
-    documents: PackedDocuments
+    documents: PackedDocuments  # the rows that the sublayers compute
     positions: Positions  # what the position scheme contributes
     stream: Stream | None = None  # of documents that come in chunks
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
-    """The definition, a document at a time, and its weights. L x L memory."""
+    """Compute the definition one document at a time, and its weights; L x L memory."""
     parts = [inputs.pattern.dense(inputs, slice(start, end)) for start, end in inputs.documents.bounds]
     context = torch.cat([context for context, _ in parts]) if parts else torch.zeros_like(inputs.query)
     return context, [weights for _, weights in parts]
 
 
 def sdpa_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """torch's fused attention under each document's mask. Exact; the mask is L x L unless every token sees all."""
+    """Compute torch's fused attention under each document's mask; the mask is L x L unless a token sees all."""
     contexts = []
     for start, end in inputs.documents.bounds:
         rows = slice(start, end)
@@ -58,17 +58,20 @@ def sdpa_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 def varlen_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """The pattern's own path: no padding, torch alone. The default."""
+    """Compute the pattern in its own way, without padding and with torch alone; the default."""
     return inputs.pattern.attend(inputs), None
 
 
 def memory_efficient_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """Any mask, bias and grouping in linear memory without a fused kernel (Rabe & Staats 2021)."""
+    """Compute any mask, bias and grouping in linear memory, without a fused kernel (Rabe & Staats 2021)."""
     return chunked_attention(inputs), None
 
 
 def padded_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """One masked product for all documents, padded to the longest: B x H x S x S scores, no loop, what ONNX can say."""
+    """Compute one masked product of all documents, padded to the longest.
+
+    It holds B x H x S x S scores and has no loop over documents, so that it can be written as an ONNX graph.
+    """
     documents = inputs.documents
     lengths, longest = documents.cu_seqlens.diff(), documents.max_seqlen
     batch, index = lengths.shape[0], torch.arange(longest, device=lengths.device)
@@ -95,7 +98,11 @@ def padded_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """flash-attn's variable-length kernel (Dao 2023): full and block patterns, and windows without global tokens."""
+    """Call flash-attn's variable-length kernel (Dao 2023): full and block patterns, and windows without global tokens.
+
+    Raises:
+        ValueError: the kernel cannot compute the pattern.
+    """
     segments = inputs.pattern.segments(inputs.documents)
     if segments is None:
         raise ValueError(
@@ -118,7 +125,11 @@ def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """FlexAttention (Dong et al. 2024): predicate as `mask_mod`, bias as `score_mod`. On CPU forward only."""
+    """Call FlexAttention (Dong et al. 2024), with the predicate as `mask_mod` and the bias as `score_mod`.
+
+    Raises:
+        ValueError: dropout, or a backward pass on a CPU, neither of which it has.
+    """
     documents, pattern, bias = inputs.documents, inputs.pattern, inputs.bias
     if not inputs.query.is_cuda and torch.is_grad_enabled() and inputs.query.requires_grad:
         raise ValueError(
@@ -156,7 +167,15 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 class Kernel(NamedTuple):
-    """One way to compute attention, and what it can compute beside a mask."""
+    """One way to compute attention, and what it can compute besides a mask.
+
+    Args:
+        function: from inputs to the context `(T, H, D)`, and the weights `(H, L, L)` of each document or None.
+        bias: whether it adds a bias by distance to the scores.
+        query_bias: whether it adds a bias that reads the query (Transformer-XL).
+        grouped: whether it computes the merged scores of Self-Extend.
+        beyond_masks: whether it computes patterns that are more than a mask.
+    """
 
     function: Callable[[AttentionInputs], tuple[Tensor, list[Tensor] | None]]
     bias: bool = True  # a bias by distance on the scores
@@ -214,11 +233,17 @@ def check_kernel(name: str, config: Any = None, training: bool = False) -> None:
 
 
 class ResidualLinear(nn.Linear):
-    """A linear layer whose output is added to the residual stream: its initialisation may be scaled."""
+    """A linear layer whose output is added to the residual stream; its initialisation may be scaled."""
 
 
 class LongEmbedAttention(nn.Module):
-    """Multi-head self-attention of one sublayer on packed tokens."""
+    """Multi-head self-attention of one sublayer on packed tokens.
+
+    Args:
+        config: the config of the model.
+        pattern: which keys a query sees when the model serves.
+        training_pattern: which keys a query sees when the model trains; None: the same.
+    """
 
     def __init__(self, config, pattern: AttentionPattern, training_pattern: AttentionPattern | None = None):
         super().__init__()
@@ -234,7 +259,7 @@ class LongEmbedAttention(nn.Module):
         self.distance = config.position_scheme.build(config)
 
     def project(self, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value `(T, H, D)` of states `(T, d)`; no rotation yet."""
+        """Return query, key and value `(T, H, D)` of states `(T, d)`, without positions."""
         query = self.q_proj(states)
         key = query if self.k_proj is None else self.k_proj(states)
         heads = (-1, self.head_dim)
@@ -309,10 +334,21 @@ class LongEmbedAttention(nn.Module):
 def longembed_varlen(
     module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, cu_seq_lens_q=None, **kwargs
 ):
-    """Full attention on packed sequences under transformers' contract: `(1, H, T, D)` in, `(1, T, H, D)` out.
+    """Compute full attention on packed sequences under transformers' contract.
 
-    The name has to stand in transformers' table before a model may be asked for it; the entry serves any other model
-    too, padded, or packed if it passes `cu_seq_lens_q`.
+    The name has to be in transformers' table before a model may be asked for it. The entry also serves any other model,
+    padded, or packed if it passes `cu_seq_lens_q`.
+
+    Args:
+        module: the attention module; not read.
+        query, key, value: `(B, H, S, D)`; packed: `(1, H, T, D)`.
+        attention_mask: `(B, S)`, non-zero on real tokens; None: there is no padding.
+        scaling: factor of the scores; None: `D ** -0.5`.
+        dropout: probability to leave out an attention weight.
+        cu_seq_lens_q: `(N + 1,)` int32, cumulative lengths of packed sequences; None: the input is padded.
+
+    Returns:
+        `(B, S, H, D)`, and None for the weights.
     """
     if cu_seq_lens_q is None:
         batch, length = query.shape[0], query.shape[2]
@@ -328,7 +364,7 @@ def longembed_varlen(
 
 
 def padding_mask(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """The `(B, S)` padding mask as it is. Unregistered, transformers would pass None and padding be seen."""
+    """Return the `(B, S)` padding mask as it is; unregistered, transformers would pass None and padding be seen."""
     return attention_mask
 
 

@@ -10,7 +10,7 @@ from .position_base_longembed import GroupedRotary, ScoreBias, merge_far
 
 
 class PastKeys(NamedTuple):
-    """P tokens that later segments read."""
+    """Keys and values of P tokens that later segments read."""
 
     key: Tensor  # (P, H, D)
     value: Tensor  # (P, H, D)
@@ -18,7 +18,14 @@ class PastKeys(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """N segments of L tokens, each of which reads R tokens of the past."""
+    """N segments of L tokens, each of which reads R tokens of the past.
+
+    Args:
+        length: L.
+        first: `(N,)` int64, packed row of the first token.
+        past: `(N, R)` int64, rows of `PastKeys`.
+        past_index: `(R,)` int64, their positions counted from the segment's first token: a negative one is before it.
+    """
 
     length: int
     first: Tensor  # (N,) int64, packed row of the first token
@@ -38,18 +45,20 @@ def past_attention(
     grouped: GroupedRotary | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Attention of every segment to its own tokens and to those of its past; segments of one shape in few calls.
+    """Compute attention of every segment to its own tokens and its past; segments of one shape in few calls.
 
     Args:
         query, key, value: `(T, H, D)`.
         past: the keys and values that `segments` points at.
         segments: every packed row is in exactly one segment.
+        scaling: factor of the scores.
+        dropout: probability to leave out an attention weight.
         bias: added to the scores by the distance of query and key, or None.
         grouped: the second rotation of Self-Extend for far keys, or None; `past.far_key` goes with it.
         causal: no query sees a later key of its segment.
 
     Returns:
-        `(T, H, D)`. Memory is linear in T: backward computes scores and gathered keys again.
+        `(T, H, D)`. Memory is linear in T: the backward pass computes scores and gathered keys again.
     """
     heads, device = query.shape[1], query.device
     contexts, rows = [query.new_zeros(0, heads, value.shape[-1])], [torch.zeros(0, dtype=torch.long, device=device)]

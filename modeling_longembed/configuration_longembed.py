@@ -21,7 +21,10 @@ from .tensor_parallel_longembed import tensor_parallel_plan
 
 
 def told_in_one_sentence(cls: type) -> type:
-    """Class decorator over `strict`, which wraps a mistake in lines of its own: the ValueError tells it alone."""
+    """Class decorator over `strict`: the ValueError has the sentence of the mistake alone.
+
+    `strict` itself wraps a mistake in lines of its own.
+    """
     strict_init = cls.__init__  # type: ignore[misc]  # of the class itself, which is what a class decorator is given
 
     @wraps(strict_init)
@@ -182,7 +185,7 @@ class LongEmbedConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, but a field changed at load is completed and checked like one in the file."""
+        """Build as transformers does; a field that is changed at load is completed and checked like one in the file."""
         # transformers sets what is passed to `from_pretrained` on the finished config, past `__post_init__`.
         changes = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
         if "attention_patterns" in changes:
@@ -190,7 +193,7 @@ class LongEmbedConfig(PretrainedConfig):
         return super().from_dict(config_dict | changes, **kwargs)
 
     def _complete_patterns(self, name: str) -> list[dict]:
-        """The field `name` with one entry an attention sublayer and every parameter of each."""
+        """Return the field `name` with one entry per attention sublayer and every parameter of each."""
         entries, expected = getattr(self, name), str(self.sublayer_pattern).count("s")
         entries = entries if isinstance(entries, list) else [entries]
         if len(entries) == 1:
@@ -204,7 +207,11 @@ class LongEmbedConfig(PretrainedConfig):
         return [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
 
     def convert_rope_params_to_dict(self, **kwargs):
-        """transformers' own reading of `rope_parameters`, for models that rotate; others carry none."""
+        """Read `rope_parameters` as transformers does, for models that rotate; others have none.
+
+        Raises:
+            ValueError: the position scheme does not rotate, and there are rope_parameters.
+        """
         if self.position_scheme.rotates:
             return super().convert_rope_params_to_dict(**kwargs)
         if self.rope_parameters:
@@ -215,14 +222,22 @@ class LongEmbedConfig(PretrainedConfig):
         return kwargs
 
     def validate_rope(self):
-        """transformers' own check, a missing key of which is a mistake of the user."""
+        """Check the rotation as transformers does; a missing key is a mistake of the user.
+
+        Raises:
+            ValueError: a key is missing.
+        """
         try:
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from error
 
     def validate_sizes(self):
-        """Widths are positive and fit together."""
+        """Check that widths are positive and fit together.
+
+        Raises:
+            ValueError: they do not.
+        """
         for name in (
             "vocab_size",
             "hidden_size",
@@ -246,7 +261,11 @@ class LongEmbedConfig(PretrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is none of transformers' activations, such as 'gelu'")
 
     def validate_pooling(self):
-        """Weights of tokens are of a mean."""
+        """Check that weights of tokens belong to a mean.
+
+        Raises:
+            ValueError: they do not, or the regularization is not positive.
+        """
         if self.token_weighting != "none" and self.pooling in ("cls", "last"):
             raise ValueError(
                 f"token_weighting={self.token_weighting!r} weighs the tokens of a mean, and pooling={self.pooling!r} "
@@ -258,12 +277,16 @@ class LongEmbedConfig(PretrainedConfig):
             )
 
     def validate_positions(self):
-        """The position scheme can be computed with these sizes and patterns."""
+        """Check that the position scheme can be computed with these sizes and patterns."""
         check_buckets(self)
         self.position_scheme.check(self)
 
     def validate_attention(self):
-        """Every pattern can be combined with the rest, and reaches no further than the context."""
+        """Check that every pattern can be combined with the rest, and reaches no further than the context.
+
+        Raises:
+            ValueError: one cannot.
+        """
         if self.is_causal and self.pooling == "cls":
             raise ValueError(
                 "is_causal=true lets the first token see nothing but itself; set pooling to 'mean' or 'last'"
@@ -294,9 +317,9 @@ class LongEmbedConfig(PretrainedConfig):
         return get_scheme(self.position_embedding_type)
 
     def get_patterns(self) -> list:
-        """The attention patterns, one object an attention sublayer."""
+        """Return the attention patterns, one object per attention sublayer."""
         return [build_pattern(entry) for entry in self.attention_patterns]
 
     def get_training_patterns(self) -> list:
-        """The attention patterns in training, one object an attention sublayer."""
+        """Return the attention patterns in training, one object per attention sublayer."""
         return [build_pattern(entry) for entry in self.training_attention_patterns or self.attention_patterns]

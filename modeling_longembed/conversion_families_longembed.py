@@ -1,7 +1,7 @@
 """The architectures of transformers that a LongEmbed model can be made from and written as: one table, read both ways.
 
-`FAMILIES` says for each what its config fields and modules are called here, and which of our fields it fixes.
-`from_encoder` reads checkpoints with it, `to_native` writes them.
+`FAMILIES` says for each architecture what its config fields and modules are called here, and which of our fields it
+fixes. `from_encoder` reads checkpoints with it, `to_native` writes them.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,15 @@ class Family:
     """One architecture.
 
     Args:
-        names: our config field -> theirs, where both mean the same (beside `SIZES`).
+        names: our config field -> theirs, where both mean the same (besides `SIZES`).
         constants: our config fields that the architecture fixes.
         outside, attention, feed_forward, head: our module name -> theirs, outside the layers, in layer `{n}`, and in
             the masked-language-model head. A triple `(name, part, parts)` is one part of a fused projection.
-        reserved_rows: rows at the front of the position table that no token reads (RoBERTa), given their config.
-        read: our config fields that are no copies, from their config; raises ValueError for what we cannot express.
-        write: their config fields that are no copies, from ours: the inverse of `read`.
-        older_names: what serving software still reads in the names of older releases, from our config; nothing where
+        reserved_rows: number of rows at the front of the position table that no token reads (RoBERTa), from their
+            config.
+        read: our config fields that are not copies, from their config; raises ValueError for what we cannot express.
+        write: their config fields that are not copies, from ours: the inverse of `read`.
+        older_names: what serving software still reads under the names of older releases, from our config; nothing where
             the older names cannot say the same, so that it refuses the model instead of computing another one.
     """
 
@@ -47,19 +48,19 @@ class Family:
     older_names: Callable = lambda config: {}
 
     def fields(self, original) -> dict:
-        """Our config fields, from a config of this architecture."""
+        """Return our config fields, from a config of this architecture."""
         same = {name: name for name in SIZES} | self.names
         fields = {ours: getattr(original, theirs) for ours, theirs in same.items()}
         fields["max_position_embeddings"] -= self.reserved_rows(original)
         return fields | self.constants | self.read(original)
 
     def native_fields(self, config) -> dict:
-        """Their config fields, from our config; what the architecture cannot say is lost."""
+        """Return their config fields, from our config; what the architecture cannot express is lost."""
         same = {name: name for name in SIZES} | self.names
         return {theirs: getattr(config, ours) for ours, theirs in same.items()} | self.write(config)
 
     def modules(self, num_layers: int) -> dict[str, str | tuple[str, int, int]]:
-        """Our name of each module of the encoder -> theirs, or their `(name, part, parts)`."""
+        """Return our name of each module of the encoder -> theirs, or their `(name, part, parts)`."""
         modules = dict(self.outside)
         for layer in range(num_layers):  # a layer of theirs is two sublayers of ours, attention first
             for sublayer, names in ((2 * layer, self.attention), (2 * layer + 1, self.feed_forward)):
@@ -71,13 +72,17 @@ class Family:
 
 
 def refuse(condition: bool, feature: str):
-    """Raises if the checkpoint has a feature that a LongEmbed config cannot say."""
+    """Refuse a checkpoint that has a feature that a LongEmbed config cannot express.
+
+    Raises:
+        ValueError: the condition holds.
+    """
     if condition:
         raise ValueError(f"this checkpoint cannot be converted: LongEmbed cannot express {feature}")
 
 
 def rope_by_layer(config) -> list[dict]:
-    """The rotation of each attention sublayer of ours; empty for schemes that do not rotate."""
+    """Return the rotation of each attention sublayer of ours; empty for schemes that do not rotate."""
     parameters = config.rope_parameters
     return [parameters.get(kind, parameters) for kind in config.layer_types] if parameters else []
 
@@ -86,6 +91,7 @@ def rope_by_layer(config) -> list[dict]:
 
 
 def read_bert(original) -> dict:
+    """Return no fields; refuse positions that are not a table, and decoders."""
     scheme = getattr(original, "position_embedding_type", "absolute")
     refuse(scheme != "absolute", f"position_embedding_type={scheme!r}")
     for flag in ("is_decoder", "add_cross_attention"):
@@ -94,12 +100,12 @@ def read_bert(original) -> dict:
 
 
 def write_segments(config) -> dict:
-    """There is always a segment table: a model without one gets a row of zeros."""
+    """Return the number of segments; a model without a segment table gets a row of zeros, as there is always one."""
     return {"type_vocab_size": max(1, config.type_vocab_size)}
 
 
 def read_mpnet(original) -> dict:
-    """A bias by distance that all layers share, and no segments."""
+    """Return the bias by distance that all layers share; there are no segments."""
     return read_bert(original) | {"relative_attention_num_buckets": original.relative_attention_num_buckets}
 
 
@@ -165,7 +171,7 @@ MPNET = Family(
 
 
 def read_longformer(original) -> dict:
-    """The total window of W tokens is W // 2 on each side. Which tokens are global is said at every call."""
+    """Return the windows: a total window of W tokens is W // 2 on each side. Global tokens come with every call."""
     windows = original.attention_window
     windows = windows if isinstance(windows, list) else [windows] * original.num_hidden_layers
     pattern = {"type": "sliding", "global_projections": True}
@@ -212,17 +218,19 @@ DISTILBERT = Family(
 
 
 def read_nomic(original) -> dict:
+    """Return the rotation."""
     return {"rope_parameters": dict(original.rope_parameters)}
 
 
 def write_nomic(config) -> dict:
+    """Return segments, padding and rotation."""
     fields = write_segments(config) | {"pad_token_id": config.pad_token_id or 0}
     rope = rope_by_layer(config)
     return fields | ({"rope_parameters": dict(rope[0])} if rope else {})
 
 
 def older_names_of_nomic(config) -> dict:
-    """The names of the first NomicBERT code, which text-embeddings-inference and vLLM read."""
+    """Return the names of the first NomicBERT code, which text-embeddings-inference and vLLM read."""
     rope = rope_by_layer(config)[0]
     if rope["rope_type"] != "default" or config.hidden_act != "silu":
         return {}
@@ -284,6 +292,7 @@ NOMIC_BERT = Family(
 
 def read_modernbert(original) -> dict:
     # transformers' window of W tokens is W // 2 on each side, both ends included.
+    """Return windows and rotations by layer."""
     window = {"type": "sliding", "window": original.local_attention // 2}
     known = {"full_attention": "full", "sliding_attention": window}
     unknown = sorted(set(original.layer_types) - set(known))
@@ -295,6 +304,7 @@ def read_modernbert(original) -> dict:
 
 
 def write_modernbert(config) -> dict:
+    """Return layer types, windows and rotations."""
     windows = [pattern.window for pattern in config.get_patterns() if pattern.type == "sliding"]
     layer_types = [
         "sliding_attention" if pattern.type == "sliding" else "full_attention" for pattern in config.get_patterns()
@@ -310,7 +320,7 @@ def write_modernbert(config) -> dict:
 
 
 def older_names_of_modernbert(config) -> dict:
-    """The names before `layer_types` and `rope_parameters`, which text-embeddings-inference reads."""
+    """Return the names before `layer_types` and `rope_parameters`, which text-embeddings-inference reads."""
     fields = write_modernbert(config)
     layer_types, rope = fields["layer_types"], fields["rope_parameters"]
     full = [layer for layer, kind in enumerate(layer_types) if kind == "full_attention"]

@@ -45,11 +45,23 @@ CHOICES = (
 
 
 class MissingHeadError(ValueError):
-    """A checkpoint of an encoder alone was to become a masked-language model."""
+    """A checkpoint of an encoder alone was to become a masked language model."""
 
 
 def converted_fields(original, family: Family, choices: dict) -> dict:
-    """Config fields of the converted model: what the checkpoint fixes, what the caller chose, defaults for the rest."""
+    """Return the config fields of the converted model.
+
+    Args:
+        original: the config of the checkpoint, which fixes most fields.
+        family: the architecture of the checkpoint.
+        choices: the fields that the caller chose.
+
+    Returns:
+        The fields; those that are left out have their defaults.
+
+    Raises:
+        ValueError: a pattern that cannot start from weights of another encoder.
+    """
     fields = family.fields(original)
     context, theirs = fields["max_position_embeddings"], fields.get("attention_patterns", [])
     fields |= choices
@@ -74,7 +86,15 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
 
 
 def rope_of_patterns(rope_parameters: dict, theirs: list, ours: list) -> dict:
-    """Rotations by layer type of a checkpoint whose attention sublayers take other patterns, each as it was trained.
+    """Return rotations by layer type for a checkpoint whose sublayers get other patterns, each as it was trained.
+
+    Args:
+        rope_parameters: rotations of the checkpoint by layer type.
+        theirs: attention patterns of the checkpoint, one per sublayer.
+        ours: attention patterns of the converted model, one per sublayer or one for all.
+
+    Returns:
+        Rotations of the converted model by layer type.
 
     Raises:
         ValueError: sublayers that were trained with different rotations would share a layer type.
@@ -92,14 +112,30 @@ def rope_of_patterns(rope_parameters: dict, theirs: list, ours: list) -> dict:
 
 
 def take(weights: dict[str, Tensor], theirs, suffix: str) -> Tensor | None:
-    """One tensor of the checkpoint, or its part of a fused projection; None if the checkpoint has none."""
+    """Return one tensor of the checkpoint, or its part of a fused projection; None if the checkpoint has none.
+
+    Args:
+        weights: state dict of the checkpoint.
+        theirs: name of the module, or `(name, part, parts)`.
+        suffix: `weight` or `bias`.
+    """
     name, part, parts = theirs if isinstance(theirs, tuple) else (theirs, 0, 1)
     tensor = weights.get(f"{name}.{suffix}")
     return None if tensor is None else tensor.chunk(parts)[part]
 
 
 def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Family, config) -> dict[str, Tensor]:
-    """State dict of our encoder from the original base model's."""
+    """Convert the state dict of the original base model to that of our encoder.
+
+    Args:
+        weights: the original state dict.
+        reserved_rows: number of rows at the front of the position table that no token reads.
+        family: the architecture of the original.
+        config: the config of the converted model.
+
+    Returns:
+        Our state dict; what the patterns have of their own may be missing.
+    """
     ours = {}
     for mine, theirs in family.modules(config.num_hidden_layers).items():
         for suffix in ("weight", "bias"):
@@ -114,9 +150,12 @@ def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Fa
 
 
 def comparable_length(config, original_fields: dict, has_new_weights: bool = False) -> int:
-    """Longest document in tokens that the converted model must read as the original does; 0 if it need not at all.
+    """Return the longest document in tokens that the converted model must read as the original does; 0: none.
 
-    With `has_new_weights` what its patterns have of their own is not the checkpoint's, but as they start.
+    Args:
+        config: the config of the converted model.
+        original_fields: its fields if the caller had chosen nothing.
+        has_new_weights: whether the patterns' own weights are not from the checkpoint but as they start.
     """
     extension, context = config.position_extension, original_fields["max_position_embeddings"]
     context = min(context, config.max_position_embeddings)
@@ -138,9 +177,18 @@ def comparable_length(config, original_fields: dict, has_new_weights: bool = Fal
 
 @torch.no_grad()
 def largest_difference(original_model, model, length: int, global_tokens: bool = False) -> float:
-    """Largest absolute difference of two models' outputs on a padded batch of documents of up to `length` tokens.
+    """Compute the largest absolute difference between two models' outputs on a padded batch of random documents.
 
     Where outputs exceed 1 it is relative to the largest: unnormalised states of hundreds are rounded accordingly.
+
+    Args:
+        original_model: a model of transformers.
+        model: a model of ours.
+        length: length of the longest document in tokens.
+        global_tokens: whether some tokens are marked as global in both.
+
+    Returns:
+        The difference.
     """
     lengths = [length, max(1, length // 3), 1]
     generator = torch.Generator().manual_seed(0)
@@ -162,13 +210,17 @@ def largest_difference(original_model, model, length: int, global_tokens: bool =
 
 
 def read_text(name_or_path: str, file: str, **hub) -> str | None:
-    """A file of a model folder or Hub repository, None where there is none."""
+    """Return the text of a file in a model folder or Hub repository, None if there is no such file."""
     path = find_file(name_or_path, file, **hub)
     return None if path is None else Path(path).read_text(encoding="utf-8")
 
 
 def sentence_transformers_choices(name_or_path: str, choose_pooling: bool, **hub) -> dict:
-    """Pooling and prompts that a sentence-transformers checkpoint was trained with; refuses modules we do not have."""
+    """Return pooling and prompts that a sentence-transformers checkpoint was trained with.
+
+    Raises:
+        ValueError: a module or a pooling that we do not have.
+    """
     choices: dict[str, Any] = {}
     modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
     kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
@@ -194,7 +246,7 @@ def sentence_transformers_choices(name_or_path: str, choose_pooling: bool, **hub
 
 
 def checkpoint_license(name_or_path: str, **hub) -> str | None:
-    """The `license` in the front matter of the checkpoint's card, None where there is none."""
+    """Return the `license` in the front matter of the checkpoint's card, None if there is none."""
     parts = (read_text(name_or_path, "README.md", **hub) or "").split("---")
     found = (
         re.search(r"^license:\s*(\S+)\s*$", parts[1], re.MULTILINE) if len(parts) > 2 and not parts[0].strip() else None
@@ -211,26 +263,26 @@ def convert_encoder(
     attn_implementation: str | None = None,
     **kwargs,
 ):
-    """Turns a pretrained encoder into a long-document model.
+    """Turn a pretrained encoder into a long-document model.
 
     Within the original context the outputs are the original's, as far as the chosen patterns see the same keys; the
     conversion compares them and prints the largest difference.
 
     Args:
-        name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, Longformer, ModernBERT or
-            NomicBERT checkpoint, also one of sentence-transformers, whose pooling and prompts are taken over.
-        max_position_embeddings: new context in tokens; default: the original one.
-        position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. Default for a longer
-            context: `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions
-            and `dynamic` for rope.
-        attention_patterns: as in `LongEmbedConfig`; default: the original's. The word of `landmark`'s landmarks
-            starts as the mean of all words; a pattern's own weights that the checkpoint has not start as the
-            pattern says (`global_projections` as copies, `adaptive` at its `initial_span`).
+        name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, Longformer, ModernBERT or NomicBERT
+            checkpoint; also one of sentence-transformers, whose pooling and prompts are taken over.
+        max_position_embeddings: new context in tokens; None: the original one.
+        position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. None for a longer context:
+            `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions and `dynamic`
+            for rope.
+        attention_patterns: as in `LongEmbedConfig`; None: the original's. The word of `landmark`'s landmarks starts as
+            the mean of all words; a pattern's own weights that the checkpoint does not have start as the pattern says
+            (`global_projections` as copies, `adaptive` at its `initial_span`).
         attn_implementation: kernel, as in `from_pretrained`.
         **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
-            `prompts`, `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model`
-            (a name for the card); and what `from_pretrained` takes to find files: `revision`, `token`,
-            `cache_dir`, `local_files_only`.
+            `prompts`, `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model` (a
+            name for the card); and what `from_pretrained` takes to find files: `revision`, `token`, `cache_dir`,
+            `local_files_only`.
 
     Returns:
         The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
@@ -309,6 +361,20 @@ def convert_encoder(
 
 
 def converted_head_weights(original_model, family: Family, missing: set[str]) -> dict[str, Tensor]:
+    """Convert the masked-language-model head of a checkpoint.
+
+    Args:
+        original_model: the model with its head.
+        family: its architecture.
+        missing: names of the weights that the checkpoint does not have.
+
+    Returns:
+        State dict of our head, under the prefix `head.`.
+
+    Raises:
+        MissingHeadError: the checkpoint has no head.
+        ValueError: a head that we cannot express.
+    """
     config, layers = original_model.config, family.fields(original_model.config)["hidden_act"]
     activation = "gelu" if family.head is ROBERTA.head else getattr(config, "classifier_activation", layers)
     refuse(
@@ -329,9 +395,16 @@ def converted_head_weights(original_model, family: Family, missing: set[str]) ->
 
 
 def report_difference(model: HubModel, original_model, length: int, global_tokens: bool):
-    """Compares with the original on documents of up to `length` tokens, prints the result, refuses a difference.
+    """Compare the converted model with the original and print the largest difference.
 
-    With `global_tokens` some tokens are marked as global in both.
+    Args:
+        model: the converted model.
+        original_model: the original.
+        length: length of the longest document that is compared, in tokens; 0: nothing is compared.
+        global_tokens: whether some tokens are marked as global in both.
+
+    Raises:
+        ValueError: the outputs differ.
     """
     name = model.config.original_model
     if length == 0:

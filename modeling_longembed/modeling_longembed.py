@@ -124,12 +124,19 @@ class LongEmbedFeedForward(nn.Module):
 
 
 def _may_be_cut(hidden_states: Tensor) -> bool:
-    """Whether rows are better computed in pieces: on a CPU, in inference, outside a graph."""
+    """Return whether rows are better computed in parts: on a CPU, in inference, outside a graph."""
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class LongEmbedSublayer(GradientCheckpointingLayer):
-    """One residual sublayer, attention or feed-forward: `norm(x + f(x))` (post) or `x + f(norm(x))` (pre)."""
+    """One residual sublayer, attention or feed-forward: `norm(x + f(x))` (post) or `x + f(norm(x))` (pre).
+
+    Args:
+        config: the config of the model.
+        pattern: the attention pattern; None: the sublayer is a feed-forward one.
+        training_pattern: the attention pattern in training; None: the same.
+        has_norm: whether there is a norm.
+    """
 
     def __init__(self, config, pattern=None, training_pattern=None, has_norm: bool = True):
         super().__init__()
@@ -142,7 +149,7 @@ class LongEmbedSublayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: Tensor, context: LayerContext) -> tuple[Tensor, list[Tensor] | None]:
-        """`(T, d)` to `(T, d)`, and the attention weights of each document if there are any."""
+        """Compute `(T, d)` from `(T, d)`, and the attention weights of each document if there are any."""
         states = self.norm(hidden_states) if self.norm_placement == "pre" else hidden_states
         weights = None
         if self.attention is not None:
@@ -184,13 +191,22 @@ class LongEmbedPreTrainedModel(HubModel):
         attn_implementation: str | None = None,
         **kwargs,
     ):
-        """Turn a pretrained encoder into a long-document model; see `convert_encoder` in `conversion_longembed`."""
+        """Turn a pretrained encoder into a long-document model; see `convert_encoder` in `conversion_longembed`.
+
+        Args:
+            name_or_path: Hub id or folder of the encoder.
+            max_position_embeddings: new context in tokens; None: the original one.
+            position_extension: how documents beyond the original context are read.
+            attention_patterns: which keys a query sees; None: the original's.
+            attn_implementation: kernel.
+            **kwargs: further config fields, and where to find files.
+        """
         choices = (max_position_embeddings, position_extension, attention_patterns, attn_implementation)
         return convert_encoder(cls, name_or_path, *choices, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """As transformers does, and our own parameters; one that a checkpoint has given is left alone."""
+        """Initialise as transformers does, and our own parameters; one that a checkpoint has given is left alone."""
         super()._init_weights(module)
         std = self.config.initializer_range
         self.config.position_scheme.initialize(module, std)
@@ -200,19 +216,19 @@ class LongEmbedPreTrainedModel(HubModel):
 
     @torch.no_grad()
     def initialize_weights(self):
-        """As transformers does, then what the patterns' own weights start at, which depends on those beside them."""
+        """Initialise as transformers does, then the patterns' own weights, which depend on those of their sublayer."""
         super().initialize_weights()
         self.initialize_own_weights()
 
     @torch.no_grad()
     def initialize_own_weights(self):
-        """What the patterns' own weights start at, given the others."""
+        """Initialise the patterns' own weights, given the others."""
         for module in self.modules():
             if isinstance(module, LongEmbedAttention):
                 module.pattern.initialize(module)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Ours is the packed path where the caller asks for none: transformers would take padded SDPA."""
+        """Check the kernel; without a request it is the packed one, where transformers would take padded SDPA."""
         name = requested_attention or DEFAULT_KERNEL
         check_kernel(name, self.config)
         return super().get_correct_attn_implementation(name, is_init_check)
@@ -220,7 +236,7 @@ class LongEmbedPreTrainedModel(HubModel):
 
 @dataclass
 class LongEmbedModelOutput(BaseModelOutputWithPooling):
-    """transformers' output, and what a model remembers of documents that come in pieces."""
+    """transformers' output, and what a model remembers of documents that come in chunks."""
 
     memory: Memory | None = None
 
@@ -276,16 +292,16 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
 
         Args:
             input_ids: `(B, S)`; packed: `(1, T)`.
-            attention_mask: `(B, S)`, non-zero on real tokens; padding may stand anywhere.
-            token_type_ids: shape of `input_ids`; zeros if left out.
-            position_ids: shape of `input_ids`, places in the document; counted from 0 in each document if left out.
-            inputs_embeds: `(B, S, d)` word vectors instead of `input_ids`.
+            attention_mask: `(B, S)`, non-zero on real tokens; padding may be anywhere.
+            token_type_ids: shape of `input_ids`; zeros if None.
+            position_ids: shape of `input_ids`, positions in the document; counted from 0 in each document if None.
+            inputs_embeds: `(B, S, d)`, word vectors instead of `input_ids`.
             global_attention_mask: shape of `input_ids`, non-zero on tokens that see and are seen everywhere (sliding
                 patterns).
-            cu_seq_lens_q: `(B + 1,)` int32 cumulative lengths: the input is packed. The name is transformers' own.
-            max_length_q: longest document in tokens; counted if left out.
-            memory: the input is the next piece of every document, and this is what the last one returned; that of a
-                first piece is `new_memory()`.
+            cu_seq_lens_q: `(B + 1,)` int32, cumulative lengths: the input is packed. The name is transformers' own.
+            max_length_q: length of the longest packed document in tokens; counted if None.
+            memory: the input is the next chunk of every document, and this is what the last call returned; that of a
+                first chunk is `new_memory()`.
             output_attentions: weights of each attention sublayer, `(B, H, S, S)`; needs `attn_implementation="eager"`.
             output_hidden_states: the embeddings and the states after each SUBLAYER, `(B, S, d)`: in the layout
                 `sfsf...` every second entry is a layer of the original. Under pre-norm the last one is after the final
@@ -293,10 +309,10 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             **kwargs: `return_dict=False` gives a tuple; everything else is ignored.
 
         Returns:
-            `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), weighed by
-            `config.token_weighting`, and `pooler_output` `(B, d)`, one vector a document by `config.pooling`, not
+            `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), weighted by
+            `config.token_weighting`, and `pooler_output` `(B, d)`, one vector per document by `config.pooling`, not
             normalised. With `memory`, `pooler_output` is of all that was read of the documents so far, and `memory`
-            goes with the next piece.
+            goes with the next chunk.
 
         Raises:
             ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
@@ -355,16 +371,16 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         )
 
     def new_memory(self, batch_size: int = 1) -> Memory:
-        """What `forward` takes as `memory` with the first piece of `batch_size` documents.
+        """Return what `forward` takes as `memory` with the first chunk of `batch_size` documents.
 
             memory = model.new_memory()
-            for piece in input_ids.split(8192, dim=1):
-                output = model(piece, memory=memory)
+            for chunk in input_ids.split(8192, dim=1):
+                output = model(chunk, memory=memory)
                 memory = output.memory
             embedding = output.pooler_output
 
-        equals `model(input_ids).pooler_output` in the memory of one piece. All attention sublayers are `memory` or
-        `block`, and all pieces but a document's last a multiple of their sizes.
+        equals `model(input_ids).pooler_output` in the memory of one chunk. All attention sublayers are `memory` or
+        `block`, and all chunks but a document's last a multiple of their sizes.
         """
         return Memory.empty(self.config, batch_size, self.training, self.dtype, self.device)
 
@@ -406,7 +422,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
 
 @dataclass
 class LongEmbedMaskedLMOutput(MaskedLMOutput):
-    """transformers' output, and what a model remembers of documents that come in pieces."""
+    """transformers' output, and what a model remembers of documents that come in chunks."""
 
     memory: Memory | None = None
 
@@ -455,13 +471,13 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
 
         Args:
             input_ids, attention_mask, **kwargs: as in `LongEmbedModel.forward`.
-            labels: `(B, S)`, -100 where nothing is predicted. With labels only the predicted places reach the
+            labels: `(B, S)`, -100 where nothing is predicted. With labels only the predicted positions reach the
                 vocabulary projection, and `logits` is `(P, V)` for the P of them: those of a whole long document would
                 not fit.
 
         Returns:
-            `loss` (mean cross-entropy, with labels), `logits` `(B, S, V)` (without labels), and `memory` as the
-                encoder.
+            `loss` (mean cross-entropy, with labels), `logits` (`(B, S, V)` without labels), and `memory` as the
+            encoder.
         """
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs, return_dict=True)
         hidden_states, loss = outputs.last_hidden_state, None

@@ -87,8 +87,11 @@ class PackedDocuments:
             inputs: `(B, S)` or `(B, S, d)`; packed: `(1, T)` or `(1, T, d)`.
             attention_mask: `(B, S)`, non-zero on real tokens; None: there is no padding.
             global_attention_mask: `(B, S)` or `(1, T)`, non-zero on global tokens; None: there are none.
-            cu_seq_lens: `(B + 1,)` cumulative lengths of a packed row; None: the batch is padded.
+            cu_seq_lens: `(B + 1,)`, cumulative lengths of a packed row; None: the batch is padded.
             max_length: longest document of a packed row in tokens; counted if None.
+
+        Returns:
+            The documents.
 
         Raises:
             ValueError: the shapes contradict each other.

@@ -1,7 +1,8 @@
-"""What an attention pattern is: a definition that every kernel is tested against, and a path at the pattern's own cost.
+"""The interface of an attention pattern: a definition that every kernel is tested against, and a fast path.
 
 A pattern that is a mask needs nothing but its predicate `visible`; `attend` makes it fast. One that is more than a mask
-(own projections, learned spans, hashing, memory) also says what it computes in `dense`, and prepares its own tensors.
+(its own projections, learned spans, hashing, memory) also says what it computes in `dense`, and prepares its own
+tensors.
 """
 
 from dataclasses import dataclass, field, fields
@@ -16,25 +17,25 @@ from .position_base_longembed import GroupedRotary, ScoreBias
 
 
 def parameter(default: int | None, least: int = 1) -> Any:
-    """A whole-number parameter of a pattern: its default (None: the class derives it) and its smallest value."""
+    """Declare a whole-number parameter of a pattern: its default (None: the class derives it) and its minimum."""
     return field(default=default, metadata={"least": least})
 
 
 def switch(default: bool) -> Any:
-    """A parameter of a pattern that is on or off."""
+    """Declare a parameter of a pattern that is on or off."""
     return field(default=default, metadata={"least": None})
 
 
 @dataclass(frozen=True)
 class Places:
-    """Tokens as a predicate sees them; tensors that broadcast against those of other tokens."""
+    """Tokens as a predicate sees them: tensors that broadcast against those of other tokens."""
 
     index: Tensor  # int64, place in the document from 0
     length: Tensor  # int64, length of the document
     is_global: Tensor  # bool, marked as one that sees and is seen everywhere
 
     def at(self, index) -> "Places":
-        """The tokens `index`, or the same ones in another shape."""
+        """Return the tokens `index`, or the same ones in another shape."""
         return Places(self.index[index], self.length[index], self.is_global[index])
 
 
@@ -73,7 +74,23 @@ class TokenSequence:
 
 
 class AttentionInputs(NamedTuple):
-    """What one attention call reads. T packed tokens, H heads, D head size."""
+    """What one attention call reads. T packed tokens, H heads, D head size.
+
+    Args:
+        query, key: `(T, H, D)`, with positions.
+        value: `(T, H, D)`.
+        pattern: which keys a query sees.
+        documents: which rows belong to which document.
+        scaling: factor of the scores.
+        dropout: probability to leave out an attention weight.
+        bias: what the position scheme adds to the scores, or None.
+        grouped: the second rotation of Self-Extend, or None.
+        causal: no query sees a later key.
+        training: whether the model trains.
+        own: what `pattern.prepare` returned.
+        first_head: number of the first head here; tensor parallelism gives a process some of the model's heads.
+        num_heads: number of heads of the model; None: H.
+    """
 
     query: Tensor  # (T, H, D), rotated
     key: Tensor  # (T, H, D), rotated
@@ -91,7 +108,7 @@ class AttentionInputs(NamedTuple):
     num_heads: int | None = None  # heads of the model; H if None
 
     def heads(self, heads: slice) -> "AttentionInputs":
-        """The same for some of the heads."""
+        """Return the same for some of the heads."""
         return self._replace(
             query=self.query[:, heads],
             key=self.key[:, heads],
@@ -114,21 +131,21 @@ class AttentionInputs(NamedTuple):
         return torch.arange(first, first + heads, device=self.query.device)[:, None, None]
 
     def places(self, rows: slice) -> Places:
-        """The tokens of one document, packed rows `rows`, each field `(L,)`."""
+        """Return the tokens of one document, packed rows `rows`, each field `(L,)`."""
         index = torch.arange(rows.stop - rows.start, device=self.query.device)
         marked = self.documents.is_global
         marked = torch.zeros_like(index, dtype=torch.bool) if marked is None else marked[rows]
         return Places(index, torch.full_like(index, len(index)), marked)
 
     def mask(self, query: Places, key: Places) -> Tensor:
-        """Which keys `(..., K)` the queries `(..., Q)` of one document see: bool, `(..., 1 or H, Q, K)`."""
+        """Return which keys `(..., K)` the queries `(..., Q)` of one document see: bool, `(..., 1 or H, Q, K)`."""
         head = self.head_numbers if self.pattern.per_head else self.head_numbers[:1]
         query, key = query.at((..., None, slice(None), None)), key.at((..., None, None, slice(None)))
         visible = self.pattern.visible(query, key, head, self.model_heads)
         return visible & (key.index <= query.index) if self.causal else visible
 
     def scores(self, rows: slice) -> Tensor:
-        """Scores of one document before the mask, positions and bias in them: `(H, L, L)`."""
+        """Compute the scores `(H, L, L)` of one document before the mask, with positions and bias."""
         query, key = (x[rows].transpose(0, 1) for x in (self.query, self.key))
         index = torch.arange(query.shape[1], device=query.device)
         scores = query @ key.transpose(1, 2)
@@ -140,7 +157,11 @@ class AttentionInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """Base of all patterns. The fields of a subclass are its parameters in `config.attention_patterns`."""
+    """Base class of all patterns. The fields of a subclass are its parameters in `config.attention_patterns`.
+
+    Raises:
+        ValueError: a parameter that is out of range.
+    """
 
     type: ClassVar[str]
     layer_type: ClassVar[str]  # the nearest name that transformers' strict `layer_types` knows
@@ -163,7 +184,7 @@ class AttentionPattern:
                 )
 
     def check(self, config):
-        """Raises ValueError, naming the fields and the remedy, if `config` has what cannot be combined with this."""
+        """Raise ValueError, naming the fields and the remedy, if `config` cannot be combined with this pattern."""
 
     @property
     def is_mask(self) -> bool:
@@ -177,16 +198,16 @@ class AttentionPattern:
 
     @property
     def at_start(self) -> "AttentionPattern":
-        """What the pattern computes while its own weights are as `initialize` leaves them, as a mask if that is one."""
+        """What the pattern computes while its own weights are as `initialize` leaves them, as a mask if it is one."""
         return self
 
     def visible(self, query: Places, key: Places, head: Tensor, num_heads: int) -> Tensor:
-        """The definition: may the query see the key, both of one document? (A causal mask comes on top.)
+        """Return whether the query may see the key, both of one document: the definition. A causal mask comes on top.
 
         Args:
             query, key: the tokens; all tensors broadcast against each other.
-            head: int64, number of the head; looked at if `per_head`.
-            num_heads: heads of the model.
+            head: int64, number of the head; read if `per_head`.
+            num_heads: number of heads of the model.
 
         Returns:
             bool, broadcast shape. Made of elementwise operations, so that it serves as flex_attention's `mask_mod`.
@@ -194,27 +215,31 @@ class AttentionPattern:
         raise NotImplementedError
 
     def sees_all(self, length: int) -> bool:
-        """Whether in a document of `length` tokens every token sees every other, as under full attention."""
+        """Return whether in a document of `length` tokens every token sees every other, as in full attention."""
         raise NotImplementedError
 
     def reach(self, documents: PackedDocuments) -> int:
-        """Largest distance in tokens of a query and a key that it may see."""
+        """Return the largest distance in tokens between a query and a key that it may see."""
         return max(0, documents.max_seqlen - 1)
 
     def segments(self, documents: PackedDocuments) -> tuple[Tensor, int, int] | None:
-        """How a variable-length flash kernel computes the pattern; None if it cannot.
+        """Return how a variable-length flash kernel computes the pattern; None if it cannot.
 
         Returns:
-            `(N + 1,)` int32 cumulative lengths of what is attended to, the longest of them, and the window on each
-            side (-1: no window).
+            `(N + 1,)` int32 cumulative lengths of what is attended to, the longest of them in tokens, and the window on
+            each side (-1: no window).
         """
         return None
 
     def dense(self, inputs: AttentionInputs, rows: slice) -> tuple[Tensor, Tensor]:
-        """What the pattern computes in one document, written for the reader: L x L memory.
+        """Compute the pattern in one document, written for the reader: L x L memory.
+
+        Args:
+            inputs: of all documents.
+            rows: the packed rows of the document.
 
         Returns:
-            the context `(L, H, D)` and the weights `(H, L, L)`.
+            The context `(L, H, D)` and the weights `(H, L, L)`.
         """
         places = inputs.places(rows)
         weights = masked_softmax(inputs.scores(rows), inputs.mask(places, places)).to(inputs.value.dtype)
@@ -222,7 +247,7 @@ class AttentionPattern:
         return (dropped @ inputs.value[rows].transpose(0, 1)).transpose(0, 1), weights
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """The same at the pattern's own cost: packed `(T, H, D)`. Here: any predicate, in linear memory."""
+        """Compute the same at the pattern's own cost: packed `(T, H, D)`. Here: any predicate, in linear memory."""
         return chunked_attention(inputs)
 
     def build_embeddings(self, config) -> dict[str, nn.Module]:
@@ -255,32 +280,35 @@ class AttentionPattern:
         return sequence
 
     def build(self, config) -> nn.Module | None:
-        """Parameters of the pattern's own, one module an attention sublayer; None if it has none."""
+        """Return parameters of the pattern's own, one module an attention sublayer; None if it has none."""
         return None
 
     def initialize(self, attention: nn.Module):
-        """Start values of the parameters in `attention.own`, where the other weights of the sublayer are there.
+        """Initialise the parameters in `attention.own`, given the other weights of the sublayer.
 
-        Written with `transformers.initialization`, which leaves alone what a checkpoint has given.
+        Use `transformers.initialization`, which leaves alone what a checkpoint has given.
         """
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """How tensor parallelism splits what `build` returns: names in it to transformers' styles."""
+        """Return how tensor parallelism splits what `build` returns: names in it to transformers' styles."""
         return {}
 
     def prepare(self, attention: nn.Module, states: Tensor, context: Any) -> Any:
-        """What `dense` and `attend` find in `inputs.own`.
+        """Compute what `dense` and `attend` find in `inputs.own`.
 
         Args:
             attention: the `LongEmbedAttention`; its `own` is what `build` returned.
             states: `(T, d)`, what the projections read.
             context: the `LayerContext` of this forward pass.
+
+        Returns:
+            Anything; None if there is nothing to prepare.
         """
         return None
 
 
 def chunked_attention(inputs: AttentionInputs) -> Tensor:
-    """Any predicate in linear memory, without a fused kernel: online softmax over chunks (Rabe & Staats 2021)."""
+    """Compute any predicate in linear memory with an online softmax over chunks (Rabe & Staats 2021)."""
     contexts = []
     for start, end in inputs.documents.bounds:
         rows = slice(start, end)
@@ -308,6 +336,6 @@ PATTERNS: dict[str, type[AttentionPattern]] = {}
 
 
 def register_pattern(cls: type[AttentionPattern]) -> type[AttentionPattern]:
-    """Class decorator: makes a pattern available under its `type` in `config.attention_patterns`."""
+    """Class decorator: make a pattern available under its `type` in `config.attention_patterns`."""
     PATTERNS[cls.type] = dataclass(frozen=True)(cls)
     return PATTERNS[cls.type]

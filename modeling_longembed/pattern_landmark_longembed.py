@@ -13,7 +13,7 @@ from .pattern_base_longembed import AttentionInputs, AttentionPattern, TokenSequ
 
 
 class Landmarks(NamedTuple):
-    """Where landmarks stand: after every `size - 1` tokens of a document, and at its end. T tokens, T' with landmarks.
+    """Where landmarks stand: after every `size - 1` tokens of a document, and at its end. T tokens make R rows.
 
     A landmark is a word of its own; its position and its segment are those of the token before it, so that the tokens'
     own positions are the same with landmarks and without.
@@ -26,7 +26,7 @@ class Landmarks(NamedTuple):
 
     @classmethod
     def insert(cls, documents: PackedDocuments, size: int) -> "Landmarks":
-        """Landmarks for `documents`, `size` tokens a block with its landmark."""
+        """Place landmarks in `documents`, `size` tokens per block with its landmark."""
         between = size - 1
         lengths = documents.cu_seqlens.diff()
         lengthened = lengths + (lengths + between - 1) // between
@@ -56,22 +56,26 @@ class Blocks(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which blocks are read, C for each block of queries and head."""
+    """Which blocks are read: C for each block of queries and each head."""
 
     block: Tensor  # (H, B, C) int64, the own one first
     exists: Tensor  # (H, B, C) bool: early blocks have fewer than C to choose from under a causal mask
 
 
 def block_weights(query, key, landmark, visible, is_own, scaling: float) -> Tensor:
-    """Grouped softmax: in a block over its words, between blocks over the landmarks and the words of the own block.
+    """Compute the grouped softmax: over the words in each block, and between blocks over their landmarks.
+
+    Of the own block its words take part in the second softmax, not its landmark.
 
     The sum of the own words' exponentials takes the place of a landmark's, so that one softmax over blocks remains.
 
     Args:
         query: `(..., Q, D)`.
-        key: `(..., C, S, D)`, and `landmark` `(..., C, D)`.
+        key: `(..., C, S, D)`.
+        landmark: `(..., C, D)`, keys of the landmarks.
         visible: which words a query sees, broadcastable to `(..., Q, C, S)`; a block without any is not read.
         is_own: bool, broadcastable to `(..., Q, C)`.
+        scaling: factor of the scores.
 
     Returns:
         `(..., Q, C, S)`, summing to 1 over C and S, in fp32 at least.
@@ -90,7 +94,16 @@ def block_weights(query, key, landmark, visible, is_own, scaling: float) -> Tens
 
 
 def read_blocks(query, key, value, landmark, visible, is_own, scaling: float, dropout: float) -> Tensor:
-    """Context `(..., Q, D)` of queries that read C blocks; the arguments of `block_weights`, and the values."""
+    """Compute the context of queries that read C blocks.
+
+    Args:
+        query, key, landmark, visible, is_own, scaling: as in `block_weights`.
+        value: `(..., C, S, D)`.
+        dropout: probability to leave out an attention weight.
+
+    Returns:
+        `(..., Q, D)`.
+    """
     weights = block_weights(query, key, landmark, visible, is_own, scaling).to(value.dtype)
     weights = torch.dropout(weights, dropout, train=dropout > 0)
     return weights.flatten(-2) @ value.flatten(-3, -2)
@@ -152,7 +165,7 @@ class LandmarkAttention(AttentionPattern):
         return {"landmark_embedding": nn.Embedding(1, config.hidden_size)}
 
     def derive_weights(self, weights):
-        """The landmark stands for any words, so it starts as the mean of all."""
+        """Start the landmark as the mean of all words, because it stands for any of them."""
         words = weights["embeddings.word_embeddings.weight"]
         return {"embeddings.landmark_embedding.weight": words.mean(0, keepdim=True)}
 
@@ -171,7 +184,7 @@ class LandmarkAttention(AttentionPattern):
         )
 
     def visible(self, query, key, head, num_heads):
-        """The keys that have a value to give: all words."""
+        """Return the keys that have a value to give: all words."""
         closes = (key.index % self.size == self.size - 1) | (key.index == key.length - 1)
         return ~closes & (query.index >= 0)
 
@@ -190,7 +203,14 @@ class LandmarkAttention(AttentionPattern):
         return torch.cat(contexts) if contexts else torch.zeros_like(inputs.query)
 
     def blocks(self, query: Tensor, key: Tensor, value: Tensor) -> Blocks:
-        """A document, `(L, H, D)` each, cut."""
+        """Cut a document into blocks.
+
+        Args:
+            query, key, value: `(L, H, D)`.
+
+        Returns:
+            The blocks.
+        """
         length = len(query)
         count, size = -(-length // self.size), min(self.size, length)
         place = torch.arange(count * size, device=query.device).view(count, size)
@@ -204,7 +224,7 @@ class LandmarkAttention(AttentionPattern):
 
     @torch.no_grad()
     def choice(self, inputs: AttentionInputs, blocks: Blocks) -> Choice | None:
-        """The blocks that are read; None: all, in training or where no more than `top_k` others exist."""
+        """Choose the blocks that are read; None: all, in training or where no more than `top_k` others exist."""
         count, device = len(blocks.place), inputs.query.device
         if inputs.training or count - 1 <= self.top_k:
             return None
@@ -224,7 +244,7 @@ class LandmarkAttention(AttentionPattern):
         return Choice(torch.cat([own, block], dim=-1), pad(exists, (1, 0), value=True))
 
     def read_all(self, inputs: AttentionInputs, blocks: Blocks) -> Tensor:
-        """Every query against every block, a chunk of queries at a time: `(H, B, S, D)`."""
+        """Read every block with every query, a chunk of queries at a time: `(H, B, S, D)`."""
         place, is_word, query, *states = blocks
         number = torch.arange(len(place), device=place.device)
 
@@ -243,7 +263,16 @@ class LandmarkAttention(AttentionPattern):
         return torch.cat(parts, dim=1).view_as(query)
 
     def read_chosen(self, inputs: AttentionInputs, blocks: Blocks, choice: Choice) -> Tensor:
-        """Every block of queries against the blocks of its choice: `(H, B, S, D)`."""
+        """Read the chosen blocks.
+
+        Args:
+            inputs: of all documents.
+            blocks: one document.
+            choice: the blocks that each block of queries reads.
+
+        Returns:
+            `(H, B, S, D)`.
+        """
         place, is_word, query, *states = blocks
         heads, count, read = choice.block.shape
         head = torch.arange(heads, device=place.device)[:, None, None]

@@ -1,4 +1,4 @@
-"""Transformer-XL's memory (Dai et al. 2019, arXiv:1901.02860, section 3.2), and documents that come in pieces.
+"""Transformer-XL's memory (Dai et al. 2019, arXiv:1901.02860, section 3.2), and documents that come in chunks.
 
 A segment reads the last states before it, to which no gradient flows. A whole document is therefore computed layer by
 layer, all segments at once, and equals the same document encoded segment by segment with `memory=`.
@@ -23,7 +23,7 @@ from .position_base_longembed import RopePlan, merge_far
 
 
 class Past(NamedTuple):
-    """What a sublayer's queries read beside their own segment; `past_keys` puts the two together."""
+    """What a sublayer's queries read besides their own segment; `past_keys` puts the two together."""
 
     stored: PastKeys | None  # of a stream: B times `memory` tokens before the piece, the youngest last
     piece: PastKeys | None  # of the T tokens at hand, without gradient to their states; None: the ordinary keys serve
@@ -70,7 +70,7 @@ class MemoryAttention(AttentionPattern):
         return Past(stored, piece)
 
     def past_keys(self, inputs: AttentionInputs) -> PastKeys:
-        """What `Segments.past` points at: the stored tokens of all documents, then the T at hand."""
+        """Return what `Segments.past` points at: the stored tokens of all documents, then the T at hand."""
         stored, piece = inputs.own or Past(None, None)
         if piece is None:
             piece = PastKeys(inputs.key, inputs.value, None if inputs.grouped is None else inputs.grouped.key)
@@ -82,7 +82,7 @@ class MemoryAttention(AttentionPattern):
         return PastKeys(torch.cat([stored.key, piece.key]), torch.cat([stored.value, piece.value]), far)
 
     def cut(self, documents: PackedDocuments) -> list[Segments]:
-        """The segments of all documents, those of one shape together."""
+        """Return the segments of all documents, those of one shape together."""
         past, device = documents.past, documents.cu_seqlens.device
         seen = [0] * len(documents.lengths) if past is None else past.tolist()
         shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
@@ -116,7 +116,7 @@ class MemoryAttention(AttentionPattern):
         )
 
     def dense(self, inputs, rows):
-        """One softmax over `[past, own]`: keys of earlier segments are read from the past, those of one's own not."""
+        """Compute one softmax over `[past, own]`; keys of earlier segments are read from the past."""
         documents, past, device = inputs.documents, self.past_keys(inputs), inputs.query.device
         length, first, seen = rows.stop - rows.start, 0, 0
         past_rows = torch.arange(rows.start, rows.stop, device=device)
@@ -152,7 +152,16 @@ class MemoryAttention(AttentionPattern):
 
 
 def project_past(attention: Any, states: Tensor, plan: RopePlan | None) -> PastKeys:
-    """Keys and values `(P, H, D)` of states `(P, d)` at the places of `plan`."""
+    """Project states to keys and values at the positions of a rotation.
+
+    Args:
+        attention: the attention module of the sublayer.
+        states: `(P, d)`.
+        plan: the rotation; None: the scheme does not rotate.
+
+    Returns:
+        Keys and values `(P, H, D)`.
+    """
     key, value = (
         project(states).unflatten(-1, (-1, attention.head_dim)) for project in (attention.k_proj, attention.v_proj)
     )
@@ -163,12 +172,12 @@ def project_past(attention: Any, states: Tensor, plan: RopePlan | None) -> PastK
 
 @dataclass
 class Memory:
-    """What a model remembers of B documents that come in pieces; its size does not depend on how much was read.
+    """What a model remembers of B documents that come in chunks; its size does not depend on how much was read.
 
     Args:
-        states: an entry each attention sublayer, `(B, M, d)` with M its `memory` (0: a block sublayer): the last M
+        states: one entry per attention sublayer, `(B, M, d)` with M its `memory` (0: a block sublayer): the last M
             states as the projections read them, the youngest last, without gradient.
-        seen: `(B,)` int64, tokens read of each document.
+        seen: `(B,)` int64, number of tokens read of each document.
         pooled: `(B, d)`, the embedding of what was read of each document, without gradient.
     """
 
@@ -178,7 +187,20 @@ class Memory:
 
     @classmethod
     def empty(cls, config, batch_size: int, training: bool, dtype: torch.dtype, device: torch.device) -> "Memory":
-        """Nothing read yet of `batch_size` documents; refused like a piece if the model cannot go on from there."""
+        """Return the memory of documents of which nothing is read yet.
+
+        Args:
+            config: the config of the model.
+            batch_size: B, number of documents.
+            training: whether the patterns of training are computed.
+            dtype, device: of the model.
+
+        Returns:
+            The memory.
+
+        Raises:
+            ValueError: the model cannot be computed in chunks.
+        """
         sizes = [remembered(pattern) for pattern in streaming_patterns(config, training)]
         return cls(
             tuple(torch.zeros(batch_size, size, config.hidden_size, dtype=dtype, device=device) for size in sizes),
@@ -187,7 +209,7 @@ class Memory:
         )
 
     def reset(self, documents: Tensor) -> "Memory":
-        """The same with nothing read of the `documents` `(B,)` bool: new ones take their places."""
+        """Return the same with nothing read of the `documents` `(B,)` bool: new ones take their places."""
         return Memory(
             tuple(states.masked_fill(documents[:, None, None], 0.0) for states in self.states),
             self.seen.masked_fill(documents, 0),
@@ -196,22 +218,22 @@ class Memory:
 
 
 def remembered(pattern: AttentionPattern) -> int:
-    """States that a sublayer of this pattern remembers."""
+    """Return the number of states that a sublayer of this pattern remembers."""
     return pattern.memory if isinstance(pattern, MemoryAttention) else 0
 
 
 class Stream:
-    """One piece of every document on its way through the model: what is remembered, and what will be.
+    """One chunk of every document on its way through the model: what is remembered, and what will be.
 
     Args:
-        config: of the model.
-        attentions: the attention sublayers' modules, in order.
+        config: the config of the model.
+        attentions: the attention modules of the sublayers, in order.
         memory: what is remembered of the documents.
-        documents: the piece; its places go on from the past from here on.
-        training: which patterns are used.
+        documents: the chunk; its positions go on from the past.
+        training: whether the patterns of training are computed.
 
     Raises:
-        ValueError: a model that cannot be computed in pieces, or a piece that does not fit the memory.
+        ValueError: a model that cannot be computed in chunks, or a chunk that does not fit the memory.
     """
 
     def __init__(
@@ -224,7 +246,16 @@ class Stream:
         self.next_states: dict[nn.Module, Tensor] = {}
 
     def recall(self, attention: nn.Module, states: Tensor, size: int) -> tuple[Tensor, RopePlan | None]:
-        """What a sublayer remembers, `(B * size, d)`, and its rotation; its last states `(T, d)` are kept for later."""
+        """Return what a sublayer remembers; its last states are kept for the next chunk.
+
+        Args:
+            attention: the attention module of the sublayer.
+            states: `(T, d)`, what it reads now.
+            size: M, number of states that it remembers.
+
+        Returns:
+            `(B * M, d)`, and its rotation or None.
+        """
         documents, stored = self.documents, self.states[attention].flatten(0, 1)
         last, plan = documents.once(("recall", attention.layer_type, size), lambda: self._places(attention, size))
         kept = torch.cat([stored, states.detach()])[last]
@@ -232,7 +263,7 @@ class Stream:
         return stored, plan
 
     def _places(self, attention: nn.Module, size: int) -> tuple[Tensor, RopePlan | None]:
-        """Rows of `[stored, piece]` that are the last `size` of each document, and the rotation of what is stored."""
+        """Return the rows of `[stored, chunk]` that each document remembers, and the rotation of what is stored."""
         documents, config = self.documents, self.config
         past = self.memory.seen
         batch = len(past)
@@ -249,7 +280,7 @@ class Stream:
         return last.flatten(), rotation
 
     def finish(self, hidden_states: Tensor) -> tuple[Tensor, Memory]:
-        """The embedding `(B, d)` of all that was read, and the memory for the next piece, given the last states."""
+        """Return the embedding `(B, d)` of all that was read, and the memory for the next chunk."""
         cu_seqlens, memory = self.documents.cu_seqlens, self.memory
         pooled = pool_on(memory.pooled, memory.seen, hidden_states, cu_seqlens, self.config.pooling)
         states = tuple(self.next_states.get(attention, self.states[attention]) for attention in self.attentions)
@@ -257,7 +288,11 @@ class Stream:
 
 
 def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
-    """The patterns of the attention sublayers; ValueError if a model of this config cannot be computed in pieces."""
+    """Return the patterns of the attention sublayers of a model that is computed in chunks.
+
+    Raises:
+        ValueError: a model of this config cannot be computed in chunks.
+    """
     patterns = config.get_training_patterns() if training else config.get_patterns()
     for pattern in patterns:
         if not isinstance(pattern, (MemoryAttention, BlockAttention)):
@@ -280,7 +315,18 @@ def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
 
 
 def check_piece(config, patterns: list[AttentionPattern], memory: Memory, documents: PackedDocuments):
-    """Raises ValueError if the piece cannot follow what is remembered."""
+    """Check that a chunk can follow what is remembered.
+
+    Args:
+        config: the config of the model.
+        patterns: those of the attention sublayers.
+        memory: what is remembered.
+        documents: the chunk.
+
+    Raises:
+        ValueError: another number of documents, another model, a chunk after an incomplete segment, or one beyond the
+            table of positions.
+    """
     batch, lengths = len(memory.seen), documents.lengths
     if len(lengths) != batch:
         raise ValueError(

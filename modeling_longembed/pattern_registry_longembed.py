@@ -30,10 +30,10 @@ __all__ = [
 
 
 def build_pattern(entry: "str | dict") -> AttentionPattern:
-    """A pattern from its config entry: a name, or `{"type": name, **parameters}`.
+    """Build a pattern from its config entry: a name, or `{"type": name, **parameters}`.
 
     Raises:
-        ValueError: unknown name or parameter, or a parameter out of range.
+        ValueError: an unknown name or parameter, or a parameter that is out of range.
     """
     if not isinstance(entry, (str, dict)):
         raise ValueError(f'attention_patterns: {entry!r} is no pattern; give a name or {{"type": name, **parameters}}')

@@ -118,7 +118,13 @@ def merge_far(
 
 
 class FarRotary(NamedTuple):
-    """Self-Extend's second rotation, for queries and keys that are far from each other."""
+    """Self-Extend's second rotation, for queries and keys that are far from each other.
+
+    Args:
+        query_left, query_right: the rotation of a query for keys on its left and on its right.
+        key: the rotation of a key.
+        neighbours: `(T,)` int64, distance from which a key counts as far.
+    """
 
     query_left: Rotary  # of a query, for keys on its left
     query_right: Rotary  # of a query, for keys on its right
@@ -349,7 +355,14 @@ class PositionScheme:
     def rotation(
         self, config: Any, layer_type: str, documents: PackedDocuments, token_index: Tensor
     ) -> RopePlan | None:
-        """Return the rotation of the sublayers of one layer type, or None if the scheme does not rotate."""
+        """Return the rotation of the sublayers of one layer type, or None if the scheme does not rotate.
+
+        Args:
+            config: the config of the model.
+            layer_type: name in `config.layer_types`.
+            documents: the packed documents.
+            token_index: `(T,)`, position of each token in its document.
+        """
         return None
 
     def tensor_parallel_plan(self) -> dict[str, str]:
@@ -396,7 +409,11 @@ class PositionScheme:
         return None
 
     def check_chunks(self, config: Any) -> None:
-        """Raise ValueError if a position depends on the length of the document, which a chunk does not tell."""
+        """Check that no position depends on the length of the document, which a chunk of it does not tell.
+
+        Raises:
+            ValueError: one does.
+        """
         extension = config.position_extension
         if extension is not None and extension["method"] not in ("repeat", "restart") and extension["keep_short"]:
             raise ValueError(
@@ -475,7 +492,11 @@ def register_scheme(cls: type[PositionScheme]) -> type[PositionScheme]:
 
 
 def check_even_width(config: Any) -> None:
-    """Raise ValueError if `hidden_size` is odd, so that sines and cosines do not pair up."""
+    """Check that sines and cosines pair up.
+
+    Raises:
+        ValueError: `hidden_size` is odd.
+    """
     if config.hidden_size % 2:
         raise ValueError(
             f"position_embedding_type={config.position_embedding_type!r} needs an even hidden_size, not "

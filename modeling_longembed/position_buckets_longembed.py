@@ -51,7 +51,11 @@ class BucketBias(DistanceOnlyBias):
 
 
 def check_buckets(config: Any) -> None:
-    """Raise ValueError if the buckets of `config` cannot be computed, or are a second bias by distance."""
+    """Check the buckets of a config.
+
+    Raises:
+        ValueError: they cannot be computed, or are a second bias by distance.
+    """
     buckets, furthest = config.relative_attention_num_buckets, config.relative_attention_max_distance
     if buckets % 4:
         raise ValueError(

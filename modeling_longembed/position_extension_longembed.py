@@ -24,21 +24,22 @@ def default_method(scheme: str, attention_patterns: list) -> str | None:
 
 @torch.no_grad()
 def extend_model_context(model: HubModel, max_position_embeddings: int, method: str | None = None, **parameters):
-    """Makes the context longer, in place; the model is then trained on, or saved, as any other.
+    """Make the context longer, in place; the model can then be trained or saved like any other.
 
-    A model that is extended already can be extended again: by the same method (`linear`, `dynamic`, `ntk`, `yarn`,
-    `theta` and `group` stretch further from the original context; `restart` goes on; `repeat` repeats the whole
-    trained table), and after `interpolate` by `repeat`, which leaves every trained row where it is read.
+    A model that is extended already can be extended again by the same method: `linear`, `dynamic`, `ntk`, `yarn`,
+    `theta` and `group` stretch further from the original context, `restart` goes on, `repeat` repeats the whole trained
+    table. After `interpolate` it can be extended by `repeat`, which leaves every trained row where it is read.
 
     Args:
+        model: the model.
         max_position_embeddings: the new context in tokens.
-        method: one of the scheme's, see `LongEmbedConfig.position_extension`. Default: that of the last
-            extension; else `restart` where all patterns are blocks of one size, `repeat` for other tables and
-            sinusoids, `dynamic` for rope. Schemes without a trained length (alibi, relative, none) take none.
+        method: an extension method of the position scheme, see `LongEmbedConfig.position_extension`. None: that of the
+            last extension; else `restart` where all patterns are blocks of one size, `repeat` for other tables and for
+            sinusoids, `dynamic` for rope. Schemes without a trained length (alibi, relative, none) have no methods.
         **parameters: those of the method (`factor`, `period`, `rope_theta`, `neighbours`, `keep_short`, ...).
 
     Returns:
-        the model.
+        The model.
 
     Raises:
         ValueError: a context that is not longer, or a method that cannot follow; the model is unchanged.
@@ -71,7 +72,13 @@ def extend_model_context(model: HubModel, max_position_embeddings: int, method: 
 
 
 def next_extension(config: Any, method: str | None, parameters: dict) -> dict | None:
-    """Return the `position_extension` of the longer model, whose context is not known here; None: it needs none."""
+    """Return the `position_extension` of the longer model, without its context; None: the scheme needs none.
+
+    Args:
+        config: the config of the model as it is.
+        method: the extension method, or None for the default.
+        parameters: parameters of the method.
+    """
     current = config.position_extension
     if current is None:
         method = method or config.position_scheme.default_extension(config.get_patterns())

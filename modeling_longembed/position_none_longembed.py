@@ -12,7 +12,11 @@ class NoPositions(PositionScheme):
     type = "none"
 
     def check(self, config: Any) -> None:
-        """Raise ValueError without a causal mask, because the order of the words would be lost."""
+        """Check that there is a causal mask; without one the order of the words would be lost.
+
+        Raises:
+            ValueError: there is none.
+        """
         if not config.is_causal:
             raise ValueError(
                 "position_embedding_type='none' leaves the causal mask as the only order, and without it word order is "

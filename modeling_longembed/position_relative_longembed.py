@@ -25,7 +25,16 @@ class DistanceEmbeddings(NamedTuple):
 
     @classmethod
     def up_to(cls, reach: int, width: int, like: Tensor) -> "DistanceEmbeddings":
-        """Compute those of the distances -reach to reach, with the device and data type of `like`."""
+        """Compute the sinusoids of the distances -reach to reach.
+
+        Args:
+            reach: the largest distance in tokens.
+            width: d.
+            like: a tensor with the device and data type of the result.
+
+        Returns:
+            The sinusoids.
+        """
         distances = torch.arange(-reach, reach + 1, device=like.device)
         return cls(sinusoidal_embeddings(distances, width).to(like.dtype), reach)
 
@@ -123,7 +132,11 @@ class RelativePositions(PositionScheme):
         return {"distance.r_proj": "colwise"}
 
     def check_graph(self, config: Any) -> None:
-        """Raise ValueError: the bias gathers by distances that depend on the input."""
+        """Refuse the export: the bias gathers by distances that depend on the input.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             "to_onnx: position_embedding_type='relative' (Transformer-XL) has no ONNX form; use 'rope' or 'alibi'"
         )

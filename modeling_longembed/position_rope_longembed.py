@@ -62,7 +62,13 @@ def rope_frequencies(
 
 
 def extended_rope_parameters(extension: dict, rope_parameters: dict, max_position_embeddings: int) -> dict:
-    """Return the parameters of the stretched rotation: the base ones with the extension's type and factor."""
+    """Return the parameters of the stretched rotation: the base ones with the extension's type and factor.
+
+    Args:
+        extension: `config.position_extension`.
+        rope_parameters: the parameters of the base rotation.
+        max_position_embeddings: the extended context in tokens.
+    """
     method = extension["method"]
     parameters = {"rope_type": method, "rope_theta": rope_parameters["rope_theta"]}
     parameters |= {
@@ -79,21 +85,43 @@ def extended_rope_parameters(extension: dict, rope_parameters: dict, max_positio
 
 
 def rotary_at(positions: Tensor, inv_freq: Tensor, attention_factor: Tensor | float = 1.0) -> Rotary:
-    """Return the rotation at `positions` `(T,)`; inverse frequencies `(D / 2,)` or, one row a token, `(T, D / 2)`."""
+    """Return the rotation at some positions.
+
+    Args:
+        positions: `(T,)`.
+        inv_freq: inverse frequencies `(D / 2,)` or, one row a token, `(T, D / 2)`.
+        attention_factor: number, or `(T, 1)`, that cosines and sines are multiplied by.
+    """
     angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
     angles = torch.cat([angles, angles], dim=-1)
     return Rotary(angles.cos() * attention_factor, angles.sin() * attention_factor)
 
 
 def grouped_positions(token_index: Tensor, group: int, neighbours: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Self-Extend's far positions: of a query for keys on its left, on its right, and of a key; all `(T,)`."""
+    """Return Self-Extend's far positions: of a query for keys on its left, on its right, and of a key; all `(T,)`.
+
+    Args:
+        token_index: `(T,)`, position of each token in its document.
+        group: g, number of positions that become one.
+        neighbours: w, distance from which a key counts as far.
+    """
     floored = token_index // group
     shift = neighbours - neighbours // group
     return floored + shift, floored - shift, floored
 
 
 def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_index: Tensor) -> RopePlan:
-    """Compute the rotations for one set of `rope_parameters`, for every document by its own length."""
+    """Compute the rotations for one set of `rope_parameters`, for every document by its own length.
+
+    Args:
+        config: the config of the model.
+        rope_parameters: those of one layer type.
+        documents: the packed documents.
+        token_index: `(T,)`, position of each token in its document.
+
+    Returns:
+        The rotations.
+    """
     extension, device = config.position_extension, token_index.device
     original = extension["original_max_position_embeddings"] if extension else config.max_position_embeddings
     base, base_factor = rope_frequencies(rope_parameters, config.head_dim, original)
@@ -141,7 +169,11 @@ class RopePositions(PositionScheme):
     }
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for an odd head size, or parameters that do not read every document alike."""
+        """Check the head size and the parameters of the rotation.
+
+        Raises:
+            ValueError: an odd head size, or parameters that cannot be combined or do not read every document alike.
+        """
         extension = config.position_extension
         if config.head_dim % 2:
             raise ValueError(
@@ -196,7 +228,11 @@ class RopePositions(PositionScheme):
         return "dynamic"
 
     def check_chunks(self, config: Any) -> None:
-        """Raise ValueError if the rotation depends on the length of the document."""
+        """Check that the rotation does not depend on the length of the document.
+
+        Raises:
+            ValueError: it does.
+        """
         if (config.position_extension or {}).get("method") == "dynamic":
             raise ValueError(
                 "memory: position_extension 'dynamic' depends on the length of the document, which a piece does not "
@@ -205,7 +241,11 @@ class RopePositions(PositionScheme):
         super().check_chunks(config)
 
     def check_graph(self, config: Any) -> None:
-        """Raise ValueError for extensions that compute every document on its own."""
+        """Check that the extension does not compute every document on its own.
+
+        Raises:
+            ValueError: it does.
+        """
         method = (config.position_extension or {}).get("method")
         if method in ("dynamic", "group"):
             raise ValueError(

@@ -20,26 +20,27 @@ def switch_position_scheme(
     rope_theta: float | None = None,
     keep_mean: bool = True,
 ):
-    """Gives the model another position scheme, in place, and leaves all other weights as they are.
+    """Give the model another position scheme, in place, and leave all other weights as they are.
 
-    The outputs are not those of the model as it was, and mean little before it is trained on: what its heads have
-    learned about places, they have learned from the old scheme. What belongs to that alone is dropped (the
-    table of `absolute`, the projections of `relative`), and its extension with it.
+    The outputs are not those of the model as it was, and mean little before the model is trained: what its heads have
+    learned about positions, they have learned from the old scheme. What belongs to the old scheme alone (the table of
+    `absolute`, the projections of `relative`) is dropped, and its extension with it.
 
     Args:
-        scheme: `rope`, `alibi`, `sinusoidal`, `relative` (whose new weights start at random), or, in a causal
-            model, `none`.
-        max_position_embeddings: the context in tokens, shorter or longer; default: as it is.
-        rope_theta: base of the rotation, for `rope`; default 10,000.
-        keep_mean: whether the mean row of a learned table is added to all segment rows, so that what the places
-            have in common stays. A model without segments gets one for all tokens.
+        model: the model.
+        scheme: `rope`, `alibi`, `sinusoidal`, `relative` (whose new weights start at random), or, in a causal model,
+            `none`.
+        max_position_embeddings: the context in tokens, shorter or longer; None: as it is.
+        rope_theta: base of the rotation, for `rope`; None: 10,000.
+        keep_mean: whether the mean row of a learned table is added to all segment rows, so that what the positions have
+            in common stays. A model without segments gets one for all tokens.
 
     Returns:
-        the model.
+        The model.
 
     Raises:
-        ValueError: there is nothing to switch, or the scheme cannot be combined with the rest of the config; the
-            model is unchanged.
+        ValueError: there is nothing to switch, or the scheme cannot be combined with the rest of the config; the model
+            is unchanged.
     """
     encoder: Any = model.base_model
     config, embeddings = model.config, encoder.embeddings

@@ -130,7 +130,11 @@ class AbsolutePositions(AddedPositions):
     has_table = True
 
     def check(self, config: Any) -> None:
-        """Raise ValueError for an interpolation between whole rows by a factor that is not whole."""
+        """Check that interpolation puts the old rows at whole positions.
+
+        Raises:
+            ValueError: a factor that is not whole.
+        """
         extension = config.position_extension
         if extension is None or extension["method"] != "interpolate" or not extension["factor"]:
             return
@@ -149,7 +153,11 @@ class AbsolutePositions(AddedPositions):
         return hidden_states if table is None else hidden_states + table(places)
 
     def extend_again(self, config: Any, method: str, parameters: dict) -> dict:
-        """Return the next extension; after `interpolate` only `repeat` leaves every trained row where it is read."""
+        """Return the next extension; after `interpolate` only `repeat` leaves every trained row where it is read.
+
+        Raises:
+            ValueError: `method` cannot follow the extension that the model has.
+        """
         current = config.position_extension
         if current["method"] != "interpolate":
             return super().extend_again(config, method, parameters)

@@ -1,8 +1,8 @@
 """Tensor parallelism (Shoeybi et al. 2019, section 3): every process computes some of the heads and of the inner units.
 
 transformers splits the weights by the plan below when it loads (`from_pretrained(..., distributed_config=...)`). The
-number of heads that a process has is then what its projections give; what is numbered by head (slopes, tables, shifts)
-asks `heads_here` for its own. Small parameters by head are whole everywhere and go through `read_by_heads`.
+number of heads that a process has then follows from its projections. What is numbered by head (slopes, tables, shifts)
+asks `heads_here` for its own. Small parameters by head are whole on every process and go through `read_by_heads`.
 """
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 def tensor_parallel_plan(config) -> dict[str, str]:
-    """How each weight is split: names in a `LongEmbedModel` of this config to transformers' styles.
+    """Return how each weight is split: names in a `LongEmbedModel` of this config to transformers' styles.
 
-    Projections that make heads or inner units are split by columns, those that end a residual branch by rows, with one
-    sum over the processes each; norms, tables and pooling are the same everywhere.
+    Projections that make heads or inner units are split by columns; those that end a residual branch are split by rows,
+    with one sum over the processes each. Norms, tables and pooling are the same on every process.
     """
     patterns = {*config.get_patterns(), *config.get_training_patterns()}
     attention = {"q_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
@@ -33,7 +33,11 @@ def tensor_parallel_plan(config) -> dict[str, str]:
 
 
 def check_parallelism(config):
-    """Raises ValueError if the heads of the model cannot be shared out evenly among the processes it is loaded for."""
+    """Check that the heads of the model can be divided evenly among the processes that it is loaded for.
+
+    Raises:
+        ValueError: they cannot.
+    """
     distributed = getattr(config, "distributed_config", None)
     processes = 1 if distributed is None else distributed.tp_size
     if config.num_attention_heads % processes:
@@ -44,10 +48,18 @@ def check_parallelism(config):
 
 
 def heads_here(projection: nn.Module, count: int, num_heads: int) -> slice:
-    """Which `count` of the model's heads `projection` computes: under tensor parallelism each process has its own.
+    """Return which heads of the model a projection computes: under tensor parallelism each process has its own.
+
+    Args:
+        projection: the linear layer that makes the heads.
+        count: number of heads that it makes on this process.
+        num_heads: number of heads of the model.
+
+    Returns:
+        The numbers of the heads.
 
     Raises:
-        ValueError: a transformers that splits weights into plain tensors, which do not say whose share they are.
+        ValueError: a transformers that splits weights into plain tensors, which do not say whose part they are.
     """
     if count == num_heads:
         return slice(0, num_heads)
@@ -62,7 +74,7 @@ def heads_here(projection: nn.Module, count: int, num_heads: int) -> slice:
 
 
 class _SumGradients(torch.autograd.Function):
-    """Identity forward, sum over the processes backward (Megatron's operator f)."""
+    """Identity in the forward pass, sum over the processes in the backward pass (Megatron's operator f)."""
 
     @staticmethod
     def forward(ctx, tensor, group):
@@ -77,7 +89,7 @@ class _SumGradients(torch.autograd.Function):
 
 
 def read_by_heads(tensor: Tensor, projection: nn.Module) -> Tensor:
-    """A tensor that all processes hold whole and of which each reads the rows of its own heads.
+    """Return a tensor that all processes hold whole and of which each reads the rows of its own heads.
 
     Without this a parameter behind it would get the gradient of these heads alone.
     """
