@@ -8,6 +8,7 @@ from transformers import XLNetConfig, XLNetModel
 from transformers.models.xlnet.modeling_xlnet import XLNetRelativeAttention
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
+from modeling_longembed.attention_longembed import LayerContext
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.position_relative_longembed import DistanceBias, DistanceEmbeddings
 from modeling_longembed.position_table_longembed import sinusoidal_embeddings
@@ -88,8 +89,8 @@ def test_the_attention_is_that_of_xlnet(kernel):
         expected = torch.einsum("ibnd,hnd->ibh", theirs.rel_attn_core(*heads, keys), theirs.o)[:, 0]
 
         documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
-        context = model._context(documents, documents.token_index, states)
-        output, _ = attention(states, context)
+        positions = ours_config.position_scheme.prepare(ours_config, documents, documents.token_index, states)
+        output, _ = attention(states, LayerContext(documents, positions))
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)  # the sinusoids are of single precision
 
 
