@@ -1,7 +1,8 @@
 """Objectives against their losses by hand, and their cached gradients against the plain backward pass."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from training.engine.loop import _enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives import objective as objective_module
 from training.objectives import pair_step
-from training.objectives.arguments import ObjectiveArguments
+from training.objectives.arguments import TAKEN_BY, ObjectiveArguments
 from training.objectives.contrastive import OBJECTIVES, build_objective
 from training.objectives.embed import embed, pool
 from training.objectives.heads import ProjectionHead
@@ -43,6 +44,13 @@ PAIRS = 6
 
 def test_every_objective_has_a_case():
     assert {case.split()[0] for case in CASES} == set(OBJECTIVES)
+
+
+def test_options_and_the_objectives_that_take_them_exist():
+    options = {option.name: option.type for option in fields(ObjectiveArguments)}
+    assert set(get_args(options["objective"])) == set(OBJECTIVES)
+    assert TAKEN_BY.keys() <= options.keys()
+    assert set().union(*TAKEN_BY.values()) == set(OBJECTIVES)
 
 
 def random_batch(columns: int, **more) -> GatheredBatch:

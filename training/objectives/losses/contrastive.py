@@ -76,7 +76,7 @@ def info_nce(
     Raises:
         ValueError: there is a `negative_weight` without `negative_row`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> query = torch.eye(3)
         >>> loss, metrics = info_nce(query, query.roll(1, 0), temperature=1.0)  # every positive is another row's query

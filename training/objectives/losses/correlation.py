@@ -42,7 +42,7 @@ def dcca(
         UserError: there are no more rows than dimensions, so that any two views would correlate perfectly, or the
             covariance of a view cannot be inverted.
 
-    Example:
+    Examples:
         >>> import torch
         >>> view = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
         >>> loss, metrics = dcca(view, view @ torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), regularization=0.0)
@@ -99,7 +99,7 @@ class SoftCCA(nn.Module):
         momentum: beta.
         sdl_weight: delta.
 
-    Example:
+    Examples:
         >>> import torch
         >>> whitened = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
         >>> loss, metrics = SoftCCA(width=2)(whitened, whitened)

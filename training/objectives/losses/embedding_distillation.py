@@ -28,7 +28,7 @@ def embedding_mse(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, T
     Returns:
         The loss, and no metrics.
 
-    Example:
+    Examples:
         >>> import torch
         >>> embedding_mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]))
         (tensor(2.), {})
@@ -56,7 +56,7 @@ def embedding_cosine(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str
     Returns:
         The loss, and no metrics.
 
-    Example:
+    Examples:
         >>> import torch
         >>> embedding_cosine(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
         (tensor(0.5000), {})
@@ -91,7 +91,7 @@ def max_margin_mse(student: Tensor, teacher: Tensor, *, gamma: float = 1.0) -> t
     Returns:
         The loss, without the second term for a single row, and `own_mse` and `other_mse`: its two means.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss, metrics = max_margin_mse(torch.eye(2), torch.eye(2), gamma=0.5)
         >>> loss.item(), metrics["own_mse"].item(), metrics["other_mse"].item()

@@ -32,7 +32,7 @@ def matryoshka(loss: Loss, dims: Sequence[int], weights: Sequence[float] | None 
         ValueError: there are no dims, one is below 1, or the number of weights is another; when the loss is called,
             a size is above d.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from training.objectives.losses.contrastive import info_nce
         >>> loss, metrics = matryoshka(info_nce, dims=[4, 2])(torch.eye(4), torch.eye(4))

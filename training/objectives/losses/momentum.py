@@ -48,7 +48,7 @@ def momentum_contrast(
     Returns:
         The loss, and `accuracy`: the share of `rows` whose own key has the highest score.
 
-    Example:
+    Examples:
         >>> import torch
         >>> vectors = torch.eye(4)
         >>> loss, _ = momentum_contrast(vectors[:2], vectors[:2], queue=vectors[2:], temperature=1.0)
@@ -75,7 +75,7 @@ class MomentumQueue(nn.Module):
         size: number of keys that it holds.
         dim: width of a key.
 
-    Example:
+    Examples:
         >>> import torch
         >>> queue = MomentumQueue(size=3, dim=1)
         >>> queue.enqueue(torch.tensor([[1.0], [2.0]]), torch.tensor([10, 20]))
@@ -131,7 +131,7 @@ def exponential_moving_average(target: Iterable[Tensor], source: Iterable[Tensor
         source: the weights of the encoder in training, in the same order.
         momentum: share of the target that is kept; 1 leaves it as it is, 0 copies the source.
 
-    Example:
+    Examples:
         >>> import torch
         >>> average = torch.zeros(2)
         >>> exponential_moving_average([average], [torch.ones(2)], momentum=0.75)

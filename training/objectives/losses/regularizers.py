@@ -29,7 +29,7 @@ def spread_out(embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     Returns:
         The term, 0 for one row, and `similarity_mean` and `similarity_second_moment`: M1 and M2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> term, metrics = spread_out(torch.ones(4, 4) / 2)  # all vectors are equal: M1 = M2 = 1
         >>> round(term.item(), 4), metrics["similarity_mean"].item()
@@ -77,7 +77,7 @@ def debias(embeddings: Tensor, attribute: Tensor) -> tuple[Tensor, dict[str, Ten
     Returns:
         The term, 0 if the batch has fewer than two groups, and `groups_in_batch`: the number of its groups.
 
-    Example:
+    Examples:
         >>> import torch
         >>> group = torch.tensor([0, 0, 1, 1])
         >>> round(debias(torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]), group)[0].item(), 4)

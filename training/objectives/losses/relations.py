@@ -46,7 +46,7 @@ def attention_kl(teacher: AttentionInputs, student: AttentionInputs, max_scores:
     Raises:
         ValueError: the numbers of heads differ.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from modeling_longembed import LongEmbedConfig, LongEmbedModel
         >>> from training.teachers.projections import ProjectionTap
@@ -104,7 +104,7 @@ def relation_kl(
     Returns:
         `(T,)`, the mean over the relation heads for each token.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
         >>> rotated = teacher.flip(-1)  # products of vectors do not change under a rotation or a reflection
@@ -141,7 +141,7 @@ def relation_heads(vectors: Tensor, heads: int) -> Tensor:
     Raises:
         ValueError: `heads` does not divide H * D.
 
-    Example:
+    Examples:
         >>> import torch
         >>> relation_heads(torch.zeros(5, 2, 6), heads=3).shape
         torch.Size([5, 3, 4])

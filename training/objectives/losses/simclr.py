@@ -35,7 +35,7 @@ def nt_xent(
     Returns:
         The loss, and `accuracy`: the share of these views whose other view has the highest score.
 
-    Example:
+    Examples:
         >>> import torch
         >>> views = torch.eye(4)
         >>> loss, metrics = nt_xent(views, views, temperature=1.0)

@@ -17,7 +17,7 @@ def similarity(rows: Tensor, columns: Tensor, temperature: float | Tensor) -> Te
     Returns:
         `(n, m)` scores.
 
-    Example:
+    Examples:
         >>> import torch
         >>> similarity(torch.eye(2), torch.tensor([[1.0, 0.0], [0.6, 0.8]]), temperature=0.5)
         tensor([[2.0000, 1.2000],

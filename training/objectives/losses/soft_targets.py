@@ -36,7 +36,7 @@ def soft_targets(
         The loss, 0 for one teacher if and only if the logits of each row agree up to a constant, and `agreement`: the
         share of rows in which student and teachers have the same most likely class.
 
-    Example:
+    Examples:
         >>> import torch
         >>> teacher = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
         >>> loss, metrics = soft_targets(torch.zeros(2, 2), teacher, temperature=2.0)
@@ -72,7 +72,7 @@ def margin_mse(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tens
     Returns:
         The loss, and no metrics.
 
-    Example:
+    Examples:
         >>> import torch
         >>> margin_mse(torch.tensor([[3.0, 1.0]]), torch.tensor([[9.0, 8.0]]))
         (tensor(1.), {})

@@ -35,7 +35,7 @@ def sup_con(
     Returns:
         The loss, 0 if no anchor has a positive, and `without_positive_share`: the share of `rows` without a positive.
 
-    Example:
+    Examples:
         >>> import torch
         >>> embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
         >>> loss, metrics = sup_con(embeddings, torch.tensor([7, 7, 8]), temperature=1.0)

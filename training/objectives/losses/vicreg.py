@@ -54,7 +54,7 @@ def vicreg(
     Raises:
         UserError: there is a single row, which has no variance.
 
-    Example:
+    Examples:
         >>> import torch
         >>> loss, terms = vicreg(torch.ones(8, 4), torch.ones(8, 4))  # collapsed views
         >>> round(loss.item(), 2), {name: round(term.item(), 2) for name, term in terms.items()}
