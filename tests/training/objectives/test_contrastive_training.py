@@ -31,6 +31,7 @@ from training.objectives.contrastive import OBJECTIVES
 from training.objectives.embed import embed
 from training.objectives.pair_data import ContrastiveArguments
 from training.objectives.pair_retrieval import PairRetrieval
+from training.objectives.second_modality import FeatureArguments
 
 RECIPES = Path(__file__).parents[3] / "training" / "recipes" / "contrastive"
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -114,7 +115,9 @@ def test_every_objective_is_trained():
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_read(recipe):
     given = ["--config", str(recipe), "--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
-    _, _, objective, _ = parse(ModelArguments, ContrastiveArguments, ObjectiveArguments, LoopArguments, argv=given)
+    objective, *_ = parse(
+        ObjectiveArguments, ModelArguments, ContrastiveArguments, FeatureArguments, LoopArguments, argv=given
+    )
     assert objective.objective == yaml.safe_load(recipe.read_text()).get("objective", "info_nce")
 
 
