@@ -18,6 +18,8 @@ from modeling_longembed import LongEmbedModel
 from tests.modeling_longembed.clean_environment import CleanEnvironment
 from training import contrastive
 
+pytestmark = pytest.mark.xdist_group("earlier_versions")  # what the module fixtures make is made once
+
 ARCHIVE = Path(__file__).parents[1] / "fixtures" / "before_the_house.tar.gz"
 OWN_CODE = """
 import json

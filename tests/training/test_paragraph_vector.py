@@ -19,6 +19,8 @@ from training import paragraph_vector
 from training.data.sources import Columns, read_sources
 from training.teachers.paragraph_vector import SETTING_NAMES, WEIGHTS, ParagraphVector, _new_model, split_words
 
+pytestmark = pytest.mark.xdist_group("paragraph_vector")  # what the module fixtures make is made once
+
 doc2vec = pytest.importorskip("gensim.models.doc2vec", reason="gensim is not installed (extra paragraph-vector)")
 
 TOPICS = [[f"{name}{number}" for number in range(12)] for name in ("sea", "law", "bread", "star", "tax", "horse")]

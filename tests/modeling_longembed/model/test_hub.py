@@ -21,6 +21,8 @@ from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedM
 from tests.modeling_longembed.clean_environment import CleanEnvironment
 from tests.modeling_longembed.tiny_checkpoints import CONTEXT, SAVED_BESIDE_CODE, random_text, save_checkpoint
 
+pytestmark = pytest.mark.xdist_group("hub")  # what the module fixtures make is made once
+
 CODE = {path.name for path in Path(modeling_longembed.__file__).parent.glob("*_longembed.py")}
 PROMPTS = {"query": "w1 w2 ", "document": "w3 "}
 POOLING = {"pooling": "weighted_mean", "token_weighting": "generalized_max", "token_weighting_regularization": 3.0}

@@ -17,6 +17,8 @@ from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedM
 from modeling_longembed.pattern_registry_longembed import PATTERNS
 from tests.two_processes import PROCESSES, in_two_processes
 
+pytestmark = pytest.mark.xdist_group("tensor_parallel")  # what the module fixtures make is made once
+
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -17,6 +17,8 @@ from training.engine.sharding import Sharding, whole
 from training.objectives.embed import embed
 from training.objectives.losses.contrastive import info_nce
 
+pytestmark = pytest.mark.xdist_group("engine_processes")  # what the module fixtures make is made once
+
 PAIRS, NEGATIVES = 6, 2
 
 

@@ -23,7 +23,10 @@ def processes():
     return context
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+# The tests of a script stay in one process of pytest-xdist: the undisturbed run is made once.
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(f"loop_{name}")) for name in SCRIPTS]
+)
 def script(request) -> str:
     return request.param
 

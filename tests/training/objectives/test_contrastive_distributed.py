@@ -16,6 +16,8 @@ from tests.two_processes import PROCESSES, in_two_processes
 from training.engine.distributed import average_gradients, broadcast, mean_over_processes, own_rows, settle
 from training.objectives.pair_step import pair_gradient
 
+pytestmark = pytest.mark.xdist_group("objective_processes")  # what the module fixtures make is made once
+
 PAIRS, STEPS = 6, 3
 
 

@@ -21,6 +21,8 @@ from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.supcon import sup_con
 from training.objectives.losses.vicreg import vicreg
 
+pytestmark = pytest.mark.xdist_group("loss_processes")  # what the module fixtures make is made once
+
 PAIRS = 6
 COLUMNS = 4  # query, positive and two columns of negatives
 

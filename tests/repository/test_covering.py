@@ -1,0 +1,22 @@
+"""The choice of parameters that `make test` runs out of a larger product."""
+
+from itertools import combinations, product
+
+import pytest
+
+from tests.covering import covering_first
+
+
+def pairs(cases: list) -> set:
+    return {pair for case in cases for pair in combinations(enumerate(case.values), 2)}
+
+
+def test_what_is_not_slow_has_every_pair_of_values_and_far_fewer_cases():
+    allowed = [values for values in product(range(9), "abcdef", "uvwxyz") if values[1:] != ("a", "z")]
+    cases = [pytest.param(*values, id=str(values)) for values in allowed]
+    thinned = covering_first(cases)
+    assert [case.values for case in thinned] == allowed
+    kept = [case for case in thinned if not case.marks]
+    assert pairs(kept) == pairs(cases)
+    assert len(kept) < 75 < len(cases) == 315
+    assert all(case.marks == [pytest.mark.slow] for case in thinned if case.marks)
