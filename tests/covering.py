@@ -1,11 +1,12 @@
 """Thin a product of parameters to a covering one; the whole product stays, marked slow."""
 
+from collections.abc import Callable
 from itertools import combinations
 
 import pytest
 
 
-def covering_first(cases: list) -> list:
+def covering_first(cases: list, keep: Callable[..., bool] = lambda *values: False) -> list:
     """Mark the cases slow that are not needed for every pair of parameter values to be tested together.
 
     Most mistakes show in one value or in two together (Kuhn, Wallace and Gallo 2004, "Software fault interactions");
@@ -14,12 +15,14 @@ def covering_first(cases: list) -> list:
 
     Args:
         cases: `pytest.param`s with as many values each, those that are allowed. Values are told apart by their `repr`.
+        keep: called with the values of a case; those that it says True of are not slow, whatever they add.
 
     Returns:
         The cases in their order, each of them once, those beyond the covering ones with the mark `slow`.
     """
     pairs = [set(combinations([(n, repr(value)) for n, value in enumerate(case.values)], 2)) for case in cases]
-    left, chosen = set().union(*pairs), set()
+    chosen = {number for number, case in enumerate(cases) if keep(*case.values)}
+    left = set().union(*pairs).difference(*(pairs[number] for number in chosen))
     while left:
         best = max(range(len(cases)), key=lambda number: len(pairs[number] & left))
         chosen.add(best)

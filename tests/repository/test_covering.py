@@ -19,4 +19,7 @@ def test_what_is_not_slow_has_every_pair_of_values_and_far_fewer_cases():
     kept = [case for case in thinned if not case.marks]
     assert pairs(kept) == pairs(cases)
     assert len(kept) < 75 < len(cases) == 315
+    fives = covering_first(cases, keep=lambda number, *letters: number == 5)
+    assert not any(case.marks for case in fives if case.values[0] == 5)
+    assert pairs([case for case in fives if not case.marks]) == pairs(cases)
     assert all(case.marks == [pytest.mark.slow] for case in thinned if case.marks)

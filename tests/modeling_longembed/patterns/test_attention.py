@@ -180,7 +180,9 @@ COMBINATIONS = covering_first(
         for scheme in SCHEMES
         for kernel in CPU_KERNELS
         if allowed(pattern, scheme, kernel, causal)
-    ]
+    ],
+    # The one kernel with a path of its own for each pattern; mistakes of it have shown in three values together.
+    keep=lambda pattern, scheme, kernel, causal: kernel == "longembed_varlen",
 )
 BOTH_WAYS = covering_first(
     [pytest.param(*case.values[:3], id=case.id) for case in COMBINATIONS if not case.values[3]],
