@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
+from common.encoders.model_folder import ModelFolder
+from common.encoders.precision import ENCODER_PRECISIONS, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from common.model_folder import ModelFolder
-from common.precision import ENCODER_PRECISIONS, resolve_precision
 from eval.report.comparison import Row, as_markdown, draw
 from eval.report.records import Records
 from eval.speed.growth import Curve

@@ -29,9 +29,9 @@ from rich.markdown import Markdown
 from tqdm.auto import tqdm
 
 from common.arguments import parse
+from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from common.precision import resolve_precision
 from eval.models.language_models import LanguageModel
 from eval.models.mteb_models import EvaluatedModel
 from eval.report.heat_maps import Cell, as_markdown, draw

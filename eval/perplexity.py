@@ -40,9 +40,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common.arguments import parse
+from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
-from common.precision import resolve_precision
 from eval.models.language_models import LanguageModel
 from eval.models.token_losses import masked_losses, window_losses
 from eval.report.perplexities import Point, as_markdown, draw

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
+from common.encoders.model_folder import ModelFolder
+from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
-from common.model_folder import ModelFolder
-from common.precision import resolve_precision
 from eval import perplexity
 from eval.report.records import Records
 from eval.speed.lengths import parse_lengths

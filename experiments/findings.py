@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from common.arguments import parse
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write, sha256_file
-from common.model_folder import ModelFolder
 from eval.tasks import similarity
 from eval.tasks.evaluation import EvaluationArguments, RetrievalArguments, evaluate_retrieval, evaluate_tasks
 from experiments.findings_data import DATA, DataArguments, data_file

@@ -42,8 +42,8 @@ from training.engine.optimizer import parameter_groups
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
 from training.models.encoder import ModelArguments, load_encoder
 from training.models.supernet import KINDS, Supernet
-from training.objectives.arguments import ObjectiveArguments
-from training.objectives.contrastive import build_objective, objective_groups
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.registry import build_objective, objective_groups
 from training.objectives.guide import load_guide
 from training.objectives.pair_data import ContrastiveArguments, pair_batches, pair_retrieval, pair_tokenizer
 from training.objectives.pair_step import pair_gradient

@@ -16,11 +16,11 @@ import datasets
 import numpy as np
 
 from common.arguments import parse
+from common.encoders.model_spec import ModelSpec
+from common.encoders.precision import resolve_precision
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError, run
 from common.files import write_jsonl
-from common.model_spec import ModelSpec
-from common.precision import resolve_precision
-from common.vector_cache import VectorCache
 from training.data.ranking import load_ranker
 from training.data.sources import TEXTS, read_sources
 

@@ -16,10 +16,10 @@ from transformers.models.auto.modeling_auto import (
 )
 
 # The import also registers the Auto classes, so that LongEmbed folders load without trust_remote_code.
-from common.encoders import context_length
+from common.encoders.encoder import context_length
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
 from common.files import sha256_file
-from common.model_folder import ModelFolder
 from modeling_longembed.encoding_longembed import special_tokens_around
 
 _OURS = "LongEmbedForMaskedLM"

@@ -1,4 +1,4 @@
-"""Models and baselines behind MTEB's interfaces: everything that `--model` may name (common/model_spec.py)."""
+"""Models and baselines behind MTEB's interfaces: everything that `--model` may name (common/encoders/model_spec.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ from mteb.similarity_functions import cos_sim
 from mteb.types import PromptType
 
 from common.bm25 import BM25Index
-from common.encoders import ChunkEncoder, Encoder
+from common.encoders.encoder import ChunkEncoder, Encoder
+from common.encoders.model_spec import ModelSpec
+from common.encoders.text_vectors import stream, vectors_of
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.model_spec import ModelSpec
-from common.text_vectors import stream, vectors_of
-from common.vector_cache import VectorCache
 from eval.models.quantization import quantize
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.encoders.quantization import int8_weights
 from common.errors import UserError
 from common.memory import is_out_of_memory
-from common.quantization import int8_weights
 from common.step_measurement import measure_calls
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 
@@ -169,7 +169,7 @@ def forward_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor]
 
 
 def encoding_step(model: LongEmbedModel, workload: Workload) -> Callable[[Tensor], None]:
-    """Return a call that reads `(1, S)` token ids without gradients, in the precision of `common.encoders.Encoder`."""
+    """Return a call that reads `(1, S)` token ids without gradients, in the precision that `Encoder` uses."""
     model.eval()
     if workload.dtype == "int8":
         int8_weights(model)

@@ -9,9 +9,9 @@ import mteb
 from mteb.abstasks import AbsTask
 from mteb.models.model_meta import ModelMeta
 
+from common.encoders.precision import ENCODER_PRECISIONS, resolve_precision
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.precision import ENCODER_PRECISIONS, resolve_precision
-from common.vector_cache import VectorCache
 from eval.models.mteb_models import EvaluatedModel
 from eval.models.quantization import VECTORS
 from eval.report.results import AtomicResultCache, Score

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from common.encoders import Encoder
+from common.encoders.encoder import Encoder
 from common.errors import UserError
 from eval.models.language_models import LanguageModel
 from eval.models.mteb_models import EvaluatedModel

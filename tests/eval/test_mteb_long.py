@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.encoders import ChunkEncoder
+from common.encoders.encoder import ChunkEncoder
 from common.errors import run
 from eval import mteb_long, plot, synthetic
 from eval.models.mteb_models import EvaluatedModel
@@ -104,7 +104,7 @@ def test_chunk_vectors_are_computed_once_for_mean_and_max(
     encoded = []
     original = ChunkEncoder.__call__
     monkeypatch.setattr(
-        "common.encoders.ChunkEncoder.__call__",
+        "common.encoders.encoder.ChunkEncoder.__call__",
         lambda self, texts, kind: encoded.extend(texts) or original(self, texts, kind),
     )
     models = [f"chunk-mean:{tiny_sentence_transformer}:32", f"chunk-max:{tiny_sentence_transformer}:32"]
@@ -198,7 +198,7 @@ def test_a_killed_run_goes_on_where_it_stopped(make_task, tiny_sentence_transfor
     encoded = []
     original = ChunkEncoder.__call__
     monkeypatch.setattr(
-        "common.encoders.ChunkEncoder.__call__",
+        "common.encoders.encoder.ChunkEncoder.__call__",
         lambda self, texts, kind: encoded.extend(texts) or original(self, texts, kind),
     )
     assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0

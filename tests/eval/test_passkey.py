@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
-from common.model_folder import ModelFolder
 from eval import passkey
 from eval.models.language_models import LanguageModel
 from eval.passkey import Arguments, depths, measure

@@ -157,7 +157,7 @@ def _registries():
     """What CONTRIBUTING registers is forgotten again."""
     from modeling_longembed.pattern_registry_longembed import PATTERNS
     from modeling_longembed.position_schemes_longembed import POSITION_SCHEMES
-    from training.objectives.contrastive import OBJECTIVES
+    from training.objectives.contrastive.registry import OBJECTIVES
 
     registries = (PATTERNS, POSITION_SCHEMES, OBJECTIVES)
     kept = [dict(registry) for registry in registries]

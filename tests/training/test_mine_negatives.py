@@ -15,9 +15,9 @@ from datasets import Dataset
 from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
 
 from common.bm25 import BM25Index
-from common.encoders import Encoder
+from common.encoders.encoder import Encoder
+from common.encoders.model_folder import ModelFolder
 from common.errors import run
-from common.model_folder import ModelFolder
 from tests.training.tiny_training import WORDS, write_jsonl
 from training import contrastive, mine_negatives
 from training.mine_negatives import Arguments, Thresholds, mine

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from common.bm25 import BM25Index
-from common.encoders import Encoder
+from common.encoders.encoder import Encoder
+from common.encoders.model_spec import ModelSpec
+from common.encoders.text_vectors import stream, vectors_of
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.model_spec import ModelSpec
-from common.text_vectors import stream, vectors_of
-from common.vector_cache import VectorCache
 
 _QUERIES_AT_ONCE = 1024
 

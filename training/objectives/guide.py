@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.encoders import Encoder
+from common.encoders.encoder import Encoder
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
-from common.model_folder import ModelFolder
 
 
 class Guide:

@@ -16,10 +16,10 @@ from training.data.streams import StreamedBatches
 from training.engine.held_out import by_source
 from training.engine.loop import Loop
 from training.models.encoder import text_length
-from training.objectives.arguments import ObjectiveArguments, check_range
-from training.objectives.contrastive import objective_columns
+from training.objectives.contrastive.arguments import ObjectiveArguments, check_range
+from training.objectives.contrastive.objective import Objective
+from training.objectives.contrastive.registry import objective_columns
 from training.objectives.embed import embed
-from training.objectives.objective import Objective
 from training.objectives.pair_retrieval import PairRetrieval
 
 

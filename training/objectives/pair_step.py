@@ -6,9 +6,9 @@ from training.data.pair_batches import PairBatch
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import AccumulateGradient
+from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective
 from training.objectives.embed import pool
 from training.objectives.guide import Guide
-from training.objectives.objective import GatheredBatch, Metrics, Objective
 from training.objectives.span_penalty import Penalty
 
 

@@ -20,9 +20,9 @@ from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import AccumulateGradient, AnyModel, Batches, Loop, Stream, Training
 from training.engine.optimizer import parameter_groups
-from training.objectives.arguments import check_range
+from training.objectives.contrastive.arguments import check_range
+from training.objectives.contrastive.objective import Metrics
 from training.objectives.losses.supcon import sup_con
-from training.objectives.objective import Metrics
 
 
 @dataclass

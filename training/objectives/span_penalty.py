@@ -9,7 +9,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from training.engine.optimizer import parameter_groups
-from training.objectives.arguments import check_range
+from training.objectives.contrastive.arguments import check_range
 
 # A term of the loss that depends on parameters only, and its metrics.
 Penalty = Callable[[], tuple[Tensor, dict[str, Tensor]]]

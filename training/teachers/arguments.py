@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from common.errors import UserError
-from training.objectives.arguments import check_range
+from training.objectives.contrastive.arguments import check_range
 
 
 @dataclass

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object, wait_for_everyone
 from torch import Tensor
 
+from common.encoders.model_spec import ModelSpec
+from common.encoders.precision import resolve_precision
+from common.encoders.text_vectors import PromptType, cache_keys, stream
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.model_spec import ModelSpec
-from common.precision import resolve_precision
-from common.text_vectors import PromptType, cache_keys, stream
-from common.vector_cache import VectorCache
 from training.data.pair_batches import PairBatch
 from training.data.sources import Source
 from training.engine.distributed import own_share

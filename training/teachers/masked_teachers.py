@@ -16,8 +16,8 @@ from training.data.masked_batches import MaskedChunk
 from training.models.adaptation import AdaptationArguments, load_masked_lm
 from training.models.encoder import ModelArguments
 from training.models.identity import model_identity, tokenizer_identity
+from training.objectives.contrastive.objective import Metrics
 from training.objectives.losses.soft_targets import soft_targets
-from training.objectives.objective import Metrics
 from training.teachers.arguments import check_range
 
 

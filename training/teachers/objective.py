@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
+from training.objectives.contrastive.objective import Metrics
 from training.objectives.heads import projection
 from training.objectives.losses.correlation import SoftCCA, dcca
 from training.objectives.losses.embedding_distillation import embedding_cosine, embedding_mse, max_margin_mse
 from training.objectives.losses.soft_targets import margin_mse, soft_targets
-from training.objectives.objective import Metrics
 from training.teachers.arguments import TeachingArguments
 
 LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}

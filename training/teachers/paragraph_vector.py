@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
+from common.encoders.text_vectors import PromptType
 from common.errors import UserError
 from common.files import atomic_folder, sha256_file
-from common.text_vectors import PromptType
 from training.data.sources import Source
 
 SETTINGS, VOCABULARY, WEIGHTS, DOCUMENTS = (
@@ -42,7 +42,7 @@ FINAL_LEARNING_RATE = 0.0001
 
 
 class ParagraphVector:
-    """Doc2Vec models whose vectors are concatenated; an encoder for `common.text_vectors.stream`.
+    """Doc2Vec models whose vectors are concatenated; an encoder for `common.encoders.text_vectors.stream`.
 
     The vector of a text is inferred: it starts at random and is trained with all other weights fixed. Here the start
     and all random numbers come from a hash of the text, so the vector is the same in every process and every order.

@@ -25,8 +25,8 @@ from training.objectives.chunked_loss import (
     sums_over_processes,
     weighted_sum,
 )
+from training.objectives.contrastive.objective import Metrics
 from training.objectives.losses.relations import attention_kl, relation_heads, relation_kl
-from training.objectives.objective import Metrics
 from training.teachers.projections import Projections, ProjectionTap
 
 

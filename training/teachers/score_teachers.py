@@ -13,9 +13,9 @@ from accelerate.utils import wait_for_everyone
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from common.encoders.model_folder import ModelFolder
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.model_folder import ModelFolder
-from common.vector_cache import VectorCache
 from training.data.pair_batches import PairBatch
 from training.data.sources import Source, check_numbers
 from training.engine.distributed import own_share

@@ -15,8 +15,8 @@ from training.data.sources import Source
 from training.engine.distributed import gather_rows, own_share
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import AccumulateGradient
+from training.objectives.contrastive.objective import Metrics
 from training.objectives.embed import pool
-from training.objectives.objective import Metrics
 from training.objectives.pair_step import by_row
 from training.teachers.objective import Targets, Teaching
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.vector_cache import VectorCache
 from eval.models.mteb_models import EvaluatedModel
 from eval.synthetic import write_task
 from eval.tasks.retrieval import load, local_task

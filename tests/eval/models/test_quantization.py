@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from mteb.types import PromptType
 from sentence_transformers.util import quantize_embeddings
 
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.vector_cache import VectorCache
 from eval.models.mteb_models import EvaluatedModel
 from eval.models.quantization import quantize
 from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval

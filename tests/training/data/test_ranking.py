@@ -9,9 +9,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
+from common.encoders.model_spec import ModelSpec
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.model_spec import ModelSpec
-from common.vector_cache import VectorCache
 from training.data.ranking import VectorRanker, WordRanker, load_ranker
 
 

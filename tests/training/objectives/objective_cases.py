@@ -6,9 +6,9 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
 from training.data.pair_batches import PairBatch
-from training.objectives.arguments import ObjectiveArguments
-from training.objectives.contrastive import build_objective
-from training.objectives.objective import Objective
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.objective import Objective
+from training.objectives.contrastive.registry import build_objective
 
 # Options by case; a case is named after its objective. Queues are longer than a batch and no multiple of it.
 CASES = {

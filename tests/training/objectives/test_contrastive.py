@@ -24,10 +24,11 @@ from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
 from training.engine.loop import _enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
-from training.objectives import objective as objective_module
 from training.objectives import pair_step
-from training.objectives.arguments import TAKEN_BY, ObjectiveArguments
-from training.objectives.contrastive import OBJECTIVES, build_objective
+from training.objectives.contrastive import objective as objective_module
+from training.objectives.contrastive.arguments import TAKEN_BY, ObjectiveArguments
+from training.objectives.contrastive.objective import GatheredBatch, Objective
+from training.objectives.contrastive.registry import OBJECTIVES, build_objective
 from training.objectives.embed import embed, pool
 from training.objectives.heads import ProjectionHead
 from training.objectives.losses.contrastive import info_nce
@@ -36,7 +37,6 @@ from training.objectives.losses.regularizers import debias, spread_out
 from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.supcon import sup_con
 from training.objectives.losses.vicreg import vicreg
-from training.objectives.objective import GatheredBatch, Objective
 from training.objectives.pair_step import pair_gradient
 
 PAIRS = 6

@@ -26,8 +26,8 @@ from training.data.sources import read_sources
 from training.engine.checkpoints import WEIGHTS
 from training.engine.loop import LoopArguments
 from training.models.encoder import ModelArguments
-from training.objectives.arguments import ObjectiveArguments
-from training.objectives.contrastive import OBJECTIVES
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.registry import OBJECTIVES
 from training.objectives.embed import embed
 from training.objectives.pair_data import ContrastiveArguments
 from training.objectives.pair_retrieval import PairRetrieval

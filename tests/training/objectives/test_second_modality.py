@@ -20,8 +20,8 @@ from training import contrastive
 from training.data.modality_features import FeatureBatches
 from training.data.pair_batches import PairTokenizer, collate_pairs
 from training.engine.checkpoints import WEIGHTS
-from training.objectives.arguments import ObjectiveArguments
-from training.objectives.contrastive import build_objective
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.registry import build_objective
 from training.objectives.pair_step import pair_gradient
 from training.objectives.second_modality import FeatureArguments, TwoTaskBatch, feature_task
 

@@ -16,8 +16,8 @@ from training.data.modality_features import FeatureBatches
 from training.data.packing import pack
 from training.data.pair_batches import PairBatch, text_id
 from training.engine.distributed import average_gradients, settle
-from training.objectives.arguments import ObjectiveArguments
-from training.objectives.contrastive import build_objective
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.registry import build_objective
 from training.objectives.pair_step import pair_gradient
 from training.objectives.second_modality import FeatureArguments, FeatureTask, TwoTaskBatch, feature_task
 

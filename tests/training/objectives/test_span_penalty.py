@@ -15,8 +15,8 @@ from training.contrastive import main
 from training.data.packing import pack
 from training.data.pair_batches import PairBatch
 from training.models.tuning import TuningArguments, select_parameters
-from training.objectives.arguments import ObjectiveArguments
-from training.objectives.info_nce import InfoNCE
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.info_nce import InfoNCE
 from training.objectives.pair_step import pair_gradient
 from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
 

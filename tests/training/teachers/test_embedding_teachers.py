@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, AutoTokenizer
 
-from common.encoders import Encoder
+from common.encoders.encoder import Encoder
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.vector_cache import VectorCache
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_documents, tiny_config, write_jsonl
 from training import distillation

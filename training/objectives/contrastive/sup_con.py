@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.data.sources import Columns
+from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
 from training.objectives.losses.supcon import sup_con
-from training.objectives.objective import GatheredBatch, Metrics, Objective, in_blocks
 
 
 class SupCon(Objective):

@@ -5,9 +5,9 @@ import shutil
 import pytest
 from transformers import BertConfig
 
-from common.encoders import Encoder
+from common.encoders.encoder import Encoder
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
-from common.model_folder import ModelFolder
 
 
 def test_a_folder_that_is_no_model_is_reported(tmp_path, tiny_sentence_transformer):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from training.data.sources import Columns
-from training.objectives.arguments import ObjectiveArguments
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
 from training.objectives.losses.contrastive import info_nce
-from training.objectives.objective import GatheredBatch, Metrics, Objective, in_blocks
 
 
 class InfoNCE(Objective):

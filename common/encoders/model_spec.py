@@ -14,9 +14,9 @@ Queries are treated like documents, except that for chunk-max a query is one vec
 from dataclasses import dataclass
 from typing import TypeVar
 
-from common.encoders import ChunkEncoder, Encoder
+from common.encoders.encoder import ChunkEncoder, Encoder
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
-from common.model_folder import ModelFolder
 
 _Spec = TypeVar("_Spec", bound="ModelSpec")
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.ao.nn.quantized.dynamic import Linear as Int8Linear
 
-from common.encoders import Encoder
-from common.model_folder import ModelFolder
-from common.quantization import int8_weights
+from common.encoders.encoder import Encoder
+from common.encoders.model_folder import ModelFolder
+from common.encoders.quantization import int8_weights
 from modeling_longembed.attention_longembed import ResidualLinear
 
 pytestmark = pytest.mark.skipif(torch.backends.quantized.engine == "none", reason="torch has no int8 kernels here")

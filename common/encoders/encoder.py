@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from common.encoders.model_folder import ModelFolder
+from common.encoders.quantization import int8_weights
+from common.encoders.text_vectors import PromptType
 from common.errors import UserError
-from common.model_folder import ModelFolder
-from common.quantization import int8_weights
-from common.text_vectors import PromptType
 
 # The import also registers our Auto classes, so that our folders load without trust_remote_code.
 from modeling_longembed.encoding_longembed import budget_batches, special_tokens_around

@@ -13,10 +13,10 @@ from common.errors import UserError
 from training.data.packing import PackedTexts
 from training.data.pair_batches import PairBatch
 from training.data.sources import Columns
-from training.objectives.arguments import ObjectiveArguments
+from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
 from training.objectives.embed import pool
 from training.objectives.losses.momentum import MomentumQueue, exponential_moving_average, momentum_contrast
-from training.objectives.objective import GatheredBatch, Metrics, Objective, in_blocks
 
 
 class MomentumEncoder(nn.Module):

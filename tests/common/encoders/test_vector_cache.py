@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from common.vector_cache import VectorCache
 
 
 def test_the_cache_returns_what_was_put_and_only_that(tmp_path):
@@ -26,7 +26,7 @@ def test_a_put_that_is_killed_leaves_nothing_or_all(tmp_path):
     path = tmp_path / "v.sqlite"
     script = (
         "import sys, numpy as np\n"
-        "from common.vector_cache import VectorCache\n"
+        "from common.encoders.vector_cache import VectorCache\n"
         "cache = VectorCache(sys.argv[1])\n"
         "print('ready', flush=True)\n"
         "for n in range(10**9):\n"

@@ -5,8 +5,8 @@ import weakref
 
 import numpy as np
 
-from common.text_vectors import stream
-from common.vector_cache import VectorCache
+from common.encoders.text_vectors import stream
+from common.encoders.vector_cache import VectorCache
 
 
 class Counting:

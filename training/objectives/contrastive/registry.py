@@ -7,12 +7,12 @@ from torch import nn
 from common.errors import UserError
 from training.data.sources import Columns
 from training.engine.optimizer import parameter_groups
-from training.objectives.arguments import GROUP_COLUMN, ObjectiveArguments
-from training.objectives.info_nce import InfoNCE, SimCSE
-from training.objectives.momentum_encoder import MomentumContrast
-from training.objectives.objective import Objective
-from training.objectives.sup_con import SupCon
-from training.objectives.view_objectives import NTXent, VICReg
+from training.objectives.contrastive.arguments import GROUP_COLUMN, ObjectiveArguments
+from training.objectives.contrastive.info_nce import InfoNCE, SimCSE
+from training.objectives.contrastive.momentum import MomentumContrast
+from training.objectives.contrastive.objective import Objective
+from training.objectives.contrastive.sup_con import SupCon
+from training.objectives.contrastive.views import NTXent, VICReg
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "info_nce": InfoNCE,

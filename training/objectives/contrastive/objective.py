@@ -19,7 +19,7 @@ from common.errors import UserError
 from training.data.packing import PackedTexts
 from training.data.pair_batches import PairBatch
 from training.data.sources import PAIRS, Columns
-from training.objectives.arguments import GROUP_COLUMN, ObjectiveArguments
+from training.objectives.contrastive.arguments import GROUP_COLUMN, ObjectiveArguments
 from training.objectives.losses.matryoshka import matryoshka
 from training.objectives.losses.regularizers import debias, spread_out
 

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from common.vector_cache import VectorCache
+from common.encoders.vector_cache import VectorCache
 from modeling_longembed.encoding_longembed import budget_batches
 
 PromptType = Literal["query", "document"]  # the values of MTEB's enum of this name

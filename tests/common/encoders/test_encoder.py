@@ -8,9 +8,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, BertModel, RobertaConfig, RobertaModel
 
-from common.encoders import ChunkEncoder, Encoder
+from common.encoders.encoder import ChunkEncoder, Encoder
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
-from common.model_folder import ModelFolder
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
 texts_of_words = st.lists(st.lists(st.sampled_from(WORDS), max_size=150).map(" ".join), min_size=1, max_size=6)
