@@ -23,7 +23,7 @@ test: lint ## lint, then all tests that are not slow, then what each promise cam
 test-all: lint ## the same with the long sweeps, which are marked slow
 	$(BIN)/python $(PYTEST)
 
-# oneDNN and ATen are told to use no more than the named instructions; rounding differs from one to the other.
+# oneDNN and ATen are limited to the named instructions; rounding differs from one to the other.
 test-isa: $(VENV)/.stamp-dev ## the tests with the instructions of other processors: AVX2, AVX-512, all that there are
 	@failed=; \
 	best=$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'); \
@@ -59,8 +59,8 @@ clean: ## remove the environments and what tools cached; runs/ stays
 	rm -rf .venv .venv-lower build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis site
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is made last: a setup that was interrupted leaves none and is taken up again. An interrupted `python -m venv`
-# leaves a python without pip, and running it once more completes it.
+# The stamp is made last: a setup that was interrupted leaves none and is taken up again. An interrupted
+# `python -m venv` leaves a python without pip, and running it once more completes it.
 $(VENV)/.stamp-%: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { echo "error: \
 	$(PYTHON) is not a Python >= 3.10 with the modules venv and ensurepip: install one (Debian: python3-venv) and name \

@@ -50,7 +50,7 @@ def drop_twins(layer: nn.Dropout, hidden: Tensor) -> Tensor:
 
 def main() -> None:
     """Run training/contrastive.py with the patch."""
-    nn.Dropout.forward = drop_twins  # type: ignore[assignment, method-assign]
+    nn.Dropout.forward = drop_twins  # type: ignore[assignment, method-assign]  # a patch on purpose
     pair_step.pool = pool_twins
     contrastive.main()
 

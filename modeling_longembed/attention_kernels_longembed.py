@@ -142,13 +142,13 @@ def segment_attention(
         return varlen_kernel(query, key, value, cu_seqlens, max_seqlen, scaling, -1, causal)
     lengths = cu_seqlens.diff().tolist()
     # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens, that of a split is one `cat`.
-    pieces = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
-    contexts = [piece[0] for piece in pieces]
+    segments = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
+    contexts = [segment[0] for segment in segments]
     if bias is None and grouped is None:  # segments of one length are one call
         for length in set(lengths) - {0}:
             same = [number for number, tokens in enumerate(lengths) if tokens == length]
             query_NHLD, key_NHLD, value_NHLD = (
-                torch.stack([pieces[number][part] for number in same]).transpose(1, 2) for part in range(3)
+                torch.stack([segments[number][part] for number in same]).transpose(1, 2) for part in range(3)
             )
             attended = attend(query_NHLD, key_NHLD, value_NHLD, None, scaling, dropout, causal)
             for number, context in zip(same, attended.transpose(1, 2).unbind(0), strict=True):
@@ -162,11 +162,11 @@ def segment_attention(
             if grouped is not None:
                 mask = causal_mask if causal else None
                 contexts[number] = online_attention(
-                    *pieces[number], scaling, dropout, mask=mask, bias=bias, grouped=grouped[rows]
+                    *segments[number], scaling, dropout, mask=mask, bias=bias, grouped=grouped[rows]
                 )
             else:
                 index = torch.arange(length, device=query.device) if places is None else places[rows]
-                contexts[number] = _biased_attention(*pieces[number], scaling, dropout, bias, index, causal)
+                contexts[number] = _biased_attention(*segments[number], scaling, dropout, bias, index, causal)
     return torch.cat(contexts) if contexts else torch.zeros_like(query)
 
 

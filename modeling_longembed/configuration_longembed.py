@@ -20,7 +20,7 @@ from .position_schemes_longembed import get_scheme
 from .tensor_parallel_longembed import tensor_parallel_plan
 
 
-def told_in_one_sentence(cls: type) -> type:
+def with_errors_of_one_sentence(cls: type) -> type:
     """Class decorator over `strict`: the ValueError has the sentence of the mistake alone.
 
     `strict` itself wraps a mistake in lines of its own.
@@ -40,7 +40,7 @@ def told_in_one_sentence(cls: type) -> type:
     return cls
 
 
-@told_in_one_sentence
+@with_errors_of_one_sentence
 @strict
 class LongEmbedConfig(PretrainedConfig):
     """Configuration of a LongEmbed encoder.

@@ -77,8 +77,8 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
     extension = fields.get("position_extension")
     if isinstance(extension, str):
         extension = {"method": extension}
-    wanted = fields["max_position_embeddings"]
-    if extension is None and isinstance(wanted, int) and wanted > context:
+    new_context = fields["max_position_embeddings"]
+    if extension is None and isinstance(new_context, int) and new_context > context:
         extension = {"method": default_method(fields.get("position_embedding_type", "absolute"), patterns)}
     if extension is not None:
         fields["position_extension"] = {"original_max_position_embeddings": context} | extension

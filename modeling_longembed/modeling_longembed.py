@@ -113,7 +113,7 @@ class LongEmbedFeedForward(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = max(1, MAX_INNER_STATES // self.up_proj.out_features)
         if _may_be_cut(hidden_states) and len(hidden_states) > rows:
-            return torch.cat([self._transform(piece) for piece in hidden_states.split(rows)])
+            return torch.cat([self._transform(part) for part in hidden_states.split(rows)])
         return self._transform(hidden_states)
 
     def _transform(self, hidden_states: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             )
         if memory is not None and (position_ids is not None or output_attentions):
             raise ValueError(
-                "memory: places go on by themselves, and weights reach back beyond the piece; leave position_ids "
+                "memory: places go on by themselves, and weights reach back beyond the chunk; leave position_ids "
                 "and output_attentions out"
             )
         if self.training and self.config.training_attention_patterns is not None:

@@ -25,8 +25,8 @@ from .position_base_longembed import RopePlan, merge_far
 class Past(NamedTuple):
     """What a sublayer's queries read besides their own segment; `past_keys` puts the two together."""
 
-    stored: PastKeys | None  # of a stream: B times `memory` tokens before the piece, the youngest last
-    piece: PastKeys | None  # of the T tokens at hand, without gradient to their states; None: the ordinary keys serve
+    stored: PastKeys | None  # of a stream: B times `memory` tokens before the chunk, the youngest last
+    chunk: PastKeys | None  # of the T tokens at hand, without gradient to their states; None: the ordinary keys serve
 
 
 @register_pattern
@@ -62,24 +62,24 @@ class MemoryAttention(AttentionPattern):
         return furthest if documents.past is not None else max(0, min(documents.max_seqlen - 1, furthest))
 
     def prepare(self, attention, states, context):
-        plan, stored, piece = context.positions.rotations.get(attention.layer_type), None, None
+        plan, stored, chunk = context.positions.rotations.get(attention.layer_type), None, None
         if context.stream is not None:
             stored = project_past(attention, *context.stream.recall(attention, states, self.memory))
         if torch.is_grad_enabled() and self.memory:
-            piece = project_past(attention, states.detach(), plan)
-        return Past(stored, piece)
+            chunk = project_past(attention, states.detach(), plan)
+        return Past(stored, chunk)
 
     def past_keys(self, inputs: AttentionInputs) -> PastKeys:
         """Return what `Segments.past` points at: the stored tokens of all documents, then the T at hand."""
-        stored, piece = inputs.own or Past(None, None)
-        if piece is None:
-            piece = PastKeys(inputs.key, inputs.value, None if inputs.grouped is None else inputs.grouped.key)
+        stored, chunk = inputs.own or Past(None, None)
+        if chunk is None:
+            chunk = PastKeys(inputs.key, inputs.value, None if inputs.grouped is None else inputs.grouped.key)
         if stored is None:
-            return piece
+            return chunk
         far = None
-        if stored.far_key is not None and piece.far_key is not None:
-            far = torch.cat([stored.far_key, piece.far_key])
-        return PastKeys(torch.cat([stored.key, piece.key]), torch.cat([stored.value, piece.value]), far)
+        if stored.far_key is not None and chunk.far_key is not None:
+            far = torch.cat([stored.far_key, chunk.far_key])
+        return PastKeys(torch.cat([stored.key, chunk.key]), torch.cat([stored.value, chunk.value]), far)
 
     def cut(self, documents: PackedDocuments) -> list[Segments]:
         """Return the segments of all documents, those of one shape together."""
@@ -94,7 +94,7 @@ class MemoryAttention(AttentionPattern):
         for (length, read), members in shapes.items():
             numbers, starts, offsets = torch.tensor(members, device=device).unbind(1)
             past_index = torch.arange(-read, 0, device=device)
-            places = offsets[:, None] + past_index  # in the piece; negative: before it
+            places = offsets[:, None] + past_index  # in the chunk; negative: before it
             rows = starts[:, None] + places
             if past is not None:
                 stored = (numbers[:, None] + 1) * self.memory + places
@@ -239,7 +239,7 @@ class Stream:
     def __init__(
         self, config, attentions: Iterable[nn.Module], memory: Memory, documents: PackedDocuments, training: bool
     ):
-        check_piece(config, streaming_patterns(config, training), memory, documents)
+        check_chunk(config, streaming_patterns(config, training), memory, documents)
         self.config, self.memory, self.documents = config, memory, replace(documents, past=memory.seen, cache={})
         self.attentions = list(attentions)
         self.states = dict(zip(self.attentions, memory.states, strict=True))
@@ -269,8 +269,8 @@ class Stream:
         batch = len(past)
         number = torch.arange(batch, device=past.device)[:, None]
         lengths = documents.cu_seqlens.diff().long()[:, None]
-        place = lengths + torch.arange(-size, 0, device=past.device)  # (B, size), in the piece; negative: before it
-        first = documents.cu_seqlens[:-1, None] + batch * size  # row of the piece's first token
+        place = lengths + torch.arange(-size, 0, device=past.device)  # (B, size), in the chunk; negative: before it
+        first = documents.cu_seqlens[:-1, None] + batch * size  # row of the chunk's first token
         last = torch.where(place < 0, (number + 1) * size + place, first + place)
         if not config.position_scheme.rotates:
             return last.flatten(), None
@@ -302,19 +302,19 @@ def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
             )
     if config.token_weighting != "none":
         raise ValueError(
-            f"memory: token_weighting={config.token_weighting!r} weighs a token by the whole document, which a piece "
+            f"memory: token_weighting={config.token_weighting!r} weighs a token by the whole document, which a chunk "
             "does not tell; use token_weighting='none'"
         )
     config.position_scheme.check_chunks(config)
     if training and config.layerdrop:
         raise ValueError(
-            f"memory: layerdrop={config.layerdrop} leaves out sublayers whose states the next piece needs; set "
+            f"memory: layerdrop={config.layerdrop} leaves out sublayers whose states the next chunk needs; set "
             "layerdrop=0, or train on whole documents without memory"
         )
     return patterns
 
 
-def check_piece(config, patterns: list[AttentionPattern], memory: Memory, documents: PackedDocuments):
+def check_chunk(config, patterns: list[AttentionPattern], memory: Memory, documents: PackedDocuments):
     """Check that a chunk can follow what is remembered.
 
     Args:
@@ -330,7 +330,7 @@ def check_piece(config, patterns: list[AttentionPattern], memory: Memory, docume
     batch, lengths = len(memory.seen), documents.lengths
     if len(lengths) != batch:
         raise ValueError(
-            f"memory is of {batch} documents, the input of {len(lengths)}; give a piece of each, of no tokens where "
+            f"memory is of {batch} documents, the input of {len(lengths)}; give a chunk of each, of no tokens where "
             "a document has ended"
         )
     if [states.shape[1] for states in memory.states] != [remembered(pattern) for pattern in patterns]:
@@ -341,10 +341,10 @@ def check_piece(config, patterns: list[AttentionPattern], memory: Memory, docume
         if length and seen % size:
             raise ValueError(
                 f"memory: document {number} goes on after {seen} tokens, which is no multiple of {size}, the size of "
-                f"its segments; only its last piece may be other than a multiple of {size} tokens"
+                f"its segments; only its last chunk may be other than a multiple of {size} tokens"
             )
         if length and table is not None and seen + length > table:
             raise ValueError(
-                f"memory: document {number} has {seen + length} tokens with this piece, and the table of positions "
+                f"memory: document {number} has {seen + length} tokens with this chunk, and the table of positions "
                 f"(max_position_embeddings) has {table} rows; extend the context, or use a scheme without a table"
             )

@@ -418,7 +418,7 @@ class PositionScheme:
         if extension is not None and extension["method"] not in ("repeat", "restart") and extension["keep_short"]:
             raise ValueError(
                 f"memory: position_extension {extension['method']!r} with keep_short=true depends on the length of "
-                "the document, which a piece does not tell; set keep_short=false"
+                "the document, which a chunk does not tell; set keep_short=false"
             )
 
     def check_graph(self, config: Any) -> None:

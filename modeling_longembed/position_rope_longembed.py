@@ -235,7 +235,7 @@ class RopePositions(PositionScheme):
         """
         if (config.position_extension or {}).get("method") == "dynamic":
             raise ValueError(
-                "memory: position_extension 'dynamic' depends on the length of the document, which a piece does not "
+                "memory: position_extension 'dynamic' depends on the length of the document, which a chunk does not "
                 "tell; use 'yarn' with keep_short=false"
             )
         super().check_chunks(config)

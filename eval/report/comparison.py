@@ -80,5 +80,5 @@ def draw(rows: Sequence[Row], path: str | Path) -> None:
     if lengths:
         legend = figure.legend(loc="outside lower center", ncols=min(4, len(rows)), frameon=False)
         for handle in legend.legend_handles:
-            handle.set_sizes([60])  # type: ignore[union-attr]
+            handle.set_sizes([60])  # type: ignore[union-attr]  # a legend of points
     save_figure(figure, path)

@@ -70,7 +70,7 @@ class LoopArguments(OptimizerArguments):
     )
     logging_steps: int = field(default=10, metadata={"help": "steps between two lines of metrics.jsonl"})
     report_to: Literal["tensorboard", "none"] = field(
-        default="tensorboard", metadata={"help": "tracker that metrics go to, beside metrics.jsonl"}
+        default="tensorboard", metadata={"help": "tracker that metrics go to, in addition to metrics.jsonl"}
     )
     eval_steps: int = field(default=0, metadata={"help": "steps between two evaluations; 0: only after the last step"})
     save_steps: int = field(default=500, metadata={"help": "steps between two checkpoints; the last step makes one"})
@@ -384,7 +384,7 @@ class Loop:
     def _stream(self, batches: Batches[AnyBatch], first: int, end: int) -> Iterator[AnyBatch]:
         """Return the batches number `first` to `end - 1`, tokenized ahead by worker processes."""
         loader: DataLoader = DataLoader(
-            batches,  # type: ignore[arg-type]
+            batches,  # type: ignore[arg-type]  # has what a loader uses of a Dataset
             batch_size=None,
             sampler=range(first, end),
             num_workers=self.arguments.dataloader_num_workers,

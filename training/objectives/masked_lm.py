@@ -154,8 +154,8 @@ class MaskedEvaluation:
     def __init__(
         self, documents: TokenizedDocuments, read: SequenceReader, *, length: int, mask_rate: float, batch_tokens: int
     ) -> None:
-        self.pieces, self.mask_rate, self.batch_tokens = Sequences(documents, length, read), mask_rate, batch_tokens
-        self.read, self.length = read, length
+        self.sequences, self.read, self.length = Sequences(documents, length, read), read, length
+        self.mask_rate, self.batch_tokens = mask_rate, batch_tokens
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
@@ -179,7 +179,7 @@ class MaskedEvaluation:
             return batch.measures() | sums
 
         names = [*denominators, *dict.fromkeys(denominators.values())]
-        sums = sums_over_processes(len(self.pieces), sums_of, names, device)
+        sums = sums_over_processes(len(self.sequences), sums_of, names, device)
         means = {name: sums[name] / denominator(sums[count]) for name, count in denominators.items()}
         values = {f"eval_{name}": value.item() for name, value in means.items()}
         loss = weighted_sum(means, {}).item()
@@ -188,7 +188,9 @@ class MaskedEvaluation:
     def batch(self, numbers: range) -> MaskedBatch:
         """Return the spans of some numbers; a number is masked in the same way on every call and every process."""
         texts = [
-            self.read(self.pieces.documents, self.pieces.segment(n), self.mask_rate, np.random.default_rng((0, n)))
+            self.read(
+                self.sequences.documents, self.sequences.segment(n), self.mask_rate, np.random.default_rng((0, n))
+            )
             for n in numbers
         ]
         return mask_batch(texts, self.batch_tokens, self.length, self.mask_rate)

@@ -166,7 +166,7 @@ def load_masked_teachers(
         if length > context:
             raise UserError(
                 f"--masked_teachers {name}: reads {context} tokens, fewer than the {length} of --sequence_length; give "
-                "shorter pieces, or a teacher with a longer context"
+                "a smaller one, or a teacher with a longer context"
             )
         if arguments.hidden_weight and width != model.config.hidden_size:
             raise UserError(

@@ -266,7 +266,7 @@ class RelationEvaluation:
     """The losses of a student against its teacher on the documents of one held-out source.
 
     Args:
-        pieces: spans of the documents.
+        sequences: spans of the documents.
         special: special tokens around a span.
         teacher: the frozen teacher.
         arguments: parsed command-line options.
@@ -275,13 +275,13 @@ class RelationEvaluation:
 
     def __init__(
         self,
-        pieces: Sequences,
+        sequences: Sequences,
         special: SpecialTokens,
         teacher: RelationTeacher,
         arguments: RelationArguments,
         batch_tokens: int,
     ) -> None:
-        self.pieces, self.special, self.batch_tokens = pieces, special, batch_tokens
+        self.sequences, self.special, self.batch_tokens = sequences, special, batch_tokens
         self.teacher, self.arguments = teacher, arguments
 
     @torch.no_grad()
@@ -297,8 +297,8 @@ class RelationEvaluation:
         """
 
         def sums_of(numbers: range) -> Metrics:
-            segments = [self.pieces.segment(number) for number in numbers]
-            texts = [self.special.frame(self.pieces.documents.read(segment))[0] for segment in segments]
+            segments = [self.sequences.segment(number) for number in numbers]
+            texts = [self.special.frame(self.sequences.documents.read(segment))[0] for segment in segments]
             sums = Metrics()
             for chunk in pack(texts, self.batch_tokens):
                 found = model(chunk.to(device), self.teacher(chunk.to(device)))
@@ -307,7 +307,7 @@ class RelationEvaluation:
             return sums
 
         names = list(self.arguments.loss_weights)
-        sums = sums_over_processes(len(self.pieces), sums_of, [*names, "token_count"], device)
+        sums = sums_over_processes(len(self.sequences), sums_of, [*names, "token_count"], device)
         means = {name: sums[name] / denominator(sums["token_count"]) for name in names}
         means = {"loss": weighted_sum(means, self.arguments.loss_weights)} | means
         return {f"eval_{name}": value.item() for name, value in means.items()}

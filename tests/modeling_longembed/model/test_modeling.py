@@ -213,7 +213,7 @@ def test_no_tensor_of_length_times_length(build_tiny_model, monkeypatch, pattern
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_inner_states_are_computed_in_pieces_on_a_cpu(build_tiny_model, monkeypatch, gated):
+def test_inner_states_are_computed_in_chunks_on_a_cpu(build_tiny_model, monkeypatch, gated):
     model = build_tiny_model(feed_forward_gated=gated).eval()
     sublayer = next(layer.feed_forward for layer in model.layers if layer.feed_forward is not None)
     states, inner = torch.randn(103, model.config.hidden_size), model.config.intermediate_size

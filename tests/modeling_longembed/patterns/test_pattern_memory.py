@@ -189,7 +189,7 @@ def test_a_document_at_once_is_the_recurrence_segment_by_segment(build_memory, f
 
 @pytest.mark.promise("A9")
 def test_the_memory_is_that_of_xlnet(build_memory):
-    """XLNet reads a segment both ways and its memory, at relative positions: the same model, piece by piece."""
+    """XLNet reads a segment both ways and its memory, at relative positions: the same model, chunk by chunk."""
     sizes = {"d_model": 32, "n_head": 4, "d_inner": 48, "n_layer": 2}
     config = XLNetConfig(vocab_size=64, **sizes, attn_type="bi", mem_len=11, dropout=0.0, initializer_range=0.3)
     config.layer_norm_eps = 1e-12
@@ -217,8 +217,8 @@ def test_the_memory_is_that_of_xlnet(build_memory):
             feed_forward.feed_forward.up_proj.load_state_dict(layer.ff.layer_1.state_dict())
             feed_forward.feed_forward.down_proj.load_state_dict(layer.ff.layer_2.state_dict())
         input_ids, mems, parts = torch.randint(1, 64, (2, 45)), None, []
-        for piece in input_ids.split(8, dim=1):
-            output = theirs(piece, mems=mems, use_mems=True)
+        for chunk in input_ids.split(8, dim=1):
+            output = theirs(chunk, mems=mems, use_mems=True)
             mems = output.mems
             parts.append(output.last_hidden_state)
         expected = torch.cat(parts, dim=1)
@@ -240,8 +240,8 @@ def test_one_causal_layer_that_remembers_all_is_full_attention(build_memory, fie
     expected = full(input_ids).last_hidden_state
     torch.testing.assert_close(model(input_ids).last_hidden_state, expected, atol=1e-12, rtol=0)
     memory, parts = model.new_memory(2), []
-    for piece in input_ids.split(16, dim=1):
-        output = model(piece, memory=memory)
+    for chunk in input_ids.split(16, dim=1):
+        output = model(chunk, memory=memory)
         memory = output.memory
         parts.append(output.last_hidden_state)
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-12, rtol=0)
@@ -327,26 +327,26 @@ MIXED = [remember(4, 11), {"type": "block", "size": 2}, remember(2, 3), remember
 
 
 def streamed(model, documents, cuts, padding):
-    """The documents in pieces of up to `cuts` tokens; states of each `(L, d)`, last embeddings, memories.
+    """The documents in chunks of up to `cuts` tokens; states of each `(L, d)`, last embeddings, memories.
 
-    A document that has ended has no tokens in a piece: of a packed batch, or of a padded one (on either side).
+    A document that has ended has no tokens in a chunk: of a packed batch, or of a padded one (on either side).
     """
     memory, start = model.new_memory(len(documents)), 0
     states, memories = [[] for _ in documents], []
     for cut in cuts:
-        pieces = [document[start : start + cut] for document in documents]
-        lengths = [len(piece) for piece in pieces]
+        chunks = [document[start : start + cut] for document in documents]
+        lengths = [len(chunk) for chunk in chunks]
         if padding is None:
             cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-            output = model(torch.cat(pieces)[None], cu_seq_lens_q=cu_seqlens, memory=memory)
+            output = model(torch.cat(chunks)[None], cu_seq_lens_q=cu_seqlens, memory=memory)
             parts = output.last_hidden_state[0].split(lengths)
         else:
-            ids, mask = torch.zeros(2, len(pieces), max(lengths), dtype=torch.long)
-            for number, piece in enumerate(pieces):
-                at = slice(0, len(piece)) if padding == "right" else slice(max(lengths) - len(piece), None)
-                ids[number, at], mask[number, at] = piece, 1
+            ids, mask = torch.zeros(2, len(chunks), max(lengths), dtype=torch.long)
+            for number, chunk in enumerate(chunks):
+                at = slice(0, len(chunk)) if padding == "right" else slice(max(lengths) - len(chunk), None)
+                ids[number, at], mask[number, at] = chunk, 1
             output = model(ids, attention_mask=mask, memory=memory)
-            parts = [output.last_hidden_state[number][mask[number] == 1] for number in range(len(pieces))]
+            parts = [output.last_hidden_state[number][mask[number] == 1] for number in range(len(chunks))]
         for list_of_states, part in zip(states, parts, strict=True):
             list_of_states.append(part)
         memory, start = output.memory, start + cut
@@ -358,7 +358,7 @@ def streamed(model, documents, cuts, padding):
 @pytest.mark.parametrize("fields", FIELDS)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
-def test_pieces_are_the_whole(build_memory, fields, data):
+def test_chunks_are_the_whole(build_memory, fields, data):
     kernel, padding = data.draw(st.sampled_from(KERNELS_OF_MEMORY)), data.draw(st.sampled_from([None, "right", "left"]))
     pooling = data.draw(st.sampled_from(["mean", "last", "weighted_mean"]))
     model = build_memory(MIXED, kernel=kernel, num_hidden_layers=4, pooling=pooling, **fields)
@@ -433,8 +433,8 @@ def test_masked_language_models_return_the_memory_too(build_memory):
     model = build_memory(MIXED, cls=LongEmbedForMaskedLM, num_hidden_layers=4)
     input_ids = torch.randint(1, 64, (1, 20))
     memory, parts = model.model.new_memory(), []
-    for piece in input_ids.split(8, dim=1):
-        output = model(piece, memory=memory)
+    for chunk in input_ids.split(8, dim=1):
+        output = model(chunk, memory=memory)
         memory = output.memory
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), model(input_ids).logits, atol=1e-10, rtol=0)
@@ -470,9 +470,9 @@ def test_under_autocast_and_with_gradient_checkpointing(build_memory):
 def test_a_stream_is_encoded_at_constant_memory(build_memory, scheme):
     model = build_memory([remember(16, 40), {"type": "block", "size": 8}], **SCHEMES[scheme])
     memory, held, largest = model.new_memory(), [], []
-    for piece in torch.randint(1, 64, (1, 64 * 12)).split(64, dim=1):
+    for chunk in torch.randint(1, 64, (1, 64 * 12)).split(64, dim=1):
         with torch.no_grad(), Allocated() as allocated:
-            memory = model(piece, memory=memory).memory
+            memory = model(chunk, memory=memory).memory
         held.append(sum(states.untyped_storage().nbytes() for states in (*memory.states, memory.seen, memory.pooled)))
         largest.append(allocated.largest)
     assert held[0] == held[-1] == 8 * (40 * 32 + 1 + 32)
@@ -560,7 +560,7 @@ def extended(method, **more):
         ),
     ],
 )
-def test_models_that_cannot_be_computed_in_pieces_are_refused(build_memory, patterns, fields, message):
+def test_models_that_cannot_be_computed_in_chunks_are_refused(build_memory, patterns, fields, message):
     model = build_memory(patterns, **fields)
     with pytest.raises(ValueError, match=f"^{message}"):
         model.new_memory()
@@ -576,14 +576,14 @@ def test_layerdrop_is_refused_in_training(build_memory):
     model.eval().new_memory()
 
 
-def test_pieces_that_do_not_fit_are_refused(build_memory):
+def test_chunks_that_do_not_fit_are_refused(build_memory):
     model = build_memory([remember(4, 4), {"type": "block", "size": 6}], max_position_embeddings=32)
     ids = torch.randint(1, 64, (2, 12))
     memory = model(ids[:, :9], memory=model.new_memory(2)).memory
     with pytest.raises(ValueError, match=r"^memory: document 0 goes on after 9 tokens, which is no multiple of 12"):
         model(ids, memory=memory)
     memory = model(ids, memory=model.new_memory(2)).memory
-    with pytest.raises(ValueError, match=r"^memory is of 2 documents, the input of 1; give a piece of each"):
+    with pytest.raises(ValueError, match=r"^memory is of 2 documents, the input of 1; give a chunk of each"):
         model(ids[:1], memory=memory)
     memory = model(ids, memory=memory).memory
     with pytest.raises(ValueError, match=r"^memory: document 0 has 36 tokens .* has 32 rows; extend the context"):
