@@ -17,14 +17,14 @@ help: ## list the targets
 demo: $(VENV)/.stamp-demo ## convert, train, judge and publish a real model; goes on where it was stopped
 	$(BIN)/python experiments/demo.py
 
-test: lint ## lint, then all tests that are not slow, then what each promise came to
+test: lint ## lint, then all tests that are not slow, then the result for each promise
 	$(BIN)/python $(PYTEST) -m 'not slow'
 
 test-all: lint ## the same with the long sweeps, which are marked slow
 	$(BIN)/python $(PYTEST)
 
 # oneDNN and ATen are limited to the named instructions; rounding differs from one to the other.
-test-isa: $(VENV)/.stamp-dev ## the tests with the instructions of other processors: AVX2, AVX-512, all that there are
+test-isa: $(VENV)/.stamp-dev ## the tests with the instructions of other processors: AVX2, AVX-512, all available
 	@failed=; \
 	best=$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())'); \
 	for isa in avx2 avx512 default; do \

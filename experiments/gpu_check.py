@@ -90,7 +90,7 @@ def attention_inputs(pattern: AttentionPattern, device: str, alibi: bool) -> Att
     cu_seqlens = torch.tensor([0, *LENGTHS]).cumsum(0).to(device, torch.int32)
     bias = AlibiBias(torch.tensor(alibi_slopes(HEADS), device=device)) if alibi else None
     documents = PackedDocuments(cu_seqlens, max(LENGTHS))
-    return AttentionInputs(query, key, value, pattern, documents, HEAD_DIM**-0.5, dropout=0.0, bias=bias)
+    return AttentionInputs(query, key, value, pattern, documents, scaling=HEAD_DIM**-0.5, dropout=0.0, bias=bias)
 
 
 def outputs_and_gradients(kernel: str, inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:

@@ -132,7 +132,7 @@ def fresh_accelerator():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--promises", action="store_true", help="after the run print what each promise came to")
+    parser.addoption("--promises", action="store_true", help="after the run print the result for each promise")
 
 
 def pytest_configure(config):

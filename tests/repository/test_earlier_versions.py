@@ -1,6 +1,6 @@
 """What earlier versions wrote still loads: a published model, and a training that stopped in the middle.
 
-`tests/fixtures/before_the_house.tar.gz` was written by the version before the files of training/ and of the model
+`tests/fixtures/earlier_version.tar.gz` was written by the version before the files of training/ and of the model
 moved: `hub/`, a model with its own code, and the vectors it gave; `start/`, a model, `pairs.jsonl`, and `run/`, a
 contrastive training stopped after three of six steps, and the vectors that an undisturbed run ended with.
 """
@@ -20,7 +20,7 @@ from training import contrastive
 
 pytestmark = pytest.mark.xdist_group("earlier_versions")  # what the module fixtures make is made once
 
-ARCHIVE = Path(__file__).parents[1] / "fixtures" / "before_the_house.tar.gz"
+ARCHIVE = Path(__file__).parents[1] / "fixtures" / "earlier_version.tar.gz"
 OWN_CODE = """
 import json
 import numpy as np

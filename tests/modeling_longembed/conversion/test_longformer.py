@@ -62,7 +62,12 @@ def ours(module, states, lengths, marked, pattern, kernel):
     pattern = build_pattern(pattern)
     own = project("query_global", "key_global", "value_global") if pattern.global_projections else None
     inputs = AttentionInputs(
-        *project("query", "key", "value"), pattern, documents, DIM**-0.5, 0.0, own=None if own is None else tuple(own)
+        *project("query", "key", "value"),
+        pattern,
+        documents,
+        scaling=DIM**-0.5,
+        dropout=0.0,
+        own=None if own is None else tuple(own),
     )
     return KERNELS[kernel].function(inputs)[0].flatten(1)
 

@@ -99,7 +99,9 @@ def make_problem(pattern, scheme, lengths, is_global=None, neighbours=16, dtype=
         leaves += [torch.randn(HEADS, DIM, dtype=dtype, requires_grad=trainable) for _ in range(2)]
         keys, u, v = leaves[3:]
         query, bias = query + u, DistanceBias(keys, v - u, 0.3)
-    inputs = AttentionInputs(query, key, value, pattern, documents, 0.3, 0.0, bias, grouped, causal)
+    inputs = AttentionInputs(
+        query, key, value, pattern, documents, scaling=0.3, dropout=0.0, bias=bias, grouped=grouped, causal=causal
+    )
     return Problem(inputs, scheme, leaves)
 
 

@@ -34,7 +34,7 @@ def make_inputs(lengths, pattern, dtype=torch.float64, **more):
     key = query.detach().clone().requires_grad_(trainable)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     documents = PackedDocuments(cu_seqlens, max(lengths))
-    return AttentionInputs(query, key, value, pattern, documents, SCALING, 0.0, **more)
+    return AttentionInputs(query, key, value, pattern, documents, scaling=SCALING, dropout=0.0, **more)
 
 
 def run(inputs, path):
@@ -230,7 +230,7 @@ def inputs_with_neighbours(length, pattern, seed):
     query = 4 * (centres[torch.randperm(length, generator=generator)] + 0.3 * noise)
     value = torch.eye(length)[:, None].expand(-1, 2, -1)
     documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
-    return AttentionInputs(query, query, value, pattern, documents, 16**-0.5, 0.0)
+    return AttentionInputs(query, query, value, pattern, documents, scaling=16**-0.5, dropout=0.0)
 
 
 def test_more_hashes_reach_more_of_the_largest_weights():

@@ -18,7 +18,9 @@ def one_document(length):
 
 
 def attend(pattern, query, key, value, causal=False):
-    inputs = AttentionInputs(query, key, value, pattern, one_document(len(query)), 0.3, 0.0, causal=causal)
+    inputs = AttentionInputs(
+        query, key, value, pattern, one_document(len(query)), scaling=0.3, dropout=0.0, causal=causal
+    )
     return pattern.attend(inputs)
 
 
