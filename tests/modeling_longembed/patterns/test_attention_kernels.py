@@ -119,7 +119,9 @@ def test_a_pattern_that_is_a_predicate_alone_can_be_computed():
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     inputs = problem(sum(lengths))
     pattern = EveryThird()
-    output = pattern.attend(AttentionInputs(*inputs, pattern, PackedDocuments(cu_seqlens, 40), 0.4, 0.0))
+    output = pattern.attend(
+        AttentionInputs(*inputs, pattern, PackedDocuments(cu_seqlens, 40), scaling=0.4, dropout=0.0)
+    )
     for start, end in ((0, 40), (40, 41), (41, 64)):
         index = torch.arange(end - start)
         mask = (index[:, None] - index) % 3 == 0

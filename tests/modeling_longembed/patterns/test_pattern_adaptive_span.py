@@ -54,7 +54,9 @@ def make_inputs(spans, max_span, ramp, lengths, bias=None, causal=False, dtype=t
     own.fraction.data = torch.as_tensor(spans, dtype=torch.float64) / max_span
     documents = PackedDocuments(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths))
     pattern = build_pattern(adaptive(max_span, ramp))
-    inputs = AttentionInputs(*leaves, pattern, documents, SCALING, 0.0, bias, causal=causal, own=own())
+    inputs = AttentionInputs(
+        *leaves, pattern, documents, scaling=SCALING, dropout=0.0, bias=bias, causal=causal, own=own()
+    )
     return inputs, [*leaves, own.fraction]
 
 

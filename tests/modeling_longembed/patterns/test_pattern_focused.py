@@ -329,7 +329,7 @@ def make_inputs(length, training, dtype=torch.float32, size=64, top_k=8, negativ
     leaves = [torch.randn(length, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
     pattern = build_pattern(focused(size, negatives, top_k))
-    return AttentionInputs(*leaves, pattern, documents, 0.3, 0.0, training=training), leaves
+    return AttentionInputs(*leaves, pattern, documents, scaling=0.3, dropout=0.0, training=training), leaves
 
 
 @pytest.fixture

@@ -26,7 +26,9 @@ def make_inputs(lengths, size=5, top_k=2, dtype=torch.float64, **more):
     states = [torch.randn(sum(lengths), HEADS, DIM, dtype=dtype, requires_grad=torch.is_grad_enabled()) for _ in "qkv"]
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     pattern = LandmarkAttention(size=size, top_k=top_k)
-    return AttentionInputs(*states, pattern, PackedDocuments(cu_seqlens, max(lengths)), SCALING, 0.0, **more)
+    return AttentionInputs(
+        *states, pattern, PackedDocuments(cu_seqlens, max(lengths)), scaling=SCALING, dropout=0.0, **more
+    )
 
 
 def run(inputs, path):

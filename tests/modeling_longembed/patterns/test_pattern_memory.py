@@ -482,7 +482,7 @@ def test_a_stream_is_encoded_at_constant_memory(build_memory, scheme):
 def make_inputs(length, size=32, memory=64, dtype=torch.float32):
     leaves = [torch.randn(length, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
-    return AttentionInputs(*leaves, build_pattern(remember(size, memory)), documents, 0.3, 0.0), leaves
+    return AttentionInputs(*leaves, build_pattern(remember(size, memory)), documents, scaling=0.3, dropout=0.0), leaves
 
 
 def test_memory_grows_with_the_length_and_not_its_square():
@@ -597,15 +597,14 @@ def test_chunks_that_do_not_fit_are_refused(build_memory):
 
 
 def test_kernels_that_compute_masks_alone_refuse(build_memory):
-    model = build_memory(remember(4, 4), kernel="sdpa")
     with pytest.raises(ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern 'memory'"):
-        model(torch.ones(1, 4, dtype=torch.long))
+        build_memory(remember(4, 4), kernel="sdpa")
 
 
 def test_the_predicate_is_segments_and_what_is_before_them():
     pattern = build_pattern(remember(3, 2))
     documents = PackedDocuments(torch.tensor([0, 8], dtype=torch.int32), 8)
-    inputs = AttentionInputs(*torch.zeros(3, 8, 1, 1), pattern, documents, 1.0, 0.0)
+    inputs = AttentionInputs(*torch.zeros(3, 8, 1, 1), pattern, documents, scaling=1.0, dropout=0.0)
     seen = inputs.mask(*[inputs.places(slice(0, 8))] * 2)[0].long()
     assert (
         seen.tolist()
