@@ -1,4 +1,4 @@
-"""The attention arithmetic on packed tokens that needs torch alone, in linear memory.
+"""Attention on packed tokens in linear memory, with torch alone.
 
 Every function takes query, key and value of shape `(T, H, D)` and returns the context `(T, H, D)`. None of them
 allocates a tensor of T x T elements: queries are computed in chunks whose scores, where they exist at all, stay below
@@ -20,12 +20,12 @@ from .position_base_longembed import GroupedRotary, ScoreBias
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # an older torch: the loop below does the same work
-    varlen_attn = None  # type: ignore[assignment]  # its absence is asked for by `varlen_kernel_applies`
+    varlen_attn = None  # type: ignore[assignment]  # `varlen_kernel_applies` checks for None
 
 # Largest number of score or mask elements that one step of a chunked path may hold (64 MB in fp32).
 MAX_SCORES = 2**24
-# The same where the softmax is written out: its temporaries are many, and those that malloc would take from the system
-# anew each time (32 MB and more) cost more than the arithmetic on them.
+# The same for a softmax that is computed step by step and has many temporary tensors. malloc requests blocks of 32 MB
+# and more from the system each time, which would cost more than the arithmetic.
 MAX_UNFUSED_SCORES = 2**22
 
 
@@ -48,15 +48,15 @@ def attend(
     dropout: float,
     causal: bool = False,
 ) -> Tensor:
-    """Compute attention of one problem, or of N equal ones.
+    """Compute attention of one segment, or of a batch of segments of equal shape.
 
     Args:
         query: `(..., H, Q, D)`.
         key, value: `(..., H, K, D)`.
-        mask: bool or a bias, broadcastable to `(..., H, Q, K)`; None: everything is seen, or a causal mask applies.
+        mask: bool or a bias, broadcastable to `(..., H, Q, K)`; None: all keys are visible, or a causal mask applies.
         scaling: factor of the scores.
         dropout: probability to leave out an attention weight.
-        causal: no query sees a later key; read only without a mask.
+        causal: no query sees a later key; used only without a mask.
 
     Returns:
         `(..., H, Q, D)`.
@@ -69,12 +69,12 @@ def attend(
 
 
 def recompute_in_backward(function: Callable, *inputs: Any) -> Any:
-    """Call `function`; the backward pass computes its scores again, because kept they would add up to T x T."""
+    """Call `function` and recompute it in the backward pass, because stored scores would add up to T x T."""
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
 
 def varlen_kernel_applies(query: Tensor, dropout: float) -> bool:
-    """Return whether torch's variable-length flash kernel takes this input: CUDA, half precision, no dropout."""
+    """Return whether torch's variable-length flash kernel accepts the input: CUDA, half precision, no dropout."""
     return (
         varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
     )
@@ -97,7 +97,7 @@ def varlen_kernel(
         cu_seqlens: `(N + 1,)` int32, cumulative lengths.
         longest: length of the longest segment in tokens.
         scaling: factor of the scores.
-        window: number of tokens that are seen on each side; -1: all.
+        window: number of visible tokens on each side; -1: all.
         causal: no query sees a later key.
 
     Returns:
@@ -105,7 +105,7 @@ def varlen_kernel(
     """
     sides = (window, 0 if causal else window)
     context = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scaling, window_size=sides)
-    return cast(Tensor, context)  # a pair only where `return_aux` asks for one
+    return cast(Tensor, context)  # it returns a pair only with `return_aux`
 
 
 def segment_attention(
@@ -132,8 +132,8 @@ def segment_attention(
         bias: added to the scores by the distance of query and key, or None.
         grouped: the second rotation of Self-Extend for far keys, or None.
         causal: no query sees a later key of its segment.
-        places: `(T,)`, position of each token in its document, where a segment is not a run of consecutive tokens; the
-            bias needs it.
+        places: `(T,)`, position of each token in its document, for the bias; None: the tokens of a segment are
+            consecutive.
 
     Returns:
         `(T, H, D)`.
@@ -141,10 +141,10 @@ def segment_attention(
     if varlen_kernel_applies(query, dropout) and bias is None and grouped is None:
         return varlen_kernel(query, key, value, cu_seqlens, max_seqlen, scaling, -1, causal)
     lengths = cu_seqlens.diff().tolist()
-    # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens, that of a split is one `cat`.
+    # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens, that of `split` is one `cat`.
     segments = list(zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True))
     contexts = [segment[0] for segment in segments]
-    if bias is None and grouped is None:  # segments of one length are one call
+    if bias is None and grouped is None:  # segments of equal length are computed in one call
         for length in set(lengths) - {0}:
             same = [number for number, tokens in enumerate(lengths) if tokens == length]
             query_NHLD, key_NHLD, value_NHLD = (
@@ -176,7 +176,7 @@ def causal_mask(query_index: Tensor, key_index: Tensor) -> Tensor:
 
 
 def _biased_attention(query, key, value, scaling, dropout, bias, index, causal) -> Tensor:
-    """One segment with a score bias, a chunk of queries at a time. `(L, H, D)` to `(L, H, D)`."""
+    """Compute one segment with a score bias, a chunk of queries at a time; return `(L, H, D)`."""
     length, heads = query.shape[:2]
     key_HLD, value_HLD = key.transpose(0, 1), value.transpose(0, 1)
     chunk = max(1, MAX_SCORES // (heads * length))
@@ -209,14 +209,14 @@ def online_attention(
 ) -> Tensor:
     """Compute attention of ONE document with an online softmax over chunks of keys (Rabe & Staats 2021, algorithm 1).
 
-    For what no fused kernel computes. Memory: `H * query_chunk * key_chunk` scores, whatever the length; the backward
-    pass computes them again. A chunk of keys that no query of a chunk sees is not read.
+    It is for inputs that no fused kernel supports. It holds `H * query_chunk * key_chunk` scores at a time, and the
+    backward pass recomputes them. A chunk of keys that no query of a chunk sees is skipped.
 
     Args:
         query, key, value: `(L, H, D)`.
         scaling: factor of the scores.
         dropout: probability to leave out an attention weight.
-        mask: from positions `(Q,)` and `(K,)` to bool `(1 or H, Q, K)`; None: everything is seen.
+        mask: function from positions `(Q,)` and `(K,)` to bool `(1 or H, Q, K)`; None: all keys are visible.
         bias: added to the scores by the distance of query and key, or None.
         grouped: the second rotation of Self-Extend for far keys, or None.
         query_chunk, key_chunk: number of queries and of keys that are computed at once.
@@ -230,7 +230,7 @@ def online_attention(
     wide = torch.promote_types(torch.float32, query.dtype)
 
     def summary(query_HQD: Tensor, key_HKD: Tensor, value_HKD: Tensor, visible, query_index, key_index):
-        """exp-weighted values `(H, Q, D)`, sum of the weights and largest score `(H, Q, 1)` of one chunk of keys."""
+        """Return exp-weighted values `(H, Q, D)`, sum of weights and largest score `(H, Q, 1)` of a chunk of keys."""
         scores = query_HQD @ key_HKD.transpose(1, 2)
         if grouped is not None:
             scores = grouped.merge(scores, query_index, key_index)
@@ -239,7 +239,7 @@ def online_attention(
             scores = scores + bias.dense(query_HQD, query_index, key_index)
         if visible is not None:
             scores = scores.masked_fill(~visible, float("-inf"))
-        # The maximum only keeps exp in range: it cancels, and no gradient goes through it.
+        # Subtracting the maximum only prevents overflow: it cancels, so that it needs no gradient.
         largest = scores.detach().amax(dim=-1, keepdim=True)
         weights = (scores - largest.clamp(min=torch.finfo(wide).min)).exp()
         dropped = torch.dropout(weights, dropout, train=dropout > 0)
@@ -271,11 +271,11 @@ def online_attention(
 
 @dataclass(frozen=True)
 class GlobalKeys:
-    """Keys that every query of a document sees besides its window: G tokens."""
+    """Keys of G tokens that every query of a document sees in addition to its window."""
 
     key: Tensor  # (G, H, D)
     value: Tensor  # (G, H, D)
-    index: Tensor  # (G,) their places in the document
+    index: Tensor  # (G,) int64, places in the document
 
 
 def window_attention(
@@ -300,9 +300,9 @@ def window_attention(
         dropout: probability to leave out an attention weight.
         bias: added to the scores by distance, or None.
         causal: no query sees a later key.
-        is_global: `(L,)` bool, tokens that are in `global_keys` and hence not in the band; goes with it.
-        global_keys: keys that all queries see besides the band, in the same softmax, or None.
-        places: `(L,)`, evenly spaced positions in the document, of a dilated window; None: 0 to L - 1.
+        is_global: `(L,)` bool, tokens whose keys are in `global_keys` and therefore not in the band; given with it.
+        global_keys: keys that all queries see in addition to the band, in the same softmax, or None.
+        places: `(L,)`, evenly spaced positions in the document, for a dilated window; None: 0 to L - 1.
 
     Returns:
         `(L, H, D)`; the rows of global tokens are computed like any other.
@@ -336,7 +336,7 @@ def window_attention(
         mask = ((query_index[:, :, None] - key_index[:, None, :]).abs() <= window) & local[:, None, :]
         if causal:
             mask = mask & (key_index[:, None, :] <= query_index[:, :, None])
-        # A query past the end has no key of its own: let it see everything, or softmax makes NaN out of it.
+        # A padding query after the end would see no key, and its softmax would be NaN: let it see all keys.
         mask = (mask | (query_index >= length)[:, :, None])[:, None]  # (N, 1, block, span)
         if bias is not None:  # distances are the same in all blocks
             near = bias.dense(query_blocks, offset_query * step_of_places, offset_key * step_of_places)

@@ -30,18 +30,18 @@ class LayerContext(NamedTuple):
 
     documents: PackedDocuments  # the rows that the sublayers compute
     positions: Positions  # what the position scheme contributes
-    stream: Stream | None = None  # of documents that come in chunks
+    stream: Stream | None = None  # set if the documents are encoded in chunks
 
 
 def eager_attention(inputs: AttentionInputs) -> tuple[Tensor, list[Tensor]]:
-    """Compute the definition one document at a time, and its weights; L x L memory."""
+    """Compute the definition of the pattern and the attention weights, one document at a time, in L x L memory."""
     parts = [inputs.pattern.dense(inputs, slice(start, end)) for start, end in inputs.documents.bounds]
     context = torch.cat([context for context, _ in parts]) if parts else torch.zeros_like(inputs.query)
     return context, [weights for _, weights in parts]
 
 
 def sdpa_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """Compute torch's fused attention under each document's mask; the mask is L x L unless a token sees all."""
+    """Compute torch's fused attention with a mask per document, of L x L elements unless every token sees all."""
     contexts = []
     for start, end in inputs.documents.bounds:
         rows = slice(start, end)
@@ -58,12 +58,12 @@ def sdpa_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 def varlen_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """Compute the pattern in its own way, without padding and with torch alone; the default."""
+    """Compute the pattern by its own implementation, without padding and with torch alone; the default kernel."""
     return inputs.pattern.attend(inputs), None
 
 
 def memory_efficient_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """Compute any mask, bias and grouping in linear memory, without a fused kernel (Rabe & Staats 2021)."""
+    """Compute any mask, bias and Self-Extend in linear memory, without a fused kernel (Rabe & Staats 2021)."""
     return chunked_attention(inputs), None
 
 
@@ -128,7 +128,7 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
     """Call FlexAttention (Dong et al. 2024), with the predicate as `mask_mod` and the bias as `score_mod`.
 
     Raises:
-        ValueError: dropout, or a backward pass on a CPU, neither of which it has.
+        ValueError: the call needs dropout, or a backward pass on a CPU, which FlexAttention does not support.
     """
     documents, pattern, bias = inputs.documents, inputs.pattern, inputs.bias
     if not inputs.query.is_cuda and torch.is_grad_enabled() and inputs.query.requires_grad:
@@ -167,21 +167,21 @@ def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 class Kernel(NamedTuple):
-    """One way to compute attention, and what it can compute besides a mask.
+    """One implementation of attention, and the features that it supports in addition to a mask.
 
     Args:
-        function: from inputs to the context `(T, H, D)`, and the weights `(H, L, L)` of each document or None.
+        function: computes the context `(T, H, D)`, and the weights `(H, L, L)` of each document or None.
         bias: whether it adds a bias by distance to the scores.
-        query_bias: whether it adds a bias that reads the query (Transformer-XL).
+        query_bias: whether it adds a bias that depends on the query (Transformer-XL).
         grouped: whether it computes the merged scores of Self-Extend.
         beyond_masks: whether it computes patterns that are more than a mask.
     """
 
     function: Callable[[AttentionInputs], tuple[Tensor, list[Tensor] | None]]
-    bias: bool = True  # a bias by distance on the scores
-    query_bias: bool = True  # a bias that reads the query (Transformer-XL)
-    grouped: bool = True  # the merged scores of Self-Extend
-    beyond_masks: bool = False  # patterns that are more than a mask
+    bias: bool = True
+    query_bias: bool = True
+    grouped: bool = True
+    beyond_masks: bool = False
 
 
 KERNELS = {
@@ -197,18 +197,18 @@ DEFAULT_KERNEL = "longembed_varlen"
 
 
 def check_kernel(name: str, config: Any = None, training: bool = False) -> None:
-    """Check once that a kernel exists and can compute a model.
+    """Check that a kernel exists and can compute a model.
 
     Args:
         name: `attn_implementation`.
         config: the config of the model; None checks the name alone.
-        training: whether the patterns of training are computed rather than those that serve.
+        training: whether to check the training patterns instead of those for inference.
 
     Raises:
-        ValueError: no such kernel, not on this machine, or one that cannot compute the model's patterns or positions.
+        ValueError: the kernel does not exist, is not installed, or cannot compute the model's patterns or positions.
     """
     if name not in KERNELS:
-        raise ValueError(f"attn_implementation={name!r} is none of ours; choose from {', '.join(KERNELS)}")
+        raise ValueError(f"attn_implementation={name!r} is not one of our kernels; choose from {', '.join(KERNELS)}")
     if name == "flash_attention_2" and flash_attn_varlen_func is None:
         raise ValueError(
             f"attn_implementation={name!r} needs the package flash-attn, which is not installed; use {DEFAULT_KERNEL!r}"
@@ -241,8 +241,8 @@ class LongEmbedAttention(nn.Module):
 
     Args:
         config: the config of the model.
-        pattern: which keys a query sees when the model serves.
-        training_pattern: which keys a query sees when the model trains; None: the same.
+        pattern: the attention pattern in inference.
+        training_pattern: the attention pattern in training; None: the same.
     """
 
     def __init__(self, config, pattern: AttentionPattern, training_pattern: AttentionPattern | None = None):
@@ -250,7 +250,7 @@ class LongEmbedAttention(nn.Module):
         self.config, self.pattern, self.training_pattern = config, pattern, training_pattern or pattern
         self.layer_type, self.head_dim = pattern.layer_type, config.head_dim
         width, bias = config.num_attention_heads * self.head_dim, config.attention_bias
-        # Separate projections: LoRA on a fused one would share its A matrix, and a column split would need its layout.
+        # Separate projections: LoRA on a fused one would share its A matrix, and tensor parallelism could not split it.
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.k_proj = None if pattern.shares_query_key else nn.Linear(config.hidden_size, width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
@@ -275,14 +275,14 @@ class LongEmbedAttention(nn.Module):
         dropout: float = 0.0,
         own: Any = None,
     ) -> AttentionInputs:
-        """Bring the positions in and put together what a kernel reads.
+        """Apply the positions and build the inputs of a kernel.
 
         Args:
-            query, key, value: `(T, H, D)`, what `project` returned.
-            context: what the sublayers share.
-            pattern: the pattern to compute, that of training or the one that serves.
+            query, key, value: `(T, H, D)`, the results of `project`.
+            context: the state that the sublayers share.
+            pattern: the pattern to compute, in training or inference.
             dropout: probability to leave out an attention weight.
-            own: what `pattern.prepare` returned.
+            own: the result of `pattern.prepare`.
 
         Returns:
             The inputs of one attention call.
@@ -291,7 +291,7 @@ class LongEmbedAttention(nn.Module):
         here = heads_here(self.q_proj, query.shape[1], num_heads)
         query, key, bias, grouped = context.positions.apply(self, query, key, pattern, context.documents)
         if bias is context.positions.bias and bias is not None and query.shape[1] < num_heads:
-            bias = bias.heads(here)  # shared by all heads of the model; a bias of the sublayer's own has those here
+            bias = bias.heads(here)  # the shared bias has all heads of the model, a sublayer's own bias only those here
         return AttentionInputs(
             query=query,
             key=key,
@@ -310,14 +310,14 @@ class LongEmbedAttention(nn.Module):
         )
 
     def forward(self, hidden_states: Tensor, context: LayerContext) -> tuple[Tensor, list[Tensor] | None]:
-        """Attend.
+        """Compute the attention of one sublayer.
 
         Args:
             hidden_states: `(T, d)`.
-            context: what the sublayers share.
+            context: the state that the sublayers share.
 
         Returns:
-            `(T, d)`, and the weights `(H, L, L)` of each document if the kernel has them.
+            `(T, d)`, and the weights `(H, L, L)` of each document if the kernel returns them.
         """
         pattern = self.training_pattern if self.training else self.pattern
         inputs = self.attention_inputs(
@@ -334,13 +334,13 @@ class LongEmbedAttention(nn.Module):
 def longembed_varlen(
     module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, cu_seq_lens_q=None, **kwargs
 ):
-    """Compute full attention on packed sequences under transformers' contract.
+    """Compute full attention on packed sequences, with the signature of transformers' attention functions.
 
-    The name has to be in transformers' table before a model may be asked for it. The entry also serves any other model,
-    padded, or packed if it passes `cu_seq_lens_q`.
+    transformers accepts only registered names as `attn_implementation`. Other models can use this function too, with
+    padded inputs, or with packed ones if they pass `cu_seq_lens_q`.
 
     Args:
-        module: the attention module; not read.
+        module: the attention module; not used.
         query, key, value: `(B, H, S, D)`; packed: `(1, H, T, D)`.
         attention_mask: `(B, S)`, non-zero on real tokens; None: there is no padding.
         scaling: factor of the scores; None: `D ** -0.5`.
@@ -364,7 +364,7 @@ def longembed_varlen(
 
 
 def padding_mask(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """Return the `(B, S)` padding mask as it is; unregistered, transformers would pass None and padding be seen."""
+    """Return the `(B, S)` padding mask unchanged; without this function transformers would pass None instead."""
     return attention_mask
 
 

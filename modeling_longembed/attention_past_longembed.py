@@ -1,4 +1,4 @@
-"""Segments that attend to themselves and, in the same softmax, to tokens of a past: what memory layers compute."""
+"""Attention of segments to their own tokens and, in the same softmax, to tokens of the past (memory layers)."""
 
 from typing import NamedTuple, cast
 
@@ -24,13 +24,13 @@ class Segments(NamedTuple):
         length: L.
         first: `(N,)` int64, packed row of the first token.
         past: `(N, R)` int64, rows of `PastKeys`.
-        past_index: `(R,)` int64, their positions counted from the segment's first token: a negative one is before it.
+        past_index: `(R,)` int64, their positions relative to the segment's first token; negative: before it.
     """
 
     length: int
     first: Tensor  # (N,) int64, packed row of the first token
     past: Tensor  # (N, R) int64, rows of `PastKeys`
-    past_index: Tensor  # (R,) int64, where they stand seen from the segment's first token: negative is before it
+    past_index: Tensor  # (R,) int64, positions relative to the segment's first token; negative: before it
 
 
 def past_attention(
@@ -45,12 +45,12 @@ def past_attention(
     grouped: GroupedRotary | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """Compute attention of every segment to its own tokens and its past; segments of one shape in few calls.
+    """Compute attention of every segment to its own tokens and its past; segments of one shape are batched.
 
     Args:
         query, key, value: `(T, H, D)`.
-        past: the keys and values that `segments` points at.
-        segments: every packed row is in exactly one segment.
+        past: the keys and values that `segments` indexes.
+        segments: the segments; every packed row is in exactly one of them.
         scaling: factor of the scores.
         dropout: probability to leave out an attention weight.
         bias: added to the scores by the distance of query and key, or None.
@@ -58,14 +58,14 @@ def past_attention(
         causal: no query sees a later key of its segment.
 
     Returns:
-        `(T, H, D)`. Memory is linear in T: the backward pass computes scores and gathered keys again.
+        `(T, H, D)`. Memory is linear in T, because the backward pass recomputes scores and gathered keys.
     """
     heads, device = query.shape[1], query.device
     contexts, rows = [query.new_zeros(0, heads, value.shape[-1])], [torch.zeros(0, dtype=torch.long, device=device)]
     for length, all_first, all_past, past_index in segments:
 
         def some_queries(first: Tensor, past_rows: Tensor, index: Tensor, length=length, past_index=past_index):
-            """Queries at `index` `(Q,)` in the segments that begin at `first` `(n,)`: `(n, H, Q, D)`."""
+            """Compute the queries at `index` `(Q,)` of the segments that begin at `first` `(n,)`: `(n, H, Q, D)`."""
             own_index = torch.arange(length, device=device)
             at, own, key_index = first[:, None] + index, first[:, None] + own_index, torch.cat([past_index, own_index])
 
@@ -91,7 +91,7 @@ def past_attention(
             weights = masked_softmax(scores * scaling, visible).to(values.dtype)
             return torch.dropout(weights, dropout, train=dropout > 0) @ values
 
-        fit = max(1, MAX_SCORES // (heads * (length + len(past_index))))  # queries whose scores one step may hold
+        fit = max(1, MAX_SCORES // (heads * (length + len(past_index))))  # number of queries computed at once
         together = max(1, fit // length)
         for first, past_rows in zip(all_first.split(together), all_past.split(together), strict=True):
             for index in torch.arange(length, device=device).split(fit):
@@ -102,5 +102,5 @@ def past_attention(
 
 
 def _take(states: Tensor, rows: Tensor) -> Tensor:
-    """Rows `(n, K)` of `(T, H, D)`: `(n, H, K, D)`."""
+    """Return the rows `(n, K)` of `(T, H, D)` as `(n, H, K, D)`."""
     return states.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)

@@ -1,6 +1,6 @@
 """The configuration: four independent choices (positions, attention pattern, layout, output) and the sizes.
 
-What cannot be combined is refused here, when the config is built, with the fields and the remedy in the message.
+Invalid combinations are rejected here, when the config is built, with a message that names the fields and the remedy.
 """
 
 from dataclasses import fields
@@ -20,12 +20,12 @@ from .position_schemes_longembed import get_scheme
 from .tensor_parallel_longembed import tensor_parallel_plan
 
 
-def with_errors_of_one_sentence(cls: type) -> type:
-    """Class decorator over `strict`: the ValueError has the sentence of the mistake alone.
+def unwrap_validation_errors(cls: type) -> type:
+    """Class decorator over `strict`: raise the original message as a ValueError.
 
-    `strict` itself wraps a mistake in lines of its own.
+    `strict` itself wraps the message of a validation error in several lines of its own.
     """
-    strict_init = cls.__init__  # type: ignore[misc]  # of the class itself, which is what a class decorator is given
+    strict_init = cls.__init__  # type: ignore[misc]  # a class decorator gets the class itself, not an instance
 
     @wraps(strict_init)
     def __init__(self, **kwargs):
@@ -40,51 +40,76 @@ def with_errors_of_one_sentence(cls: type) -> type:
     return cls
 
 
-@with_errors_of_one_sentence
+@unwrap_validation_errors
 @strict
 class LongEmbedConfig(PretrainedConfig):
     """Configuration of a LongEmbed encoder.
 
     Args:
-        vocab_size, type_vocab_size: rows of the token and segment tables; 0 segments: no such table.
-        hidden_size, num_attention_heads, intermediate_size: widths d, H, and of the feed-forward sublayer.
-        sublayer_pattern: the layout, one letter a sublayer: `s` self-attention, `f` feed-forward; or by name,
-            `interleaved` (the default, `sfsf...`), `sandwich(k)`, `par(p)`, of `num_hidden_layers` pairs.
-        num_hidden_layers: attention sublayers; follows from the letters of `sublayer_pattern`.
-        layerdrop: probability to leave out a layer in training (LayerDrop); layerdrop_unit: `layer`, an attention and
-            the feed-forwards after it, or `sublayer`.
-        scaled_initialization: Megatron's: output projections start at `initializer_range / sqrt(sublayers)`.
-        attention_patterns: which keys a query sees, one entry an attention sublayer (or one entry for all): a name or
-            `{"type": name, **parameters}`, see `pattern_registry_longembed`.
-        training_attention_patterns: what the same weights use while they train (S2-Attn of LongLoRA: train `shifted`,
-            serve `full`); None: the same.
-        is_causal: no token sees a later one.
-        max_position_embeddings: context length in tokens; what is longer is cut off (and said) by `encode`.
-        position_embedding_type: `absolute` (learned table), `sinusoidal`, `rope`, `alibi`, `relative` (Transformer-XL),
-            `none` (NoPE: the causal mask is the only order).
-        relative_attention_num_buckets, relative_attention_max_distance: a learned bias by distance beside the scheme
-            (MPNet, T5); 0: none.
-        rope_parameters: transformers' form, flat or one dict a layer type (`full_attention`, `sliding_attention`,
-            `chunked_attention`).
-        position_extension: how documents beyond the original context are read: `{"method": ...,
-            "original_max_position_embeddings": ...}`. absolute and sinusoidal: repeat, interpolate, group, restart
-            (`period`); rope: linear, dynamic, ntk, theta (`rope_theta`), yarn, group (Self-Extend, `neighbours`).
-            `factor` defaults to new over original length. `keep_short` (default true): a document that fits the
-            original context is read as the original model read it.
-        norm_placement: `post` (BERT) or `pre` (ModernBERT).
-        embedding_norm, final_norm, first_attention_norm: whether these norms exist. norm_bias, attention_bias,
-            feed_forward_bias: biases.
-        hidden_act, feed_forward_gated: activation; gated: `down(act(up(x)) * gate(x))`, ModernBERT's GeGLU.
-        pooling: how a document becomes one vector: `mean`, `cls`, `last`, `weighted_mean` (weights 1..L).
-        token_weighting: `generalized_max` weighs the token states of a document before a mean, so that what it says
-            over and over does not drown what it says once; see `token_weights` in `output_pooling_longembed`.
-        token_weighting_regularization: how often a token may come before it counts less; the larger, the nearer to
-            plain pooling.
-        prompts: text put before an input of a kind; evaluation and serving use the names `query` and `document`.
-        original_model, license: where the weights came from and under which licence, for the model card.
+        vocab_size: number of rows of the token table.
+        type_vocab_size: number of rows of the segment table; 0: the model has no segments.
+        hidden_size: model width d.
+        num_attention_heads: number of attention heads H.
+        head_dim: width of a head; None: `hidden_size // num_attention_heads`.
+        intermediate_size: inner width of the feed-forward sublayers.
+        num_hidden_layers: number of attention sublayers. It follows from `sublayer_pattern` if that is a string of
+            letters; for a layout given by name it is the number of attention and feed-forward pairs (default 6).
+        sublayer_pattern: the layout, one letter per sublayer: `s` for self-attention, `f` for feed-forward. It can also
+            be a name: `interleaved` (the default, `sfsf...`), `sandwich(k)` or `par(p)`.
+        attention_patterns: which keys a query sees, one entry per attention sublayer, or one entry for all: a name or
+            `{"type": name, **parameters}`. See `pattern_registry_longembed`.
+        training_attention_patterns: the patterns that the same weights use in training, as in S2-Attn of LongLoRA
+            (train with `shifted`, infer with `full`); None: those of `attention_patterns`.
+        is_causal: whether a token sees earlier tokens only.
+        layer_types: transformers' name for each attention sublayer; derived from `attention_patterns`, leave it out.
+        max_position_embeddings: context length in tokens; `encode` cuts off longer texts and logs a warning.
+        position_embedding_type: `absolute` (learned table), `sinusoidal`, `rope`, `alibi`, `relative` (Transformer-XL)
+            or `none` (NoPE: the causal mask is the only source of order).
+        relative_attention_num_buckets: number of buckets of a learned bias by distance that is added to the position
+            scheme (T5, MPNet); 0: no such bias.
+        relative_attention_max_distance: distance in tokens from which all keys share the last bucket.
+        rope_parameters: RoPE parameters in transformers' format, either flat or one dict per layer type
+            (`full_attention`, `sliding_attention`, `chunked_attention`).
+        position_extension: how the positions of documents beyond the original context are computed:
+            `{"method": ..., "original_max_position_embeddings": ...}`. Methods of `absolute` and `sinusoidal`:
+            `repeat`, `interpolate`, `group`, `restart` (with `period`). Methods of `rope`: `linear`, `dynamic`, `ntk`,
+            `theta` (with `rope_theta`), `yarn`, `group` (Self-Extend, with `neighbours`). `factor` defaults to the new
+            length divided by the original length. With `keep_short` (default true) a document that fits into the
+            original context gets the positions of the original model.
+        norm_placement: `post` (as in BERT) or `pre` (as in ModernBERT).
+        norm_eps: epsilon of the layer norms.
+        norm_bias: whether the layer norms have a bias.
+        embedding_norm: whether there is a layer norm after the embeddings.
+        final_norm: whether there is a layer norm after the last sublayer.
+        first_attention_norm: whether the first sublayer has a layer norm.
+        hidden_act: activation of the feed-forward sublayers.
+        feed_forward_gated: whether they are gated, `down(act(up(x)) * gate(x))`, as ModernBERT's GeGLU.
+        attention_bias: whether the attention projections have a bias.
+        feed_forward_bias: whether the feed-forward projections have a bias.
+        hidden_dropout_prob: dropout probability of the embeddings and of the output of each sublayer.
+        attention_dropout: dropout probability of the attention weights.
+        initializer_range: standard deviation of the initial weights.
+        scaled_initialization: whether output projections start with the standard deviation
+            `initializer_range / sqrt(number of sublayers)`, as in Megatron.
+        layerdrop: probability of dropping a layer in training (LayerDrop).
+        layerdrop_unit: what is dropped: `layer` (an attention sublayer with the feed-forward sublayers after it) or
+            `sublayer`.
+        mlm_head_bias: whether the dense layer of the masked-language-model head has a bias.
+        pooling: how the token states of a document become one vector: `mean`, `cls`, `last` or `weighted_mean`
+            (weights 1 to L).
+        token_weighting: `generalized_max` weights the token states of a document before a mean, so that frequent
+            content does not dominate rare content (see `token_weights` in `output_pooling_longembed`); or `none`.
+        token_weighting_regularization: regularization strength of the token weights; the larger it is, the closer the
+            weights are to those of plain pooling.
+        prompts: text that is put in front of an input, by the name of the prompt; evaluation and inference use the
+            names `query` and `document`.
+        original_model: name of the model that the weights come from, for the model card.
+        license: license of the weights, for the model card.
+        pad_token_id: id of the padding token; None: there is none.
+        tie_word_embeddings: whether the masked-language-model head shares the weights of the token table.
 
     Raises:
-        ValueError: a combination that cannot work; the message names the fields and what to use.
+        ValueError: the fields cannot be combined; the message names them and says what to use.
     """
 
     model_type = "longembed"
@@ -140,7 +165,7 @@ class LongEmbedConfig(PretrainedConfig):
         ):
             raise ValueError(f"config.json: {unknown[0]!r} is not a field of LongEmbedConfig; remove it")
         known = [field.name for field in fields(self)]
-        for key in kwargs:  # transformers takes any name; ours are long, and a slip in one would go unnoticed
+        for key in kwargs:  # transformers accepts any name, so that a misspelled field would go unnoticed
             if nearest := get_close_matches(key, known, n=1, cutoff=0.9):
                 raise ValueError(f"{key!r} is not a field of LongEmbedConfig; did you mean {nearest[0]!r}?")
         if self.sublayer_pattern is None or not set(self.sublayer_pattern) <= set("sf"):
@@ -148,7 +173,7 @@ class LongEmbedConfig(PretrainedConfig):
             if layers < 1:
                 raise ValueError(f"num_hidden_layers={layers}; give at least 1")
             self.sublayer_pattern = expand_layout(self.sublayer_pattern or "interleaved", layers)
-            self.num_hidden_layers = None  # of a named layout the pairs, from which the letters follow
+            self.num_hidden_layers = None  # it was the number of pairs; the letters decide from here on
         if "s" not in self.sublayer_pattern:
             raise ValueError(
                 f"sublayer_pattern={self.sublayer_pattern!r} has no attention sublayer 's'; give at least one"
@@ -180,20 +205,20 @@ class LongEmbedConfig(PretrainedConfig):
         if self.position_extension is not None:
             self.position_extension = self.position_scheme.complete_extension(self)
         super().__post_init__(**kwargs)
-        # Under transformers' name for it, and after transformers, some releases of which add names we do not have.
+        # Set after transformers' own initialisation, because some releases add module names that we do not have.
         self.base_model_tp_plan = tensor_parallel_plan(self)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """Build as transformers does; a field that is changed at load is completed and checked like one in the file."""
-        # transformers sets what is passed to `from_pretrained` on the finished config, past `__post_init__`.
+        """Build a config as transformers does, and validate fields that are changed at load like those in the file."""
+        # transformers sets the arguments of `from_pretrained` on the finished config, after `__post_init__`.
         changes = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
         if "attention_patterns" in changes:
-            changes.setdefault("layer_types", None)  # derived anew
+            changes.setdefault("layer_types", None)  # derived from the new patterns
         return super().from_dict(config_dict | changes, **kwargs)
 
     def _complete_patterns(self, name: str) -> list[dict]:
-        """Return the field `name` with one entry per attention sublayer and every parameter of each."""
+        """Return the field `name` as one complete entry, with all parameters, per attention sublayer."""
         entries, expected = getattr(self, name), str(self.sublayer_pattern).count("s")
         entries = entries if isinstance(entries, list) else [entries]
         if len(entries) == 1:
@@ -207,10 +232,10 @@ class LongEmbedConfig(PretrainedConfig):
         return [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
 
     def convert_rope_params_to_dict(self, **kwargs):
-        """Read `rope_parameters` as transformers does, for models that rotate; others have none.
+        """Read `rope_parameters` as transformers does, if the position scheme uses them.
 
         Raises:
-            ValueError: the position scheme does not rotate, and there are rope_parameters.
+            ValueError: `rope_parameters` are set, but the position scheme does not use them.
         """
         if self.position_scheme.rotates:
             return super().convert_rope_params_to_dict(**kwargs)
@@ -222,7 +247,7 @@ class LongEmbedConfig(PretrainedConfig):
         return kwargs
 
     def validate_rope(self):
-        """Check the rotation as transformers does; a missing key is a mistake of the user.
+        """Check the RoPE parameters as transformers does, and report a missing key as a ValueError.
 
         Raises:
             ValueError: a key is missing.
@@ -233,10 +258,10 @@ class LongEmbedConfig(PretrainedConfig):
             raise ValueError(error.args[0]) from error
 
     def validate_sizes(self):
-        """Check that widths are positive and fit together.
+        """Check that sizes are positive, that they fit together, and that probabilities and names are valid.
 
         Raises:
-            ValueError: they do not.
+            ValueError: a field is out of range.
         """
         for name in (
             "vocab_size",
@@ -261,15 +286,15 @@ class LongEmbedConfig(PretrainedConfig):
             raise ValueError(f"hidden_act={self.hidden_act!r} is none of transformers' activations, such as 'gelu'")
 
     def validate_pooling(self):
-        """Check that weights of tokens belong to a mean.
+        """Check that token weights are used only with a pooling that averages tokens.
 
         Raises:
-            ValueError: they do not, or the regularization is not positive.
+            ValueError: the pooling takes a single token, or the regularization is not positive.
         """
         if self.token_weighting != "none" and self.pooling in ("cls", "last"):
             raise ValueError(
-                f"token_weighting={self.token_weighting!r} weighs the tokens of a mean, and pooling={self.pooling!r} "
-                "takes one; use pooling='mean', or token_weighting='none'"
+                f"token_weighting={self.token_weighting!r} weights the tokens of a mean, and pooling={self.pooling!r} "
+                "takes a single token; use pooling='mean', or token_weighting='none'"
             )
         if not 0 < self.token_weighting_regularization < float("inf"):
             raise ValueError(
@@ -282,10 +307,10 @@ class LongEmbedConfig(PretrainedConfig):
         self.position_scheme.check(self)
 
     def validate_attention(self):
-        """Check that every pattern can be combined with the rest, and reaches no further than the context.
+        """Check that every pattern can be combined with the other fields and does not exceed the context.
 
         Raises:
-            ValueError: one cannot.
+            ValueError: a pattern cannot be used.
         """
         if self.is_causal and self.pooling == "cls":
             raise ValueError(
@@ -294,7 +319,7 @@ class LongEmbedConfig(PretrainedConfig):
         for pattern, trained in zip(self.get_patterns(), self.get_training_patterns(), strict=True):
             for which in (pattern, trained):
                 which.check(self)
-                for name in ("window", "size"):  # beyond the context it has an effect nowhere: a slip, not a choice
+                for name in ("window", "size"):  # a size beyond the context has no effect
                     if (value := getattr(which, name, 0)) > self.max_position_embeddings:
                         raise ValueError(
                             f"attention_patterns: {name}={value} of {which.type!r} is more than "
@@ -302,18 +327,18 @@ class LongEmbedConfig(PretrainedConfig):
                         )
             if trained != pattern and (trained.own_weights or pattern.own_weights):
                 raise ValueError(
-                    f"training_attention_patterns: {trained.type!r} cannot stand in for {pattern.type!r}, because one "
-                    "of the two has weights of its own; leave training_attention_patterns out"
+                    f"training_attention_patterns: {trained.type!r} cannot replace {pattern.type!r} in training, "
+                    "because one of the two has weights of its own; leave training_attention_patterns out"
                 )
 
     @property
     def extends_by_groups(self) -> bool:
-        """Whether Self-Extend computes two scores for every pair of tokens."""
+        """Whether positions are extended by Self-Extend, which computes two scores for every pair of tokens."""
         return self.position_scheme.merges_scores(self)
 
     @property
     def position_scheme(self) -> PositionScheme:
-        """The scheme that is called `position_embedding_type`; raises ValueError if there is none."""
+        """The position scheme named by `position_embedding_type`; raises ValueError if there is none."""
         return get_scheme(self.position_embedding_type)
 
     def get_patterns(self) -> list:

@@ -1,13 +1,13 @@
-"""The architectures of transformers that a LongEmbed model can be made from and written as: one table, read both ways.
+"""The architectures of transformers that can be converted to and from a LongEmbed model, in one table.
 
-`FAMILIES` says for each architecture what its config fields and modules are called here, and which of our fields it
-fixes. `from_encoder` reads checkpoints with it, `to_native` writes them.
+`FAMILIES` maps the config fields and modules of each architecture to ours, and lists which of our fields it fixes.
+`from_encoder` reads checkpoints with it, `to_native` writes them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-# Fields that every architecture has under our own name.
+# Fields that have the same name in every architecture and here.
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -24,16 +24,17 @@ class Family:
     """One architecture.
 
     Args:
-        names: our config field -> theirs, where both mean the same (besides `SIZES`).
-        constants: our config fields that the architecture fixes.
+        names: our config field -> theirs, for fields with the same meaning (in addition to `SIZES`).
+        constants: values of our config fields that the architecture fixes.
         outside, attention, feed_forward, head: our module name -> theirs, outside the layers, in layer `{n}`, and in
             the masked-language-model head. A triple `(name, part, parts)` is one part of a fused projection.
-        reserved_rows: number of rows at the front of the position table that no token reads (RoBERTa), from their
-            config.
-        read: our config fields that are not copies, from their config; raises ValueError for what we cannot express.
-        write: their config fields that are not copies, from ours: the inverse of `read`.
-        older_names: what serving software still reads under the names of older releases, from our config; nothing where
-            the older names cannot say the same, so that it refuses the model instead of computing another one.
+        reserved_rows: number of unused rows at the start of the position table (RoBERTa), from their config.
+        read: our config fields that are not copies, from their config; raises ValueError for features that a LongEmbed
+            config cannot express.
+        write: their config fields that are not copies, from our config: the inverse of `read`.
+        older_names: fields under the names of older releases, which serving software still reads, from our config. It
+            is empty if the older names cannot express the model, so that such software rejects it instead of computing
+            something else.
     """
 
     names: dict[str, str]
@@ -48,14 +49,14 @@ class Family:
     older_names: Callable = lambda config: {}
 
     def fields(self, original) -> dict:
-        """Return our config fields, from a config of this architecture."""
+        """Return our config fields, given a config of this architecture."""
         same = {name: name for name in SIZES} | self.names
         fields = {ours: getattr(original, theirs) for ours, theirs in same.items()}
         fields["max_position_embeddings"] -= self.reserved_rows(original)
         return fields | self.constants | self.read(original)
 
     def native_fields(self, config) -> dict:
-        """Return their config fields, from our config; what the architecture cannot express is lost."""
+        """Return their config fields, given our config; features that the architecture cannot express are lost."""
         same = {name: name for name in SIZES} | self.names
         return {theirs: getattr(config, ours) for ours, theirs in same.items()} | self.write(config)
 
@@ -72,7 +73,7 @@ class Family:
 
 
 def refuse(condition: bool, feature: str):
-    """Refuse a checkpoint that has a feature that a LongEmbed config cannot express.
+    """Reject a checkpoint with a feature that a LongEmbed config cannot express.
 
     Raises:
         ValueError: the condition holds.
@@ -82,7 +83,7 @@ def refuse(condition: bool, feature: str):
 
 
 def rope_by_layer(config) -> list[dict]:
-    """Return the rotation of each attention sublayer of ours; empty for schemes that do not rotate."""
+    """Return the RoPE parameters of each attention sublayer; empty for schemes that do not rotate."""
     parameters = config.rope_parameters
     return [parameters.get(kind, parameters) for kind in config.layer_types] if parameters else []
 
@@ -91,7 +92,7 @@ def rope_by_layer(config) -> list[dict]:
 
 
 def read_bert(original) -> dict:
-    """Return no fields; refuse positions that are not a table, and decoders."""
+    """Return no fields, and reject decoders and positions that are not a table."""
     scheme = getattr(original, "position_embedding_type", "absolute")
     refuse(scheme != "absolute", f"position_embedding_type={scheme!r}")
     for flag in ("is_decoder", "add_cross_attention"):
@@ -100,12 +101,12 @@ def read_bert(original) -> dict:
 
 
 def write_segments(config) -> dict:
-    """Return the number of segments; a model without a segment table gets a row of zeros, as there is always one."""
+    """Return the number of segments, at least 1, because the architecture always has a segment table."""
     return {"type_vocab_size": max(1, config.type_vocab_size)}
 
 
 def read_mpnet(original) -> dict:
-    """Return the bias by distance that all layers share; there are no segments."""
+    """Return the number of buckets of the bias by distance, which all layers share."""
     return read_bert(original) | {"relative_attention_num_buckets": original.relative_attention_num_buckets}
 
 
@@ -171,7 +172,7 @@ MPNET = Family(
 
 
 def read_longformer(original) -> dict:
-    """Return the windows: a total window of W tokens is W // 2 on each side. Global tokens come with every call."""
+    """Return the windows: a total window of W tokens is W // 2 on each side. Callers mark global tokens."""
     windows = original.attention_window
     windows = windows if isinstance(windows, list) else [windows] * original.num_hidden_layers
     pattern = {"type": "sliding", "global_projections": True}
@@ -230,7 +231,7 @@ def write_nomic(config) -> dict:
 
 
 def older_names_of_nomic(config) -> dict:
-    """Return the names of the first NomicBERT code, which text-embeddings-inference and vLLM read."""
+    """Return the field names of the first NomicBERT code, which text-embeddings-inference and vLLM read."""
     rope = rope_by_layer(config)[0]
     if rope["rope_type"] != "default" or config.hidden_act != "silu":
         return {}
@@ -287,12 +288,12 @@ NOMIC_BERT = Family(
 )
 
 
-# --- ModernBERT: pre-norm, rope with one base a layer type, GeGLU, windows alternating with full attention -----------
+# --- ModernBERT: pre-norm, rope with one base per layer type, GeGLU, windows alternating with full attention ---------
 
 
 def read_modernbert(original) -> dict:
-    # transformers' window of W tokens is W // 2 on each side, both ends included.
     """Return windows and rotations by layer."""
+    # transformers' window of W tokens is W // 2 on each side, both ends included.
     window = {"type": "sliding", "window": original.local_attention // 2}
     known = {"full_attention": "full", "sliding_attention": window}
     unknown = sorted(set(original.layer_types) - set(known))
@@ -313,21 +314,21 @@ def write_modernbert(config) -> dict:
         "layer_types": layer_types,
         "rope_parameters": {kind: dict(rope) for kind, rope in zip(layer_types, rope_by_layer(config), strict=False)},
         "classifier_activation": config.hidden_act,
-        # Their defaults are numbers of one vocabulary.
+        # Their defaults are ids in the vocabulary of ModernBERT.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")),
     }
     return fields | ({"local_attention": 2 * windows[0]} if windows else {})
 
 
 def older_names_of_modernbert(config) -> dict:
-    """Return the names before `layer_types` and `rope_parameters`, which text-embeddings-inference reads."""
+    """Return the fields that preceded `layer_types` and `rope_parameters`; text-embeddings-inference reads them."""
     fields = write_modernbert(config)
     layer_types, rope = fields["layer_types"], fields["rope_parameters"]
     full = [layer for layer, kind in enumerate(layer_types) if kind == "full_attention"]
     period = full[1] if len(full) > 1 else len(layer_types)
     if full != list(range(0, len(layer_types), period)):
         return {}
-    # It knows neither biases of the norms nor a stretched rotation, and passes over them in silence.
+    # Such software silently ignores biases of the norms and scaled rotations.
     if config.norm_bias or any(parameters["rope_type"] != "default" for parameters in rope.values()):
         return {}
     theta = {kind: parameters["rope_theta"] for kind, parameters in rope.items()}

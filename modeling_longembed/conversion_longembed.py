@@ -1,7 +1,7 @@
-"""Conversion of a pretrained encoder: its weights under our names, its features as fields, its outputs unchanged.
+"""Conversion of a pretrained encoder: rename the weights, translate the config, and keep the outputs.
 
-`FAMILIES` says for each architecture which config fields it fixes and what its modules are called. What is here
-(copying, stretching the position table, comparing the outputs) is the same for all.
+`FAMILIES` defines for each architecture which config fields it fixes and how its modules are named. The steps in this
+module (copying weights, extending the position table, comparing the outputs) are the same for all.
 """
 
 import json
@@ -20,13 +20,13 @@ from .pattern_registry_longembed import build_pattern
 from .position_extension_longembed import default_method
 from .position_table_longembed import extended_position_table
 
-# Any one of these is a tokenizer.
+# A folder with any one of these files has a tokenizer.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
-# Largest difference between original and converted outputs that rounding explains, in fp32, for states of size 1.
+# Largest difference between original and converted outputs due to rounding, in fp32, relative to the largest state.
 TOLERANCE = 1e-5
-# Longest document in tokens that two models are compared on.
+# Length in tokens of the longest document on which two models are compared.
 COMPARED_LENGTH = 1024
-# What a caller may choose; everything else is what the checkpoint is.
+# The fields that a caller may choose; all other fields follow from the checkpoint.
 CHOICES = (
     "max_position_embeddings",
     "position_extension",
@@ -45,7 +45,7 @@ CHOICES = (
 
 
 class MissingHeadError(ValueError):
-    """A checkpoint of an encoder alone was to become a masked language model."""
+    """A checkpoint without a masked-language-model head cannot become a masked language model."""
 
 
 def converted_fields(original, family: Family, choices: dict) -> dict:
@@ -57,10 +57,10 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
         choices: the fields that the caller chose.
 
     Returns:
-        The fields; those that are left out have their defaults.
+        The fields; missing ones have their defaults.
 
     Raises:
-        ValueError: a pattern that cannot start from weights of another encoder.
+        ValueError: a pattern cannot start from the weights of another encoder.
     """
     fields = family.fields(original)
     context, theirs = fields["max_position_embeddings"], fields.get("attention_patterns", [])
@@ -86,15 +86,17 @@ def converted_fields(original, family: Family, choices: dict) -> dict:
 
 
 def rope_of_patterns(rope_parameters: dict, theirs: list, ours: list) -> dict:
-    """Return rotations by layer type for a checkpoint whose sublayers get other patterns, each as it was trained.
+    """Return RoPE parameters by layer type for a checkpoint whose sublayers get other patterns.
+
+    Every sublayer keeps the rotation that it was trained with.
 
     Args:
-        rope_parameters: rotations of the checkpoint by layer type.
+        rope_parameters: RoPE parameters of the checkpoint by layer type.
         theirs: attention patterns of the checkpoint, one per sublayer.
         ours: attention patterns of the converted model, one per sublayer or one for all.
 
     Returns:
-        Rotations of the converted model by layer type.
+        RoPE parameters of the converted model by layer type.
 
     Raises:
         ValueError: sublayers that were trained with different rotations would share a layer type.
@@ -104,9 +106,9 @@ def rope_of_patterns(rope_parameters: dict, theirs: list, ours: list) -> dict:
         trained, layer_type = rope_parameters[build_pattern(before).layer_type], build_pattern(after).layer_type
         if rotations.setdefault(layer_type, trained) != trained:
             raise ValueError(
-                f"attention_patterns: {build_pattern(after).type!r} would put sublayers under one rotation that this "
-                "checkpoint has trained with different rope_parameters (its full and its sliding ones); change only "
-                "one of the two kinds, or give them patterns of different kinds"
+                f"attention_patterns: {build_pattern(after).type!r} would give one rotation to sublayers that "
+                "were trained with different rope_parameters (full and sliding attention); change only one of the two "
+                "kinds, or give them patterns of different kinds"
             )
     return rotations
 
@@ -129,12 +131,12 @@ def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Fa
 
     Args:
         weights: the original state dict.
-        reserved_rows: number of rows at the front of the position table that no token reads.
+        reserved_rows: number of unused rows at the start of the position table.
         family: the architecture of the original.
         config: the config of the converted model.
 
     Returns:
-        Our state dict; what the patterns have of their own may be missing.
+        Our state dict; the patterns' own weights may be missing.
     """
     ours = {}
     for mine, theirs in family.modules(config.num_hidden_layers).items():
@@ -150,12 +152,12 @@ def converted_weights(weights: dict[str, Tensor], reserved_rows: int, family: Fa
 
 
 def comparable_length(config, original_fields: dict, has_new_weights: bool = False) -> int:
-    """Return the longest document in tokens that the converted model must read as the original does; 0: none.
+    """Return the longest document in tokens for which the outputs must equal those of the original; 0: none.
 
     Args:
         config: the config of the converted model.
-        original_fields: its fields if the caller had chosen nothing.
-        has_new_weights: whether the patterns' own weights are not from the checkpoint but as they start.
+        original_fields: the fields that a conversion without any choices of the caller gives.
+        has_new_weights: whether the patterns' own weights are initial ones, not those of the checkpoint.
     """
     extension, context = config.position_extension, original_fields["max_position_embeddings"]
     context = min(context, config.max_position_embeddings)
@@ -179,11 +181,11 @@ def comparable_length(config, original_fields: dict, has_new_weights: bool = Fal
 def largest_difference(original_model, model, length: int, global_tokens: bool = False) -> float:
     """Compute the largest absolute difference between two models' outputs on a padded batch of random documents.
 
-    Where outputs exceed 1 it is relative to the largest: unnormalised states of hundreds are rounded accordingly.
+    If outputs exceed 1, the difference is relative to the largest, because rounding errors grow with the values.
 
     Args:
         original_model: a model of transformers.
-        model: a model of ours.
+        model: the converted model.
         length: length of the longest document in tokens.
         global_tokens: whether some tokens are marked as global in both.
 
@@ -194,7 +196,7 @@ def largest_difference(original_model, model, length: int, global_tokens: bool =
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, model.config.vocab_size, (len(lengths), length), generator=generator)
     pad = original_model.config.pad_token_id or 0
-    # RoBERTa counts positions by "is it the padding id": no real token may be one.
+    # RoBERTa computes positions from the padding id, so that no real token may have it.
     input_ids[input_ids == pad] = (pad + 1) % model.config.vocab_size
     attention_mask = torch.tensor([[1] * n + [0] * (length - n) for n in lengths])
     input_ids = torch.where(attention_mask == 1, input_ids, pad)
@@ -210,7 +212,7 @@ def largest_difference(original_model, model, length: int, global_tokens: bool =
 
 
 def read_text(name_or_path: str, file: str, **hub) -> str | None:
-    """Return the text of a file in a model folder or Hub repository, None if there is no such file."""
+    """Return the text of a file in a model folder or Hub repository; None if there is no such file."""
     path = find_file(name_or_path, file, **hub)
     return None if path is None else Path(path).read_text(encoding="utf-8")
 
@@ -219,7 +221,7 @@ def sentence_transformers_choices(name_or_path: str, choose_pooling: bool, **hub
     """Return pooling and prompts that a sentence-transformers checkpoint was trained with.
 
     Raises:
-        ValueError: a module or a pooling that we do not have.
+        ValueError: the checkpoint has a module or a pooling that is not supported.
     """
     choices: dict[str, Any] = {}
     modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
@@ -231,7 +233,7 @@ def sentence_transformers_choices(name_or_path: str, choose_pooling: bool, **hub
         pooling = json.loads(read_text(name_or_path, f"{folder}/config.json", **hub) or "{}")
         refuse(pooling.get("include_prompt") is False, "a pooling that leaves the prompt out (include_prompt=false)")
         modes = {key.removeprefix("pooling_mode_") for key in pooling if pooling[key] is True and "_mode_" in key}
-        if isinstance(named := pooling.get("pooling_mode", []), str):  # newer releases: a name, or a list of them
+        if isinstance(named := pooling.get("pooling_mode", []), str):  # newer releases: a name or a list of names
             named = [named]
         known = {theirs: ours for ours, legacy in ST_POOLINGS.items() for theirs in (legacy, legacy.split("_")[0])}
         refuse(
@@ -265,8 +267,8 @@ def convert_encoder(
 ):
     """Turn a pretrained encoder into a long-document model.
 
-    Within the original context the outputs are the original's, as far as the chosen patterns see the same keys; the
-    conversion compares them and prints the largest difference.
+    Within the original context the outputs equal those of the original, as far as the chosen patterns see the same
+    keys. The conversion compares them and prints the largest difference.
 
     Args:
         name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, Longformer, ModernBERT or NomicBERT
@@ -275,21 +277,21 @@ def convert_encoder(
         position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. None for a longer context:
             `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions and `dynamic`
             for rope.
-        attention_patterns: as in `LongEmbedConfig`; None: the original's. The word of `landmark`'s landmarks starts as
-            the mean of all words; a pattern's own weights that the checkpoint does not have start as the pattern says
-            (`global_projections` as copies, `adaptive` at its `initial_span`).
-        attn_implementation: kernel, as in `from_pretrained`.
+        attention_patterns: as in `LongEmbedConfig`; None: those of the original. The landmark of `landmark` starts as
+            the mean of all word vectors. A pattern's own weights that are missing in the checkpoint get their initial
+            values (`global_projections` are copies, `adaptive` starts at its `initial_span`).
+        attn_implementation: name of the attention kernel, as in `from_pretrained`.
         **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
             `prompts`, `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model` (a
-            name for the card); and what `from_pretrained` takes to find files: `revision`, `token`, `cache_dir`,
+            name for the card); and the options of `from_pretrained` to find files: `revision`, `token`, `cache_dir`,
             `local_files_only`.
 
     Returns:
         The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
 
     Raises:
-        ValueError: a checkpoint with a feature that we cannot express (named), choices that cannot be combined, or
-            outputs that differ from the original's.
+        ValueError: the checkpoint has a feature that a LongEmbed model cannot express (named in the message), the
+            choices cannot be combined, or the outputs differ from those of the original.
     """
     hub = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
     if unknown := sorted(set(kwargs) - set(CHOICES)):
@@ -311,18 +313,18 @@ def convert_encoder(
     trained = sentence_transformers_choices(name_or_path, choices.get("pooling") is None, **hub)
     choices = trained | {name: value for name, value in choices.items() if value is not None}
     fields = converted_fields(original, family, choices)
-    # A local path would mean nothing to those who read the published config.
+    # A local path is of no use to readers of the published config.
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
     config_class: Any = cls.config_class
     config = config_class(**{"original_model": name, "license": checkpoint_license(name_or_path, **hub)} | fields)
 
-    with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder itself ties nothing
+    with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder has no tied weights
     auto = AutoModelForMaskedLM if with_head else AutoModel
     original_model, loading = auto.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True, **hub)
     original_model.eval()
     missing, prefix = loading["missing_keys"], f"{original_model.base_model_prefix}." if with_head else ""
     model = cls._from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
-    # transformers fills in what a damaged checkpoint lacks, at random: those weights are not the checkpoint's.
+    # transformers initialises missing weights of a damaged checkpoint at random; leave these out.
     theirs = {k: v for k, v in original_model.base_model.state_dict(prefix=prefix).items() if k not in missing}
     theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
     weights = converted_weights(theirs, family.reserved_rows(original), family, config)
@@ -331,7 +333,7 @@ def convert_encoder(
         weights |= converted_head_weights(original_model, family, missing)
     absent, unexpected = model.load_state_dict(weights, strict=False)
     absent = [name for name in absent if name not in model.all_tied_weights_keys]
-    # Weights of the patterns' own come and go with the choice of patterns.
+    # The patterns' own weights depend on the choice of patterns, so that they may be missing or unused.
     new, unused = ([name for name in names if ".own." in name] for names in (absent, unexpected))
     if unmatched := [name for name in [*absent, *unexpected] if name not in (*new, *unused)]:
         raise ValueError(
@@ -340,20 +342,20 @@ def convert_encoder(
         )
     if new:
         model.initialize_own_weights()
-        model.load_state_dict(weights, strict=False)  # what the checkpoint has of them stays
+        model.load_state_dict(weights, strict=False)  # keep those that the checkpoint has
     model.tie_weights()
-    for names, said in ((new, "are not in the checkpoint and start new"), (unused, "are left out")):
+    for names, outcome in ((new, "are not in the checkpoint and start new"), (unused, "are left out")):
         if names:
-            print(f"longembed: {len(names)} weights that belong to attention patterns {said}, such as {names[0]}")
+            print(f"longembed: {len(names)} weights that belong to attention patterns {outcome}, such as {names[0]}")
     original_fields = converted_fields(original, family, {})
     report_difference(
         model,
         original_model,
         comparable_length(config, original_fields, bool(new)),
-        # Only those have global projections that come with some: the original marks tokens too.
+        # Global tokens are compared only if all global projections come from the checkpoint.
         not new and all(getattr(pattern, "global_projections", False) for pattern in config.get_patterns()),
     )
-    # Asked for a tokenizer that is not there, transformers makes one that knows no words.
+    # If a checkpoint has no tokenizer, transformers would create one without a vocabulary.
     if any(find_file(name_or_path, file, **hub) for file in TOKENIZER_FILES):
         model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
         model.tokenizer.model_max_length = config.max_position_embeddings
@@ -373,7 +375,7 @@ def converted_head_weights(original_model, family: Family, missing: set[str]) ->
 
     Raises:
         MissingHeadError: the checkpoint has no head.
-        ValueError: a head that we cannot express.
+        ValueError: the head has a feature that a LongEmbed model cannot express.
     """
     config, layers = original_model.config, family.fields(original_model.config)["hidden_act"]
     activation = "gelu" if family.head is ROBERTA.head else getattr(config, "classifier_activation", layers)
@@ -400,7 +402,7 @@ def report_difference(model: HubModel, original_model, length: int, global_token
     Args:
         model: the converted model.
         original_model: the original.
-        length: length of the longest document that is compared, in tokens; 0: nothing is compared.
+        length: length of the longest document of the comparison in tokens; 0: nothing is compared.
         global_tokens: whether some tokens are marked as global in both.
 
     Raises:
@@ -409,12 +411,13 @@ def report_difference(model: HubModel, original_model, length: int, global_token
     name = model.config.original_model
     if length == 0:
         print(
-            f"longembed: {name} converted; by choice no input is read as the original reads it, so nothing was compared"
+            f"longembed: {name} converted; with these choices no outputs equal those of the original, so nothing was "
+            "compared"
         )
         return
     length = min(length, COMPARED_LENGTH)
     encoder: Any = model.base_model
-    weighting, encoder.token_weighting = encoder.token_weighting, "none"  # compared is what comes before it
+    weighting, encoder.token_weighting = encoder.token_weighting, "none"  # compare the unweighted states
     difference = largest_difference(original_model, model, length, global_tokens)
     encoder.token_weighting = weighting
     print(

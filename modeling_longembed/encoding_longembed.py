@@ -1,4 +1,4 @@
-"""`model.encode`: from texts to vectors, without padding, so that a vector does not depend on the rest of a batch."""
+"""`model.encode`: texts to vectors, without padding, so that a vector does not depend on the rest of the batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,8 +32,8 @@ def budget_batches(
     Args:
         lengths: tokens of each document.
         batch_tokens: tokens of a batch.
-        longest_first: start with the longest document, so that what does not fit into memory fails at once; otherwise
-            keep the given order.
+        longest_first: start with the longest documents, so that a lack of memory shows at once; otherwise keep the
+            given order.
         padded: count a batch as if all its documents were padded to its longest one.
 
     Returns:
@@ -113,11 +113,11 @@ def encode_texts(
         model: the encoder.
         texts: one string, or a list of strings.
         prompt_name: key in `config.prompts` (`query`, `document`) of the prompt in front of each text; None: no prompt.
-        batch_tokens: most tokens in one forward pass, which decides how much memory is needed. Texts are sorted by
+        batch_tokens: largest number of tokens in one forward pass, which determines the memory. Texts are sorted by
             length and packed without padding.
         normalize: scale vectors to unit length, after truncation.
         truncate_dim: number of leading dimensions to keep (for models trained with Matryoshka losses); None: all.
-        late_chunk_tokens: return one vector for each passage of this many tokens, pooled from states that have read the
+        late_chunk_tokens: return one vector for each passage of this many tokens, pooled from states that have seen the
             whole document (late chunking, Günther et al. 2024, arXiv:2409.04701); None: one vector per text.
         overflow: if texts exceed the context, `warn` logs how much was cut off, `error` raises.
         output: `numpy` or `torch`.
@@ -183,7 +183,7 @@ def encode_rows(model: HubModel, rows, batch_tokens, late_chunk_tokens, precisio
     Args:
         model: the encoder.
         rows: the token ids of each document.
-        batch_tokens: most tokens in one forward pass.
+        batch_tokens: largest number of tokens in one forward pass.
         late_chunk_tokens: number of tokens per passage, or None.
         precision: `float32`, `bfloat16` or `auto`.
         show_progress_bar: whether a progress bar is shown; None: if there is more than one batch.

@@ -76,8 +76,8 @@ There is no code in this repository. It was written by longembed's `to_native`.
 def without_extension(config):
     """Return a copy of the config that expresses the same positions without `position_extension`, where possible.
 
-    It is possible if a position does not depend on the length of the document: it is then a row of a learned table, or
-    an angle of one rotation.
+    It is possible if positions do not depend on the length of the document: they are then rows of a learned table or
+    angles of one rotation.
     """
     config = copy.deepcopy(config)
     extension, length = config.position_extension, config.max_position_embeddings
@@ -91,14 +91,14 @@ def without_extension(config):
             if extension["method"] not in ("linear", "yarn", "ntk", "theta"):
                 return config
             config.rope_parameters = {
-                kind: stretched_rotation(config, parameters)
+                kind: extended_rotation(config, parameters)
                 for kind, parameters in zip(config.layer_types, rope_by_layer(config), strict=True)
             }
         config.position_extension = None
     return config
 
 
-def stretched_rotation(config, parameters: dict) -> dict:
+def extended_rotation(config, parameters: dict) -> dict:
     """Return the RoPE parameters of an extended config for transformers, which has no name for `ntk` and `theta`."""
     parameters = extended_rope_parameters(config.position_extension, parameters, config.max_position_embeddings)
     if parameters["rope_type"] in ("ntk", "theta"):
@@ -107,7 +107,7 @@ def stretched_rotation(config, parameters: dict) -> dict:
 
 
 def position_table(encoder) -> Tensor:
-    """Return the vector that is added at each place of a document, `(max_position_embeddings, d)`."""
+    """Return the vector that is added at each position of a document, `(max_position_embeddings, d)`."""
     config, length = encoder.config, encoder.config.max_position_embeddings
     documents = PackedDocuments(torch.tensor([0, length], dtype=torch.int32), length)
     places = position_ids(config, documents, torch.arange(length))
@@ -117,7 +117,7 @@ def position_table(encoder) -> Tensor:
 
 
 def meaning(config) -> dict[str, Any]:
-    """Return fields and values such that configs with equal values compute the same in evaluation."""
+    """Return fields and values such that configs with equal values give the same outputs in evaluation."""
     fields = {name: getattr(config, name) for name in type(config).__annotations__ if name not in IGNORED_FIELDS}
     length = config.max_position_embeddings
     fields["attention_patterns"] = [
@@ -130,7 +130,7 @@ def meaning(config) -> dict[str, Any]:
 
 
 def inexpressible_fields(config, native_config, family: Family, with_head: bool) -> list[str]:
-    """Find the fields of our config that have another meaning when they are read back from the native config.
+    """Find the fields of our config that change their meaning in a round trip through the native config.
 
     Args:
         config: our config.
@@ -168,7 +168,7 @@ def native_config_of(config, with_head: bool):
             native_config = AutoConfig.for_model(model_type, **family.native_fields(plain))
             fields = inexpressible_fields(plain, native_config, family, with_head)
         except Exception as error:
-            # An odd head_dim has no rotation, and older releases have no ModernBERT with one type of layers only.
+            # An odd head_dim cannot be rotated, and older releases have no ModernBERT with a single layer type.
             if not isinstance(error, ValueError) and not isinstance(error.__cause__, (TypeError, ValueError)):
                 raise
             continue
@@ -178,13 +178,13 @@ def native_config_of(config, with_head: bool):
             return native_config
         if nearest is None or len(fields) < len(nearest[1]):
             nearest = NATIVE[model_type], fields
-    architecture, unsayable_fields = nearest or ("BERT", [])
-    values = {name: repr(getattr(config, name)) for name in unsayable_fields}
+    architecture, lost_fields = nearest or ("BERT", [])
+    values = {name: repr(getattr(config, name)) for name in lost_fields}
     if "attention_patterns" in values:
         values["attention_patterns"] = summarize_patterns(config.attention_patterns)
-    unsaid = " and ".join(f"{name}={value}" for name, value in values.items())
+    lost_values = " and ".join(f"{name}={value}" for name, value in values.items())
     raise ValueError(
-        f"to_native: {architecture}, the nearest architecture of transformers, has no {unsaid}; "
+        f"to_native: {architecture}, the nearest architecture of transformers, has no {lost_values}; "
         "publish this model with save_pretrained, which adds the code that it needs"
     )
 
@@ -236,15 +236,15 @@ def export_native(model: HubModel, path: str | Path) -> None:
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"to_native: {path} exists and is no empty folder; give a new one")
+        raise ValueError(f"to_native: {path} exists and is not an empty folder; give a new one")
     with_head = model._tied_weights_keys is not None
     native_config = native_config_of(model.config, with_head)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The folder is written under a temporary name, so that under `path` there is all of it or nothing.
+    # Write the folder under a temporary name first, so that `path` is either complete or absent.
     folder = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     folder.mkdir()
     try:
-        with torch.random.fork_rng(devices=[]):  # its initial weights are random, and then overwritten
+        with torch.random.fork_rng(devices=[]):  # its random initial weights are overwritten
             native_model(model, native_config, with_head).save_pretrained(folder)
         model._write_tokenizer(folder)
         (folder / "README.md").write_text(native_card(model, path.name, native_config), encoding="utf-8")
@@ -296,7 +296,7 @@ def difference_from_native(model: HubModel, folder: Path, model_type: str, with_
         folder: the folder of the native model.
         model_type: the native architecture.
         with_head: whether the models have the masked-language-model head.
-        length: length of the longest document that is compared, in tokens.
+        length: length of the longest document of the comparison in tokens.
 
     Returns:
         The largest absolute difference.

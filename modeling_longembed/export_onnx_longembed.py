@@ -37,8 +37,8 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike) -> Path:
 
     The inputs of the graph are `input_ids` and `attention_mask`, and `token_type_ids` if the model has segments, all
     int64 `(B, S)` with any B and S, and with padding on any side. The outputs are `last_hidden_state` `(B, S, d)` and
-    `pooler_output` `(B, d)`. Only attention is computed on padding. All patterns are masks here, so that a document has
-    S x S scores. If onnxruntime is installed, the graph is run and compared with the model before it is kept.
+    `pooler_output` `(B, d)`. Only attention is computed on padding. All patterns are computed as masks, with S x S
+    scores per document. If onnxruntime is installed, the graph is run and compared with the model before it is kept.
 
     Args:
         model: the encoder, in float32.
@@ -55,7 +55,7 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike) -> Path:
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise ValueError(f"to_onnx needs the package {package}: pip install 'longembed[onnx]'")
-    if torch.__version__ < "2.13":  # the graph of torch 2.9 works for the shape of the example only
+    if torch.__version__ < "2.13":  # older exporters fix the shape of the example (torch 2.9)
         raise ValueError(f"to_onnx needs torch 2.13 or later, and this is {torch.__version__}; update torch")
     path, kernel, training = Path(path), model.config._attn_implementation, model.training
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,13 +81,13 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike) -> Path:
         finally:
             model.set_attn_implementation(kernel)
             model.train(training)
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that names them
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # the weights before the graph that refers to them
             os.replace(file, path.parent / file.name)
     return path
 
 
 def check_expressible(model: PreTrainedModel):
-    """Check that a graph for inputs of all shapes can express the model.
+    """Check that a graph for inputs of any shape can express the model.
 
     Raises:
         ValueError: it cannot; the message names the field and says what to use.

@@ -65,7 +65,7 @@ Weights are safetensors. The code in this repository runs on your machine when y
 
 
 def find_file(name_or_path: str, file: str, **hub) -> str | None:
-    """Return the path of a file of a model folder or Hub repository (cached or downloaded), or None if it has none."""
+    """Return the path of a file of a model folder or Hub repository, downloaded if necessary; None if it is missing."""
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     return cached_file(name_or_path, file, **quiet, **hub)
 
@@ -113,7 +113,7 @@ class HubModel(PreTrainedModel):
         if self._tokenizer is None:
             if not self.has_tokenizer():
                 raise ValueError("there is no tokenizer beside this model; set model.tokenizer first")
-            # With our config, transformers does not load one, for which it would ask to trust remote code.
+            # Pass our config: transformers would load it anew otherwise, and ask whether to trust remote code.
             source = self._tokenizer_source or {}
             self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, **source)
         return self._tokenizer
@@ -128,7 +128,7 @@ class HubModel(PreTrainedModel):
             return self._tokenizer is not None
         return find_file(self.name_or_path, "tokenizer_config.json", **(self._tokenizer_source or {})) is not None
 
-    def save_pretrained(  # type: ignore[override]  # `title` is ours; transformers' other options pass through
+    def save_pretrained(  # type: ignore[override]  # `title` is an additional option
         self, save_directory, is_main_process: bool = True, title: str | None = None, **kwargs
     ):
         """Save weights, config, code, tokenizer, the files of sentence-transformers, and a model card.
@@ -139,14 +139,14 @@ class HubModel(PreTrainedModel):
             title: name of the model in the card; None: the name of the folder.
             **kwargs: as in transformers.
         """
-        # All three classes, whichever is saved: the folder loads as an encoder and as a masked language model.
+        # Register all three classes, so that the folder loads as an encoder and as a masked language model.
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
             self._write_companions(Path(save_directory), title)
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
-        """Replace the generic card that `push_to_hub` of transformers has put into the folder before it calls this."""
+        """Replace the generic card that `push_to_hub` of transformers writes before it calls this method."""
         self._write_companions(Path(working_dir), title=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 

@@ -45,7 +45,7 @@ def no_contribution(layer: nn.Module) -> Tensor:
 
 
 def skip_layer(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    """Pass the residual stream `(T, d)` by a layer that is left out; in training its gradient is zero, not missing."""
+    """Return the residual stream `(T, d)` past a dropped layer, whose gradient in training is zero, not missing."""
     if not torch.is_grad_enabled():
         return hidden_states
     return hidden_states + no_contribution(layer).to(hidden_states.dtype)

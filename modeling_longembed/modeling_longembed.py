@@ -1,8 +1,8 @@
 """The encoder: embeddings, a list of residual sublayers read off `config.sublayer_pattern`, and pooling.
 
 Shapes: B documents, S tokens of the longest document in a padded batch, T packed tokens, R rows that the sublayers
-compute (T, and what patterns put between the tokens), d width, H heads, D head size, V vocabulary. Padding is removed
-once, before the embeddings, and put back once, after the last sublayer.
+compute (the T tokens and the rows that a pattern inserts between them), d model width, H heads, D head size, V size of
+the vocabulary. Padding is removed once, before the embeddings, and restored once, after the last sublayer.
 """
 
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class LongEmbedEmbeddings(nn.Module):
         self.token_type_embeddings = None
         if config.type_vocab_size:
             self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        # One sublayer of each type of pattern speaks for all of that type.
+        # One pattern object per type is enough: sublayers of one type share the modules and the inserted rows.
         self.patterns = {pattern.type: pattern for pattern in config.get_patterns()}
         for pattern in self.patterns.values():
             for name, module in pattern.build_embeddings(config).items():
@@ -60,7 +60,7 @@ class LongEmbedEmbeddings(nn.Module):
     def prepare(
         self, inputs: Tensor, token_type_ids: Tensor | None, token_index: Tensor, documents: PackedDocuments
     ) -> TokenSequence:
-        """Look up the words and give the patterns the chance to put rows between the tokens.
+        """Look up the word vectors and let the patterns insert rows between the tokens.
 
         Args:
             inputs: token ids `(B, S)` or word vectors `(B, S, d)`; packed: `(1, T)` or `(1, T, d)`.
@@ -82,7 +82,7 @@ class LongEmbedEmbeddings(nn.Module):
         return sequence
 
     def forward(self, sequence: TokenSequence) -> Tensor:
-        """Add segments and positions to the words of all rows; returns `(R, d)`."""
+        """Add segment and position embeddings to the word vectors of all rows; return `(R, d)`."""
         hidden_states = sequence.words
         if self.token_type_embeddings is not None:
             hidden_states = hidden_states + self.token_type_embeddings(sequence.segments)
@@ -93,8 +93,9 @@ class LongEmbedEmbeddings(nn.Module):
         return self.dropout(hidden_states)
 
 
-# Inner states of a feed-forward sublayer that are computed at once on a CPU (16 MB in fp32): malloc takes more than
-# 32 MB from the system anew each time, and the page faults of a long document cost as much as the arithmetic.
+# Largest number of inner states of a feed-forward sublayer that are computed at once on a CPU (16 MB in fp32). malloc
+# requests blocks of more than 32 MB from the system each time, and for a long document the page faults would cost as
+# much as the arithmetic.
 MAX_INNER_STATES = 2**22
 
 
@@ -112,8 +113,8 @@ class LongEmbedFeedForward(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = max(1, MAX_INNER_STATES // self.up_proj.out_features)
-        if _may_be_cut(hidden_states) and len(hidden_states) > rows:
-            return torch.cat([self._transform(part) for part in hidden_states.split(rows)])
+        if _benefits_from_chunks(hidden_states) and len(hidden_states) > rows:
+            return torch.cat([self._transform(chunk) for chunk in hidden_states.split(rows)])
         return self._transform(hidden_states)
 
     def _transform(self, hidden_states: Tensor) -> Tensor:
@@ -123,8 +124,8 @@ class LongEmbedFeedForward(nn.Module):
         return self.down_proj(inner)
 
 
-def _may_be_cut(hidden_states: Tensor) -> bool:
-    """Return whether rows are better computed in parts: on a CPU, in inference, outside a graph."""
+def _benefits_from_chunks(hidden_states: Tensor) -> bool:
+    """Return whether rows are computed faster in chunks: on a CPU, in inference, outside a compiled graph."""
     return hidden_states.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
@@ -161,7 +162,7 @@ class LongEmbedSublayer(GradientCheckpointingLayer):
 
 
 class LongEmbedPreTrainedModel(HubModel):
-    """What the models share: loading, saving, conversion, initialisation."""
+    """Base class of the models: loading, saving, conversion and initialisation."""
 
     config_class = LongEmbedConfig
     base_model_prefix = "model"
@@ -172,7 +173,7 @@ class LongEmbedPreTrainedModel(HubModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    # Methods that are functions of the model, each in the file of its subject.
+    # Methods that are defined as functions in the module of their subject.
     to_native = export_native
     extend_context = extend_model_context
     switch_positions = switch_position_scheme
@@ -198,37 +199,37 @@ class LongEmbedPreTrainedModel(HubModel):
             max_position_embeddings: new context in tokens; None: the original one.
             position_extension: how documents beyond the original context are read.
             attention_patterns: which keys a query sees; None: the original's.
-            attn_implementation: kernel.
-            **kwargs: further config fields, and where to find files.
+            attn_implementation: name of the attention kernel.
+            **kwargs: further config fields, and the options with which files are found.
         """
         choices = (max_position_embeddings, position_extension, attention_patterns, attn_implementation)
         return convert_encoder(cls, name_or_path, *choices, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """Initialise as transformers does, and our own parameters; one that a checkpoint has given is left alone."""
+        """Initialise a module as transformers does, and our own parameters; parameters of a checkpoint are kept."""
         super()._init_weights(module)
         std = self.config.initializer_range
         self.config.position_scheme.initialize(module, std)
-        # Megatron (Shoeybi et al. 2019, section 5.1): what adds to the residual stream, by the number of additions.
+        # Megatron (Shoeybi et al. 2019, section 5.1): divide by the square root of the number of residual additions.
         if self.config.scaled_initialization and isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=std / len(self.config.sublayer_pattern) ** 0.5)
 
     @torch.no_grad()
     def initialize_weights(self):
-        """Initialise as transformers does, then the patterns' own weights, which depend on those of their sublayer."""
+        """Initialise as transformers does, then the patterns' own weights, which depend on the rest of the sublayer."""
         super().initialize_weights()
         self.initialize_own_weights()
 
     @torch.no_grad()
     def initialize_own_weights(self):
-        """Initialise the patterns' own weights, given the others."""
+        """Initialise the patterns' own weights, given the other weights of their sublayers."""
         for module in self.modules():
             if isinstance(module, LongEmbedAttention):
                 module.pattern.initialize(module)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
-        """Check the kernel; without a request it is the packed one, where transformers would take padded SDPA."""
+        """Check the kernel; the default is the packed kernel, where transformers would choose padded SDPA."""
         name = requested_attention or DEFAULT_KERNEL
         check_kernel(name, self.config)
         return super().get_correct_attn_implementation(name, is_init_check)
@@ -236,7 +237,7 @@ class LongEmbedPreTrainedModel(HubModel):
 
 @dataclass
 class LongEmbedModelOutput(BaseModelOutputWithPooling):
-    """transformers' output, and what a model remembers of documents that come in chunks."""
+    """The output of transformers with the memory of documents that are encoded in chunks."""
 
     memory: Memory | None = None
 
@@ -300,22 +301,22 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
                 patterns).
             cu_seq_lens_q: `(B + 1,)` int32, cumulative lengths: the input is packed. The name is transformers' own.
             max_length_q: length of the longest packed document in tokens; counted if None.
-            memory: the input is the next chunk of every document, and this is what the last call returned; that of a
-                first chunk is `new_memory()`.
-            output_attentions: weights of each attention sublayer, `(B, H, S, S)`; needs `attn_implementation="eager"`.
-            output_hidden_states: the embeddings and the states after each SUBLAYER, `(B, S, d)`: in the layout
-                `sfsf...` every second entry is a layer of the original. Under pre-norm the last one is after the final
-                norm.
+            memory: the memory that the previous call returned, if the input is the next chunk of every document;
+                `new_memory()` for the first chunk. None: the input is whole documents.
+            output_attentions: return the weights of each attention sublayer, `(B, H, S, S)`; needs the kernel `eager`.
+            output_hidden_states: return the embeddings and the states after each SUBLAYER, `(B, S, d)`. In the layout
+                `sfsf...` every second entry corresponds to a layer of the original. The last entry is taken after the
+                final norm, if there is one.
             **kwargs: `return_dict=False` gives a tuple; everything else is ignored.
 
         Returns:
             `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), weighted by
             `config.token_weighting`, and `pooler_output` `(B, d)`, one vector per document by `config.pooling`, not
-            normalised. With `memory`, `pooler_output` is of all that was read of the documents so far, and `memory`
-            goes with the next chunk.
+            normalised. With `memory`, `pooler_output` is the embedding of all chunks read so far, and `memory` is the
+            one to pass with the next chunk.
 
         Raises:
-            ValueError: inputs that contradict each other, or a kernel that cannot compute this model.
+            ValueError: the inputs contradict each other, or the kernel cannot compute this model.
         """
         config, inputs = self.config, inputs_embeds if input_ids is None else input_ids
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -371,7 +372,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         )
 
     def new_memory(self, batch_size: int = 1) -> Memory:
-        """Return what `forward` takes as `memory` with the first chunk of `batch_size` documents.
+        """Return the empty memory that `forward` takes with the first chunk of `batch_size` documents.
 
             memory = model.new_memory()
             for chunk in input_ids.split(8192, dim=1):
@@ -379,13 +380,14 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
                 memory = output.memory
             embedding = output.pooler_output
 
-        equals `model(input_ids).pooler_output` in the memory of one chunk. All attention sublayers are `memory` or
-        `block`, and all chunks but a document's last a multiple of their sizes.
+        gives the same vector as `model(input_ids).pooler_output`, but holds one chunk at a time. All attention
+        sublayers must have the pattern `memory` or `block`, and the length of every chunk but the last of a document
+        must be a multiple of their sizes.
         """
         return Memory.empty(self.config, batch_size, self.training, self.dtype, self.device)
 
     def _check_pass(self, memory: Memory | None, position_ids: Tensor | None, output_attentions: bool) -> None:
-        """Raise ValueError if what is asked of one forward pass cannot be combined."""
+        """Raise ValueError if the options of a forward pass cannot be combined."""
         kernel = self.config._attn_implementation
         if output_attentions and kernel != "eager":
             raise ValueError(
@@ -393,14 +395,14 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             )
         if memory is not None and (position_ids is not None or output_attentions):
             raise ValueError(
-                "memory: places go on by themselves, and weights reach back beyond the chunk; leave position_ids "
-                "and output_attentions out"
+                "memory: positions continue from the previous chunk, and attention weights extend beyond this chunk; "
+                "leave position_ids and output_attentions out"
             )
         if self.training and self.config.training_attention_patterns is not None:
             check_kernel(kernel, self.config, training=True)
 
     def _draw_layers(self) -> list[bool]:
-        """Return which sublayers take part in this forward pass: all, except under LayerDrop in training."""
+        """Return which sublayers are computed in this forward pass: all, except under LayerDrop in training."""
         if self.training and self.config.layerdrop:
             return draw_layers(self.config.sublayer_pattern, self.config.layerdrop, self.config.layerdrop_unit)
         return [True] * len(self.layers)
@@ -422,7 +424,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
 
 @dataclass
 class LongEmbedMaskedLMOutput(MaskedLMOutput):
-    """transformers' output, and what a model remembers of documents that come in chunks."""
+    """The output of transformers with the memory of documents that are encoded in chunks."""
 
     memory: Memory | None = None
 
@@ -449,7 +451,7 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = LongEmbedModel(config)
-        self.model.token_weighting = "none"  # of embeddings: the head reads the states as they are
+        self.model.token_weighting = "none"  # the weights are for embeddings; the head reads unweighted states
         self.head = LongEmbedMaskedLMHead(config)
         self.post_init()
 
@@ -471,13 +473,13 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
 
         Args:
             input_ids, attention_mask, **kwargs: as in `LongEmbedModel.forward`.
-            labels: `(B, S)`, -100 where nothing is predicted. With labels only the predicted positions reach the
-                vocabulary projection, and `logits` is `(P, V)` for the P of them: those of a whole long document would
-                not fit.
+            labels: `(B, S)`, -100 where nothing is predicted. With labels, only the P predicted positions are projected
+                to the vocabulary, and `logits` is `(P, V)`: the logits of a whole long document would not fit into
+                memory.
 
         Returns:
-            `loss` (mean cross-entropy, with labels), `logits` (`(B, S, V)` without labels), and `memory` as the
-            encoder.
+            `loss` (mean cross-entropy, if labels are given), `logits` (`(B, S, V)` without labels), and `memory` as in
+            the encoder.
         """
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs, return_dict=True)
         hidden_states, loss = outputs.last_hidden_state, None
@@ -496,7 +498,7 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
         )
 
 
-# Saving then writes `auto_map` and copies these files: the folder loads with trust_remote_code and nothing installed.
+# With this, saving writes `auto_map` and copies these files, so that trust_remote_code loads the folder anywhere.
 LongEmbedConfig.register_for_auto_class()
 LongEmbedModel.register_for_auto_class("AutoModel")
 LongEmbedForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")

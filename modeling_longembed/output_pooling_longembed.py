@@ -147,8 +147,8 @@ def pool(hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:
     return POOLINGS[method](hidden_states, segment_numbers(cu_seqlens, hidden_states.shape[0]), cu_seqlens)
 
 
-def pool_on(pooled: Tensor, seen: Tensor, hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:
-    """Update the vectors of B documents that are read chunk by chunk: as `pool` of all chunks until now.
+def pool_incrementally(pooled: Tensor, seen: Tensor, hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:
+    """Update the vectors of B documents that are read in chunks; the result equals `pool` of all chunks read so far.
 
     Args:
         pooled: `(B, d)`, the vectors of the earlier chunks.
@@ -158,7 +158,7 @@ def pool_on(pooled: Tensor, seen: Tensor, hidden_states: Tensor, cu_seqlens: Ten
         method: name in `POOLINGS`.
 
     Returns:
-        `(B, d)`, the vectors of the earlier chunks and the new ones together.
+        `(B, d)`, the vectors of the earlier and the new chunks together.
     """
     chunk, length = pool(hidden_states, cu_seqlens, method), cu_seqlens.diff().long()
     pooled, total = pooled.to(chunk.dtype), seen + length
@@ -170,7 +170,7 @@ def pool_on(pooled: Tensor, seen: Tensor, hidden_states: Tensor, cu_seqlens: Ten
         return torch.where((seen > 0)[:, None], pooled, chunk)
     if method == "last":
         return torch.where((length > 0)[:, None], chunk, pooled)
-    if method == "weighted_mean":  # the weight of a token is its place: that in the chunk plus `seen`
+    if method == "weighted_mean":  # the weight of a token is its place in the document: in the chunk, plus `seen`
         within, before = length * (length + 1), 2 * seen * length
         chunk = torch.lerp(chunk, pool(hidden_states, cu_seqlens, "mean"), share(before, within + before))
         length, total = within + before, total * (total + 1)

@@ -38,9 +38,9 @@ class PackedDocuments:
         is_global: `(T,)` bool, tokens that see and are seen by all tokens of their document; None: no token is.
         padded_index: `(T,)` int64, place of each token in the flattened `(B * S)` batch; None if the caller packed.
         batch_shape: `(B, S)` of the padded batch; None if the caller packed.
-        past: `(B,)` int64, number of tokens of each document that came before those here; None: none did.
-        num_tokens: T; if it is None and the caller packed, it is read from the device, which breaks a compiled graph.
-        cache: what kernels derive from these lengths, such as block masks; see `once`.
+        past: `(B,)` int64, number of earlier tokens of each document in previous chunks; None: no previous chunks.
+        num_tokens: T; if None for packed input, T is read from the device, which breaks a compiled graph.
+        cache: values that are derived from these lengths, such as block masks; see `once`.
     """
 
     cu_seqlens: Tensor
@@ -59,7 +59,7 @@ class PackedDocuments:
         lengths = attention_mask.sum(dim=1, dtype=torch.int32)
         cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
         padded_index = attention_mask.flatten().nonzero(as_tuple=True)[0]
-        if torch.compiler.is_exporting():  # an exported graph cannot depend on the lengths, only on their bound
+        if torch.compiler.is_exporting():  # an exported graph must not depend on the lengths
             torch._check(padded_index.shape[0] > 0)
             max_seqlen = attention_mask.shape[1]
         else:
@@ -102,7 +102,7 @@ class PackedDocuments:
                 raise ValueError(
                     "packed input (cu_seq_lens_q) is one row of tokens, shape (1, T), without attention_mask"
                 )
-            # Checked only where it is free: another device would have to be waited for, and a graph would break.
+            # Checked only on CPU: on other devices it would synchronise, and it would break a compiled graph.
             if cu_seq_lens.device.type == "cpu" and not torch.compiler.is_compiling() and cu_seq_lens[-1] != shape[1]:
                 raise ValueError(
                     f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])} and the input has {shape[1]} tokens; they must agree"
@@ -124,7 +124,7 @@ class PackedDocuments:
     def lengths(self) -> list[int]:
         """The lengths of the documents in tokens, as Python integers.
 
-        This synchronizes with the device, once per forward pass. It is for computations that go through the documents
+        This synchronizes with the device, once per forward pass. It is for computations that process the documents
         one by one on any device: token weights, dynamic RoPE, recurrence.
         """
         return self.cu_seqlens.diff().tolist()
@@ -153,7 +153,7 @@ class PackedDocuments:
         return self.cu_seqlens.diff().long()[self.document_ids]
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """Return what `compute` returns; it is called once per forward pass and key, for all layers."""
+        """Return the result of `compute`, which is called once per forward pass and key, for all layers."""
         if key not in self.cache:
             self.cache[key] = compute()
         return self.cache[key]
@@ -216,7 +216,7 @@ def split_documents(cu_seqlens: Tensor, size: int, first: int | None = None) -> 
         document has no chunk.
     """
     lengths = cu_seqlens.diff()
-    # The number of tokens that the first chunk lacks: the document is cut as if it began so much earlier.
+    # Number of tokens missing from the first chunk: the document is cut as if it began that much earlier.
     lead = torch.where(lengths > size, size - (size if first is None else first), 0)
     chunks = (lengths + lead + size - 1) // size
     starts = torch.repeat_interleave(cu_seqlens[:-1], chunks)

@@ -164,7 +164,7 @@ class AdaptiveAttention(AttentionPattern):
         return (query.index - key.index).abs() <= self.max_span
 
     def sees_all(self, length):
-        return length <= 1  # how far it sees is learned
+        return length <= 1  # the span is learned
 
     def reach(self, documents):
         return max(0, min(documents.max_seqlen - 1, self.max_span))

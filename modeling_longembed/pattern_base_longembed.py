@@ -1,8 +1,8 @@
 """The interface of an attention pattern: a definition that every kernel is tested against, and a fast path.
 
-A pattern that is a mask needs nothing but its predicate `visible`; `attend` makes it fast. One that is more than a mask
-(its own projections, learned spans, hashing, memory) also says what it computes in `dense`, and prepares its own
-tensors.
+A pattern that is only a mask needs nothing but its predicate `visible`; `attend` can be overridden by a faster
+implementation. A pattern that is more than a mask (own projections, learned spans, hashing, memory) also defines what
+it computes in `dense`, and prepares its own tensors.
 """
 
 from dataclasses import dataclass, field, fields
@@ -17,12 +17,12 @@ from .position_base_longembed import GroupedRotary, ScoreBias
 
 
 def parameter(default: int | None, least: int = 1) -> Any:
-    """Declare a whole-number parameter of a pattern: its default (None: the class derives it) and its minimum."""
+    """Declare an integer parameter of a pattern, with its default (None: derived by the class) and its minimum."""
     return field(default=default, metadata={"least": least})
 
 
 def switch(default: bool) -> Any:
-    """Declare a parameter of a pattern that is on or off."""
+    """Declare a Boolean parameter of a pattern."""
     return field(default=default, metadata={"least": None})
 
 
@@ -32,7 +32,7 @@ class Places:
 
     index: Tensor  # int64, place in the document from 0
     length: Tensor  # int64, length of the document
-    is_global: Tensor  # bool, marked as one that sees and is seen everywhere
+    is_global: Tensor  # bool, whether the token sees all tokens and is seen by all
 
     def at(self, index) -> "Places":
         """Return the tokens `index`, or the same ones in another shape."""
@@ -41,7 +41,7 @@ class Places:
 
 @dataclass
 class TokenSequence:
-    """The rows that the sublayers compute: the tokens of all documents, and what patterns have put between them.
+    """The rows that the sublayers compute: the tokens of all documents and the rows inserted by patterns.
 
     Args:
         documents: which rows belong to which document.
@@ -74,7 +74,7 @@ class TokenSequence:
 
 
 class AttentionInputs(NamedTuple):
-    """What one attention call reads. T packed tokens, H heads, D head size.
+    """The inputs of one attention call. T packed tokens, H heads, D head size.
 
     Args:
         query, key: `(T, H, D)`, with positions.
@@ -88,7 +88,7 @@ class AttentionInputs(NamedTuple):
         causal: no query sees a later key.
         training: whether the model trains.
         own: what `pattern.prepare` returned.
-        first_head: number of the first head here; tensor parallelism gives a process some of the model's heads.
+        first_head: number of the first head on this process; under tensor parallelism it has some of the model's heads.
         num_heads: number of heads of the model; None: H.
     """
 
@@ -104,11 +104,11 @@ class AttentionInputs(NamedTuple):
     causal: bool = False  # no query sees a later key
     training: bool = False
     own: Any = None  # what `pattern.prepare` returned
-    first_head: int = 0  # number of the first head here: tensor parallelism gives a process some of the model's heads
-    num_heads: int | None = None  # heads of the model; H if None
+    first_head: int = 0  # number of the first head on this process
+    num_heads: int | None = None  # number of heads of the model; H if None
 
     def heads(self, heads: slice) -> "AttentionInputs":
-        """Return the same for some of the heads."""
+        """Return the inputs of some of the heads."""
         return self._replace(
             query=self.query[:, heads],
             key=self.key[:, heads],
@@ -121,12 +121,12 @@ class AttentionInputs(NamedTuple):
 
     @property
     def model_heads(self) -> int:
-        """Heads of the model, of which `first_head` and the H - 1 after it are here."""
+        """Number of heads of the model; `first_head` and the H - 1 after it are computed on this process."""
         return self.query.shape[1] if self.num_heads is None else self.num_heads
 
     @property
     def head_numbers(self) -> Tensor:
-        """`(H, 1, 1)` int64: the numbers of the heads here among those of the model."""
+        """The numbers of the heads on this process among those of the model, `(H, 1, 1)` int64."""
         first, heads = self.first_head, self.query.shape[1]
         return torch.arange(first, first + heads, device=self.query.device)[:, None, None]
 
@@ -160,14 +160,14 @@ class AttentionPattern:
     """Base class of all patterns. The fields of a subclass are its parameters in `config.attention_patterns`.
 
     Raises:
-        ValueError: a parameter that is out of range.
+        ValueError: a parameter is out of range.
     """
 
     type: ClassVar[str]
-    layer_type: ClassVar[str]  # the nearest name that transformers' strict `layer_types` knows
-    per_head: ClassVar[bool] = False  # whether the predicate looks at the head
+    layer_type: ClassVar[str]  # the closest name among those that transformers allows in `layer_types`
+    per_head: ClassVar[bool] = False  # whether the predicate depends on the head
     shares_query_key: ClassVar[bool] = False  # one projection gives both query and key
-    adds_tokens: ClassVar[bool] = False  # whether `prepare_sequence` puts rows between the tokens
+    adds_tokens: ClassVar[bool] = False  # whether `prepare_sequence` inserts rows between the tokens
 
     def __post_init__(self):
         for parameter in fields(self):
@@ -184,21 +184,21 @@ class AttentionPattern:
                 )
 
     def check(self, config):
-        """Raise ValueError, naming the fields and the remedy, if `config` cannot be combined with this pattern."""
+        """Raise ValueError, with the fields and the remedy, if `config` cannot be combined with this pattern."""
 
     @property
     def is_mask(self) -> bool:
-        """Whether `visible` alone defines the pattern, so that every kernel that takes a mask can compute it."""
+        """Whether `visible` alone defines the pattern, so that any kernel that takes a mask can compute it."""
         return True
 
     @property
     def own_weights(self) -> bool:
-        """Whether the weights of a model are others with this pattern than with a mask."""
+        """Whether a model with this pattern has other weights than a model whose pattern is a mask."""
         return False
 
     @property
     def at_start(self) -> "AttentionPattern":
-        """What the pattern computes while its own weights are as `initialize` leaves them, as a mask if it is one."""
+        """The pattern that this one equals while its own weights have their initial values; a mask if there is one."""
         return self
 
     def visible(self, query: Places, key: Places, head: Tensor, num_heads: int) -> Tensor:
@@ -206,16 +206,16 @@ class AttentionPattern:
 
         Args:
             query, key: the tokens; all tensors broadcast against each other.
-            head: int64, number of the head; read if `per_head`.
+            head: int64, number of the head; used if `per_head`.
             num_heads: number of heads of the model.
 
         Returns:
-            bool, broadcast shape. Made of elementwise operations, so that it serves as flex_attention's `mask_mod`.
+            bool, of the broadcast shape. Only elementwise operations, so that flex_attention can call it as `mask_mod`.
         """
         raise NotImplementedError
 
     def sees_all(self, length: int) -> bool:
-        """Return whether in a document of `length` tokens every token sees every other, as in full attention."""
+        """Return whether every token of a document of `length` tokens sees every other, as in full attention."""
         raise NotImplementedError
 
     def reach(self, documents: PackedDocuments) -> int:
@@ -226,16 +226,16 @@ class AttentionPattern:
         """Return how a variable-length flash kernel computes the pattern; None if it cannot.
 
         Returns:
-            `(N + 1,)` int32 cumulative lengths of what is attended to, the longest of them in tokens, and the window on
+            `(N + 1,)` int32 cumulative lengths of the segments, the length of the longest in tokens, and the window on
             each side (-1: no window).
         """
         return None
 
     def dense(self, inputs: AttentionInputs, rows: slice) -> tuple[Tensor, Tensor]:
-        """Compute the pattern in one document, written for the reader: L x L memory.
+        """Compute the pattern in one document, written for clarity; it needs L x L memory.
 
         Args:
-            inputs: of all documents.
+            inputs: the inputs of all documents.
             rows: the packed rows of the document.
 
         Returns:
@@ -247,15 +247,15 @@ class AttentionPattern:
         return (dropped @ inputs.value[rows].transpose(0, 1)).transpose(0, 1), weights
 
     def attend(self, inputs: AttentionInputs) -> Tensor:
-        """Compute the same at the pattern's own cost: packed `(T, H, D)`. Here: any predicate, in linear memory."""
+        """Compute the context `(T, H, D)` of all documents; by default in linear memory, for any predicate."""
         return chunked_attention(inputs)
 
     def build_embeddings(self, config) -> dict[str, nn.Module]:
-        """Return modules of the pattern's own for the embeddings of the model, by name."""
+        """Return the pattern's own modules for the embeddings of the model, by name."""
         return {}
 
     def derive_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the modules of `build_embeddings` hold in a model that is converted from another encoder.
+        """Return the initial weights of the modules of `build_embeddings` in a model converted from another encoder.
 
         Args:
             weights: state dict of the converted encoder, without these modules.
@@ -268,47 +268,47 @@ class AttentionPattern:
     def prepare_sequence(self, embeddings: nn.Module, sequence: TokenSequence) -> TokenSequence:
         """Change the rows that all sublayers compute, before segments and positions are added to them.
 
-        Called once per forward pass for one sublayer of each `type`. Only one type of a model may add rows.
+        This is called once per forward pass for each `type` of pattern. Only one type in a model may insert rows.
 
         Args:
             embeddings: the `LongEmbedEmbeddings`, which has the modules of `build_embeddings`.
-            sequence: the rows as they are.
+            sequence: the rows before the change.
 
         Returns:
-            The rows as they shall be.
+            The rows after the change.
         """
         return sequence
 
     def build(self, config) -> nn.Module | None:
-        """Return parameters of the pattern's own, one module an attention sublayer; None if it has none."""
+        """Return the pattern's own parameters of one attention sublayer as a module; None if it has none."""
         return None
 
     def initialize(self, attention: nn.Module):
         """Initialise the parameters in `attention.own`, given the other weights of the sublayer.
 
-        Use `transformers.initialization`, which leaves alone what a checkpoint has given.
+        Use `transformers.initialization`, which keeps parameters that were loaded from a checkpoint.
         """
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """Return how tensor parallelism splits what `build` returns: names in it to transformers' styles."""
+        """Return how tensor parallelism splits the module that `build` returns: parameter names to styles."""
         return {}
 
     def prepare(self, attention: nn.Module, states: Tensor, context: Any) -> Any:
-        """Compute what `dense` and `attend` find in `inputs.own`.
+        """Compute the value that `dense` and `attend` read as `inputs.own`.
 
         Args:
             attention: the `LongEmbedAttention`; its `own` is what `build` returned.
-            states: `(T, d)`, what the projections read.
+            states: `(T, d)`, the input of the projections.
             context: the `LayerContext` of this forward pass.
 
         Returns:
-            Anything; None if there is nothing to prepare.
+            Any value; None if there is nothing to prepare.
         """
         return None
 
 
 def chunked_attention(inputs: AttentionInputs) -> Tensor:
-    """Compute any predicate in linear memory with an online softmax over chunks (Rabe & Staats 2021)."""
+    """Compute attention under any predicate in linear memory, by an online softmax over chunks (Rabe & Staats 2021)."""
     contexts = []
     for start, end in inputs.documents.bounds:
         rows = slice(start, end)

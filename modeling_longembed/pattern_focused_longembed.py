@@ -20,7 +20,7 @@ from .position_base_longembed import Rotary, moved_rotary
 
 
 class Moves(NamedTuple):
-    """Rotations that move T packed tokens from their places in the document, to which they are rotated already."""
+    """Rotations that move T packed tokens, which are already rotated, from their places in the document."""
 
     to_place: Rotary  # to the place in the segment
     to_first: Rotary  # to the first place of a segment
@@ -62,7 +62,7 @@ class FocusedAttention(AttentionPattern):
         return False
 
     def visible(self, query, key, head, num_heads):
-        """Return whether the key is one that the query may choose, see `AttentionPattern.visible`."""
+        """Return whether the query may select the key, see `AttentionPattern.visible`."""
         own = query.index // self.size == key.index // self.size
         return own | (key.index >= 0) if self.top_k else own
 
@@ -120,7 +120,7 @@ class FocusedAttention(AttentionPattern):
         return documents.once((self, "segments"), lambda: split_documents(documents.cu_seqlens, self.size))
 
     def one_document(self, inputs: AttentionInputs, query, key, value, far_key) -> Tensor:
-        """Read the own segment and the nearest keys of the rest of one document, a chunk of queries at a time.
+        """Attend to the own segment and to the nearest other keys of one document, a chunk of queries at a time.
 
         Args:
             inputs: the options of the call.
@@ -179,7 +179,7 @@ class FocusedAttention(AttentionPattern):
             query_HLD = query[rows].transpose(0, 1)
             near = near + inputs.bias.dense(query_HLD, index[rows], index[columns])
             far = far + inputs.bias.dense(query_HLD, place, index[:1])
-        behind = segment[rows, None] - segment[columns]  # how many segments the key is before the query
+        behind = segment[rows, None] - segment[columns]  # number of segments from the key to the query
         own = (behind == 0).expand_as(near)
         read = own & causal_mask(index[rows], index[columns]) if inputs.causal else own
         if inputs.training:

@@ -1,4 +1,4 @@
-"""Landmark attention, and the landmarks that the model puts between the tokens for it."""
+"""Landmark attention, and the landmarks that the model inserts between the tokens for it."""
 
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,20 +13,20 @@ from .pattern_base_longembed import AttentionInputs, AttentionPattern, TokenSequ
 
 
 class Landmarks(NamedTuple):
-    """Where landmarks stand: after every `size - 1` tokens of a document, and at its end. T tokens make R rows.
+    """The places of the landmarks: after every `size - 1` tokens of a document, and at its end. T tokens become R rows.
 
-    A landmark is a word of its own; its position and its segment are those of the token before it, so that the tokens'
-    own positions are the same with landmarks and without.
+    A landmark has a word vector of its own. Its position and its segment are those of the token before it, so that the
+    positions of the tokens are the same with landmarks as without.
     """
 
-    documents: PackedDocuments  # with landmarks
-    source: Tensor  # (T',) int64: the token of each row, of a landmark the token before it
-    tokens: Tensor  # (T,) int64: the row of each token
-    is_landmark: Tensor  # (T',) bool
+    documents: PackedDocuments  # the documents with their landmarks
+    source: Tensor  # (R,) int64, the token of each row; for a landmark the token before it
+    tokens: Tensor  # (T,) int64, the row of each token
+    is_landmark: Tensor  # (R,) bool
 
     @classmethod
     def insert(cls, documents: PackedDocuments, size: int) -> "Landmarks":
-        """Place landmarks in `documents`, `size` tokens per block with its landmark."""
+        """Insert landmarks into `documents`, so that a block with its landmark has `size` rows."""
         between = size - 1
         lengths = documents.cu_seqlens.diff()
         lengthened = lengths + (lengths + between - 1) // between
@@ -45,10 +45,10 @@ class Landmarks(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """One document in B blocks of S tokens; the last one is filled up."""
+    """One document in B blocks of S rows; the last block is padded."""
 
-    place: Tensor  # (B, S) int64, in the document
-    is_word: Tensor  # (B, S) bool: neither landmark nor filling
+    place: Tensor  # (B, S) int64, place in the document
+    is_word: Tensor  # (B, S) bool: neither a landmark nor padding
     query: Tensor  # (H, B, S, D)
     key: Tensor  # (H, B, S, D)
     value: Tensor  # (H, B, S, D)
@@ -56,25 +56,24 @@ class Blocks(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Which blocks are read: C for each block of queries and each head."""
+    """The blocks that are read: C for each block of queries and each head."""
 
-    block: Tensor  # (H, B, C) int64, the own one first
-    exists: Tensor  # (H, B, C) bool: early blocks have fewer than C to choose from under a causal mask
+    block: Tensor  # (H, B, C) int64, the own block first
+    exists: Tensor  # (H, B, C) bool; under a causal mask, early blocks have fewer than C blocks to choose from
 
 
 def block_weights(query, key, landmark, visible, is_own, scaling: float) -> Tensor:
-    """Compute the grouped softmax: over the words in each block, and between blocks over their landmarks.
+    """Compute the grouped softmax: over the words within each block, and over the landmarks between blocks.
 
-    Of the own block its words take part in the second softmax, not its landmark.
-
-    The sum of the own words' exponentials takes the place of a landmark's, so that one softmax over blocks remains.
+    The own block takes part in the second softmax with its words instead of its landmark. The sum of the exponentials
+    of these words replaces the exponential of a landmark, so that one softmax over blocks is enough.
 
     Args:
         query: `(..., Q, D)`.
         key: `(..., C, S, D)`.
         landmark: `(..., C, D)`, keys of the landmarks.
-        visible: which words a query sees, broadcastable to `(..., Q, C, S)`; a block without any is not read.
-        is_own: bool, broadcastable to `(..., Q, C)`.
+        visible: bool, which words a query sees, broadcastable to `(..., Q, C, S)`; a block without any is not read.
+        is_own: bool, whether a block is the query's own, broadcastable to `(..., Q, C)`.
         scaling: factor of the scores.
 
     Returns:
@@ -83,7 +82,7 @@ def block_weights(query, key, landmark, visible, is_own, scaling: float) -> Tens
     blocks, size = key.shape[-3:-1]
     wide = torch.promote_types(torch.float32, query.dtype)
     scores = (query @ key.flatten(-3, -2).transpose(-1, -2)).unflatten(-1, (blocks, size))
-    # A finite minimum: of a block that is not seen at all, the backward pass would make NaN out of -inf.
+    # The minimum is finite, because -inf in all places of a block would give NaN in the backward pass.
     scores = (scores.to(wide) * scaling).masked_fill(~visible, torch.finfo(wide).min)
     largest = scores.detach().amax(dim=-1, keepdim=True)
     exponentials = (scores - largest).exp()
@@ -111,17 +110,21 @@ def read_blocks(query, key, value, landmark, visible, is_own, scaling: float, dr
 
 @register_pattern
 class LandmarkAttention(AttentionPattern):
-    """Landmark attention (Mohtashami & Jaggi 2023, arXiv:2305.16300), for an encoder: blocks before and behind.
+    """Landmark attention (Mohtashami & Jaggi 2023, arXiv:2305.16300), for an encoder: blocks on both sides.
 
-    The model closes every block of `size - 1` tokens with a landmark, a learned word that stands for the block. A
-    token attends to the words of its own block and to the landmarks of all others in one softmax; the weight that a
-    landmark receives is spread over the words of its block by a softmax of their own. Landmarks have no value, and the
-    own landmark is not seen. In training all blocks are read, exactly: length^2 in time, linear in memory. In
-    evaluation each block of queries reads, per head, the `top_k` other blocks whose landmarks its mean query scores
-    highest: length x size x top_k, linear in time and memory; exact if there are no more than `top_k` others. The
-    paper's choice is made by every query alone and its blocks are moved next to the query; here one choice serves the
-    block, and all keep their places. For long documents of which a passage needs few distant others. Sublayers of
-    other patterns in the same model see landmarks as ordinary tokens. Documents shorter than `size` see all.
+    The model closes every block of `size - 1` tokens with a landmark, a learned word that represents the block. A token
+    attends to the words of its own block and to the landmarks of all other blocks in one softmax. The weight of a
+    landmark is then distributed over the words of its block by a second softmax. Landmarks have no value, and a token
+    does not see the landmark of its own block.
+
+    In training all blocks are read, and the result is exact. In evaluation each block of queries reads, per head, the
+    `top_k` other blocks whose landmarks score highest with the mean query of the block; the result is exact if there
+    are no more than `top_k` other blocks. In the paper every query selects its own blocks, and these are moved next to
+    the query; here one selection serves the whole block, and all blocks keep their positions. Use the pattern for long
+    documents in which a passage needs few distant passages. Sublayers with other patterns in the same model see
+    landmarks as ordinary tokens. In a document shorter than `size` every token sees all.
+
+    Cost: L^2 in training and L x size x top_k in evaluation, in time; L in memory.
     """
 
     type = "landmark"
@@ -134,8 +137,8 @@ class LandmarkAttention(AttentionPattern):
         sizes = {p.size for p in (*config.get_patterns(), *config.get_training_patterns()) if p.type == self.type}
         if len(sizes) > 1:
             raise ValueError(
-                f"attention_patterns: 'landmark' with the sizes {sorted(sizes)} in one model, whose landmarks can "
-                "stand in one place only; give one size"
+                f"attention_patterns: 'landmark' with the sizes {sorted(sizes)} in one model, whose "
+                "sublayers share the landmarks; give one size"
             )
         bias = None
         if config.position_scheme.adds_bias:
@@ -165,12 +168,12 @@ class LandmarkAttention(AttentionPattern):
         return {"landmark_embedding": nn.Embedding(1, config.hidden_size)}
 
     def derive_weights(self, weights):
-        """Start the landmark as the mean of all words, because it stands for any of them."""
+        """Return the mean of all word vectors as the landmark, because it represents any of them."""
         words = weights["embeddings.word_embeddings.weight"]
         return {"embeddings.landmark_embedding.weight": words.mean(0, keepdim=True)}
 
     def prepare_sequence(self, embeddings: Any, sequence: TokenSequence) -> TokenSequence:
-        """Put the landmarks between the tokens."""
+        """Insert the landmarks between the tokens."""
         landmarks = Landmarks.insert(sequence.documents, self.size)
         of_tokens, landmark = sequence.words[landmarks.source], embeddings.landmark_embedding.weight
         return replace(
@@ -184,7 +187,7 @@ class LandmarkAttention(AttentionPattern):
         )
 
     def visible(self, query, key, head, num_heads):
-        """Return the keys that have a value to give: all words."""
+        """Return whether the key has a value, which all words have and landmarks do not."""
         closes = (key.index % self.size == self.size - 1) | (key.index == key.length - 1)
         return ~closes & (query.index >= 0)
 
@@ -194,7 +197,7 @@ class LandmarkAttention(AttentionPattern):
     def attend(self, inputs):
         lengths = [end - start for start, end in inputs.documents.bounds]
         contexts = []
-        # `split`, not slices: the backward pass of a slice fills a tensor of all T tokens.
+        # `split` instead of slices, because the backward pass of each slice fills a tensor of all T tokens.
         for states in zip(*(x.split(lengths) for x in inputs[:3]), strict=True):
             blocks = self.blocks(*states)
             choice = self.choice(inputs, blocks)
@@ -224,11 +227,11 @@ class LandmarkAttention(AttentionPattern):
 
     @torch.no_grad()
     def choice(self, inputs: AttentionInputs, blocks: Blocks) -> Choice | None:
-        """Choose the blocks that are read; None: all, in training or where no more than `top_k` others exist."""
+        """Select the blocks that are read; None: all blocks, in training or if there are at most `top_k` others."""
         count, device = len(blocks.place), inputs.query.device
         if inputs.training or count - 1 <= self.top_k:
             return None
-        if inputs.causal:  # the first query alone: a mean would tell the block's first tokens of its later ones
+        if inputs.causal:  # use the first query only: a mean would leak later tokens of the block to earlier ones
             query = blocks.query[:, :, 0]
         else:
             real = blocks.is_word.sum(dim=1) + 1  # words and landmark
@@ -244,7 +247,7 @@ class LandmarkAttention(AttentionPattern):
         return Choice(torch.cat([own, block], dim=-1), pad(exists, (1, 0), value=True))
 
     def read_all(self, inputs: AttentionInputs, blocks: Blocks) -> Tensor:
-        """Read every block with every query, a chunk of queries at a time: `(H, B, S, D)`."""
+        """Attend to all blocks, a chunk of queries at a time; return `(H, B, S, D)`."""
         place, is_word, query, *states = blocks
         number = torch.arange(len(place), device=place.device)
 
@@ -253,8 +256,8 @@ class LandmarkAttention(AttentionPattern):
             is_own = own[:, None] // self.size == number
             return read_blocks(query, key, value, landmark, visible, is_own, inputs.scaling, inputs.dropout)
 
-        # Not MAX_UNFUSED_SCORES: glibc before 2.38 hardly uses the memory of a freed tensor again unless it was large
-        # enough to be taken from the system by itself, and a backward pass of many small steps would hold them all.
+        # MAX_UNFUSED_SCORES would be too small: glibc before 2.38 rarely reuses the memory of a freed tensor unless it
+        # was large enough for an allocation of its own, and the backward pass of many small steps would hold it all.
         step = max(1, MAX_SCORES // (query.shape[0] * place.numel()))
         parts = [
             recompute_in_backward(some_queries, part, *states, own)
@@ -263,11 +266,11 @@ class LandmarkAttention(AttentionPattern):
         return torch.cat(parts, dim=1).view_as(query)
 
     def read_chosen(self, inputs: AttentionInputs, blocks: Blocks, choice: Choice) -> Tensor:
-        """Read the chosen blocks.
+        """Attend to the selected blocks.
 
         Args:
-            inputs: of all documents.
-            blocks: one document.
+            inputs: the inputs of all documents.
+            blocks: the blocks of one document.
             choice: the blocks that each block of queries reads.
 
         Returns:

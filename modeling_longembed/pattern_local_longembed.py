@@ -165,7 +165,7 @@ class ShiftedAttention(AttentionPattern):
 
     def attend(self, inputs):
         documents, heads = inputs.documents, inputs.query.shape[1]
-        # Tensor parallelism gives this process some of the model's heads; the first `half` of them are not shifted.
+        # Under tensor parallelism this process has some of the model's heads; the first `half` of them are not shifted.
         half = min(max(inputs.model_heads // 2 - inputs.first_head, 0), heads)
         longest, cu_seqlens = min(self.size, documents.max_seqlen), documents.cu_seqlens
         groups = documents.once(self, lambda: split_documents(cu_seqlens, self.size))

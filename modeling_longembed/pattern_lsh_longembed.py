@@ -86,7 +86,7 @@ class LshAttention(AttentionPattern):
         if self.buckets > 1 and self.buckets % 2:
             raise ValueError(
                 f"attention_patterns: buckets={self.buckets} of 'lsh' come in pairs, one for each side of a direction; "
-                "give an even number, 1 for no hashing, or 0 for two a chunk"
+                "give an even number, 1 for no hashing, or 0 for two per chunk"
             )
         if config.position_scheme.bias_reads_query:
             raise ValueError(
@@ -112,7 +112,7 @@ class LshAttention(AttentionPattern):
         return (query.index >= 0) & (key.index >= 0)
 
     def sees_all(self, length):
-        return False  # not itself
+        return False  # a token does not see itself
 
     def hash_sizes(self, length: int) -> list[int]:
         """Return the sizes of the hashes, whose product is the number of buckets for `length` tokens ([] for one)."""
@@ -237,7 +237,7 @@ class LshAttention(AttentionPattern):
         weights, totals = [], []
         for number in range(count):
             after = chunk[:, number, :, None] - chunk[:, number, None]  # chunks from key to query
-            times = (((after == 0) | (after == 1)) & same_bucket(number, number)).long()  # how often query meets key
+            times = (((after == 0) | (after == 1)) & same_bucket(number, number)).long()  # how often a query sees a key
             if count * chunks > 1:
                 wrapped = (chunk[:, number, :, None] == 0) & (chunk[:, number - 1, None] == chunks - 1)
                 times = times + (wrapped & same_bucket(number, number - 1))

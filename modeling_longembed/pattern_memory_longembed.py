@@ -1,7 +1,7 @@
-"""Transformer-XL's memory (Dai et al. 2019, arXiv:1901.02860, section 3.2), and documents that come in chunks.
+"""Transformer-XL's memory (Dai et al. 2019, arXiv:1901.02860, section 3.2), and documents that are encoded in chunks.
 
-A segment reads the last states before it, to which no gradient flows. A whole document is therefore computed layer by
-layer, all segments at once, and equals the same document encoded segment by segment with `memory=`.
+A segment reads the last states before it, to which no gradient flows. All segments of a whole document can therefore be
+computed at once, layer by layer, and the result equals that of encoding it segment by segment with `memory=`.
 """
 
 from collections import defaultdict
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attention_kernels_longembed import masked_softmax
 from .attention_past_longembed import PastKeys, Segments, past_attention
-from .output_pooling_longembed import pool_on
+from .output_pooling_longembed import pool_incrementally
 from .packing_longembed import PackedDocuments
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, parameter, register_pattern
 from .pattern_local_longembed import BlockAttention
@@ -23,21 +23,25 @@ from .position_base_longembed import RopePlan, merge_far
 
 
 class Past(NamedTuple):
-    """What a sublayer's queries read besides their own segment; `past_keys` puts the two together."""
+    """What a sublayer's queries read in addition to their own segment; `past_keys` concatenates the two."""
 
-    stored: PastKeys | None  # of a stream: B times `memory` tokens before the chunk, the youngest last
-    chunk: PastKeys | None  # of the T tokens at hand, without gradient to their states; None: the ordinary keys serve
+    # With a stream: the `memory` tokens before the chunk, for each of B documents, the most recent last.
+    stored: PastKeys | None
+    # The T tokens of the chunk, projected from detached states; None: the ordinary keys and values are used.
+    chunk: PastKeys | None
 
 
 @register_pattern
 class MemoryAttention(AttentionPattern):
     """Segments of `size` tokens that read the last `memory` tokens before them (Transformer-XL, Dai et al. 2019).
 
-    A token sees its own segment, both ways (causal: what is earlier), and the memory, whose states are constants in
-    training (stop-gradient), so that a document may be of any length. n sublayers carry information `n * memory` tokens
-    forward, none backward beyond the segment. Cost L x (size + memory), linear in memory; in training keys and values
-    are projected twice. `memory=0` is `block`. For documents that are too long to be held at once
-    (`model.new_memory`), or when what was read before should be known but not trained through.
+    A token sees its own segment in both directions (if causal, only earlier tokens) and the memory. The states of the
+    memory are constants in training (stop-gradient), so that a document may have any length. Information travels
+    `n * memory` tokens forward through n sublayers, and never backward beyond a segment. `memory=0` equals `block`.
+    Use the pattern for documents that are too long to be held in memory at once (`model.new_memory`), or to train with
+    earlier context without backpropagating through it.
+
+    Cost: L x (size + memory) in time, L in memory; in training keys and values are projected twice.
     """
 
     type = "memory"
@@ -47,7 +51,7 @@ class MemoryAttention(AttentionPattern):
 
     @property
     def is_mask(self):
-        return False  # the predicate does not say where the gradient stops
+        return False  # the predicate does not define where the gradient stops
 
     def visible(self, query, key, head, num_heads):
         start = query.index // self.size * self.size
@@ -70,7 +74,7 @@ class MemoryAttention(AttentionPattern):
         return Past(stored, chunk)
 
     def past_keys(self, inputs: AttentionInputs) -> PastKeys:
-        """Return what `Segments.past` points at: the stored tokens of all documents, then the T at hand."""
+        """Return what `Segments.past` indexes: the stored tokens of all documents, then the T tokens of the chunk."""
         stored, chunk = inputs.own or Past(None, None)
         if chunk is None:
             chunk = PastKeys(inputs.key, inputs.value, None if inputs.grouped is None else inputs.grouped.key)
@@ -82,7 +86,7 @@ class MemoryAttention(AttentionPattern):
         return PastKeys(torch.cat([stored.key, chunk.key]), torch.cat([stored.value, chunk.value]), far)
 
     def cut(self, documents: PackedDocuments) -> list[Segments]:
-        """Return the segments of all documents, those of one shape together."""
+        """Return the segments of all documents, grouped by shape."""
         past, device = documents.past, documents.cu_seqlens.device
         seen = [0] * len(documents.lengths) if past is None else past.tolist()
         shapes: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
@@ -172,13 +176,13 @@ def project_past(attention: Any, states: Tensor, plan: RopePlan | None) -> PastK
 
 @dataclass
 class Memory:
-    """What a model remembers of B documents that come in chunks; its size does not depend on how much was read.
+    """The memory of B documents that are encoded in chunks; its size does not depend on the number of tokens read.
 
     Args:
-        states: one entry per attention sublayer, `(B, M, d)` with M its `memory` (0: a block sublayer): the last M
-            states as the projections read them, the youngest last, without gradient.
+        states: one entry per attention sublayer, `(B, M, d)` with M its `memory` (0 for a block sublayer): the last M
+            states that the projections have read, the most recent last, without gradient.
         seen: `(B,)` int64, number of tokens read of each document.
-        pooled: `(B, d)`, the embedding of what was read of each document, without gradient.
+        pooled: `(B, d)`, the embedding of the tokens read of each document, without gradient.
     """
 
     states: tuple[Tensor, ...]
@@ -187,13 +191,13 @@ class Memory:
 
     @classmethod
     def empty(cls, config, batch_size: int, training: bool, dtype: torch.dtype, device: torch.device) -> "Memory":
-        """Return the memory of documents of which nothing is read yet.
+        """Return the memory of documents of which nothing has been read yet.
 
         Args:
             config: the config of the model.
             batch_size: B, number of documents.
-            training: whether the patterns of training are computed.
-            dtype, device: of the model.
+            training: whether the training patterns are used.
+            dtype, device: data type and device of the model.
 
         Returns:
             The memory.
@@ -201,7 +205,7 @@ class Memory:
         Raises:
             ValueError: the model cannot be computed in chunks.
         """
-        sizes = [remembered(pattern) for pattern in streaming_patterns(config, training)]
+        sizes = [memory_length(pattern) for pattern in streaming_patterns(config, training)]
         return cls(
             tuple(torch.zeros(batch_size, size, config.hidden_size, dtype=dtype, device=device) for size in sizes),
             torch.zeros(batch_size, dtype=torch.long, device=device),
@@ -209,7 +213,7 @@ class Memory:
         )
 
     def reset(self, documents: Tensor) -> "Memory":
-        """Return the same with nothing read of the `documents` `(B,)` bool: new ones take their places."""
+        """Return a memory in which the `documents` `(B,)` bool are empty, so that new ones can take their places."""
         return Memory(
             tuple(states.masked_fill(documents[:, None, None], 0.0) for states in self.states),
             self.seen.masked_fill(documents, 0),
@@ -217,23 +221,23 @@ class Memory:
         )
 
 
-def remembered(pattern: AttentionPattern) -> int:
-    """Return the number of states that a sublayer of this pattern remembers."""
+def memory_length(pattern: AttentionPattern) -> int:
+    """Return the number of states that a sublayer with this pattern remembers."""
     return pattern.memory if isinstance(pattern, MemoryAttention) else 0
 
 
 class Stream:
-    """One chunk of every document on its way through the model: what is remembered, and what will be.
+    """One chunk of every document during a forward pass, with the old memory and the new one.
 
     Args:
         config: the config of the model.
         attentions: the attention modules of the sublayers, in order.
-        memory: what is remembered of the documents.
-        documents: the chunk; its positions go on from the past.
-        training: whether the patterns of training are computed.
+        memory: the memory of the documents.
+        documents: the chunk; its positions continue from the past.
+        training: whether the training patterns are used.
 
     Raises:
-        ValueError: a model that cannot be computed in chunks, or a chunk that does not fit the memory.
+        ValueError: the model cannot be computed in chunks, or the chunk does not fit the memory.
     """
 
     def __init__(
@@ -246,15 +250,15 @@ class Stream:
         self.next_states: dict[nn.Module, Tensor] = {}
 
     def recall(self, attention: nn.Module, states: Tensor, size: int) -> tuple[Tensor, RopePlan | None]:
-        """Return what a sublayer remembers; its last states are kept for the next chunk.
+        """Return what a sublayer remembers, and keep its last states for the next chunk.
 
         Args:
             attention: the attention module of the sublayer.
-            states: `(T, d)`, what it reads now.
+            states: `(T, d)`, what it reads in this chunk.
             size: M, number of states that it remembers.
 
         Returns:
-            `(B * M, d)`, and its rotation or None.
+            The stored states `(B * M, d)`, and their rotation or None.
         """
         documents, stored = self.documents, self.states[attention].flatten(0, 1)
         last, plan = documents.once(("recall", attention.layer_type, size), lambda: self._places(attention, size))
@@ -280,9 +284,9 @@ class Stream:
         return last.flatten(), rotation
 
     def finish(self, hidden_states: Tensor) -> tuple[Tensor, Memory]:
-        """Return the embedding `(B, d)` of all that was read, and the memory for the next chunk."""
+        """Return the embedding `(B, d)` of all tokens read so far, and the memory for the next chunk."""
         cu_seqlens, memory = self.documents.cu_seqlens, self.memory
-        pooled = pool_on(memory.pooled, memory.seen, hidden_states, cu_seqlens, self.config.pooling)
+        pooled = pool_incrementally(memory.pooled, memory.seen, hidden_states, cu_seqlens, self.config.pooling)
         states = tuple(self.next_states.get(attention, self.states[attention]) for attention in self.attentions)
         return pooled, Memory(states, memory.seen + cu_seqlens.diff(), pooled.detach())
 
@@ -291,7 +295,7 @@ def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
     """Return the patterns of the attention sublayers of a model that is computed in chunks.
 
     Raises:
-        ValueError: a model of this config cannot be computed in chunks.
+        ValueError: a model with this config cannot be computed in chunks.
     """
     patterns = config.get_training_patterns() if training else config.get_patterns()
     for pattern in patterns:
@@ -302,46 +306,46 @@ def streaming_patterns(config, training: bool) -> list[AttentionPattern]:
             )
     if config.token_weighting != "none":
         raise ValueError(
-            f"memory: token_weighting={config.token_weighting!r} weighs a token by the whole document, which a chunk "
-            "does not tell; use token_weighting='none'"
+            f"memory: token_weighting={config.token_weighting!r} depends on the whole document, and a chunk is "
+            "only a part of it; use token_weighting='none'"
         )
     config.position_scheme.check_chunks(config)
     if training and config.layerdrop:
         raise ValueError(
-            f"memory: layerdrop={config.layerdrop} leaves out sublayers whose states the next chunk needs; set "
+            f"memory: layerdrop={config.layerdrop} drops sublayers whose states the next chunk needs; set "
             "layerdrop=0, or train on whole documents without memory"
         )
     return patterns
 
 
 def check_chunk(config, patterns: list[AttentionPattern], memory: Memory, documents: PackedDocuments):
-    """Check that a chunk can follow what is remembered.
+    """Check that a chunk can follow the documents in the memory.
 
     Args:
         config: the config of the model.
-        patterns: those of the attention sublayers.
-        memory: what is remembered.
+        patterns: the patterns of the attention sublayers.
+        memory: the memory of the documents.
         documents: the chunk.
 
     Raises:
-        ValueError: another number of documents, another model, a chunk after an incomplete segment, or one beyond the
-            table of positions.
+        ValueError: the memory is of another number of documents or another model, or the chunk follows an incomplete
+            segment or exceeds the table of positions.
     """
     batch, lengths = len(memory.seen), documents.lengths
     if len(lengths) != batch:
         raise ValueError(
-            f"memory is of {batch} documents, the input of {len(lengths)}; give a chunk of each, of no tokens where "
+            f"memory holds {batch} documents and the input {len(lengths)}; give a chunk of each, without tokens where "
             "a document has ended"
         )
-    if [states.shape[1] for states in memory.states] != [remembered(pattern) for pattern in patterns]:
-        raise ValueError("memory is not of this model's attention_patterns; begin with model.new_memory(batch_size)")
+    if [states.shape[1] for states in memory.states] != [memory_length(pattern) for pattern in patterns]:
+        raise ValueError("memory does not fit this model's attention_patterns; begin with model.new_memory(batch_size)")
     size = lcm(*(pattern.size for pattern in patterns if isinstance(pattern, (MemoryAttention, BlockAttention))))
     table = config.position_scheme.table_rows(config)
     for number, (seen, length) in enumerate(zip(memory.seen.tolist(), lengths, strict=True)):
         if length and seen % size:
             raise ValueError(
-                f"memory: document {number} goes on after {seen} tokens, which is no multiple of {size}, the size of "
-                f"its segments; only its last chunk may be other than a multiple of {size} tokens"
+                f"memory: document {number} continues after {seen} tokens, which is not a multiple of {size}, the "
+                "least common multiple of the sizes of its segments; make every chunk but the last a multiple of it"
             )
         if length and table is not None and seen + length > table:
             raise ValueError(

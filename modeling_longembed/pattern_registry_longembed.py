@@ -1,11 +1,11 @@
-"""The registry behind `config.attention_patterns`: importing this module fills it, `build_pattern` reads an entry.
+"""The registry of attention patterns: importing this module fills it, `build_pattern` builds a pattern by name.
 
-To add a pattern, write a class on `AttentionPattern` in a file of its own, register it, and import the file here.
+To add a pattern, write a subclass of `AttentionPattern` in a file of its own, register it, and import the file here.
 """
 
 from dataclasses import fields
 
-# Named one by one: the loader of remote code follows `from .file import name` only.
+# The loader of remote code finds only imports of the form `from .file import name`.
 from .pattern_adaptive_span_longembed import AdaptiveAttention
 from .pattern_base_longembed import PATTERNS, AttentionPattern
 from .pattern_focused_longembed import FocusedAttention
@@ -33,7 +33,7 @@ def build_pattern(entry: "str | dict") -> AttentionPattern:
     """Build a pattern from its config entry: a name, or `{"type": name, **parameters}`.
 
     Raises:
-        ValueError: an unknown name or parameter, or a parameter that is out of range.
+        ValueError: the name or a parameter is unknown, or a parameter is out of range.
     """
     if not isinstance(entry, (str, dict)):
         raise ValueError(f'attention_patterns: {entry!r} is no pattern; give a name or {{"type": name, **parameters}}')

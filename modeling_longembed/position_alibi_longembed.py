@@ -21,7 +21,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 class AlibiBias(DistanceOnlyBias):
-    """`-slope_h |i - j|`: the symmetric form, because an encoder looks both ways. `slopes` is `(H,)`."""
+    """`-slope_h |i - j|`: the symmetric form, because an encoder attends in both directions. `slopes` is `(H,)`."""
 
     def __init__(self, slopes: Tensor):
         self.slopes, self.num_heads = slopes, len(slopes)
@@ -35,7 +35,7 @@ class AlibiBias(DistanceOnlyBias):
 
 @register_scheme
 class AlibiPositions(PositionScheme):
-    """A bias of `-slope_h |i - j|` in every sublayer; there is nothing to learn and no trained length."""
+    """A bias of `-slope_h |i - j|` in every sublayer; it has no parameters and no trained length."""
 
     type = "alibi"
     adds_bias = True

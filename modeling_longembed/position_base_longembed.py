@@ -1,14 +1,15 @@
-"""The interface of a position scheme, and what a scheme gives to attention: rotations and biases on the scores.
+"""The interface of a position scheme, and its contributions to attention: rotations and biases on the scores.
 
 A scheme acts in one of three places. It adds a vector to the embedding of a token (absolute, sinusoidal), rotates query
 and key (rope), or adds a bias to the attention scores (alibi, relative). To add a scheme, write a subclass of
 `PositionScheme` in a file of its own, register it, and import that file in `position_schemes_longembed`.
 
-Nothing here holds tensor state. A non-persistent buffer comes back from `from_pretrained` filled with garbage, so
-tables are computed from Python numbers in every forward pass.
+Nothing here holds tensor state. `from_pretrained` leaves non-persistent buffers uninitialised, so tables are computed
+from Python numbers in every forward pass.
 
 An extension applies only to documents that are longer than the original context (unless `keep_short` is false), and to
-each by its own length. A document that fits is read as the original model read it, whatever else is in the batch.
+each by its own length. A document that fits into the original context gets the positions of the original model,
+whatever else is in the batch.
 """
 
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ class GroupedRotary:
         return GroupedRotary(self.query_left[rows], self.query_right[rows], self.key[rows], self.neighbours[rows])
 
     def heads(self, heads: slice) -> "GroupedRotary":
-        """Return the same for some of the heads."""
+        """Return the part for some of the heads."""
         return GroupedRotary(self.query_left[:, heads], self.query_right[:, heads], self.key[:, heads], self.neighbours)
 
     def merge(self, near: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
@@ -126,10 +127,10 @@ class FarRotary(NamedTuple):
         neighbours: `(T,)` int64, distance from which a key counts as far.
     """
 
-    query_left: Rotary  # of a query, for keys on its left
-    query_right: Rotary  # of a query, for keys on its right
+    query_left: Rotary
+    query_right: Rotary
     key: Rotary
-    neighbours: Tensor  # (T,) int64, distance from which a key counts as far
+    neighbours: Tensor
 
 
 @dataclass
@@ -148,7 +149,7 @@ class RopePlan:
         return self.near(query), self.near(key), grouped
 
     def at(self, rows: Tensor) -> "RopePlan":
-        """Return the plan for the packed rows `rows`; without Self-Extend, which has no meaning for other rows."""
+        """Return the plan for the packed rows `rows`, without Self-Extend, which is not defined for inserted rows."""
         return RopePlan(Rotary(self.near.cos[rows], self.near.sin[rows]))
 
 
@@ -161,7 +162,7 @@ class ScoreBias:
     reads_query: ClassVar[bool] = False  # whether it also depends on the query's vector
 
     def heads(self, heads: slice) -> "ScoreBias":
-        """Return the same for some of the heads."""
+        """Return the part for some of the heads."""
         raise NotImplementedError
 
     def dense(self, query: Tensor, query_index: Tensor, key_index: Tensor) -> Tensor:
@@ -217,16 +218,16 @@ class Positions:
     def apply(
         self, attention: Any, query: Tensor, key: Tensor, pattern: Any, documents: PackedDocuments
     ) -> tuple[Tensor, Tensor, ScoreBias | None, GroupedRotary | None]:
-        """Bring the positions into one attention sublayer.
+        """Apply the positions to query and key of one attention sublayer.
 
         Args:
-            attention: the `LongEmbedAttention`; its `distance` is what `PositionScheme.build` returned.
-            query, key: `(T, H, D)`, as projected.
-            pattern: the attention pattern that is computed.
+            attention: the `LongEmbedAttention`; its `distance` is the module that `PositionScheme.build` returned.
+            query, key: `(T, H, D)`, the outputs of the projections.
+            pattern: the attention pattern of this forward pass.
             documents: the packed documents.
 
         Returns:
-            query and key with positions, the bias on the scores or None, Self-Extend's second rotation or None.
+            Query and key with positions, the bias on the scores or None, Self-Extend's second rotation or None.
         """
         rotation = self.rotations.get(attention.layer_type)
         if rotation is None:
@@ -235,7 +236,7 @@ class Positions:
         return query, key, self.bias, grouped
 
     def at(self, rows: Tensor) -> "Positions":
-        """Return the same for the packed rows `rows`, some of which may occur more than once."""
+        """Return the positions of the packed rows `rows`, some of which may occur more than once."""
         return replace(self, rotations={name: rotation.at(rows) for name, rotation in self.rotations.items()})
 
 
@@ -243,7 +244,7 @@ class Positions:
 
 
 def extension_factor(extension: dict, max_position_embeddings: int) -> float:
-    """Return how many times longer the new context is, unless the extension gives its own factor."""
+    """Return the factor of the extension, by default the new context length divided by the original one."""
     if extension.get("factor") is not None:
         return extension["factor"]
     return max(1.0, max_position_embeddings / extension["original_max_position_embeddings"])
@@ -272,32 +273,32 @@ def is_extended(extension: dict | None, lengths: Tensor) -> Tensor:
 class PositionScheme:
     """Base class of all position schemes. A scheme has no state: its parameters are fields of the config.
 
-    The defaults are those of a scheme that does nothing.
+    The default methods are those of a scheme that does nothing.
     """
 
-    type: ClassVar[str]  # its name in `config.position_embedding_type`
+    type: ClassVar[str]  # the name in `config.position_embedding_type`
     # Extension methods, each with its parameters and their defaults (None: derived, or required).
     extensions: ClassVar[dict[str, dict[str, Any]]] = {}
     has_table: ClassVar[bool] = False  # whether it learns a vector for each position
-    rotates: ClassVar[bool] = False  # whether it reads `config.rope_parameters`
+    rotates: ClassVar[bool] = False  # whether it rotates query and key by `config.rope_parameters`
     adds_bias: ClassVar[bool] = False  # whether it adds a bias by distance to the scores
     bias_reads_query: ClassVar[bool] = False  # whether that bias also depends on the query's vector
 
     def check(self, config: Any) -> None:
-        """Raise ValueError, naming the fields and the remedy, if `config` cannot be combined with this scheme."""
+        """Raise ValueError, with the fields and the remedy, if `config` cannot be combined with this scheme."""
 
     def merges_scores(self, config: Any) -> bool:
         """Return whether attention has two scores for every pair (Self-Extend)."""
         return False
 
-    # In the embeddings.
+    # Contributions to the embeddings.
 
     def build_table(self, config: Any) -> nn.Embedding | None:
         """Return the learned vectors `(P, d)`, or None if there are none."""
         return None
 
     def places(self, config: Any, documents: PackedDocuments, token_index: Tensor) -> Tensor:
-        """Return what `embed` reads for each token.
+        """Return the position of each token that `embed` uses.
 
         Args:
             config: the config of the model.
@@ -314,24 +315,24 @@ class PositionScheme:
 
         Args:
             hidden_states: `(T, d)`, embeddings of tokens and segments.
-            places: `(T,)`, what `places` returned.
-            table: what `build_table` returned.
+            places: `(T,)`, the result of `places`.
+            table: the result of `build_table`.
 
         Returns:
             `(T, d)`.
         """
         return hidden_states
 
-    # In attention.
+    # Contributions to attention.
 
     def build(self, config: Any) -> nn.Module | None:
         """Return the parameters of one attention sublayer, or None if the scheme has none."""
         return None
 
     def initialize(self, module: nn.Module, std: float) -> None:
-        """Initialise the parameters in `module` if it is one that `build` returned.
+        """Initialise the parameters of `module` if it was returned by `build`.
 
-        Use `transformers.initialization`, which leaves alone what a checkpoint has given.
+        Use `transformers.initialization`, which keeps parameters that were loaded from a checkpoint.
 
         Args:
             module: any module of the model.
@@ -339,13 +340,13 @@ class PositionScheme:
         """
 
     def prepare(self, config: Any, documents: PackedDocuments, token_index: Tensor, hidden_states: Tensor) -> Positions:
-        """Compute what all attention sublayers share in one forward pass.
+        """Compute the contribution to one forward pass, which all attention sublayers share.
 
         Args:
             config: the config of the model.
             documents: the packed documents.
             token_index: `(T,)`, position of each token in its document.
-            hidden_states: `(T, d)`, what the first sublayer reads; gives the device and the data type.
+            hidden_states: `(T, d)`, the input of the first sublayer, with the device and data type of the result.
 
         Returns:
             The contribution of the scheme.
@@ -366,13 +367,13 @@ class PositionScheme:
         return None
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """Return how tensor parallelism splits what `build` returns: names in the attention module to styles."""
+        """Return how tensor parallelism splits the module of `build`: names in the attention module to styles."""
         return {}
 
-    # For long documents.
+    # Extension, chunks and export.
 
     def default_extension(self, patterns: Sequence[Any]) -> str | None:
-        """Return the extension method that works best without training; None if there is no trained length.
+        """Return the extension method that works best without training; None if the scheme has no trained length.
 
         Args:
             patterns: the attention patterns of the model.
@@ -380,18 +381,18 @@ class PositionScheme:
         return None
 
     def extend_again(self, config: Any, method: str, parameters: dict) -> dict:
-        """Return the next `position_extension` of a model that is extended already.
+        """Return the new `position_extension` of a model that is already extended.
 
         Args:
             config: the config of the model, before its context becomes longer.
-            method: the extension method that is asked for.
-            parameters: parameters that are given with it.
+            method: the requested extension method.
+            parameters: parameters of the method.
 
         Returns:
             The extension, without the new context length.
 
         Raises:
-            ValueError: `method` cannot follow the extension that the model has.
+            ValueError: `method` cannot be applied on top of the model's current extension.
         """
         current = config.position_extension
         if method != current["method"]:
@@ -405,20 +406,20 @@ class PositionScheme:
         return current | ({"factor": None} if "factor" in current else {}) | parameters
 
     def table_rows(self, config: Any) -> int | None:
-        """Return the number of tokens that a document may have at most because of a table; None: no such limit."""
+        """Return the largest number of tokens of a document that the position table allows; None: no limit."""
         return None
 
     def check_chunks(self, config: Any) -> None:
-        """Check that no position depends on the length of the document, which a chunk of it does not tell.
+        """Check that positions do not depend on the length of the document, which is unknown while reading chunks.
 
         Raises:
-            ValueError: one does.
+            ValueError: they do.
         """
         extension = config.position_extension
         if extension is not None and extension["method"] not in ("repeat", "restart") and extension["keep_short"]:
             raise ValueError(
                 f"memory: position_extension {extension['method']!r} with keep_short=true depends on the length of "
-                "the document, which a chunk does not tell; set keep_short=false"
+                "the document, which is unknown while it is read in chunks; set keep_short=false"
             )
 
     def check_graph(self, config: Any) -> None:
@@ -434,7 +435,7 @@ class PositionScheme:
             The extension; the order of its entries does not depend on the order in which they were given.
 
         Raises:
-            ValueError: a method or parameter that the scheme does not have, or a value that is out of range.
+            ValueError: the scheme does not have the method or a parameter, or a value is out of range.
         """
         extension = dict(config.position_extension)
         method = extension.get("method")

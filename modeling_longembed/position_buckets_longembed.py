@@ -1,6 +1,6 @@
-"""A learned bias by buckets of distances, shared by all layers (T5, MPNet): it is added beside a position scheme.
+"""A learned bias by buckets of distances, shared by all layers (T5, MPNet), in addition to a position scheme.
 
-It has a config field of its own, `relative_attention_num_buckets`, because MPNet has it on top of a position table.
+It has its own config field, `relative_attention_num_buckets`, because MPNet combines it with a position table.
 """
 
 import math
@@ -15,12 +15,12 @@ from .position_base_longembed import DistanceOnlyBias
 def relative_position_bucket(relative_position: Tensor, num_buckets: int, max_distance: int) -> Tensor:
     """Return the bidirectional buckets of T5 (Raffel et al. 2020) and MPNet.
 
-    Half of the buckets are for each side; they are exact for near distances and logarithmic beyond.
+    Each side has half of the buckets, which are exact for short distances and logarithmic for longer ones.
 
     Args:
         relative_position: int64, `key - query`.
         num_buckets: number of buckets of both sides.
-        max_distance: distance in tokens from which the last bucket of a side holds all.
+        max_distance: distance in tokens from which all keys of a side share the last bucket.
 
     Returns:
         int64 in `[0, num_buckets)`, shape of `relative_position`.
@@ -54,7 +54,7 @@ def check_buckets(config: Any) -> None:
     """Check the buckets of a config.
 
     Raises:
-        ValueError: they cannot be computed, or are a second bias by distance.
+        ValueError: the buckets cannot be computed, or the position scheme has a bias by distance already.
     """
     buckets, furthest = config.relative_attention_num_buckets, config.relative_attention_max_distance
     if buckets % 4:
@@ -82,7 +82,7 @@ def build_buckets(config: Any) -> nn.Embedding | None:
 
 
 def bucket_bias(config: Any, table: nn.Embedding) -> BucketBias:
-    """Return the bias of all sublayers, given what `build_buckets` returned."""
-    # The rows are looked up, not read off the weight, which tensor parallelism splits.
+    """Return the bias of all sublayers, given the table that `build_buckets` returned."""
+    # Look the rows up instead of reading the weight, which tensor parallelism splits.
     buckets = torch.arange(config.relative_attention_num_buckets, device=table.weight.device)
     return BucketBias(table(buckets), config.relative_attention_max_distance)

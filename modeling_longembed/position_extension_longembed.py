@@ -1,4 +1,4 @@
-"""A longer context for a model that exists: `model.extend_context(32768, method="yarn")`."""
+"""Extension of the context of an existing model: `model.extend_context(32768, method="yarn")`."""
 
 from typing import Any
 
@@ -24,25 +24,25 @@ def default_method(scheme: str, attention_patterns: list) -> str | None:
 
 @torch.no_grad()
 def extend_model_context(model: HubModel, max_position_embeddings: int, method: str | None = None, **parameters):
-    """Make the context longer, in place; the model can then be trained or saved like any other.
+    """Extend the context in place; the model can then be trained or saved like any other.
 
-    A model that is extended already can be extended again by the same method: `linear`, `dynamic`, `ntk`, `yarn`,
-    `theta` and `group` stretch further from the original context, `restart` goes on, `repeat` repeats the whole trained
-    table. After `interpolate` it can be extended by `repeat`, which leaves every trained row where it is read.
+    A model that is already extended can be extended again by the same method: `linear`, `dynamic`, `ntk`, `yarn`,
+    `theta` and `group` extend from the original context, `restart` continues, and `repeat` repeats the whole trained
+    table. After `interpolate` it can be extended by `repeat`, which keeps every trained row at its position.
 
     Args:
         model: the model.
         max_position_embeddings: the new context in tokens.
         method: an extension method of the position scheme, see `LongEmbedConfig.position_extension`. None: that of the
-            last extension; else `restart` where all patterns are blocks of one size, `repeat` for other tables and for
-            sinusoids, `dynamic` for rope. Schemes without a trained length (alibi, relative, none) have no methods.
-        **parameters: those of the method (`factor`, `period`, `rope_theta`, `neighbours`, `keep_short`, ...).
+            last extension; without one, `restart` if all patterns are blocks of one size, `repeat` for other tables and
+            sinusoids, and `dynamic` for rope. Schemes without a trained length (alibi, relative, none) have no methods.
+        **parameters: parameters of the method (`factor`, `period`, `rope_theta`, `neighbours`, `keep_short`, ...).
 
     Returns:
         The model.
 
     Raises:
-        ValueError: a context that is not longer, or a method that cannot follow; the model is unchanged.
+        ValueError: the new context is not longer, or the method cannot be applied; the model is unchanged.
     """
     config, current = model.config, model.config.position_extension
     if type(max_position_embeddings) is not int or max_position_embeddings <= config.max_position_embeddings:
@@ -53,7 +53,7 @@ def extend_model_context(model: HubModel, max_position_embeddings: int, method: 
     extension = next_extension(config, method, parameters)
     extended = type(config)(
         **config.to_dict() | {"max_position_embeddings": max_position_embeddings, "position_extension": extension}
-    )  # checked as a whole before anything changes
+    )  # the complete config is validated before anything changes
     check_kernel(config._attn_implementation, extended)
     encoder: Any = model.base_model
     old_table = encoder.embeddings.position_embeddings
@@ -61,7 +61,7 @@ def extend_model_context(model: HubModel, max_position_embeddings: int, method: 
     config.position_extension = extended.position_extension
     if old_table is not None:
         rows = extended_position_table(old_table.weight, config)
-        if current is not None:  # the trained rows stay where they are read
+        if current is not None:  # the trained rows keep their positions
             rows = extend_position_table(old_table.weight, position_table_rows(config), "repeat")
         table = nn.Embedding(len(rows), config.hidden_size, device=rows.device, dtype=rows.dtype)
         table.weight.copy_(rows).requires_grad_(old_table.weight.requires_grad)
@@ -72,10 +72,10 @@ def extend_model_context(model: HubModel, max_position_embeddings: int, method: 
 
 
 def next_extension(config: Any, method: str | None, parameters: dict) -> dict | None:
-    """Return the `position_extension` of the longer model, without its context; None: the scheme needs none.
+    """Return the new `position_extension`, without the context length; None if the scheme needs none.
 
     Args:
-        config: the config of the model as it is.
+        config: the current config of the model.
         method: the extension method, or None for the default.
         parameters: parameters of the method.
     """

@@ -1,4 +1,4 @@
-"""No positions (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466): the causal mask is all that tells the order."""
+"""No positions (NoPE, Kazemnejad et al. 2023, arXiv:2305.19466): the causal mask is the only source of order."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from .position_base_longembed import PositionScheme, register_scheme
 
 @register_scheme
 class NoPositions(PositionScheme):
-    """Nothing is added, rotated or biased."""
+    """No position embeddings, rotations or biases."""
 
     type = "none"
 
@@ -15,7 +15,7 @@ class NoPositions(PositionScheme):
         """Check that there is a causal mask; without one the order of the words would be lost.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no causal mask.
         """
         if not config.is_causal:
             raise ValueError(

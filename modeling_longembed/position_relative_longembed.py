@@ -1,4 +1,4 @@
-"""Transformer-XL's relative positions (Dai et al. 2019, section 3.3), in both directions, as an encoder needs them.
+"""Transformer-XL's relative positions (Dai et al. 2019, section 3.3), in both directions for an encoder.
 
 The score of query i and key j is `(q_i + u) . k_j + (q_i + v) . (W_r R_{i - j})` with sinusoids R and learned u and v
 per head. Every attention sublayer has its own W_r, u and v (XLNet's form).
@@ -20,7 +20,7 @@ from .tensor_parallel_longembed import heads_here, read_by_heads
 class DistanceEmbeddings(NamedTuple):
     """Sinusoids of all distances `query - key` that a forward pass may need."""
 
-    table: Tensor  # (2 * reach + 1, d), of the distances -reach to reach
+    table: Tensor  # (2 * reach + 1, d), for the distances -reach to reach
     reach: int
 
     @classmethod
@@ -40,7 +40,7 @@ class DistanceEmbeddings(NamedTuple):
 
 
 class DistanceAttention(nn.Module):
-    """W_r, u and v of one attention sublayer."""
+    """The parameters W_r, u and v of one attention sublayer."""
 
     def __init__(self, config):
         super().__init__()
@@ -60,12 +60,12 @@ class DistanceAttention(nn.Module):
 
 
 class DistanceBias(ScoreBias):
-    """`(q_i + v) . (W_r R_{i - j})`, scaled, for queries that carry u instead of v.
+    """`(q_i + v) . (W_r R_{i - j})`, scaled, for queries to which u was added instead of v.
 
     Args:
-        keys: `(H, 2 * reach + 1, D)`, W_r R of the distances -reach to reach.
+        keys: `(H, 2 * reach + 1, D)`, W_r R for the distances -reach to reach.
         shift: `(H, D)`, v - u.
-        scaling: what the scores are multiplied by.
+        scaling: factor of the scores.
     """
 
     reads_query = True
@@ -79,9 +79,9 @@ class DistanceBias(ScoreBias):
     def dense(self, query, query_index, key_index):
         reach = self.keys.shape[1] // 2
         distance = query_index[:, None] - key_index[None, :]  # (Q, K)
-        # Pairs further apart than the reach are masked by the pattern: any finite number will do.
+        # Pairs beyond the reach are masked by the pattern, so that any finite number is correct.
         low, high = int(distance.min().clamp(min=-reach)), int(distance.max().clamp(max=reach))
-        if low > high:  # all of them
+        if low > high:  # all pairs are beyond the reach
             low = high = reach if low > reach else -reach
         scores = (query + self.shift[:, None]) @ self.keys[:, reach + low : reach + high + 1].transpose(1, 2)
         column = (distance.clamp(low, high) - low).expand(*scores.shape[:-1], -1)
@@ -90,12 +90,12 @@ class DistanceBias(ScoreBias):
 
 @dataclass
 class RelativePositionsOfPass(Positions):
-    """The sinusoids of all distances, from which every sublayer makes a bias with its own weights."""
+    """The sinusoids of all distances, from which every sublayer computes a bias with its own weights."""
 
     distances: DistanceEmbeddings | None = None
 
     def apply(self, attention, query, key, pattern, documents):
-        """Add u to the query and make the sublayer's bias."""
+        """Add u to the query and compute the sublayer's bias."""
         query, bias = attention.distance(query, self.distances, pattern.reach(documents))
         return query, key, bias, None
 
@@ -128,11 +128,11 @@ class RelativePositions(PositionScheme):
         return RelativePositionsOfPass(distances=DistanceEmbeddings.up_to(reach, config.hidden_size, hidden_states))
 
     def tensor_parallel_plan(self) -> dict[str, str]:
-        """Split W_r by heads; u and v are small and stay whole."""
+        """Split W_r by heads; u and v are small and replicated."""
         return {"distance.r_proj": "colwise"}
 
     def check_graph(self, config: Any) -> None:
-        """Refuse the export: the bias gathers by distances that depend on the input.
+        """Reject the export, because the bias gathers by distances that depend on the input.
 
         Raises:
             ValueError: always.

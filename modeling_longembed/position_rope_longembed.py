@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021) and the ways to stretch them, Self-Extend among them."""
+"""Rotary position embeddings (Su et al. 2021) and their extensions to longer contexts, including Self-Extend."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from .position_base_longembed import (
 
 
 def unscaled_rope_theta(rope_parameters: dict, head_dim: int) -> float:
-    """Return the base under which `ntk` and `theta` are a rotation of `rope_type` `default`."""
+    """Return the `rope_theta` with which `rope_type` `default` gives the same rotation as `ntk` or `theta`."""
     theta = float(rope_parameters["rope_theta"])
     if rope_parameters["rope_type"] == "ntk":
         theta *= rope_parameters["factor"] ** (head_dim / (head_dim - 2))
@@ -36,24 +36,24 @@ def rope_frequencies(
     """Compute the inverse frequencies of rotary embeddings (Su et al. 2021), scaled as transformers does it.
 
     Args:
-        rope_parameters: transformers' form, `{"rope_type": ..., "rope_theta": ..., ...}`. `ntk` (static NTK, theta
-            times `factor^(D / (D - 2))`) and `theta` (a new `rope_theta`) are ours: transformers has no name for them.
+        rope_parameters: `{"rope_type": ..., "rope_theta": ..., ...}`, in transformers' format. The types `ntk` (static
+            NTK, theta times `factor^(D / (D - 2))`) and `theta` (a new `rope_theta`) exist only here.
         head_dim: D, even.
-        original_length: context in tokens that the model was trained with.
+        original_length: context length in tokens that the model was trained with.
         extended_length: length of the document in tokens, for `dynamic`.
 
     Returns:
-        `(D / 2,)` fp32 inverse frequencies, and the number that cos and sin are multiplied by (1 except for yarn).
+        `(D / 2,)` fp32 inverse frequencies, and the factor of cosines and sines (1 except for yarn).
     """
     rope_type = rope_parameters["rope_type"]
     if rope_type in ("default", "ntk", "theta"):
         theta = unscaled_rope_theta(rope_parameters, head_dim)
         return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim), 1.0
-    # transformers reads the trained length from `max_position_embeddings`, which in our config is the extended one.
+    # transformers expects the trained length in `max_position_embeddings`, where our config has the extended length.
     view = SimpleNamespace(
         rope_parameters=rope_parameters,
         head_dim=head_dim,
-        hidden_size=head_dim,  # read, though head_dim says all that is needed
+        hidden_size=head_dim,  # transformers reads it, although head_dim is enough
         num_attention_heads=1,
         max_position_embeddings=original_length,
         standardize_rope_params=lambda: None,
@@ -62,7 +62,7 @@ def rope_frequencies(
 
 
 def extended_rope_parameters(extension: dict, rope_parameters: dict, max_position_embeddings: int) -> dict:
-    """Return the parameters of the stretched rotation: the base ones with the extension's type and factor.
+    """Return the RoPE parameters of the extended rotation: the base ones with the extension's type and factor.
 
     Args:
         extension: `config.position_extension`.
@@ -75,7 +75,7 @@ def extended_rope_parameters(extension: dict, rope_parameters: dict, max_positio
         key: value for key, value in extension.items() if key not in ("method", "keep_short") and value is not None
     }
     if method != "theta":
-        # transformers' dynamic NTK scales by f * len / L - (f - 1): only f = 1 means "as long as the document is".
+        # transformers' dynamic NTK scales by f * len / L - (f - 1), which is len / L only for f = 1.
         parameters["factor"] = (
             parameters.get("factor", 1.0)
             if method == "dynamic"
@@ -85,12 +85,12 @@ def extended_rope_parameters(extension: dict, rope_parameters: dict, max_positio
 
 
 def rotary_at(positions: Tensor, inv_freq: Tensor, attention_factor: Tensor | float = 1.0) -> Rotary:
-    """Return the rotation at some positions.
+    """Return the rotation at the given positions.
 
     Args:
         positions: `(T,)`.
-        inv_freq: inverse frequencies `(D / 2,)` or, one row a token, `(T, D / 2)`.
-        attention_factor: number, or `(T, 1)`, that cosines and sines are multiplied by.
+        inv_freq: inverse frequencies, `(D / 2,)`, or `(T, D / 2)` with one row per token.
+        attention_factor: factor of cosines and sines, a number or `(T, 1)`.
     """
     angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
     angles = torch.cat([angles, angles], dim=-1)
@@ -102,7 +102,7 @@ def grouped_positions(token_index: Tensor, group: int, neighbours: int) -> tuple
 
     Args:
         token_index: `(T,)`, position of each token in its document.
-        group: g, number of positions that become one.
+        group: g, number of positions that are merged into one.
         neighbours: w, distance from which a key counts as far.
     """
     floored = token_index // group
@@ -126,7 +126,7 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
     original = extension["original_max_position_embeddings"] if extension else config.max_position_embeddings
     base, base_factor = rope_frequencies(rope_parameters, config.head_dim, original)
     base = base.to(device)
-    exporting = torch.compiler.is_exporting()  # a graph for all inputs holds both readings of a document
+    exporting = torch.compiler.is_exporting()  # a graph for all inputs computes both the base and the extended case
     if extension is None or not (exporting or is_extended(extension, torch.tensor(documents.max_seqlen))):
         return RopePlan(rotary_at(token_index, base, base_factor))
     method = extension["method"]
@@ -138,17 +138,17 @@ def rope_plan(config, rope_parameters: dict, documents: PackedDocuments, token_i
         return RopePlan(rotary_at(token_index, base, base_factor), FarRotary(left, right, floored, neighbours))
     parameters = extended_rope_parameters(extension, rope_parameters, config.max_position_embeddings)
     lengths = documents.cu_seqlens.diff()
-    if method == "dynamic":  # one row of frequencies a document: no document depends on the length of another
+    if method == "dynamic":  # one row per document, so that no document depends on the length of another
         rows, factors = zip(
             *(rope_frequencies(parameters, config.head_dim, original, max(n, original)) for n in documents.lengths),
             strict=True,
         )
-        stretched, factor = torch.stack(rows).to(device), torch.tensor(factors, device=device)
+        scaled, factor = torch.stack(rows).to(device), torch.tensor(factors, device=device)
     else:
         row, row_factor = rope_frequencies(parameters, config.head_dim, original)
-        stretched, factor = row.to(device).expand(lengths.shape[0], -1), torch.tensor(row_factor, device=device)
+        scaled, factor = row.to(device).expand(lengths.shape[0], -1), torch.tensor(row_factor, device=device)
     extended = is_extended(extension, lengths)
-    inv_freq = torch.where(extended[:, None], stretched, base)[documents.document_ids]
+    inv_freq = torch.where(extended[:, None], scaled, base)[documents.document_ids]
     attention_factor = torch.where(extended, factor, base_factor)[documents.document_ids]
     return RopePlan(rotary_at(token_index, inv_freq, attention_factor[:, None]))
 
@@ -172,7 +172,7 @@ class RopePositions(PositionScheme):
         """Check the head size and the parameters of the rotation.
 
         Raises:
-            ValueError: an odd head size, or parameters that cannot be combined or do not read every document alike.
+            ValueError: the head size is odd, the parameters cannot be combined, or `rope_type` is not supported.
         """
         extension = config.position_extension
         if config.head_dim % 2:
@@ -189,8 +189,8 @@ class RopePositions(PositionScheme):
             rope_type = parameters.get("rope_type")
             if rope_type not in ("default", "linear", "yarn", "llama3"):
                 raise ValueError(
-                    f"rope_parameters: rope_type={rope_type!r} is not one that every document can be read with "
-                    "alike; use 'default', 'linear', 'yarn' or 'llama3' here and position_extension for the rest"
+                    f"rope_parameters: rope_type={rope_type!r} does not rotate every document in the same "
+                    "way; use 'default', 'linear', 'yarn' or 'llama3' here and position_extension for the rest"
                 )
             if extension is not None and rope_type != "default":
                 raise ValueError(
@@ -224,7 +224,7 @@ class RopePositions(PositionScheme):
         return rope_plan(config, parameters.get(layer_type, parameters), documents, token_index)
 
     def default_extension(self, patterns: Sequence[Any]) -> str:
-        """Return `dynamic`, which needs no training and leaves short documents as they are."""
+        """Return `dynamic`, which needs no training and does not change short documents."""
         return "dynamic"
 
     def check_chunks(self, config: Any) -> None:
@@ -235,13 +235,13 @@ class RopePositions(PositionScheme):
         """
         if (config.position_extension or {}).get("method") == "dynamic":
             raise ValueError(
-                "memory: position_extension 'dynamic' depends on the length of the document, which a chunk does not "
-                "tell; use 'yarn' with keep_short=false"
+                "memory: position_extension 'dynamic' depends on the length of the document, which is unknown "
+                "while it is read in chunks; use 'yarn' with keep_short=false"
             )
         super().check_chunks(config)
 
     def check_graph(self, config: Any) -> None:
-        """Check that the extension does not compute every document on its own.
+        """Check that the extension does not compute each document separately.
 
         Raises:
             ValueError: it does.
@@ -249,6 +249,6 @@ class RopePositions(PositionScheme):
         method = (config.position_extension or {}).get("method")
         if method in ("dynamic", "group"):
             raise ValueError(
-                f"to_onnx: position_extension {method!r} on rope computes every document by itself and has no ONNX "
+                f"to_onnx: position_extension {method!r} on rope computes each document separately and has no ONNX "
                 "form; use 'yarn', 'ntk' or 'linear'"
             )

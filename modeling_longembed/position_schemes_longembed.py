@@ -3,7 +3,7 @@
 To add a scheme, write a subclass of `PositionScheme` in a file of its own, register it, and import the file here.
 """
 
-# Named one by one: the loader of remote code follows `from .file import name` only.
+# The loader of remote code finds only imports of the form `from .file import name`.
 from .position_alibi_longembed import AlibiPositions
 from .position_base_longembed import POSITION_SCHEMES, PositionScheme
 from .position_none_longembed import NoPositions
@@ -24,13 +24,13 @@ __all__ = [
 
 
 def get_scheme(name: str) -> PositionScheme:
-    """Return the scheme that is called `name` in `config.position_embedding_type`.
+    """Return the position scheme with the given name, a value of `config.position_embedding_type`.
 
     Raises:
         ValueError: there is no such scheme.
     """
     if name not in POSITION_SCHEMES:
         raise ValueError(
-            f"position_embedding_type={name!r} is no position scheme; choose from {', '.join(POSITION_SCHEMES)}"
+            f"position_embedding_type={name!r} is not a position scheme; choose from {', '.join(POSITION_SCHEMES)}"
         )
     return POSITION_SCHEMES[name]

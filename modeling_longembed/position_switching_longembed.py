@@ -1,4 +1,4 @@
-"""Another position scheme for a model that exists: `model.switch_positions("rope")`."""
+"""Change of the position scheme of an existing model: `model.switch_positions("rope")`."""
 
 from typing import Any
 
@@ -20,27 +20,27 @@ def switch_position_scheme(
     rope_theta: float | None = None,
     keep_mean: bool = True,
 ):
-    """Give the model another position scheme, in place, and leave all other weights as they are.
+    """Change the position scheme of the model in place, and keep all other weights.
 
-    The outputs are not those of the model as it was, and mean little before the model is trained: what its heads have
-    learned about positions, they have learned from the old scheme. What belongs to the old scheme alone (the table of
-    `absolute`, the projections of `relative`) is dropped, and its extension with it.
+    The outputs change, and are of little use before the model is trained, because its heads have learned positions from
+    the old scheme. The parameters of the old scheme (the table of `absolute`, the projections of `relative`) and its
+    extension are dropped.
 
     Args:
         model: the model.
         scheme: `rope`, `alibi`, `sinusoidal`, `relative` (whose new weights start at random), or, in a causal model,
             `none`.
-        max_position_embeddings: the context in tokens, shorter or longer; None: as it is.
+        max_position_embeddings: the new context length in tokens, shorter or longer; None: unchanged.
         rope_theta: base of the rotation, for `rope`; None: 10,000.
-        keep_mean: whether the mean row of a learned table is added to all segment rows, so that what the positions have
-            in common stays. A model without segments gets one for all tokens.
+        keep_mean: whether the mean row of a learned table is added to all segment rows, so that the common part of the
+            position vectors is kept. A model without segments gets one segment for all tokens.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: there is nothing to switch, or the scheme cannot be combined with the rest of the config; the model
-            is unchanged.
+        ValueError: the model has this scheme already, or the scheme cannot be combined with the rest of the config; the
+            model is unchanged.
     """
     encoder: Any = model.base_model
     config, embeddings = model.config, encoder.embeddings
@@ -52,8 +52,8 @@ def switch_position_scheme(
     new = get_scheme(scheme)
     if new.has_table:
         raise ValueError(
-            "switch_positions: a learned table starts with nothing learned; use 'sinusoidal', a table that needs "
-            "no training, or 'rope'"
+            "switch_positions: a learned table would start untrained; use 'sinusoidal', which needs no training, "
+            "or 'rope'"
         )
     if rope_theta is not None and not new.rotates:
         raise ValueError(f"switch_positions: {scheme!r} has no rope_theta={rope_theta!r}; leave it out")
@@ -69,7 +69,7 @@ def switch_position_scheme(
         "max_position_embeddings": context,
         "type_vocab_size": config.type_vocab_size or int(mean is not None),
     }
-    switched = type(config)(**config.to_dict() | changes)  # checked as a whole before anything changes
+    switched = type(config)(**config.to_dict() | changes)  # the complete config is validated before anything changes
     check_kernel(config._attn_implementation, switched)
     for name in (*changes, "base_model_tp_plan"):
         setattr(config, name, getattr(switched, name))

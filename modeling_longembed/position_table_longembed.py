@@ -1,4 +1,4 @@
-"""Vectors that are added to the embeddings: a learned table (BERT) and sinusoids (Transformer), with extensions."""
+"""Position vectors added to the embeddings: a learned table (BERT) and sinusoids (Transformer), with extensions."""
 
 import math
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ def sinusoidal_embeddings(positions: Tensor, dim: int) -> Tensor:
 
 
 def extend_position_table(table: Tensor, length: int, method: str) -> Tensor:
-    """Stretch a learned table of P rows to `length` rows.
+    """Extend a learned table of P rows to `length` rows.
 
     Args:
         table: `(P, d)`.
         length: number of rows of the result, at least P.
-        method: `repeat` copies the table (Longformer: row j*P + r is row r); `interpolate` puts old row i at k*i,
-            k = ceil(length / P), and convex combinations between (the table form of position interpolation; rows after
-            the last old one repeat it).
+        method: `repeat` copies the table (Longformer: row j*P + r is row r). `interpolate` puts old row i at k*i with
+            k = ceil(length / P), and convex combinations between them (position interpolation of a table); the rows
+            after the last old row repeat it.
 
     Returns:
         `(length, d)`; the old rows are copied bit by bit.
@@ -81,7 +81,7 @@ def position_ids(config, documents: PackedDocuments, token_index: Tensor) -> Ten
     factor = extension_factor(extension, config.max_position_embeddings)
     if method == "group":
         return torch.where(extended, token_index // math.ceil(factor), token_index)
-    if learned:  # interpolate: the original rows stand at multiples of the factor
+    if learned:  # interpolate: the original rows are at multiples of the factor
         return torch.where(extended, token_index, token_index * math.ceil(factor))
     return torch.where(extended, token_index / factor, token_index.float())
 
@@ -92,14 +92,14 @@ def position_table_rows(config) -> int:
     if extension is None or extension["method"] == "repeat":
         return config.max_position_embeddings
     original = extension["original_max_position_embeddings"]
-    if extension["method"] == "interpolate":  # whole steps: a document that fits reads every k-th row up to the last
+    if extension["method"] == "interpolate":  # an integer factor: short documents read every k-th row
         spread = original * math.ceil(extension_factor(extension, config.max_position_embeddings))
         return max(spread, config.max_position_embeddings)
     return original
 
 
 def extended_position_table(table: Tensor, config) -> Tensor:
-    """Make the table `(position_table_rows(config), d)` that `config` describes from the original one `(P, d)`."""
+    """Return the table `(position_table_rows(config), d)` that `config` describes, given the original `(P, d)`."""
     extension, rows = config.position_extension or {"method": None}, position_table_rows(config)
     if extension["method"] == "interpolate":
         factor = math.ceil(extension_factor(extension, config.max_position_embeddings))
@@ -108,7 +108,7 @@ def extended_position_table(table: Tensor, config) -> Tensor:
 
 
 class AddedPositions(PositionScheme):
-    """What the learned table and the sinusoids have in common."""
+    """Base class of the learned table and the sinusoids."""
 
     extensions = {"repeat": {}, "interpolate": {"factor": None}, "group": {"factor": None}, "restart": {"period": None}}
 
@@ -117,7 +117,7 @@ class AddedPositions(PositionScheme):
         return position_ids(config, documents, token_index)
 
     def default_extension(self, patterns: Sequence[Any]) -> str:
-        """Return `restart` if all patterns are blocks of one size, which are read as documents; else `repeat`."""
+        """Return `restart` if all patterns are blocks of one size, which act as documents; else `repeat`."""
         same = len(set(patterns)) == 1 and {pattern.type for pattern in patterns} == {"block"}
         return "restart" if same else "repeat"
 
@@ -130,17 +130,17 @@ class AbsolutePositions(AddedPositions):
     has_table = True
 
     def check(self, config: Any) -> None:
-        """Check that interpolation puts the old rows at whole positions.
+        """Check that interpolation puts the old rows at integer positions.
 
         Raises:
-            ValueError: a factor that is not whole.
+            ValueError: the factor is not an integer.
         """
         extension = config.position_extension
         if extension is None or extension["method"] != "interpolate" or not extension["factor"]:
             return
         if type(extension["factor"]) is not int:
             raise ValueError(
-                f"position_extension: factor={extension['factor']} but the rows of a table stand at whole places; "
+                f"position_extension: factor={extension['factor']} but the rows of a table are at whole positions; "
                 "give a whole number, or leave it out"
             )
 
@@ -153,10 +153,10 @@ class AbsolutePositions(AddedPositions):
         return hidden_states if table is None else hidden_states + table(places)
 
     def extend_again(self, config: Any, method: str, parameters: dict) -> dict:
-        """Return the next extension; after `interpolate` only `repeat` leaves every trained row where it is read.
+        """Return the new extension; after `interpolate` only `repeat` keeps every trained row at its position.
 
         Raises:
-            ValueError: `method` cannot follow the extension that the model has.
+            ValueError: `method` cannot be applied on top of the model's current extension.
         """
         current = config.position_extension
         if current["method"] != "interpolate":
@@ -164,12 +164,12 @@ class AbsolutePositions(AddedPositions):
         if method == "repeat" and not parameters:
             return current | {"factor": round(extension_factor(current, config.max_position_embeddings))}
         raise ValueError(
-            f"extend_context: the rows of this table were trained at their interpolated places, and {method!r} "
+            f"extend_context: the rows of this table were trained at their interpolated positions, and {method!r} "
             "would move them; use method='repeat' without parameters"
         )
 
     def table_rows(self, config: Any) -> int | None:
-        """Return the rows of the table, unless its positions start again and again."""
+        """Return the number of rows of the table; None if the method is `restart`, which has no limit."""
         restarts = (config.position_extension or {}).get("method") == "restart"
         return None if restarts else config.max_position_embeddings
 

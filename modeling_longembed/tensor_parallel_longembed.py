@@ -1,8 +1,9 @@
-"""Tensor parallelism (Shoeybi et al. 2019, section 3): every process computes some of the heads and of the inner units.
+"""Tensor parallelism (Shoeybi et al. 2019, section 3): every process computes a part of the heads and inner units.
 
 transformers splits the weights by the plan below when it loads (`from_pretrained(..., distributed_config=...)`). The
-number of heads that a process has then follows from its projections. What is numbered by head (slopes, tables, shifts)
-asks `heads_here` for its own. Small parameters by head are whole on every process and go through `read_by_heads`.
+number of heads on a process then follows from its projections. Code that depends on the number of a head (slopes,
+tables, shifts) calls `heads_here`. Small parameters with one row per head are replicated and go through
+`read_by_heads`.
 """
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 
 
 def tensor_parallel_plan(config) -> dict[str, str]:
-    """Return how each weight is split: names in a `LongEmbedModel` of this config to transformers' styles.
+    """Return how each weight is split: parameter names of a `LongEmbedModel` to transformers' styles.
 
-    Projections that make heads or inner units are split by columns; those that end a residual branch are split by rows,
-    with one sum over the processes each. Norms, tables and pooling are the same on every process.
+    Projections that produce heads or inner units are split by columns. Those that end a residual branch are split by
+    rows, with one sum over the processes each. Norms, tables and pooling are the same on every process.
     """
     patterns = {*config.get_patterns(), *config.get_training_patterns()}
     attention = {"q_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
@@ -33,7 +34,7 @@ def tensor_parallel_plan(config) -> dict[str, str]:
 
 
 def check_parallelism(config):
-    """Check that the heads of the model can be divided evenly among the processes that it is loaded for.
+    """Check that the heads of the model can be divided evenly among the processes.
 
     Raises:
         ValueError: they cannot.
@@ -48,26 +49,26 @@ def check_parallelism(config):
 
 
 def heads_here(projection: nn.Module, count: int, num_heads: int) -> slice:
-    """Return which heads of the model a projection computes: under tensor parallelism each process has its own.
+    """Return which heads of the model a projection computes on this process.
 
     Args:
-        projection: the linear layer that makes the heads.
-        count: number of heads that it makes on this process.
+        projection: the linear layer that produces the heads.
+        count: number of heads that it produces on this process.
         num_heads: number of heads of the model.
 
     Returns:
         The numbers of the heads.
 
     Raises:
-        ValueError: a transformers that splits weights into plain tensors, which do not say whose part they are.
+        ValueError: this release of transformers splits weights into plain tensors, which have no rank.
     """
     if count == num_heads:
         return slice(0, num_heads)
     mesh = getattr(projection.weight, "device_mesh", None)  # of a DTensor
     if mesh is None:
         raise ValueError(
-            f"{count} of num_attention_heads={num_heads} heads are here, and which ones is unknown; tensor parallelism "
-            "needs transformers 5.21 or later"
+            f"this process has {count} of num_attention_heads={num_heads} heads, but which ones is unknown; tensor "
+            "parallelism needs transformers 5.21 or later"
         )
     first = mesh.get_local_rank() * count
     return slice(first, first + count)
@@ -89,9 +90,9 @@ class _SumGradients(torch.autograd.Function):
 
 
 def read_by_heads(tensor: Tensor, projection: nn.Module) -> Tensor:
-    """Return a tensor that all processes hold whole and of which each reads the rows of its own heads.
+    """Return a replicated tensor of which each process uses only the rows of its own heads.
 
-    Without this a parameter behind it would get the gradient of these heads alone.
+    The backward pass sums the gradients over the processes; without it each would have those of its own heads only.
     """
     mesh = getattr(projection.weight, "device_mesh", None)
     return tensor if mesh is None else _SumGradients.apply(tensor, mesh.get_group())

@@ -447,7 +447,7 @@ def test_a_folder_whose_config_was_edited_starts_at_the_initial_span(build_adapt
         ),
         (
             {"attention_patterns": adaptive(20, 4), "training_attention_patterns": "full"},
-            r"^training_attention_patterns: 'full' cannot stand in for 'adaptive'",
+            r"^training_attention_patterns: 'full' cannot replace 'adaptive'",
         ),
     ],
 )

@@ -556,7 +556,7 @@ def extended(method, **more):
         (
             remember(4, 4),
             {"token_weighting": "generalized_max"},
-            "memory: token_weighting='generalized_max' weighs a token by the whole document, .*; use .*'none'",
+            "memory: token_weighting='generalized_max' depends on the whole document, .*; use .*'none'",
         ),
     ],
 )
@@ -571,7 +571,7 @@ def test_models_that_cannot_be_computed_in_chunks_are_refused(build_memory, patt
 
 def test_layerdrop_is_refused_in_training(build_memory):
     model = build_memory(remember(4, 4), layerdrop=0.5).train()
-    with pytest.raises(ValueError, match=r"^memory: layerdrop=0.5 leaves out sublayers .*; set layerdrop=0"):
+    with pytest.raises(ValueError, match=r"^memory: layerdrop=0.5 drops sublayers .*; set layerdrop=0"):
         model.new_memory()
     model.eval().new_memory()
 
@@ -580,19 +580,19 @@ def test_chunks_that_do_not_fit_are_refused(build_memory):
     model = build_memory([remember(4, 4), {"type": "block", "size": 6}], max_position_embeddings=32)
     ids = torch.randint(1, 64, (2, 12))
     memory = model(ids[:, :9], memory=model.new_memory(2)).memory
-    with pytest.raises(ValueError, match=r"^memory: document 0 goes on after 9 tokens, which is no multiple of 12"):
+    with pytest.raises(ValueError, match=r"^memory: document 0 continues after 9 tokens, .* not a multiple of 12"):
         model(ids, memory=memory)
     memory = model(ids, memory=model.new_memory(2)).memory
-    with pytest.raises(ValueError, match=r"^memory is of 2 documents, the input of 1; give a chunk of each"):
+    with pytest.raises(ValueError, match=r"^memory holds 2 documents and the input 1; give a chunk of each"):
         model(ids[:1], memory=memory)
     memory = model(ids, memory=memory).memory
     with pytest.raises(ValueError, match=r"^memory: document 0 has 36 tokens .* has 32 rows; extend the context"):
         model(ids, memory=memory)
-    with pytest.raises(ValueError, match=r"^memory is not of this model's attention_patterns; begin with"):
+    with pytest.raises(ValueError, match=r"^memory does not fit this model's attention_patterns; begin with"):
         model(ids, memory=build_memory(remember(4, 5)).new_memory(2))
     for more in ({"position_ids": torch.arange(12)[None]}, {"output_attentions": True}):
         model.set_attn_implementation("eager")
-        with pytest.raises(ValueError, match=r"^memory: places go on by themselves, .* leave position_ids"):
+        with pytest.raises(ValueError, match=r"^memory: positions continue from .* leave position_ids"):
             model(ids, memory=memory, **more)
 
 
