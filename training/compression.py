@@ -10,7 +10,7 @@ from typing import Any
 from common.arguments import parse
 from common.errors import UserError, run
 from training.data.curriculum import RateSchedule
-from training.data.documents import DocumentArguments, document_batches, read_documents, sequence_lengths
+from training.data.documents import DocumentArguments, sequence_lengths
 from training.data.masking import NoMasking
 from training.data.sequences import SequenceReader, Sequences, SpecialTokens
 from training.engine.held_out import by_source
@@ -20,6 +20,7 @@ from training.models.encoder import ModelArguments, load_encoder
 from training.models.identity import model_identity
 from training.models.students import StudentArguments, make_student
 from training.models.tuning import TuningArguments, select_parameters
+from training.objectives.document_data import document_batches
 from training.teachers.relations import (
     RelationArguments,
     RelationEvaluation,
@@ -64,22 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     context = min(model.config.max_position_embeddings, student.config.max_position_embeddings)
     lengths = sequence_lengths(data_args, context, "teacher and student must both read it: give a shorter one")
     reader = SequenceReader(SpecialTokens.of(tokenizer), NoMasking())
-    with loop.accelerator.main_process_first():  # the other processes then find its tokens in the cache
-        train, held_out = (
-            read_documents(names, data_args, tokenizer) for names in (data_args.train_data, data_args.eval_data)
-        )
-    batches = document_batches(
-        train,
-        data_args,
-        reader,
-        lengths,
-        RateSchedule(0.0, 0.0),
-        loop.total_steps,
-        accumulation_steps=run_args.gradient_accumulation_steps,
-        seed=run_args.seed,
-        rank=loop.accelerator.process_index,
-        world_size=loop.accelerator.num_processes,
-    )
+    batches, held_out = document_batches(data_args, tokenizer, reader, lengths, RateSchedule(0.0, 0.0), loop)
     evaluations = {
         source.name: RelationEvaluation(
             Sequences(source, data_args.eval_sequence_length or lengths.lengths[-1], reader),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import parse
 from common.errors import UserError, run
 from training.data.curriculum import RateSchedule
-from training.data.documents import DocumentArguments, document_batches, read_documents, sequence_lengths
+from training.data.documents import DocumentArguments, sequence_lengths
 from training.data.masking import Masking, MaskingArguments
 from training.data.next_sentence import NextSentenceHead
 from training.data.sequences import SequenceReader, SpecialTokens
@@ -24,6 +24,7 @@ from training.models.adaptation import AdaptationArguments, load_masked_lm, trai
 from training.models.encoder import ModelArguments
 from training.models.layer_choice import LayerArguments
 from training.models.tuning import TuningArguments, select_parameters
+from training.objectives.document_data import document_batches
 from training.objectives.masked_lm import MaskedEvaluation, MaskedLanguageModel, masked_gradient
 from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
 from training.teachers.masked_teachers import MaskedTeacherArguments, load_masked_teachers
@@ -67,22 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data_args, model.config.max_position_embeddings, "give a longer --max_position_embeddings"
     )
     mask_rates = RateSchedule.parse(mask_args.mask_rate)
-    with loop.accelerator.main_process_first():  # the other processes then find its tokens in the cache
-        train, held_out = (
-            read_documents(names, data_args, model.tokenizer) for names in (data_args.train_data, data_args.eval_data)
-        )
-    batches = document_batches(
-        train,
-        data_args,
-        read,
-        lengths,
-        mask_rates,
-        loop.total_steps,
-        accumulation_steps=run_args.gradient_accumulation_steps,
-        seed=run_args.seed,
-        rank=loop.accelerator.process_index,
-        world_size=loop.accelerator.num_processes,
-    )
+    batches, held_out = document_batches(data_args, model.tokenizer, read, lengths, mask_rates, loop)
     evaluations = {
         source.name: MaskedEvaluation(
             source,

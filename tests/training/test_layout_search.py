@@ -21,8 +21,9 @@ from tests.training.double_precision import double_precision
 from tests.training.tiny_training import losses, tiny_config
 from training import layout_search
 from training.engine.loop import Loop, LoopArguments, Training
-from training.layout_search import SearchArguments, alternate, cycle_end, main, search_groups
+from training.layout_search import main
 from training.models.supernet import KINDS, MixedSublayer, Supernet
+from training.objectives.layout_search_step import SearchArguments, alternate, cycle_end, search_groups
 
 SCHEDULE = "--weight_steps 3 --cycle_steps 5 --architecture_share 0.4 --max_steps 18 --changed_share 0"
 SHARED = {"final_norm": True, "hidden_act": "gelu"}

@@ -1,14 +1,11 @@
 """Documents to train on: the options of a script that reads them, and the sources that these name."""
 
-from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from training.data.curriculum import Curriculum, LengthSchedule, RateSchedule
-from training.data.masked_batches import MaskedBatches, epoch_batches
-from training.data.sequences import SequenceReader
+from training.data.curriculum import LengthSchedule
 from training.data.sources import Columns, read_sources
 from training.data.token_store import TokenizedDocuments, tokenize_documents
 
@@ -98,54 +95,3 @@ def read_documents(
     """
     sources = read_sources(specifications, Columns((arguments.text_column,), None, "texts"))
     return [tokenize_documents(source, tokenizer) for source in sources]
-
-
-def document_batches(
-    sources: Sequence[TokenizedDocuments],
-    arguments: DocumentArguments,
-    read: SequenceReader,
-    lengths: LengthSchedule,
-    mask_rates: RateSchedule,
-    total_steps: Callable[[Sized], int],
-    *,
-    accumulation_steps: int,
-    seed: int,
-    rank: int,
-    world_size: int,
-) -> MaskedBatches:
-    """Batch training documents for a run.
-
-    Args:
-        sources: the documents.
-        arguments: parsed command-line options.
-        read: reads and masks a sequence.
-        lengths: schedule of the sequence length.
-        mask_rates: schedule of the fraction of the tokens to predict.
-        total_steps: returns the number of steps of the run, given the batches of an epoch.
-        accumulation_steps: batches per step.
-        seed: random seed.
-        rank: number of this process.
-        world_size: number of processes.
-
-    Returns:
-        The batches of this process.
-
-    Raises:
-        UserError: gradients are to be accumulated over batches, or see `MaskedBatches`.
-    """
-    if accumulation_steps > 1:
-        raise UserError(
-            "--gradient_accumulation_steps: give more --per_device_train_tokens instead; --batch_tokens of them are "
-            "held at once"
-        )
-    steps = total_steps(range(epoch_batches(sources, arguments.per_device_train_tokens * world_size)))
-    return MaskedBatches(
-        list(sources),
-        read,
-        Curriculum(lengths, mask_rates, steps),
-        batch_size=arguments.per_device_train_tokens,
-        batch_tokens=arguments.batch_tokens,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-    )
