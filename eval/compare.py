@@ -24,8 +24,8 @@ from common.encoders.model_folder import ModelFolder
 from common.encoders.precision import ENCODER_PRECISIONS, resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.records import Records
 from eval.report.comparison import Row, as_markdown, draw
-from eval.report.records import Records
 from eval.speed.growth import Curve
 from eval.speed.interleaved import measure_interleaved
 from eval.speed.lengths import parse_lengths

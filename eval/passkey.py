@@ -32,10 +32,10 @@ from common.arguments import parse
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.records import Records
 from eval.models.language_models import LanguageModel
 from eval.models.mteb_models import EvaluatedModel
 from eval.report.heat_maps import Cell, as_markdown, draw
-from eval.report.records import Records
 from eval.speed.lengths import parse_lengths
 from eval.tasks.needles import MOST_DOCUMENTS
 from eval.tasks.passkey import EmbeddingTest, GenerationTest

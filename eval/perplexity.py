@@ -43,10 +43,10 @@ from common.arguments import parse
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.records import Records
 from eval.models.language_models import LanguageModel
 from eval.models.token_losses import masked_losses, window_losses
 from eval.report.perplexities import Point, as_markdown, draw
-from eval.report.records import Records
 from eval.speed.lengths import parse_lengths
 from eval.tasks.texts import read_texts
 

@@ -29,7 +29,7 @@ from common.arguments import parse
 from common.errors import UserError, run
 from common.files import atomic_write
 from common.patterns import parse_pattern
-from eval.report.records import Records
+from common.records import Records
 from eval.speed.flops import model_flops, peak_flops
 from eval.speed.growth import Curve, as_markdown, draw
 from eval.speed.interleaved import measure_interleaved

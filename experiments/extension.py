@@ -28,8 +28,8 @@ from common.encoders.model_folder import ModelFolder
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
+from common.records import Records
 from eval import perplexity
-from eval.report.records import Records
 from eval.speed.lengths import parse_lengths
 from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from eval.tasks.retrieval import get_tasks

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from common.arguments import parse
 from common.errors import UserError, run
-from common.files import atomic_write
+from common.records import Records
 from modeling_longembed.layout_registry_longembed import layers_of
 from training.data.pair_batches import PairTokenizer
 from training.data.sources import PAIRS, read_sources
@@ -68,54 +68,35 @@ class PruningArguments:
 Units = tuple[int, ...]
 
 
-@dataclass
-class Search:
-    """A greedy search over the units (layers or sublayers) of a model to keep.
+def search(score: Callable[[Units], float | None], count: int, depth: int) -> list[Units]:
+    """Return the units (layers or sublayers) to keep at each depth from `count` down to `depth`, found greedily.
+
+    Among equal scores the one that keeps the earlier units wins.
 
     Args:
         score: maps units to keep to a score, of which higher is better; None: no model has these units.
-        scores: the scores known so far; new ones are added.
-        remember: called whenever one is added.
+        count: number of units of the model.
+        depth: number of units to keep at the end.
+
+    Raises:
+        UserError: no unit can be removed without leaving a model without attention.
     """
-
-    score: Callable[[Units], float | None]
-    scores: dict[Units, float | None]
-    remember: Callable[[], None]
-
-    def greedy(self, count: int, depth: int) -> list[Units]:
-        """Return the units to keep at each depth from `count` down to `depth`.
-
-        Among equal scores the one that keeps the earlier units wins.
-
-        Args:
-            count: number of units of the model.
-            depth: number of units to keep at the end.
-
-        Raises:
-            UserError: no unit can be removed without leaving a model without attention.
-        """
-        path = [tuple(range(count))]
-        steps = sum(range(depth + 1, count + 1)) + 1
-        with tqdm(total=steps, desc="searching", unit="model") as bar:
-            self._of(path[0])
-            bar.update()
-            while len(path[-1]) > depth:
-                candidates = [tuple(unit for unit in path[-1] if unit != gone) for gone in reversed(path[-1])]
-                found = []
-                for candidate in candidates:
-                    found.append((self._of(candidate), candidate))
-                    bar.update()
-                possible = [(score, kept) for score, kept in found if score is not None]
-                if not possible:
-                    raise UserError(f"--depth {depth}: below {len(path[-1])} no attention would be left; give more")
-                path.append(max(possible, key=lambda pair: pair[0])[1])
-        return path
-
-    def _of(self, kept: Units) -> float | None:
-        if kept not in self.scores:
-            self.scores[kept] = self.score(kept)
-            self.remember()
-        return self.scores[kept]
+    path = [tuple(range(count))]
+    steps = sum(range(depth + 1, count + 1)) + 1
+    with tqdm(total=steps, desc="searching", unit="model") as bar:
+        score(path[0])
+        bar.update()
+        while len(path[-1]) > depth:
+            candidates = [tuple(unit for unit in path[-1] if unit != gone) for gone in reversed(path[-1])]
+            found = []
+            for candidate in candidates:
+                found.append((score(candidate), candidate))
+                bar.update()
+            possible = [(value, kept) for value, kept in found if value is not None]
+            if not possible:
+                raise UserError(f"--depth {depth}: below {len(path[-1])} no attention would be left; give more")
+            path.append(max(possible, key=lambda pair: pair[0])[1])
+    return path
 
 
 def pruned(model: Any, kept: Sequence[int], unit: str) -> Any:
@@ -153,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     retrievals = [PairRetrieval(s, tokenize, batch_size=64, batch_tokens=args.batch_tokens) for s in sources]
 
     @torch.no_grad()
-    def score(kept: Units) -> float | None:
+    def measure(kept: Units) -> float | None:
         try:
             candidate = pruned(model, kept, args.unit)
         except ValueError:
@@ -162,14 +143,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         return sum(found) / len(found)
 
     output_dir = Path(args.output_dir).absolute()
-    file = output_dir / "search.json"
     made_by: dict[str, Any] = {"unit": args.unit, "max_length": length, "texts": _hash_texts(retrievals)}
     made_by["model"] = model_identity(model, tokenizer)
-    known = _read(file, made_by)
-    search = Search(score, known, lambda: _write(file, made_by, known))
-    path = search.greedy(count, args.depth)
+    records = _read(output_dir / "search.json", made_by)
+
+    def score(kept: Units) -> float | None:
+        case = made_by | {"kept": list(kept)}
+        row = records.find(case) or records.add(case, ndcg_at_10=measure(kept))
+        return row["ndcg_at_10"]
+
+    path = search(score, count, args.depth)
     for kept in path:
-        value = known[kept]
+        value = score(kept)
         assert value is not None
         print(f"{len(kept)} {args.unit}s: nDCG@10 {100 * value:.2f}, kept {' '.join(map(str, kept))}")
     save(pruned(model, path[-1], args.unit), output_dir, title=output_dir.name)
@@ -180,29 +165,20 @@ def _hash_texts(retrievals: list[PairRetrieval]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
-def _read(file: Path, made_by: dict[str, Any]) -> dict[Units, float | None]:
+def _read(file: Path, made_by: dict[str, Any]) -> Records:
     """Read the scores of an earlier search, if there are any.
 
     Raises:
         UserError: they belong to another model or other pairs, or the file is damaged.
     """
-    if not file.exists():
-        return {}
-    try:
-        content = json.loads(file.read_text())
-        before, scores = dict(content["made_by"]), content["scores"]
-        known = {tuple(map(int, entry["kept"])): entry["ndcg_at_10"] for entry in scores}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: is damaged ({error}); remove it, or give another --output_dir") from None
-    for name, value in made_by.items():
-        if before.get(name) != value:
-            raise UserError(f"{file}: was made with another {name}; give another --output_dir")
-    return known
-
-
-def _write(file: Path, made_by: dict[str, Any], scores: dict[Units, float | None]) -> None:
-    entries = [{"kept": list(kept), "ndcg_at_10": value} for kept, value in scores.items()]
-    atomic_write(file, json.dumps({"made_by": made_by, "scores": entries}, indent=1))
+    records = Records(file)
+    for row in records.rows.values():
+        for name, value in made_by.items():
+            if row["case"].get(name) != value:
+                raise UserError(f"{file}: was made with another {name}; give another --output_dir")
+        if "ndcg_at_10" not in row:
+            raise UserError(f"{file}: a score is missing; give another --output_dir")
+    return records
 
 
 if __name__ == "__main__":

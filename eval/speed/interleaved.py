@@ -6,7 +6,7 @@ The first repeats of all cases come before the second ones, so that other load o
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from eval.report.records import Records
+from common.records import Records
 from eval.speed.growth import GB, Curve
 from eval.speed.measurement import Case, Measurement
 from eval.speed.process import run_case

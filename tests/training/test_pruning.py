@@ -13,23 +13,24 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from training import pruning
-from training.pruning import Search, pruned
+from training.pruning import pruned, search
 
 
-def search(score) -> tuple[Search, list]:
-    asked: list = []
-
-    def counted(kept):
-        asked.append(kept)
-        return score(kept)
-
-    return Search(counted, {}, lambda: None), asked
+def read_scores(folder: Path) -> dict[tuple[int, ...], float]:
+    """Return the scores of a search, by the layers that were kept."""
+    rows = json.loads((folder / "search.json").read_text())
+    return {tuple(row["case"]["kept"]): row["ndcg_at_10"] for row in rows}
 
 
 @pytest.mark.parametrize(("count", "depth"), [(6, 3), (12, 6), (4, 4), (5, 1)])
 def test_the_cost_is_the_one_of_the_docs(count, depth):
-    greedy, asked = search(lambda kept: float(sum(kept)))
-    greedy.greedy(count, depth)
+    asked = []
+
+    def score(kept):
+        asked.append(kept)
+        return float(sum(kept))
+
+    search(score, count, depth)
     assert len(asked) == 1 + (count * (count + 1) - depth * (depth + 1)) // 2
     assert len(set(asked)) == len(asked)
 
@@ -37,15 +38,13 @@ def test_the_cost_is_the_one_of_the_docs(count, depth):
 def test_layers_of_additive_worth_are_found_as_by_trying_all():
     """Where each layer adds its own worth, the greedy path is the best subset of every depth."""
     worth = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2]
-    greedy, _ = search(lambda kept: sum(worth[unit] for unit in kept))
-    for kept in greedy.greedy(6, 1):
+    for kept in search(lambda kept: sum(worth[unit] for unit in kept), 6, 1):
         best = max(itertools.combinations(range(6), len(kept)), key=lambda some: sum(worth[unit] for unit in some))
         assert kept == best
 
 
 def test_of_equal_scores_the_earlier_layers_stay():
-    greedy, _ = search(lambda kept: 1.0)
-    assert greedy.greedy(5, 2) == [(0, 1, 2, 3, 4), (0, 1, 2, 3), (0, 1, 2), (0, 1)]
+    assert search(lambda kept: 1.0, 5, 2) == [(0, 1, 2, 3, 4), (0, 1, 2, 3), (0, 1, 2), (0, 1)]
 
 
 @pytest.fixture
@@ -80,8 +79,8 @@ def prune(model_with_empty_layers, tmp_path):
 def test_a_pruned_model_is_rebuilt_from_the_kept_sublayers(prune, model_with_empty_layers):
     """Bitwise: the weights of the kept layers under their new numbers, and what that model computes."""
     output = prune("--depth 3")
-    kept = [e for e in json.loads((output / "search.json").read_text())["scores"] if len(e["kept"]) == 3]
-    best = max(entry["ndcg_at_10"] for entry in kept)
+    scores = read_scores(output)
+    best = max(value for kept, value in scores.items() if len(kept) == 3)
     found = LongEmbedModel.from_pretrained(output / "final")
     whole = LongEmbedModel.from_pretrained(model_with_empty_layers)
     weights = load_file(output / "final" / "model.safetensors")
@@ -95,7 +94,7 @@ def test_a_pruned_model_is_rebuilt_from_the_kept_sublayers(prune, model_with_emp
             for new, old in enumerate(layers)
         )
     )
-    assert best == next(entry["ndcg_at_10"] for entry in kept if tuple(entry["kept"]) == layers)
+    assert best == scores[layers]
     rebuilt = LongEmbedModel(found.config)
     for name in ("embeddings", "final_norm"):
         getattr(rebuilt, name).load_state_dict(getattr(whole, name).state_dict())
@@ -109,7 +108,7 @@ def test_a_pruned_model_is_rebuilt_from_the_kept_sublayers(prune, model_with_emp
 def test_layers_that_do_nothing_can_go_without_a_loss(prune, model_with_empty_layers):
     """A model whose other layers matter keeps its score as long as there are empty ones to drop."""
     output = prune("--depth 3")
-    scores = {tuple(e["kept"]): e["ndcg_at_10"] for e in json.loads((output / "search.json").read_text())["scores"]}
+    scores = read_scores(output)
     full = scores[tuple(range(6))]
     for depth in (5, 4, 3):
         assert max(value for kept, value in scores.items() if len(kept) == depth) >= full
@@ -133,7 +132,7 @@ def test_a_search_that_is_killed_goes_on(prune, monkeypatch, tmp_path):
     monkeypatch.setattr(pruning, "pruned", failing)
     with pytest.raises(KeyboardInterrupt):
         prune("--depth 4")
-    assert len(json.loads((tmp_path / "out" / "search.json").read_text())["scores"]) == 4
+    assert len(read_scores(tmp_path / "out")) == 4
     assert (prune("--depth 4") / "search.json").read_text() == whole
     assert len(calls) == 5 + (12 - 4) + 1  # the five before, what was missing, and the model that is written
 
@@ -199,13 +198,21 @@ def test_scores_are_those_of_a_model_that_was_moved(prune, model_with_empty_laye
     prune(f"--depth 5 --model_name_or_path {moved} --dropout 0.3")
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"scores": []}', '{"made_by": {}, "scores": [{"kept": 3}]}', "null"])
+@pytest.mark.parametrize("content", ["{", '{"made_by": {}, "scores": []}', '[{"kept": [3]}]', "null"])
 def test_a_damaged_file_is_one_sentence(prune, tmp_path, content):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "search.json").write_text(content)
-    with pytest.raises(UserError, match=r"search\.json: is damaged \(.*remove it, or give another") as caught:
+    with pytest.raises(UserError, match=r"search\.json holds no results of this script .*give another") as caught:
         prune("--depth 5")
     assert "\n" not in str(caught.value)
+
+
+def test_a_row_without_a_score_is_refused(prune):
+    file = prune("--depth 6") / "search.json"
+    rows = [{"case": row["case"]} for row in json.loads(file.read_text())]
+    file.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=r"search\.json: a score is missing; give another --output_dir"):
+        prune("--depth 6")
 
 
 def far_from_whole_when_pruned(layerdrop: float) -> float:

@@ -26,7 +26,7 @@ class Records:
         try:
             rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
             self.rows = {_key(row["case"]): row for row in rows}
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} holds no results of this script ({error!r}); give another --output_dir") from None
 
     def find(self, case: dict[str, Any]) -> dict[str, Any] | None:
@@ -41,4 +41,4 @@ class Records:
 
 
 def _key(case: dict[str, Any]) -> str:
-    return json.dumps(case, sort_keys=True)
+    return json.dumps(dict(case.items()), sort_keys=True)

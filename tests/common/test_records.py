@@ -5,7 +5,7 @@ import json
 import pytest
 
 from common.errors import UserError
-from eval.report.records import Records
+from common.records import Records
 
 
 def test_a_row_is_found_by_its_case_and_replaced_by_a_later_one(tmp_path):
@@ -20,7 +20,7 @@ def test_a_row_is_found_by_its_case_and_replaced_by_a_later_one(tmp_path):
     assert [row["value"] for row in json.loads(path.read_text())] == [5, 4]
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", '[{"value": 1}]'])
+@pytest.mark.parametrize("content", ["{", "[1]", '[{"value": 1}]', '[{"case": 3}]'])
 def test_a_file_of_something_else_is_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match="holds no results of this script"):
