@@ -30,7 +30,7 @@ class Arguments:
     )
 
 
-def write_task(arguments: Arguments) -> tuple[int, int]:
+def write_question_task(arguments: Arguments) -> tuple[int, int]:
     """Write corpus, queries and qrels, all or none of them.
 
     A question that occurs twice is one query, and each of its long answers is relevant.
@@ -72,7 +72,7 @@ def write_task(arguments: Arguments) -> tuple[int, int]:
 def main() -> None:
     """Run the script."""
     (arguments,) = parse(Arguments)
-    queries, documents = write_task(arguments)
+    queries, documents = write_question_task(arguments)
     print(f"{arguments.output_dir}: {queries} questions, {documents} documents")
 
 

@@ -30,7 +30,7 @@ from eval.tasks.task_files import write_task_files
 from eval.tasks.texts import read_haystack
 
 
-def write_task(
+def write_synthetic_task(
     folder: Path,
     kind: str,
     tokenizer: Any,
@@ -125,7 +125,7 @@ def main() -> None:
     haystack = read_haystack(arguments.haystack) if arguments.haystack else None
     for kind in arguments.tasks:
         folder = Path(arguments.output_dir, kind.capitalize())
-        write_task(
+        write_synthetic_task(
             folder,
             kind,
             tokenizer,

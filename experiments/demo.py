@@ -80,10 +80,10 @@ def write_data(folder: Path, settings: Settings) -> None:
     haystack = "\n".join(" ".join(paragraphs) for paragraphs in speeches.addresses(judged=True).values())
     with atomic_folder(folder) as temporary:
         speeches.write_training_pairs(temporary / "train", settings.training_rounds, settings.training_words)
-        speeches.write_task(temporary / "tasks" / "SpeechRetrieval", settings.queries_an_address)
+        speeches.write_speech_task(temporary / "tasks" / "SpeechRetrieval", settings.queries_an_address)
         for kind, name, text in (("passkey", "Passkey", None), ("needle", "Needle", haystack)):
             count = settings.synthetic_documents
-            synthetic.write_task(
+            synthetic.write_synthetic_task(
                 temporary / "tasks" / f"{name}Retrieval",
                 kind,
                 tokenizer,

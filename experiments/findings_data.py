@@ -66,7 +66,9 @@ class DataArguments:
 def write_questions(arguments: DataArguments, path: Path) -> None:
     """Write pairs of questions and long answers with the titles of their pages; the other rows are a task."""
     source = arguments.given("questions")
-    questions.write_task(questions.Arguments(str(source), str(arguments.data / "Questions"), arguments.judge_from))
+    questions.write_question_task(
+        questions.Arguments(str(source), str(arguments.data / "Questions"), arguments.judge_from)
+    )
     rows = [values for _, values in read_text_columns(source, "question", "long_answer", "title")][
         : arguments.judge_from
     ]
@@ -77,7 +79,7 @@ def write_titles(arguments: DataArguments, path: Path) -> None:
     """Write pairs of titles and abstracts; the task: every fourth of the last titles finds its abstract."""
     rows = [values for _, values in read_text_columns(arguments.given("titles"), "anchor", "positive")]
     held_out = rows[-arguments.judged_titles :]
-    write_task(arguments.data / "Titles", held_out, range(0, len(held_out), 4))
+    write_pair_task(arguments.data / "Titles", held_out, range(0, len(held_out), 4))
     write_training(path, [{"anchor": a, "positive": b} for a, b in rows[: -arguments.judged_titles]], "titles")
 
 
@@ -98,7 +100,7 @@ def write_documents(arguments: DataArguments, path: Path) -> None:
     rows = [row for row in rows if row[0] and row[1].strip() and len(row[2].split()) >= arguments.document_words]
     rows = [rows[number] for number in np.random.default_rng(0).permutation(len(rows))]
     held_out, trained = rows[: arguments.judged_documents], rows[arguments.judged_documents :]
-    write_task(arguments.data / "Documents", [row[1:] for row in held_out], range(len(held_out)))
+    write_pair_task(arguments.data / "Documents", [row[1:] for row in held_out], range(len(held_out)))
     write_training(path, [{"title": t, "abstract": a, "body": b} for t, a, b in trained], "documents")
 
 
@@ -121,7 +123,7 @@ def write_training(path: Path, rows: Sequence[dict[str, str]], option: str) -> N
     write_jsonl(path, rows)
 
 
-def write_task(folder: Path, pairs: Sequence[tuple[str, ...]], queries: Sequence[int]) -> None:
+def write_pair_task(folder: Path, pairs: Sequence[tuple[str, ...]], queries: Sequence[int]) -> None:
     """Write a retrieval task of pairs.
 
     Args:

@@ -37,7 +37,7 @@ def pick(paragraphs: list[str], count: int, generator: random.Random) -> list[in
     return generator.sample(candidates, min(count, len(candidates)))
 
 
-def write_task(folder: Path, queries: int, seed: int = 0) -> None:
+def write_speech_task(folder: Path, queries: int, seed: int = 0) -> None:
     """Write the retrieval task.
 
     Args:

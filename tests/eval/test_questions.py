@@ -14,7 +14,7 @@ from sklearn.metrics import top_k_accuracy_score
 from common.errors import UserError, run
 from common.jsonl import read_text_columns
 from eval import questions
-from eval.questions import Arguments, write_task
+from eval.questions import Arguments, write_question_task
 from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from eval.tasks.retrieval import local_task
 
@@ -39,7 +39,7 @@ def test_each_question_finds_all_of_its_answers_among_those_of_all_rows(tmp_path
     hypothesis.assume(skipped < len(pairs))
     data = write(tmp_path / "q.jsonl", [{"question": q, "long_answer": a, "title": 1} for q, a in pairs])
     folder = tmp_path / "Questions"
-    counts = write_task(Arguments(data, str(folder), skipped))
+    counts = write_question_task(Arguments(data, str(folder), skipped))
     local_task(folder)  # unique ids that refer to what is there
     corpus, queries = (
         dict(row for _, row in read_text_columns(folder / f"{name}.jsonl.gz", key, "text"))
@@ -56,7 +56,7 @@ def test_top_1_top_5_and_mrr_are_those_of_scikit_learn_and_of_the_ranks(
     tiny_sentence_transformer, tmp_path, monkeypatch, capsys
 ):
     data = write(tmp_path / "q.jsonl", ROWS)
-    write_task(Arguments(data, str(tmp_path / "data" / "Animals"), judge_from=3))
+    write_question_task(Arguments(data, str(tmp_path / "data" / "Animals"), judge_from=3))
     metrics = ["hit_rate_at_1", "hit_rate_at_5", "mrr_at_10"]
     arguments = RetrievalArguments(
         [str(tiny_sentence_transformer)], str(tmp_path / "r"), data_dir=str(tmp_path / "data"), metrics=metrics
@@ -76,7 +76,7 @@ def test_top_1_top_5_and_mrr_are_those_of_scikit_learn_and_of_the_ranks(
 
 
 def test_a_metric_that_is_not_there_is_told_with_those_near_it(tmp_path):
-    write_task(Arguments(write(tmp_path / "q.jsonl", ROWS), str(tmp_path / "data" / "Animals")))
+    write_question_task(Arguments(write(tmp_path / "q.jsonl", ROWS), str(tmp_path / "data" / "Animals")))
     arguments = RetrievalArguments(
         ["bm25"], str(tmp_path / "r"), data_dir=str(tmp_path / "data"), metrics=["hitrate_at_1"]
     )

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from common.jsonl import read_text_columns
-from eval.synthetic import write_task
+from eval.synthetic import write_synthetic_task
 from eval.tasks.needles import MOST_DOCUMENTS, NEEDLES, Haystack, Needle
 from eval.tasks.retrieval import local_task
 from eval.tasks.texts import read_haystack
@@ -28,7 +28,9 @@ def bytes_of(folder):
 
 @pytest.mark.parametrize(("kind", "haystack"), [("passkey", None), ("needle", ESSAY)])
 def test_a_task_is_as_long_and_as_deep_as_it_says(minilm_tokenizer, tmp_path, kind, haystack):
-    write_task(tmp_path / "Task", kind, minilm_tokenizer, [96, 700], queries=10, documents=30, haystack=haystack)
+    write_synthetic_task(
+        tmp_path / "Task", kind, minilm_tokenizer, [96, 700], queries=10, documents=30, haystack=haystack
+    )
     assert list(local_task(tmp_path / "Task").eval_splits) == ["test_96", "test_700"]
     for length in (96, 700):
         split = tmp_path / "Task" / f"test_{length}"
@@ -56,7 +58,9 @@ def test_a_task_is_as_long_and_as_deep_as_it_says(minilm_tokenizer, tmp_path, ki
 
 def test_the_seed_decides_every_byte(minilm_tokenizer, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        write_task(tmp_path / name, "passkey", minilm_tokenizer, [64, 128], queries=5, documents=12, seed=seed)
+        write_synthetic_task(
+            tmp_path / name, "passkey", minilm_tokenizer, [64, 128], queries=5, documents=12, seed=seed
+        )
     assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b")
     assert not set(bytes_of(tmp_path / "a").values()) & set(bytes_of(tmp_path / "c").values())
 
@@ -111,7 +115,7 @@ def test_any_text_gives_documents_of_any_length(request, kind, text, tokens, dep
 def test_numbers_that_make_no_task_are_told_and_leave_nothing(minilm_tokenizer, tmp_path, arguments, words):
     settings = {"kind": "passkey", "lengths": [64], "queries": 2, "documents": 4} | arguments
     with pytest.raises(UserError, match=words):
-        write_task(tmp_path / "Task", tokenizer=minilm_tokenizer, **settings)
+        write_synthetic_task(tmp_path / "Task", tokenizer=minilm_tokenizer, **settings)
     assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ def words(text):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("task") / "SpeechRetrieval"
-    speeches.write_task(folder, queries=3)
+    speeches.write_speech_task(folder, queries=3)
     return {name: rows(folder / f"{name}.jsonl.gz") for name in ("corpus", "queries", "qrels")}
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
 from eval.models.mteb_models import EvaluatedModel
-from eval.synthetic import write_task
+from eval.synthetic import write_synthetic_task
 from eval.tasks.retrieval import load, local_task
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
@@ -94,7 +94,7 @@ def test_bm25_is_lucenes_formula(tmp_path):
 @pytest.mark.promise("E1")
 def test_passkey_is_all_for_an_oracle_and_one_in_a_hundred_for_chance(minilm_tokenizer, tmp_path):
     """BM25 sees the name of the person wherever it is; MTEB's random encoder sees nothing."""
-    write_task(tmp_path / "Passkey", "passkey", minilm_tokenizer, [128, 256, 512, 1024])
+    write_synthetic_task(tmp_path / "Passkey", "passkey", minilm_tokenizer, [128, 256, 512, 1024])
     task = local_task(tmp_path / "Passkey")
     load(task)
     means = []

@@ -33,7 +33,7 @@ def embedding_mse(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, T
         >>> embedding_mse(torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0]]))
         (tensor(2.), {})
     """
-    student, teacher = _in_full_precision(student, teacher)
+    student, teacher = _promote_pair(student, teacher)
     return F.mse_loss(student, teacher), {}
 
 
@@ -61,7 +61,7 @@ def embedding_cosine(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str
         >>> embedding_cosine(torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
         (tensor(0.5000), {})
     """
-    student, teacher = _in_full_precision(student, teacher)
+    student, teacher = _promote_pair(student, teacher)
     return (1 - F.cosine_similarity(student, teacher, dim=1)).mean(), {}
 
 
@@ -97,7 +97,7 @@ def max_margin_mse(student: Tensor, teacher: Tensor, *, gamma: float = 1.0) -> t
         >>> loss.item(), metrics["own_mse"].item(), metrics["other_mse"].item()
         (-0.5, 0.0, 1.0)
     """
-    student, teacher = _in_full_precision(student, teacher)
+    student, teacher = _promote_pair(student, teacher)
     count, dim = student.shape
     with torch.autocast(student.device.type, enabled=False):
         products = student @ teacher.T
@@ -107,6 +107,7 @@ def max_margin_mse(student: Tensor, teacher: Tensor, *, gamma: float = 1.0) -> t
     return own - gamma * other, {"own_mse": own.detach(), "other_mse": other.detach()}
 
 
-def _in_full_precision(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+def _promote_pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both in float32 or better, the teacher without gradient."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
