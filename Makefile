@@ -20,7 +20,7 @@ demo: $(VENV)/.stamp-demo ## convert, train, judge and publish a real model; goe
 test: lint ## lint, then all tests that are not slow, then the result for each promise
 	$(BIN)/python $(PYTEST) -m 'not slow'
 
-test-all: lint ## the same with the long sweeps, which are marked slow
+test-all: lint ## the same with the tests that take long, which are marked slow
 	$(BIN)/python $(PYTEST)
 
 # oneDNN and ATen are limited to the named instructions; rounding differs from one to the other.

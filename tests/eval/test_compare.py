@@ -86,6 +86,7 @@ def test_the_numbers_are_those_of_the_evaluator_and_of_the_files(make_task, mode
     assert (tmp_path / "r" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_model_has_a_row_in_each_precision(make_task, models, tmp_path, monkeypatch):
     """Its speed and its scores are both in that precision; the scores those of the evaluator by itself."""
     make_task("Animals", TEXTS, QUERIES)

@@ -72,6 +72,7 @@ def extension_arguments(tiny_sentence_transformer, make_task, tmp_path, monkeypa
     )
 
 
+@pytest.mark.slow
 def test_the_comparison_end_to_end_goes_on_and_repeats_nothing(extension_arguments, tmp_path, monkeypatch):
     measure, stop_at = perplexity.measure, "rope"
 

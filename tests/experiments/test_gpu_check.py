@@ -77,6 +77,7 @@ def as_on_cuda():
         yield
 
 
+@pytest.mark.slow
 def test_the_packed_forward_of_the_gpu_is_one_graph(as_on_cuda):
     checks = list(check_compilation("cpu", backend="eager"))
     assert len(checks) == 4

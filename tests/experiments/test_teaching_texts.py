@@ -34,6 +34,7 @@ def texts_of(path) -> list[str]:
     return [json.loads(line)["text"] for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_texts_are_not_of_what_judges_and_the_same_again(script_options, tmp_path):
     for name in ("one", "two"):
         teaching_texts.main([*script_options, "--output_dir", str(tmp_path / name)])

@@ -31,6 +31,7 @@ def arguments(bert: str, output, **changes) -> Arguments:
     return Arguments(**fields | {"batch_tokens": [1, 100], "repeats": 1} | changes)
 
 
+@pytest.mark.slow
 def test_both_sides_measure_the_same_step(bert_folder, tmp_path, capsys):
     """The oracle of our step is sentence-transformers' loss; real processes, each of them twice."""
     compare(arguments(bert_folder, tmp_path, batch_tokens=[100], attention_patterns=["full", "block:size=16"]))

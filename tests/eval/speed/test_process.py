@@ -24,6 +24,7 @@ def test_the_process_is_fresh_and_its_memory_its_own():
     assert small["peak"] < 900 << 20
 
 
+@pytest.mark.slow
 def test_a_training_step_is_counted_with_gradients_and_moments():
     fields = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 2048}
     kept, recomputed = (

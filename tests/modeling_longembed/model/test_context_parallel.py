@@ -19,7 +19,10 @@ from torch.distributed.tensor.experimental import context_parallel
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from tests.two_processes import PROCESSES, in_two_processes
 
-pytestmark = pytest.mark.xdist_group("context_parallel")  # what the module fixtures make is made once
+pytestmark = [
+    pytest.mark.xdist_group("context_parallel"),  # what the module fixtures make is made once
+    pytest.mark.slow,  # it tests what torch and accelerate refuse, which changes with their versions and not with ours
+]
 
 if (Version(torch.__version__).release[:2], Version(accelerate.__version__).release[:2]) != ((2, 13), (1, 15)):
     pytest.skip("the findings are of torch 2.13 and accelerate 1.15", allow_module_level=True)

@@ -152,6 +152,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(train_script, digits_fil
     assert losses(folders["stopped"]) == losses(folders["whole"])
 
 
+@pytest.mark.slow
 def test_digits_of_a_class_come_together_while_the_texts_are_learnt(word_tokenizer, digits, tmp_path):
     """Nearest neighbours classify held-out digits better than at the start, and the loss of the texts falls, too."""
     file = write_jsonl(tmp_path / "digits.jsonl", digits[:1000])
