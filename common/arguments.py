@@ -1,5 +1,7 @@
 """Command-line arguments: dataclasses filled from a YAML recipe and from the command line, which takes precedence."""
 
+import argparse
+import dataclasses
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,11 +11,22 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from common.conditions import Options, conditions_of, words_of
 from common.errors import UserError
 
 
 class _Parser(HfArgumentParser):
-    """An `HfArgumentParser` that raises `UserError` instead of exiting."""
+    """An `HfArgumentParser` that raises `UserError` instead of exiting, and whose help says when an option applies."""
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        # transformers hands all metadata on to argparse, which does not know our `applies`.
+        metadata = {name: value for name, value in field.metadata.items() if name != "applies"}
+        if conditions := conditions_of(field):
+            metadata["help"] = f"{metadata['help']} (applies {words_of(conditions)})"
+        plain: Any = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=metadata)
+        plain.name, plain.type = field.name, field.type
+        HfArgumentParser._parse_dataclass_field(parser, plain)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the arguments)")
@@ -39,7 +52,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 
     Raises:
         UserError: an argument or a key of the recipe is unknown (the closest valid name is suggested), a value has the
-            wrong type, a required argument is missing, or the recipe cannot be read.
+            wrong type, a required argument is missing, the recipe cannot be read, or an argument was given that does
+            not apply, given the others (`common.conditions`).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _new_parser(dataclass_types)
@@ -50,6 +64,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     )
     if rest:
         parser.complain_of_unknown(rest, "on the command line")
+    given = dict.fromkeys(_given(defaults, dataclass_types), f" in the recipe {recipe.config}")
+    Options(instances).check(given | dict.fromkeys(_given(argv, dataclass_types), ""))
     return tuple(instances)
 
 
@@ -62,6 +78,14 @@ def _config_parser() -> _Parser:
 
 def _new_parser(dataclass_types: Iterable[Any]) -> _Parser:
     return _Parser(dataclass_types, parents=[_config_parser()], allow_abbrev=False)
+
+
+def _given(words: Sequence[str], dataclass_types: Iterable[Any]) -> set[str]:
+    """Return the names of the arguments that command-line words set."""
+    parser = _new_parser(dataclass_types)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return set(vars(parser.parse_known_args(list(words))[0]))
 
 
 def _recipe_argv(path: Path, dataclass_types: Iterable[Any]) -> list[str]:
