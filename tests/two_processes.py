@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from tests.fresh_processes import fresh_processes
+
 PROCESSES = 2
 
 
@@ -21,7 +23,9 @@ def in_two_processes(compute: Callable[..., Any], folder: Path, *arguments: Any)
         compute: a function of a module: the processes import it. What it returns is tensors and plain types.
         folder: empty but for what the test has put there.
     """
-    torch.multiprocessing.spawn(_run, args=(str(folder), compute, arguments), nprocs=PROCESSES)
+    method = fresh_processes().get_start_method()
+    arguments = (str(folder), compute, arguments)
+    torch.multiprocessing.start_processes(_run, args=arguments, nprocs=PROCESSES, start_method=method)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
 
 

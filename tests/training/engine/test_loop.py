@@ -1,6 +1,5 @@
 """A run that is killed, again and again, ends as one that was left alone: the same bytes."""
 
-import multiprocessing
 import random
 import signal
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.files import sha256_file
+from tests.fresh_processes import fresh_processes
 from tests.training.tiny_training import SCRIPTS, losses, train_until_killed
 from training.engine.checkpoints import COMPLETE, WEIGHTS
 
@@ -17,10 +17,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def processes():
-    """Fresh processes that start fast: forked off a server that has imported the scripts and done nothing else."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"training.{name}" for name in SCRIPTS])
-    return context
+    return fresh_processes()
 
 
 # The tests of a script stay in one process of pytest-xdist: the undisturbed run is made once.
