@@ -21,6 +21,7 @@ def finished_folder(tmp_path):
     return tmp_path, [demo.Score(name, "PasskeyRetrieval", "test_256", 75.0) for name in names]
 
 
+@pytest.mark.slow
 def test_the_published_folder_loads_where_the_repository_cannot_be_imported(finished_folder):
     folder, scores = finished_folder
     demo.publish(folder, scores)
@@ -30,6 +31,7 @@ def test_the_published_folder_loads_where_the_repository_cannot_be_imported(fini
     assert card.count("Passkey 256") == 1
 
 
+@pytest.mark.slow
 def test_a_broken_folder_is_not_taken_for_a_published_one(finished_folder):
     folder, scores = finished_folder
     demo.publish(folder, scores)

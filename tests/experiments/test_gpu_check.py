@@ -109,6 +109,7 @@ def test_a_break_of_the_graph_is_found_and_its_place_told():
 
 
 @pytest.mark.promise("A4")
+@pytest.mark.slow
 def test_twice_the_length_takes_no_more_than_the_ratio():
     workload = Workload(
         num_hidden_layers=1, hidden_size=64, num_attention_heads=2, intermediate_size=128, mode="training", device="cpu"

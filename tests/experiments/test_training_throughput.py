@@ -41,6 +41,7 @@ def test_both_sides_measure_the_same_step(bert_folder, tmp_path, capsys):
     assert not list(tmp_path.glob("gradients*"))
 
 
+@pytest.mark.slow
 def test_sides_that_differ_are_not_timed(bert_folder, tmp_path):
     """The same step with one number of one side's weights changed."""
     models = training_throughput._models(bert_folder, "full", LENGTH, tmp_path)

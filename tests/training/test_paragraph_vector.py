@@ -61,6 +61,7 @@ def test_documents_keep_their_ids(trained_model):
     ]
 
 
+@pytest.mark.parametrize("trained_model", ["both"], indirect=True)
 def test_a_vector_is_the_same_in_every_process_and_order(trained_model):
     """Under another salt of Python's hashes, which gensim's own inference starts from."""
     folder, texts = trained_model

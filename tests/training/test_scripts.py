@@ -128,6 +128,12 @@ def test_a_mistake_is_one_sentence(train_script, script, tmp_path, options, comp
     assert not (tmp_path / "out" / "final").exists()
 
 
+# One script in a process of its own is enough for the fast tests: all of them end by the same function.
+@pytest.mark.parametrize(
+    "script",
+    [name if name == "contrastive" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+    indirect=True,
+)
 def test_exit_code_and_stderr_of_the_script_itself(script, inputs, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     options = (

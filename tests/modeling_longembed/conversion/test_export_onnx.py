@@ -74,7 +74,9 @@ def batches() -> list[torch.Tensor]:
 
 
 @exports
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if n < 2 else pytest.param(case, marks=pytest.mark.slow) for n, case in enumerate(CASES)]
+)
 def test_onnxruntime_gives_the_outputs_of_the_model(case, tmp_path):
     encoder = model(**CASES[case])
     session = onnxruntime.InferenceSession(encoder.to_onnx(tmp_path / "deep" / "model.onnx"))

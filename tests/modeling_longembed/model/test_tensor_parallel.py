@@ -159,6 +159,7 @@ def test_the_language_model_head_stays_whole(folder, two_processes):
         torch.testing.assert_close(results["head"]["logits"], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_snippet_of_the_page_runs_as_it_stands(folder, tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "guides" / "devices.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

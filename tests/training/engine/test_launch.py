@@ -132,32 +132,39 @@ def assert_same_run(folder: Path, expected: Path, first: int = 0) -> None:
 @pytest.mark.promise("C9")
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.slow
 def test_two_processes_train_as_one(config, name, finished):
     assert_same_run(finished(config, name), finished("single", name))
 
 
-def test_a_launched_script_trains_as_one_process(finished, options_of, tmp_path):
+@pytest.mark.promise("C9")
+def test_a_launched_script_trains_as_one_process(options_of, tmp_path):
     """The command of the guide, in float32: the first step, before which no step has amplified a rounding error."""
+    two, one = tmp_path / "two", tmp_path / "one"
     script = str(TRAINING / "contrastive.py")
-    launch("ddp", [script, *options_of("ddp", "contrastive", tmp_path, "--max_steps 1 --eval_steps 2")])
-    assert_same_metrics(lines_of(tmp_path)[0], lines_of(finished("single"))[0], rel=1e-4)
-    weights = load_file(tmp_path / "final" / "model.safetensors")
+    launch("ddp", [script, *options_of("ddp", "contrastive", two, "--max_steps 1 --eval_steps 2")])
+    SCRIPTS["contrastive"].main(options_of("single", "contrastive", one, "--max_steps 1 --eval_steps 2"))
+    assert_same_metrics(lines_of(two)[0], lines_of(one)[0], rel=1e-4)
+    weights = load_file(two / "final" / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("before", "after"), [pair for pair in RESUMED if pair[0] != pair[1]])
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_under_another_configuration(before, after, finished):
     """It holds whole tensors, so that it does not matter how the run was split; without dropout the run is the same."""
     assert_same_run(finished(after, before), finished("single"), first=2)
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.slow
 def test_two_processes_go_on_to_the_same_bytes(config, finished):
     for name in (f"checkpoints/step-4/{WEIGHTS}", "final/model.safetensors"):
         assert sha256_file(finished(config, config) / name) == sha256_file(finished(config) / name)
 
 
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+@pytest.mark.slow
 def test_another_number_of_processes_has_to_be_allowed(config, finished, train_script):
     checkpoint = finished(config) / "checkpoints" / "step-2"
     sentence = "step-2: was made by 2 processes, now there are 1; launch as before, or add --allow_reshard"
@@ -165,6 +172,7 @@ def test_another_number_of_processes_has_to_be_allowed(config, finished, train_s
         train_script("contrastive", f"{OPTIONS['contrastive']} --resume_from_checkpoint {checkpoint}")
 
 
+@pytest.mark.slow
 def test_another_batch_is_refused_however_many_processes(finished, train_script):
     """The processes may change, the pairs of a whole batch may not."""
     checkpoint = finished("ddp") / "checkpoints" / "step-2"

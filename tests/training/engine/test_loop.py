@@ -81,6 +81,7 @@ def test_killed_inside_file_operations(processes, script, run_options, undisturb
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_from_outside_at_any_moment(processes, script, run_options, undisturbed, tmp_path):
     """Wherever the kill falls, also after the end: the moments that matter are hit one by one in the test above."""
     argv = [*run_options, "--output_dir", str(tmp_path), "--resume_from_checkpoint", "last"]
@@ -96,6 +97,7 @@ def test_killed_from_outside_at_any_moment(processes, script, run_options, undis
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_worker_that_tokenises_ahead_changes_nothing(processes, script, run_options, undisturbed, tmp_path):
     argv = [*run_options, "--output_dir", str(tmp_path), "--dataloader_num_workers", "1"]
     assert run(processes, script, argv) == 0
