@@ -103,6 +103,9 @@ class LongEmbedConfig(PretrainedConfig):
             weights are to those of plain pooling.
         prompts: text that is put in front of an input, by the name of the prompt; evaluation and inference use the
             names `query` and `document`.
+        default_prompt_name: name of the prompt that `encode` uses where none is asked for; None: no prompt.
+        normalize: whether `encode` scales vectors to unit length where nothing else is asked for.
+        similarity_fn_name: how vectors of this model are compared: `cosine`, `dot`, `euclidean` or `manhattan`.
         original_model: name of the model that the weights come from, for the model card.
         license: license of the weights, for the model card.
         pad_token_id: id of the padding token; None: there is none.
@@ -154,6 +157,9 @@ class LongEmbedConfig(PretrainedConfig):
     token_weighting: Literal["none", "generalized_max"] = "none"
     token_weighting_regularization: float | int = 50.0
     prompts: dict | None = None
+    default_prompt_name: str | None = None
+    normalize: bool = True
+    similarity_fn_name: Literal["cosine", "dot", "euclidean", "manhattan"] = "cosine"
     original_model: str | None = None
     license: str | None = None
     pad_token_id: int | None = 0
@@ -202,6 +208,11 @@ class LongEmbedConfig(PretrainedConfig):
         for name, text in self.prompts.items():
             if not isinstance(text, str):
                 raise ValueError(f"prompts: {name!r} is {text!r}; give the text to put before an input")
+        if self.default_prompt_name not in (None, *self.prompts):
+            raise ValueError(
+                f"default_prompt_name={self.default_prompt_name!r} is none of the prompts "
+                f"{', '.join(map(repr, self.prompts))}; use one of these or leave it out"
+            )
         if self.position_extension is not None:
             self.position_extension = self.position_scheme.complete_extension(self)
         super().__post_init__(**kwargs)

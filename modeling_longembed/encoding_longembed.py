@@ -99,7 +99,7 @@ def encode_texts(
     texts: str | list[str],
     prompt_name: str | None = None,
     batch_tokens: int = 16_384,
-    normalize: bool = True,
+    normalize: bool | None = None,
     truncate_dim: int | None = None,
     late_chunk_tokens: int | None = None,
     overflow: str = "warn",
@@ -112,10 +112,11 @@ def encode_texts(
     Args:
         model: the encoder.
         texts: one string, or a list of strings.
-        prompt_name: key in `config.prompts` (`query`, `document`) of the prompt in front of each text; None: no prompt.
+        prompt_name: key in `config.prompts` (`query`, `document`) of the prompt in front of each text; None:
+            the one that `config.default_prompt_name` names, which is none for most models.
         batch_tokens: largest number of tokens in one forward pass, which determines the memory. Texts are sorted by
             length and packed without padding.
-        normalize: scale vectors to unit length, after truncation.
+        normalize: scale vectors to unit length, after truncation; None: as `config.normalize` says.
         truncate_dim: number of leading dimensions to keep (for models trained with Matryoshka losses); None: all.
         late_chunk_tokens: return one vector for each passage of this many tokens, pooled from states that have seen the
             whole document (late chunking, Günther et al. 2024, arXiv:2409.04701); None: one vector per text.
@@ -151,6 +152,8 @@ def encode_texts(
         raise ValueError(
             f"encode: truncate_dim={truncate_dim} is more than the {model.config.hidden_size} dimensions of the model"
         )
+    prompt_name = model.config.default_prompt_name if prompt_name is None else prompt_name
+    normalize = model.config.normalize if normalize is None else normalize
     single = isinstance(texts, str)
     texts = [texts] if isinstance(texts, str) else list(texts)
     if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:

@@ -41,6 +41,9 @@ IGNORED_FIELDS = (
     "pad_token_id",
     "pooling",
     "prompts",
+    "default_prompt_name",
+    "normalize",
+    "similarity_fn_name",
     "original_model",
     "license",
 )

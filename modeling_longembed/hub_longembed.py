@@ -164,7 +164,8 @@ class HubModel(PreTrainedModel):
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def _sentence_transformers_files(self) -> dict[str, object]:
-        kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+        kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+        kinds += [("2_Normalize", "Normalize")] if self.config.normalize else []
         modes = {f"pooling_mode_{name}": name == ST_POOLINGS[self.config.pooling] for name in ST_POOLINGS.values()}
         return {
             "modules.json": [
@@ -183,8 +184,8 @@ class HubModel(PreTrainedModel):
             },
             "config_sentence_transformers.json": {
                 "prompts": self.config.prompts,
-                "default_prompt_name": None,
-                "similarity_fn_name": "cosine",
+                "default_prompt_name": self.config.default_prompt_name,
+                "similarity_fn_name": self.config.similarity_fn_name,
             },
         }
 

@@ -26,7 +26,7 @@ class Encoder:
         precision: `float32`, `bfloat16` (autocast), or `int8`: the weights of linear layers in 8 bits, on the CPU.
         batch_tokens: token budget of a forward pass; it bounds memory and changes float32 vectors by rounding only.
         trust_remote_code: run the code in the folder (our own models need none).
-        normalize: scale the vectors of a model with its own `encode` to unit length; for other models the folder says.
+        normalize: scale vectors to unit length if the folder says so; False: never, for a model with its own `encode`.
 
     Raises:
         UserError: sentence-transformers is not installed, the model does not load, or `max_length` exceeds its context.
@@ -112,7 +112,7 @@ class Encoder:
             texts,
             prompt_name=prompt_type,
             batch_tokens=self.batch_tokens,
-            normalize=self.normalize,
+            normalize=None if self.normalize else False,
             precision="float32" if self.precision == "int8" else self.precision,
             show_progress_bar=False,
         )

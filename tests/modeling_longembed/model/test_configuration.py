@@ -288,6 +288,8 @@ REFUSALS = [
     ({"sublayer_pattern": "fff"}, ["sublayer_pattern='fff'", "'s'"]),
     # the rest
     ({"prompts": {"query": 3}}, ["prompts", "'query'", "3"]),
+    ({"default_prompt_name": "passage"}, ["default_prompt_name", "'passage'", "'query'"]),
+    ({"similarity_fn_name": "maxsim"}, ["similarity_fn_name", "maxsim"]),
     ({"_attn_implementation_internal": "someone/kernel"}, ["_attn_implementation_internal"]),
     ({"max_position_embedings": 8192}, ["'max_position_embedings'", "'max_position_embeddings'"]),
     ({"attention_pattern": "full"}, ["'attention_pattern'", "'attention_patterns'"]),

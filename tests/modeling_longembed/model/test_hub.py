@@ -278,6 +278,22 @@ print(json.dumps(out))
             np.testing.assert_allclose(np.load(folder / f"{kind}{number}.npy"), ours, atol=1e-6, rtol=0)
 
 
+def test_sentence_transformers_read_the_settings_of_a_vector_from_the_folder(tmp_path):
+    st = pytest.importorskip("sentence_transformers")
+    save_checkpoint(tmp_path / "bert", "bert")
+    settings = {"prompts": PROMPTS, "default_prompt_name": "query", "normalize": False, "similarity_fn_name": "dot"}
+    model = LongEmbedModel.from_encoder(tmp_path / "bert", **settings)
+    model.save_pretrained(tmp_path / "model")
+    served = st.SentenceTransformer(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
+    assert (served.default_prompt_name, served.similarity_fn_name) == ("query", "dot")
+    for name in (None, "document", "query"):
+        ours = model.encode(TEXTS[1:3], prompt_name=name, precision="float32")
+        np.testing.assert_allclose(served.encode(TEXTS[1:3], prompt_name=name), ours, atol=1e-5, rtol=0)
+    assert np.abs(np.linalg.norm(ours, axis=1) - 1).min() > 1e-3
+    unit = model.encode(TEXTS[1], prompt_name="query", normalize=True, precision="float32")
+    np.testing.assert_allclose(unit, ours[0] / np.linalg.norm(ours[0]), atol=1e-6, rtol=0)
+
+
 def test_trust_is_demanded_unless_the_package_is_installed(environment, published, extended_vectors, tmp_path):
     without = environment.run(
         "from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)", published
