@@ -4,6 +4,8 @@ A dropped sublayer is the identity: only the residual connection remains, and no
 sublayers are used.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from .layout_registry_longembed import layers_of
 def draw_layers(sublayer_pattern: str, rate: float, unit: str) -> list[bool]:
     """Draw which sublayers are used in one forward pass of training.
 
-    The random numbers come from torch's CPU generator, outside of what gradient checkpointing recomputes. When gradient
-    caching restores that generator, the draw is the same.
+    The random numbers come from torch's CPU generator, outside of what gradient checkpointing recomputes. A batch that
+    is read in several forward passes has one draw: see `layers_drawn_once`.
 
     Args:
         sublayer_pattern: the layout, one letter per sublayer.
@@ -32,6 +34,27 @@ def draw_layers(sublayer_pattern: str, rate: float, unit: str) -> list[bool]:
     draws = torch.rand(len(layers) if unit == "layer" else len(sublayer_pattern)) >= rate
     kept = draws.tolist()
     return [kept[group_of[index] if unit == "layer" else index] for index in range(len(sublayer_pattern))]
+
+
+@contextmanager
+def layers_drawn_once(model: nn.Module) -> Iterator[None]:
+    """Draw the layers of LayerDrop once for all forward passes inside the block, which read the parts of one batch.
+
+    With a draw for each part, texts that are compared with each other would come from different layers, depending on
+    how the batch is divided.
+
+    Args:
+        model: the model in training, maybe wrapped. Models without LayerDrop and models in evaluation draw nothing.
+    """
+    # Not `hasattr`: a wrapper such as that of LoRA passes on the attributes of the model inside.
+    encoders: list[Any] = [module for module in model.modules() if "layers_of_batch" in vars(module)]
+    for encoder in encoders:
+        encoder.layers_of_batch = encoder.draw_layers()
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.layers_of_batch = None
 
 
 def no_contribution(layer: nn.Module) -> Tensor:

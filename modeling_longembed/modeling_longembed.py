@@ -265,6 +265,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         if config.final_norm:
             self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.token_weighting = config.token_weighting
+        self.layers_of_batch: list[bool] | None = None  # set by `layers_drawn_once`
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -344,7 +345,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             positions = positions.at(sequence.source)
         context = LayerContext(sequence.documents, positions, stream)
         all_hidden_states, all_weights = [hidden_states], []
-        for layer, is_used in zip(self.layers, self._draw_layers(), strict=True):
+        for layer, is_used in zip(self.layers, self.layers_of_batch or self.draw_layers(), strict=True):
             weights = None
             if is_used:
                 hidden_states, weights = layer(hidden_states, context=context)
@@ -401,7 +402,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         if self.training and self.config.training_attention_patterns is not None:
             check_kernel(kernel, self.config, training=True)
 
-    def _draw_layers(self) -> list[bool]:
+    def draw_layers(self) -> list[bool]:
         """Return which sublayers are computed in this forward pass: all, except under LayerDrop in training."""
         if self.training and self.config.layerdrop:
             return draw_layers(self.config.sublayer_pattern, self.config.layerdrop, self.config.layerdrop_unit)

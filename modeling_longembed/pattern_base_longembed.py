@@ -197,6 +197,15 @@ class AttentionPattern:
         return False
 
     @property
+    def couples_documents(self) -> bool:
+        """Whether in training the documents of one forward pass see each other.
+
+        What a document gives then depends on which documents are read with it, so that a batch cannot be divided into
+        several passes. In evaluation no pattern couples documents.
+        """
+        return False
+
+    @property
     def at_start(self) -> "AttentionPattern":
         """The pattern that this one equals while its own weights have their initial values; a mask if there is one."""
         return self

@@ -32,7 +32,8 @@ class FocusedAttention(AttentionPattern):
 
     In training a segment reads all keys of itself and of the `negatives` segments before it IN THE PACKED BATCH,
     whichever document they belong to, in one softmax and with gradients: keys learn to differ from those of other
-    documents. This is the only pattern under which documents see each other, and only in training. In evaluation every
+    documents. This is the only pattern under which documents see each other (`couples_documents`), and it is so in
+    training alone; the training scripts refuse a batch that does not fit into one forward pass. In evaluation every
     query reads its own segment and, per head, those `top_k` keys of the rest of its document (if causal, of what comes
     before the segment) that score highest, found by exact search.
 
@@ -60,6 +61,10 @@ class FocusedAttention(AttentionPattern):
     @property
     def is_mask(self):
         return False
+
+    @property
+    def couples_documents(self):
+        return self.negatives > 0
 
     def visible(self, query, key, head, num_heads):
         """Return whether the query may select the key, see `AttentionPattern.visible`."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from training.engine.chunks import parts_of_batch
 from training.engine.distributed import passes_together, synchronizing
 
 Chunk = TypeVar("Chunk")
@@ -47,8 +48,11 @@ def cached_backward(
 
     Gao et al. 2021 (arXiv:2101.06983), section 3: (1) embed every chunk without a graph; (2) compute the loss of the
     detached embeddings, in float32 whatever the model computes in, and its gradient with respect to them; (3) embed
-    every chunk again with the same random numbers and continue the backward pass from the cached gradient. The result
-    is exact if texts do not see each other. It costs a second forward pass; a batch of one chunk is computed directly.
+    every chunk again with the same random numbers and continue the backward pass from the cached gradient. It costs a
+    second forward pass; a batch of one chunk is computed directly.
+
+    The result is exact because texts do not see each other: a model in which they do is refused, and the random draws
+    that all texts of a batch share are made once (see `parts_of_batch`).
 
     Args:
         model: the module that `embed` calls. The gradients of a DDP or FSDP module are reduced once, in the last chunk.
@@ -60,34 +64,38 @@ def cached_backward(
 
     Returns:
         The metrics of `loss`.
+
+    Raises:
+        UserError: the batch has several chunks, and texts see each other in training.
     """
-    passes = passes_together(model, len(chunks))
-    if passes == 1:
-        with synchronizing(model, synchronize):
-            value, metrics = loss(_in_full_precision(embed(chunks[0])))
-            value.backward()
+    with parts_of_batch(model, len(chunks)):
+        passes = passes_together(model, len(chunks))
+        if passes == 1:
+            with synchronizing(model, synchronize):
+                value, metrics = loss(_in_full_precision(embed(chunks[0])))
+                value.backward()
+            return metrics
+
+        device = next(model.parameters()).device
+        padded = [*chunks, *[chunks[-1]] * (passes - len(chunks))]
+        states, embeddings = [], []
+        with torch.no_grad():
+            for chunk in padded:
+                states.append(RandomState(device))
+                embeddings.append(embed(chunk))
+
+        cached = _in_full_precision(torch.cat(embeddings)).requires_grad_()
+        value, metrics = loss(cached[: sum(map(len, embeddings[: len(chunks)]))])
+        value.backward()  # not autograd.grad: parameters of the loss, such as a temperature, get their gradient here
+        assert cached.grad is not None
+        gradients = cached.grad.split([len(rows) for rows in embeddings])
+
+        for index, (chunk, state, gradient) in enumerate(zip(padded, states, gradients, strict=True)):
+            last = index == passes - 1
+            with state.replay(), synchronizing(model, synchronize and last):
+                rows = embed(chunk)
+                rows.backward(gradient.to(rows.dtype))
         return metrics
-
-    device = next(model.parameters()).device
-    padded = [*chunks, *[chunks[-1]] * (passes - len(chunks))]
-    states, embeddings = [], []
-    with torch.no_grad():
-        for chunk in padded:
-            states.append(RandomState(device))
-            embeddings.append(embed(chunk))
-
-    cached = _in_full_precision(torch.cat(embeddings)).requires_grad_()
-    value, metrics = loss(cached[: sum(map(len, embeddings[: len(chunks)]))])
-    value.backward()  # not autograd.grad: parameters of the loss, such as a temperature, get their gradient here
-    assert cached.grad is not None
-    gradients = cached.grad.split([len(rows) for rows in embeddings])
-
-    for index, (chunk, state, gradient) in enumerate(zip(padded, states, gradients, strict=True)):
-        last = index == passes - 1
-        with state.replay(), synchronizing(model, synchronize and last):
-            rows = embed(chunk)
-            rows.backward(gradient.to(rows.dtype))
-    return metrics
 
 
 def _in_full_precision(embeddings: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from training.engine.chunks import parts_of_batch
 from training.engine.distributed import (
     mean_over_processes,
     own_share,
@@ -75,21 +76,25 @@ def backward_over_chunks(
 
     Returns:
         The detached means over the batch, and `loss`, their weighted sum.
+
+    Raises:
+        UserError: the batch has several chunks, and texts see each other in training.
     """
     metrics: Metrics = {}
     passes = passes_together(model, len(chunks))
-    for number in range(passes):
-        last = number == passes - 1
-        with synchronizing(model, synchronize and last):
-            parts = parts_of(chunks[min(number, len(chunks) - 1)])
-            if number >= len(chunks):  # the last chunk again, so that all processes make the same number of passes
-                parts = {name: value * 0.0 for name, value in parts.items()}
-            loss = weighted_sum(parts, weights)
-            metrics = add_detached(metrics, parts | {"loss": loss})
-            if last and penalty is not None:
-                term, measures = penalty()
-                loss, metrics = loss + term, metrics | measures
-            (loss * scale).backward()
+    with parts_of_batch(model, len(chunks)):
+        for number in range(passes):
+            last = number == passes - 1
+            with synchronizing(model, synchronize and last):
+                parts = parts_of(chunks[min(number, len(chunks) - 1)])
+                if number >= len(chunks):  # the last chunk again, so that all processes make the same number of passes
+                    parts = {name: value * 0.0 for name, value in parts.items()}
+                loss = weighted_sum(parts, weights)
+                metrics = add_detached(metrics, parts | {"loss": loss})
+                if last and penalty is not None:
+                    term, measures = penalty()
+                    loss, metrics = loss + term, metrics | measures
+                (loss * scale).backward()
     return metrics
 
 

@@ -13,6 +13,7 @@ from common.errors import UserError
 from training.data.packing import PackedTexts
 from training.data.pair_batches import PairBatch
 from training.data.sources import Columns
+from training.engine.chunks import parts_of_batch
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
 from training.objectives.embed import pool
@@ -60,7 +61,8 @@ class MomentumEncoder(nn.Module):
             Unit vectors `(n, d)` without gradient.
         """
         encoder, weights = _unwrapped(encoder), self.weights()
-        rows = [pool(lambda **inputs: functional_call(encoder, weights, (), inputs), chunk) for chunk in chunks]
+        with parts_of_batch(encoder, len(chunks)):
+            rows = [pool(lambda **inputs: functional_call(encoder, weights, (), inputs), chunk) for chunk in chunks]
         return F.normalize(torch.cat(rows), dim=-1)
 
 
