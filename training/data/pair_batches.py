@@ -70,6 +70,7 @@ class PairBatch:
         source: name of the source.
         rows: numbers of the rows in the source, from 1.
         bookmark: of a stream, where the next batch begins.
+        too_short_share: of a stream of documents, the fraction of them that are skipped because no pair fits in.
     """
 
     chunks: list[PackedTexts]
@@ -83,6 +84,7 @@ class PairBatch:
     source: str = ""
     rows: tuple[int, ...] = ()
     bookmark: dict[str, Any] | None = None
+    too_short_share: float | None = None
 
     def to(self, device: torch.device) -> "PairBatch":
         """Return a copy on a device."""
@@ -118,7 +120,7 @@ class PairBatch:
         Returns:
             Scalars, float64, by name. `padding_share` is the fraction of the computed positions that are no tokens of a
             text; `padding_share_if_padded` what it would be with every column padded to its longest text;
-            `cut_off_share` the fraction of texts that fill the limit.
+            `cut_off_share` the fraction of texts that fill the limit; `too_short_share` as above, of streams.
         """
         computed = sum(chunk.input_ids.numel() for chunk in self.chunks)
         values = {
@@ -128,6 +130,8 @@ class PairBatch:
             "padding_share_if_padded": 1 - self.tokens / (self.pairs * sum(self.longest)),
             "cut_off_share": self.cut_off / len(self.text_ids),
         }
+        if self.too_short_share is not None:
+            values["too_short_share"] = self.too_short_share
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 

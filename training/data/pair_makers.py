@@ -91,6 +91,11 @@ class PairStrategy(Protocol):
         """Return the most tokens of a span that is cut from a document of so many tokens."""
         ...
 
+    @property
+    def needs(self) -> str:
+        """Say what a document must have, for the line about those that are left out."""
+        ...
+
 
 @dataclass(frozen=True)
 class Crops:
@@ -119,6 +124,11 @@ class Crops:
     def longest(self, tokens: int) -> int:
         """Return the most tokens of a span; see `PairStrategy`."""
         return self._lengths(min(self.window, tokens))[1]
+
+    @property
+    def needs(self) -> str:
+        """Say what a document must have; see `PairStrategy`."""
+        return "2 tokens"
 
     def _lengths(self, size: int) -> tuple[int, int]:
         """Return the smallest and largest length: whole tokens inside the ratio if there are any, at least one."""
@@ -191,6 +201,11 @@ class InverseCloze:
         """Return the most tokens of a span; see `PairStrategy`."""
         return min(self.window, tokens)
 
+    @property
+    def needs(self) -> str:
+        """Say what a document must have; see `PairStrategy`."""
+        return "a sentence, and text beside it in the window"
+
 
 @dataclass(frozen=True)
 class Neighbours:
@@ -221,31 +236,54 @@ class Neighbours:
         """Return the most tokens of a span; see `PairStrategy`."""
         return min(self.window, tokens)
 
+    @property
+    def needs(self) -> str:
+        """Say what a document must have; see `PairStrategy`."""
+        return "2 tokens"
+
 
 @dataclass(frozen=True)
 class Segments:
-    """Take two of the overlapping windows of a document.
+    """Take two of the windows of a document.
 
     Args:
         window: tokens of a window; the last one of a document may be shorter.
         step: tokens from the start of a window to that of the next, at most `window`.
+        gap: least number of tokens between the two. Below 0 they may share that many: windows that share most of their
+            tokens teach a model to recognise copies.
     """
 
     window: int
     step: int
+    gap: int = 0
 
     def __call__(self, document: Document, generator: np.random.Generator) -> tuple[str, str] | None:
         """Make a pair; see `PairStrategy`."""
         count = 1 + max(0, -(-(len(document) - self.window) // self.step))
-        if count < 2:
+        if count <= self._apart:
             return None
-        starts = self.step * generator.choice(count, 2, replace=False)
+        # Two different numbers, between which the windows that are too close are put in: all pairs are equally likely.
+        places = generator.choice(count - self._apart + 1, 2, replace=False)
+        places[places.argmax()] += self._apart - 1
+        starts = self.step * places
         first, second = (document.span(int(s), min(int(s) + self.window, len(document))) for s in starts)
         return first, second
+
+    @property
+    def _apart(self) -> int:
+        """The least difference of the numbers of the two windows."""
+        return max(1, -(-(self.window + self.gap) // self.step))
 
     def longest(self, tokens: int) -> int:
         """Return the most tokens of a span; see `PairStrategy`."""
         return min(self.window, tokens)
+
+    @property
+    def needs(self) -> str:
+        """Say what a document must have; see `PairStrategy`."""
+        shared = f"sharing at most {-self.gap}" if self.gap < 0 else f"at least {self.gap} apart"
+        shortest = self.window + (self._apart - 1) * self.step + 1
+        return f"{shortest} tokens, for two segments of up to {self.window} tokens, {shared}"
 
 
 def make_pairs(

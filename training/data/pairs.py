@@ -36,7 +36,7 @@ class PairArguments:
             "help": "where pairs come from. columns: labelled pairs; nli: triplets of premise, entailment and "
             "contradiction, from the columns premise, hypothesis and label. The others make pairs from the documents "
             "of --text_column. twins: a text and itself; crops: two random spans; inverse_cloze: a sentence and the "
-            "passage around it; neighbours: two adjacent spans; segments: two overlapping windows"
+            "passage around it; neighbours: two adjacent spans; segments: two windows"
         },
     )
     anchor_column: str = field(default="anchor", metadata={"help": "column of queries, such as questions or titles"})
@@ -58,6 +58,12 @@ class PairArguments:
         default=0.9, metadata={"help": "fraction of the pairs of inverse_cloze whose passage lacks the sentence"}
     )
     segment_step: int = field(default=64, metadata={"help": "tokens from the start of a segment to that of the next"})
+    segment_gap: int = field(
+        default=0,
+        metadata={
+            "help": "least number of tokens between the two segments of a pair; -100: they may share up to 100 tokens"
+        },
+    )
     mixing_temperature: float = field(
         default=1.0,
         metadata={
@@ -87,6 +93,8 @@ class PairArguments:
             raise UserError(f"--pair_window {self.pair_window}: must be at least 2")
         if self.pairs == "segments" and not 1 <= self.segment_step <= (self.pair_window or REALM_WINDOW):
             raise UserError(f"--segment_step {self.segment_step}: must be from 1 to --pair_window")
+        if self.segment_gap <= -(self.pair_window or REALM_WINDOW):
+            raise UserError(f"--segment_gap {self.segment_gap}: two segments cannot share more tokens than one has")
         if self.mixing_temperature <= 0:
             raise UserError(f"--mixing_temperature {self.mixing_temperature}: must be more than 0")
         if self.shuffle_buffer < 1:
@@ -119,7 +127,7 @@ class PairArguments:
             "crops": Crops(window, (smallest, largest), self.word_deletion),
             "inverse_cloze": InverseCloze(window, self.sentence_removal),
             "neighbours": Neighbours(window),
-            "segments": Segments(self.pair_window or min(REALM_WINDOW, room), self.segment_step),
+            "segments": Segments(self.pair_window or min(REALM_WINDOW, room), self.segment_step, self.segment_gap),
         }
         return strategies.get(self.pairs)
 
@@ -160,6 +168,8 @@ def stream_pairs(
     specifications: list[str], arguments: PairArguments, columns: Columns, tokenize: PairTokenizer
 ) -> list[Stream]:
     """Open training data as streams of pairs; documents that are too short are skipped during training.
+
+    Their share of the rows is logged as `too_short_share`.
 
     Args:
         specifications: the sources, in the format of `read_sources`.
@@ -279,9 +289,15 @@ def long_enough(source: Source, strategy: PairStrategy, tokenizer: PreTrainedTok
         desc=f"looking through {source.name}",
     )
     if not len(rows):
-        raise UserError(f"{source.name}: no document is long enough for a pair; give longer ones, or other --pairs")
+        raise UserError(
+            f"{source.name}: no document is long enough for a pair, which needs {strategy.needs}; give longer ones, or "
+            "other --pairs"
+        )
     if left_out := len(source.rows) - len(rows):
-        log(f"{source.name}: {left_out} of {len(source.rows)} documents are too short for a pair: left out")
+        log(
+            f"{source.name}: {left_out} of {len(source.rows)} documents are too short for a pair, which needs "
+            f"{strategy.needs}: left out"
+        )
     return replace(source, rows=rows, strategy=strategy)
 
 

@@ -246,6 +246,7 @@ class _Blocks:
         """Continue with batch `used` of the block that starts at a position of the reader."""
         self.start, self.block, self.used = position["start"], position["block"], position["used"]
         self.loaded: PairBatches | None = None
+        self.too_short_share = 0.0  # of the rows that were read for the loaded block
 
     def position(self) -> dict[str, Any]:
         """Return where the next batch is."""
@@ -256,13 +257,20 @@ class _Blocks:
         if self.loaded is None:
             self.reader.go_to(self.start)
             size = self.batches * self.options["batch_size"] * self.options["world_size"]
-            rows, first_epoch = list[dict[str, str]](), self.reader.epoch
+            rows, too_short, first_epoch = list[dict[str, str]](), 0, self.reader.epoch
+            strategy = self.reader.stream.strategy
             while len(rows) < size:
                 row = next(self.reader)
-                if self._is_long_enough(row):
+                if strategy is None or self._is_long_enough(row, strategy):
                     rows.append(row)
-                elif not rows and self.reader.epoch > first_epoch + 1:
-                    raise UserError(f"{self.reader.stream.name}: no document is long enough for a pair")
+                    continue
+                too_short += 1
+                if not rows and self.reader.epoch > first_epoch + 1:
+                    raise UserError(
+                        f"{self.reader.stream.name}: no document is long enough for a pair, which needs "
+                        f"{strategy.needs}; give longer ones, or other --pairs"
+                    )
+            self.too_short_share = too_short / (too_short + size)
             seed = int(np.random.default_rng((*self.reader.seed, self.block, 1)).integers(2**31))
             self.loaded = PairBatches([self.reader.stream.block(rows)], self.tokenize, seed=seed, **self.options)
         return self.loaded
@@ -275,14 +283,11 @@ class _Blocks:
             self.load()
             self.go_to({"start": self.reader.position(), "block": self.block + 1, "used": 0})
 
-    def _is_long_enough(self, row: dict[str, str]) -> bool:
-        stream, generator = self.reader.stream, np.random.default_rng(0)
-        if stream.strategy is None:
-            return True
-        text = row[stream.columns[0]]
+    def _is_long_enough(self, row: dict[str, str], strategy: PairStrategy) -> bool:
+        text, generator = row[self.reader.stream.columns[0]], np.random.default_rng(0)
         parts = (text[:BEGINNING], text) if len(text) > BEGINNING else (text,)
         documents = (Document.read(part, self.tokenize.tokenizer) for part in parts)
-        return any(stream.strategy(document, generator) is not None for document in documents)
+        return any(strategy(document, generator) is not None for document in documents)
 
 
 class StreamedBatches(Dataset):
@@ -367,6 +372,8 @@ class StreamedBatches(Dataset):
                 self._skip()
             blocks = self.blocks[self.stream_of(index)]
             batch = blocks.load()[blocks.used]
+            if blocks.reader.stream.strategy is not None:
+                batch = replace(batch, too_short_share=blocks.too_short_share)
             self._skip()
         except UserError as error:
             return Refusal(str(error))  # type: ignore[return-value] # raises where the batch is moved to its device

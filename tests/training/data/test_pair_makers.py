@@ -4,6 +4,7 @@ import inspect
 import json.decoder
 import statistics
 from collections import Counter
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from training.data.pair_makers import Crops, Document, InverseCloze, Neighbours,
 pytestmark = pytest.mark.promise("C4")
 seeds = st.integers(0, 2**32)
 REAL = [inspect.getsource(module) for module in (json.decoder, statistics)]
-STRATEGIES = [Crops(100, (0.1, 0.5), 0.1), InverseCloze(100, 0.9), Neighbours(50), Segments(100, 30)]
+STRATEGIES = [Crops(100, (0.1, 0.5), 0.1), InverseCloze(100, 0.9), Neighbours(50), Segments(100, 30, -70)]
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -139,27 +140,34 @@ def test_every_place_between_paragraphs_is_drawn(numbered):
     assert min(count.values()) > 150
 
 
-@given(st.integers(1, 900), st.integers(1, 400), st.data())
-def test_segments_are_two_of_the_windows(numbered, tokens, window, data):
-    step = data.draw(st.integers(1, window))
+@given(st.integers(1, 200), st.integers(1, 90), st.data())
+def test_segments_are_two_of_the_windows_at_least_the_gap_apart(numbered, tokens, window, data):
+    step, gap = data.draw(st.integers(1, window)), data.draw(st.integers(1 - window, 100))
     windows, start = [], 0
     while not windows or windows[-1][-1] < tokens - 1:  # until one reaches the end
         windows.append(list(range(start, min(start + window, tokens))))
         start += step
-    pair = Segments(window, step)(numbered(tokens), rng(data.draw(seeds)))
-    if len(windows) == 1:
-        assert pair is None
-    else:
-        first, second = map(words, pair)
-        assert first in windows
-        assert second in windows
-        assert first != second
+    far = [(a, b) for a, b in combinations(windows, 2) if b[0] - a[-1] - 1 >= gap]
+    strategy = Segments(window, step, gap)
+    pair = strategy(numbered(tokens), rng(data.draw(seeds)))
+    assert (pair is None) == (not far)
+    assert (tokens >= int(strategy.needs.split()[0])) == bool(far)
+    if pair is not None:
+        assert tuple(sorted(map(words, pair))) in far
 
 
-def test_all_pairs_of_segments_are_drawn(numbered):
-    document = numbered(10)
-    starts = {tuple(words(span)[0] for span in Segments(4, 2)(document, rng(seed))) for seed in range(300)}
-    assert starts == {(a, b) for a in (0, 2, 4, 6) for b in (0, 2, 4, 6) if a != b}
+@pytest.mark.parametrize("gap", [0, 1, -2])
+def test_all_pairs_of_segments_are_drawn_equally_often(numbered, gap):
+    document, starts = numbered(10), (0, 2, 4, 6)
+    drawn = Counter(tuple(words(span)[0] for span in Segments(4, 2, gap)(document, rng(seed))) for seed in range(600))
+    assert set(drawn) == {(a, b) for a in starts for b in starts if abs(a - b) >= 4 + gap and a != b}
+    assert min(drawn.values()) > 0.5 * 600 / len(drawn)
+
+
+def test_no_token_is_in_both_segments_by_default(numbered):
+    """With a step of 64, 93 % of the pairs of windows of a document of 600 tokens would share some."""
+    pairs = [Segments(288, 64)(numbered(600), rng(seed)) for seed in range(50)]
+    assert not any(set(words(first)) & set(words(second)) for first, second in pairs)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -187,7 +195,8 @@ def test_spans_of_real_documents(strategy, text, word_tokenizer):
         (Crops(100, (0.25, 0.5), 0.1), "one two"),
         (InverseCloze(100, 0.9), "One. Two."),
         (Neighbours(100), "one two"),
-        (Segments(3, 2), "one two three four"),
+        (Segments(3, 2), "one two three four five six"),
+        (Segments(3, 2, -2), "one two three four"),
     ],
 )
 def test_documents_without_a_second_span(word_tokenizer, strategy, shortest):

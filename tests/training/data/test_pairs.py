@@ -92,7 +92,7 @@ def test_triplets_of_labelled_premises(read):
 @pytest.mark.parametrize("pairs", MADE)
 def test_pairs_of_documents_know_their_document_and_are_made_anew(read, word_tokenizer, pairs):
     rows = sentences(12)
-    (source,), logged = read(rows, pairs=pairs, pair_window=10, segment_step=4)
+    (source,), logged = read(rows, pairs=pairs, pair_window=10, segment_step=4, segment_gap=-6)
     assert logged == []
     made = batches([source], word_tokenizer)
     again = batches([source], word_tokenizer)
@@ -114,13 +114,14 @@ def test_pairs_of_documents_know_their_document_and_are_made_anew(read, word_tok
         assert [text for share in shares for text in share[5].texts[column]] == made[5].texts[column]
     assert shares[1].describe() == made.describe()
     assert batches([source], word_tokenizer, seed=4).describe() != made.describe()
-    other, _ = read(rows, pairs=pairs, pair_window=9, segment_step=4)
+    other, _ = read(rows, pairs=pairs, pair_window=9, segment_step=4, segment_gap=-5)
     assert batches(other, word_tokenizer).describe() != made.describe()
 
 
 @pytest.mark.parametrize("pairs", MADE)
 def test_the_heaviest_batch_of_made_pairs_is_a_bound(read, word_tokenizer, pairs):
-    (source,), _ = read(sentences(12), pairs=pairs, pair_window=14, segment_step=4, crop_ratio=[0.5, 1.0])
+    options = {"pair_window": 14, "segment_step": 4, "segment_gap": -10, "crop_ratio": [0.5, 1.0]}
+    (source,), _ = read(sentences(12), pairs=pairs, **options)
     made = batches([source], word_tokenizer, batch_tokens=60)
     heaviest = made.heaviest()
     for index in range(60):
@@ -145,7 +146,8 @@ def test_short_documents_are_counted_and_left_out(read, word_tokenizer):
     rows = [{"text": text} for text in ("one", "river stone", "!", "night paper music", "x " * 99)]
     (source,), logged = read(rows, pairs="crops")
     assert texts(source) == [["river stone", "night paper music", "x " * 99]]
-    assert [line.partition(": ")[2] for line in logged] == ["2 of 5 documents are too short for a pair: left out"]
+    expected = "2 of 5 documents are too short for a pair, which needs 2 tokens: left out"
+    assert [line.partition(": ")[2] for line in logged] == [expected]
     assert source.numbers([0, 1, 2]) == (2, 4, 5)  # as the user counts them
     # Half of 40 - 2 - 2: special tokens and the prompt.
     assert source.longest_texts(1, word_tokenizer) == [["x " * 17 + "x"]] * 2
@@ -204,6 +206,7 @@ def test_sources_are_mixed_by_temperature(word_tokenizer, tmp_path_factory, size
         ({"sentence_removal": -0.1}, "--sentence_removal -0.1"),
         ({"pair_window": 1}, "--pair_window 1"),
         ({"pairs": "segments", "segment_step": 289}, "--segment_step 289"),
+        ({"pairs": "segments", "segment_gap": -288}, "--segment_gap -288"),
         ({"mixing_temperature": 0.0}, "--mixing_temperature 0.0"),
     ],
 )

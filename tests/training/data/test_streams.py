@@ -164,6 +164,15 @@ def test_pairs_are_made_of_streamed_documents(tmp_path, word_tokenizer, pairs):
         assert (batch.texts[0] == batch.texts[1]) == (pairs == "twins")
     texts = set(chain(*(batch.texts[0] for batch in first)))
     assert ("short" in texts) == (pairs == "twins")
+    # The two documents of one token are skipped in each pass, and their share of the rows is logged.
+    # (A block of 20 rows, 5 batches: the first has read 20 to 22 rows, both together at least 40 and one of the two.)
+    shares = [batch.too_short_share for batch in first]
+    if pairs == "twins":
+        assert set(shares) == {None}
+    else:
+        assert set(shares) <= {0, 1 / 21, 2 / 22, 3 / 23, 4 / 24}
+        assert max(shares) > 0
+        assert first[0].measures()["too_short_share"] == shares[0]
     heaviest = whole.heaviest()
     assert max(heaviest.longest) >= max(max(batch.longest) for batch in first)
     assert heaviest.largest_chunk().input_ids.numel() == 70
