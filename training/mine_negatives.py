@@ -9,7 +9,7 @@ Needs `pip install -e .[train,eval,search]`. docs/guides/pairs.md says which set
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import datasets
@@ -22,7 +22,7 @@ from common.encoders.vector_cache import VectorCache
 from common.errors import UserError, run
 from common.files import write_jsonl
 from training.data.ranking import load_ranker
-from training.data.sources import TEXTS, read_sources
+from training.data.sources import PAIRS, TEXTS, read_sources
 
 
 @dataclass
@@ -146,7 +146,7 @@ class PairTexts:
     """
 
     def __init__(self, data: str, corpus: str | None):
-        (source,) = read_sources([data])
+        (source,) = read_sources([data], replace(PAIRS, prefix=None))  # negatives that are there already do not matter
         self._rows = source.rows
         ids = source.text_ids(["anchor", "positive"])
         query_ids, self.query_of, query_rows = _unique(ids[:, 0])

@@ -110,7 +110,11 @@ def local_task(name: str, path: Path) -> AbsTask:
     Raises:
         UserError: a row is malformed (file and line are named), or all scores are the same.
     """
-    rows = [_row(row, f"{path}, row {number}") for number, row in read_jsonl(path, *SENTENCES, "score")]
+    rows: list[dict[str, Any]] = []
+    for number, row in read_jsonl(path, *SENTENCES, "score"):
+        rows.append(_row(row, f"{path}, row {number}"))
+        if rows[-1].keys() != rows[0].keys():
+            raise UserError(f"{path}, row {number}: either every row has a subset, or none; the first row differs")
     if len({row["score"] for row in rows}) < 2:
         raise UserError(f"{path}: its {len(rows)} pairs have no two different scores, so that they have no order")
     revision = f"local-{hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:40]}"
@@ -129,8 +133,7 @@ def local_task(name: str, path: Path) -> AbsTask:
         )
 
     def load_data(self: AbsTask, **kwargs: Any) -> None:
-        columns = [column for column in rows[0] if all(column in row for row in rows)]
-        self.dataset = {"default": {"test": Dataset.from_list([{c: row[c] for c in columns} for row in rows])}}
+        self.dataset = {"default": {"test": Dataset.from_list(rows)}}
         self.data_loaded = True
 
     return type(name, (SimilarityTask,), {"metadata": metadata, "load_data": load_data})()

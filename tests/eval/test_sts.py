@@ -148,6 +148,7 @@ def test_vectors_that_cannot_order_pairs_are_told(tiny_sentence_transformer, tmp
         ({"score": float("nan")}, "row 2: score is NaN, not a number"),
         ({"sentence2": None}, "row 2: sentence2 is null, not a string"),
         ({"subset": [1]}, r"row 2: subset is \[1\], not a string"),
+        ({"subset": "a"}, "row 2: either every row has a subset, or none; the first row differs"),
         ({"score": 2.5}, "its 2 pairs have no two different scores"),
     ],
 )

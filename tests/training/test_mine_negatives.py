@@ -20,7 +20,7 @@ from common.encoders.model_folder import ModelFolder
 from common.errors import run
 from tests.training.tiny_training import WORDS, write_jsonl
 from training import contrastive, mine_negatives
-from training.mine_negatives import Arguments, Thresholds, mine
+from training.mine_negatives import Arguments, PairTexts, Thresholds, mine
 
 SETTINGS = [
     {},
@@ -263,3 +263,9 @@ def test_a_mistake_is_one_sentence_and_leaves_no_file(model_folder, tmp_path, mo
     assert len(messages) == 1
     assert words in messages[0]
     assert not (tmp_path / "mined.jsonl").exists()
+
+
+def test_negatives_that_some_rows_have_already_do_not_matter(tmp_path):
+    rows = [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d", "negative_1": "e"}]
+    pairs = PairTexts(str(write_jsonl(tmp_path / "pairs.jsonl", rows)), None)
+    assert (list(pairs.queries), list(pairs.documents)) == (["a", "c"], ["b", "d"])

@@ -61,7 +61,8 @@ class PairArguments:
     segment_gap: int = field(
         default=0,
         metadata={
-            "help": "least number of tokens between the two segments of a pair; -100: they may share up to 100 tokens"
+            "help": "least number of tokens between the two segments of a pair; -100: they may share up to 100 tokens",
+            "applies": {"pairs": "segments"},
         },
     )
     mixing_temperature: float = field(

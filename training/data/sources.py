@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -243,8 +244,9 @@ def _read_parquet(name: str, paths: list[str], columns: Columns) -> datasets.Dat
     try:
         count = sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)
         present = {path: pyarrow.parquet.read_schema(path).names for path in paths}
-        texts = text_columns(paths[0], present[paths[0]], columns)
-        for path in paths[1:]:
+        # The columns of all files together; each file has to have them.
+        texts = text_columns(name, list(dict.fromkeys(chain.from_iterable(present.values()))), columns)
+        for path in paths:
             text_columns(path, present[path], replace(columns, required=texts, prefix=None))
         if not count:  # datasets cannot make a table of nothing
             raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
@@ -256,7 +258,8 @@ def _read_parquet(name: str, paths: list[str], columns: Columns) -> datasets.Dat
 
 def _read_json(files: list[Path], columns: Columns) -> datasets.Dataset:
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
-    # reading line by line costs one pass, whose result is cached until a file changes.
+    # reading line by line costs one pass, whose result is cached until a file changes. The first row says which columns
+    # there are, because a row with others is refused.
     texts = text_columns(str(files[0]), next(json_rows(files[0], columns))[1], columns)
     features = {column: datasets.Value("large_string") for column in (*texts, *columns.classes)}
     features |= {column: datasets.Sequence(datasets.Value("float64")) for column in columns.numbers}
@@ -289,31 +292,41 @@ def _json_texts(
 def checked_row(
     path: str, number: int, row: dict[str, Any], texts: tuple[str, ...], columns: Columns
 ) -> dict[str, Any]:
-    """Check a row.
+    """Check a row, which has to have the same columns as the first one: no text may be dropped, and none is made up.
 
     Args:
         path: its file, for errors.
         number: its number, for errors.
         row: what the file has.
-        texts: the columns of texts to read.
+        texts: the columns of texts to read, which are those of the first row.
         columns: the other columns to read.
 
     Returns:
         The columns that are read; classes as texts.
 
     Raises:
-        UserError: a column is missing, or has a value of the wrong type.
+        UserError: a column is missing, only begins in this row, or has a value of the wrong type.
     """
     for column in texts:
         if column not in row:
-            raise UserError(f"{path}, row {number}: the column {column} is missing")
+            remedy = "" if column in columns.required else f", which the first row has; {_same_columns(columns)}"
+            raise UserError(f"{path}, row {number}: the column {column} is missing{remedy}")
         _check_text(path, number, column, row[column])
+    for column in row:
+        if columns.prefix is not None and column.startswith(columns.prefix) and column not in texts:
+            raise UserError(
+                f"{path}, row {number}: has the column {column}, which the first row lacks; {_same_columns(columns)}"
+            )
     for column in columns.classes:
         check_class(path, number, column, row.get(column))
     for column in columns.numbers:
         check_numbers(path, number, column, row.get(column))
     read = {column: row[column] for column in texts} | {column: str(row[column]) for column in columns.classes}
     return read | {column: row[column] for column in columns.numbers}
+
+
+def _same_columns(columns: Columns) -> str:
+    return f"every row must have the same columns {columns.prefix}..., and a text in each"
 
 
 def json_rows(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -342,7 +355,10 @@ def _read_hub(name: str, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(repository, config or None, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {one_line(error)}") from None
+        reason = one_line(
+            error.__cause__ or error
+        )  # of a dataset whose files differ in their columns the cause says so
+        raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {reason}") from None
 
 
 def text_columns(name: str, present: Collection[str], columns: Columns) -> tuple[str, ...]:

@@ -144,11 +144,11 @@ class Stream:
     strategy: PairStrategy | None = None
     anchor_kind: str = "query"
 
-    def read(self, row: dict[str, Any]) -> dict[str, str]:
-        """Return the checked columns of a row that `shards` yielded."""
+    def read(self, row: dict[str, Any], number: int) -> dict[str, str]:
+        """Return the checked columns of a row that `shards` yielded, row `number` of a shard on the Hub."""
         if row.keys() >= {"place", "number", "row"}:
             return checked_row(row["place"], row["number"], row["row"], self.columns, self.read_columns)
-        return checked_row(self.name, 0, row, self.columns, self.read_columns)
+        return checked_row(f"{self.name}, a shard", number, row, self.columns, self.read_columns)
 
     def block(self, rows: list[dict[str, str]]) -> Source:
         """Return rows that were read as a source."""
@@ -173,13 +173,32 @@ def open_streams(specifications: list[str], columns: Columns) -> list[Stream]:
     for specification in specifications:
         name, weight = split_weight(specification)
         shards = _open_shards(name)
-        first = next(iter(shards), None)
+        first = next_row(name, iter(shards))
         if first is None:
             raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
         stream = Stream(name, shards, columns, text_columns(name, first.get("row", first), columns), weight)
-        stream.read(first)
+        stream.read(first, 1)
         streams.append(stream)
     return streams
+
+
+def next_row(name: str, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+    """Read the next row of a stream.
+
+    Args:
+        name: of the stream, for errors.
+        rows: what is read.
+
+    Returns:
+        The row; None after the last.
+
+    Raises:
+        UserError: it cannot be read: the network fails, or the files of a dataset differ in their columns.
+    """
+    try:
+        return next(rows, None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        raise UserError(f"{name}: cannot be read any further: {one_line(error)}") from None
 
 
 def _open_shards(name: str) -> Any:
@@ -221,11 +240,11 @@ class Reader:
         return {"pass": self.epoch, "shard": self.shard, "row": self.row}
 
     def __next__(self) -> dict[str, str]:
-        while (row := next(self.rows, None)) is None:
+        while (row := next_row(self.stream.name, self.rows)) is None:
             more, shard = divmod(self.shard + 1, self.stream.shards.num_shards)
             self.go_to({"pass": self.epoch + more, "shard": shard, "row": 0})
         self.row += 1
-        return self.stream.read({name: value for name, (value,) in row.items()})
+        return self.stream.read({name: value for name, (value,) in row.items()}, self.row)
 
 
 class _Blocks:

@@ -4,13 +4,15 @@ import gzip
 import io
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from common.errors import UserError
 from tests.training.tiny_training import WORDS, random_pairs, write_jsonl
-from training.data.sources import TEXTS, Columns, read_sources
+from training.data.sources import PAIRS, TEXTS, Columns, read_sources
+from training.data.streams import Reader, open_streams
 
 PAIR = {"anchor": "a", "positive": "b"}
 
@@ -115,6 +117,9 @@ def test_a_changed_file_is_read_again(tmp_path):
         ([PAIR, {"anchor": float("nan"), "positive": "b"}], r"row 2: anchor is float instead of text"),
         ([PAIR, {"anchor": "", "positive": "b"}], r"row 2: anchor is empty"),
         ([PAIR, {"anchor": "a \ud83d b", "positive": "b"}], r"row 2: anchor holds half a character"),
+        ([PAIR, PAIR | {"negative_1": "c"}], r"row 2: has the column negative_1, which the first row lacks"),
+        ([PAIR | {"negative_1": "c"}, PAIR], r"row 2: the column negative_1 is missing, which the first row has"),
+        ([PAIR | {"negative_1": "c"}, PAIR | {"negative_2": "c"}], r"row 2: the column negative_1 is missing"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, lines, complaint):
@@ -177,6 +182,46 @@ def test_the_file_of_a_folder_that_lacks_a_column_is_named(tmp_path):
     (tmp_path / "0.parquet").write_bytes(parquet({"anchor": ["a"], "positive": ["b"], "negative_1": ["c"]}))
     with pytest.raises(UserError, match=r"1.parquet: the column negative_1 is missing"):
         read_sources([str(tmp_path)])
+
+
+WITHOUT, WITH = PAIR, PAIR | {"negative_1": "c"}
+
+
+FORMS = ["jsonl", "parquet", "jsonl folder", "parquet folder"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("rows", [(WITHOUT, WITH), (WITH, WITHOUT)])
+@pytest.mark.parametrize(
+    ("form", "on_hub"),
+    [*((form, False) for form in FORMS), *((form, True) for form in [*FORMS, "csv", "csv folder"])],
+)
+def test_no_negative_is_dropped_or_made_up(tmp_path, monkeypatch, rows, form, on_hub, streaming):
+    """Wherever a column begins or ends, in whatever format: a sentence that names it, instead of fewer texts."""
+    kind, *folder = form.split()
+    for number, part in enumerate([rows[:1], rows[1:]] if folder else [rows]):
+        columns = list(dict.fromkeys(column for row in part for column in row))
+        path = tmp_path / f"{number}.{kind}"
+        if kind == "jsonl":
+            write_jsonl(path, part)
+        elif kind == "csv":
+            lines = [columns, *([row.get(column, "") for column in columns] for row in part)]
+            path.write_text("".join(",".join(line) + "\n" for line in lines))
+        else:
+            path.write_bytes(parquet({column: [row.get(column) for row in part] for column in columns}))
+    name = str(tmp_path)
+    if on_hub:
+        load = datasets.load_dataset
+        monkeypatch.setattr(datasets, "load_dataset", lambda _, *args, **options: load(str(tmp_path), *args, **options))
+        name = "org/name"
+    with pytest.raises(UserError, match="negative_1") as caught:
+        if streaming:
+            reader = Reader(open_streams([name], PAIRS)[0], 0)
+            for _ in range(2):
+                next(reader)
+        else:
+            read_sources([name])
+    assert str(caught.value).startswith(name)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "some/missing.jsonl", "no such thing", "org/unknown-dataset"])
