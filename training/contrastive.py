@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The encoder, the pairs that it reads, and which of its parameters train.
     encoder, tokenizer = load_encoder(model_args)
-    batches = pair_batches(data_args, objective_args, pair_tokenizer(data_args, encoder, tokenizer), loop)
+    tokenize = pair_tokenizer(data_args, encoder, tokenizer)
+    batches, held_out = pair_batches(data_args, objective_args, tokenize, loop)
     model = select_parameters(encoder, tuning_args)
 
     # What is minimised.
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     training = Training(
         model=model,
         batches=batches,
-        evaluate=pair_retrieval(data_args, objective, batches, loop),
+        evaluate=pair_retrieval(data_args, objective, batches, held_out, loop),
         gradient=pair_gradient(objective, guide, span_penalty(encoder, span_args)),
         groups=[*span_groups(encoder, span_args, decay), *objective_groups(objective, decay)],
         auxiliary=objective,

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder, tokenizer = load_encoder(model_args)
     if not isinstance(encoder, LongEmbedModel):
         raise UserError("--trust_remote_code: the sublayers that are tried are of our own code; leave it out")
-    batches = pair_batches(data_args, objective_args, pair_tokenizer(data_args, encoder, tokenizer), loop)
+    tokenize = pair_tokenizer(data_args, encoder, tokenizer)
+    batches, held_out = pair_batches(data_args, objective_args, tokenize, loop)
     search_args.check_steps(loop.total_steps(batches))
     supernet = Supernet(encoder, search_args.gumbel_temperature)
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=supernet,
         batches=batches,
         gradient=alternate(supernet, search_args, pair_gradient(objective, guide)),
-        evaluate=pair_retrieval(data_args, objective, batches, loop),
+        evaluate=pair_retrieval(data_args, objective, batches, held_out, loop),
         groups=[
             *search_groups(supernet, search_args, run_args.weight_decay),
             *objective_groups(objective, run_args.weight_decay),

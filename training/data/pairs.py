@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from training.data.pair_batches import PairTokenizer
-from training.data.pair_makers import Crops, InverseCloze, Neighbours, PairStrategy, Segments
+from training.data.pair_makers import Crops, InverseCloze, Neighbours, PairStrategy, Segments, make_pairs
 from training.data.sources import Columns, Source, read_sources
+from training.data.splitting import SplitArguments, hold_out
 from training.data.streams import Stream, open_streams
 from training.data.token_store import fingerprint, with_token_offsets
 
@@ -23,7 +24,7 @@ Log = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
-class PairArguments:
+class PairArguments(SplitArguments):
     """What a pair is.
 
     Raises:
@@ -83,6 +84,7 @@ class PairArguments:
     shuffle_buffer: int = field(default=2048, metadata={"help": "rows of a stream that are shuffled together"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         smallest, largest = (*self.crop_ratio, 0.0, 0.0)[:2]
         if len(self.crop_ratio) != 2 or not 0 < smallest <= largest <= 1:
             raise UserError("--crop_ratio: must be two numbers, 0 < smallest <= largest <= 1")
@@ -102,6 +104,8 @@ class PairArguments:
             raise UserError(f"--shuffle_buffer {self.shuffle_buffer}: must be at least 1")
         if self.streaming and self.pairs == "nli":
             raise UserError("--streaming: --pairs nli has to see all rows of a premise; leave out one of them")
+        if self.pairs == "twins" and self.eval_split:
+            raise UserError("--eval_split: a text is found by itself, which tells nothing; give --eval_data with pairs")
         if self.streaming and self.mixing_temperature != 1:
             raise UserError("--streaming: the sizes for --mixing_temperature are not known; give weights, as path:2")
 
@@ -135,8 +139,8 @@ class PairArguments:
 
 def read_pairs(
     specifications: list[str], arguments: PairArguments, columns: Columns, tokenize: PairTokenizer, log: Log
-) -> list[Source]:
-    """Read training data as sources of pairs.
+) -> tuple[list[Source], list[Source]]:
+    """Read training data as sources of pairs, and hold out a part of it with `--eval_split`.
 
     Args:
         specifications: the sources, in the format of `read_sources`.
@@ -146,7 +150,7 @@ def read_pairs(
         log: called with one line about everything that is left out or looks like a mistake.
 
     Returns:
-        One source per specification.
+        One source per specification, and the held-out pairs, as pairs of texts.
 
     Raises:
         UserError: a source cannot be read, or nothing of it is left.
@@ -162,7 +166,32 @@ def read_pairs(
     sources = [distinct(source, log) for source in sources]
     if strategy is not None:
         sources = [long_enough(source, strategy, tokenize.tokenizer, log) for source in sources]
-    return mixed(sources, arguments.mixing_temperature)
+    sources, held_out = hold_out(sources, arguments, log)
+    seed = arguments.eval_split_seed
+    return mixed(sources, arguments.mixing_temperature), [held_out_pairs(s, tokenize.tokenizer, seed) for s in held_out]
+
+
+def held_out_pairs(source: Source, tokenizer: PreTrainedTokenizerBase, seed: int) -> Source:
+    """Return held-out rows as pairs of texts; those of a document are the same in every run.
+
+    Args:
+        source: pairs, or documents from which they are made.
+        tokenizer: the model's.
+        seed: random seed of the spans of documents.
+
+    Raises:
+        UserError: the rows have a single text.
+    """
+    if source.strategy is None:
+        if len(source.columns) < 2:
+            raise UserError("--eval_split: the rows of this objective are no pairs; give --eval_data with pairs")
+        return source
+    rows = list(range(len(source.rows)))
+    generators = [np.random.default_rng((seed, text)) for text in source.text_ids(source.columns[:1])[:, 0].tolist()]
+    texts = make_pairs(source.strategy, source.documents(rows, tokenizer), generators)
+    names = ("anchor", "positive")
+    pairs = datasets.Dataset.from_dict(dict(zip(names, texts, strict=True)))
+    return replace(source, rows=pairs, columns=names, classes=(), strategy=None)
 
 
 def stream_pairs(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from common.errors import UserError
 from training.data.pair_batches import PairBatches, PairTokenizer
 from training.data.pairs import PairArguments, read_pairs, stream_pairs
-from training.data.sources import PAIRS, read_sources
+from training.data.sources import PAIRS, Source, read_sources
 from training.data.streams import StreamedBatches
 from training.engine.held_out import by_source
 from training.engine.loop import Loop
@@ -78,7 +78,7 @@ def pair_tokenizer(
 
 def pair_batches(
     arguments: ContrastiveArguments, objective: ObjectiveArguments, tokenize: PairTokenizer, loop: Loop
-) -> PairBatches | StreamedBatches:
+) -> tuple[PairBatches | StreamedBatches, list[Source]]:
     """Read the training data and divide it into batches with the columns that the objective reads.
 
     Args:
@@ -88,7 +88,8 @@ def pair_batches(
         loop: the training loop; its seed, processes and number of steps are used.
 
     Returns:
-        Batches from memory-mapped data, or with `--streaming` from a stream.
+        Batches from memory-mapped data, or with `--streaming` from a stream; and the pairs that `--eval_split` held
+        out of them.
 
     Raises:
         UserError: the data cannot be read, or its options contradict the objective.
@@ -120,16 +121,20 @@ def pair_batches(
             raise UserError("--streaming: how long an epoch is is not known; give --max_steps")
         streams = stream_pairs(arguments.train_data, pair_arguments, columns, tokenize)
         length = loop.arguments.max_steps * loop.arguments.gradient_accumulation_steps
-        return StreamedBatches(streams, tokenize, length=length, buffer=arguments.shuffle_buffer, **options)
+        return StreamedBatches(streams, tokenize, length=length, buffer=arguments.shuffle_buffer, **options), []
     with loop.accelerator.main_process_first():  # the other processes find its tokenised data in the cache
-        sources = read_pairs(arguments.train_data, pair_arguments, columns, tokenize, log)
-    return PairBatches(sources, tokenize, **options)
+        sources, held_out = read_pairs(arguments.train_data, pair_arguments, columns, tokenize, log)
+    return PairBatches(sources, tokenize, **options), held_out
 
 
 def pair_retrieval(
-    arguments: ContrastiveArguments, objective: Objective, batches: PairBatches | StreamedBatches, loop: Loop
+    arguments: ContrastiveArguments,
+    objective: Objective,
+    batches: PairBatches | StreamedBatches,
+    held_out: list[Source],
+    loop: Loop,
 ) -> Callable[[nn.Module], dict[str, float]] | None:
-    """Build the evaluation of a model on each source of `--eval_data`.
+    """Build the evaluation of a model on each source of `--eval_data`, and on what `--eval_split` held out.
 
     Its loss is InfoNCE at the temperature of the objective, whatever the objective is.
 
@@ -137,16 +142,17 @@ def pair_retrieval(
         arguments: parsed command-line options of the data.
         objective: the objective in training.
         batches: the training batches; the evaluation uses their tokenizer and their size.
+        held_out: pairs that were held out of the training data.
         loop: the training loop.
 
     Returns:
-        A function from a model to metrics; None without `--eval_data`.
+        A function from a model to metrics; None without `--eval_data` and `--eval_split`.
     """
     retrievals = {
         source.name: PairRetrieval(
             source, batches.tokenize, batch_size=batches.global_batch_size, batch_tokens=arguments.batch_tokens
         )
-        for source in read_sources(arguments.eval_data, arguments.renamed(PAIRS))
+        for source in [*read_sources(arguments.eval_data, arguments.renamed(PAIRS)), *held_out]
     }
 
     def evaluate(retrieval: PairRetrieval, model: nn.Module) -> dict[str, float]:

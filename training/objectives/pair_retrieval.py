@@ -14,6 +14,8 @@ from training.data.sources import Source
 from training.engine.distributed import own_share
 from training.objectives.losses.contrastive import info_nce
 
+TOP = (1, 5, 20)  # of the accuracies that are logged
+
 
 class PairRetrieval:
     """Retrieval on the held-out pairs of one source: each query searches its positive among all documents.
@@ -45,8 +47,10 @@ class PairRetrieval:
             temperature: temperature of the loss.
 
         Returns:
-            `eval_loss` and `eval_accuracy` of InfoNCE in batches of `batch_size`, `eval_ndcg_at_10` over all documents,
-            `eval_alignment` of the pairs, and `eval_uniformity`, the mean of that of queries and that of documents
+            `eval_loss` and `eval_accuracy` of InfoNCE in batches of `batch_size`; over all documents, whose number is
+            `eval_documents`, `eval_ndcg_at_10`, `eval_mrr` and the top-k accuracies `eval_accuracy_at_1`, `_5` and
+            `_20`, the fraction of the pairs whose positive is among the k nearest; `eval_alignment` of the pairs, and
+            `eval_uniformity`, the mean of that of queries and that of documents
             (Wang and Isola 2020, arXiv:2005.10242, section 4.1).
         """
         query = self._embed(self.queries, "query", embed)
@@ -64,10 +68,15 @@ class PairRetrieval:
             )
             losses.append(torch.stack([loss, metrics["accuracy"]]) * len(query[rows]))
         loss, accuracy = (torch.stack(losses).sum(0) / len(query)).tolist()
+        rank = self._ranks(query, document)
         return {
             "eval_loss": loss,
             "eval_accuracy": accuracy,
-            "eval_ndcg_at_10": self._ndcg(query, document),
+            # With one relevant document per query, the ideal ranking has a gain of 1.
+            "eval_ndcg_at_10": torch.where(rank <= 10, 1 / torch.log2(1 + rank), 0.0).mean().item(),
+            "eval_mrr": (1 / rank).mean().item(),
+            **{f"eval_accuracy_at_{k}": (rank <= k).double().mean().item() for k in TOP},
+            "eval_documents": len(self.documents),
             "eval_alignment": alignment(query, positive).item(),
             "eval_uniformity": (uniformity(query[self.distinct]) + uniformity(document)).item() / 2,
         }
@@ -83,12 +92,12 @@ class PairRetrieval:
             rows += [embed(chunk).float().cpu() for chunk in pack(token_ids, self.batch_tokens)]
         return torch.cat(gather_object(rows))
 
-    def _ndcg(self, query: Tensor, document: Tensor) -> float:
-        """Compute nDCG@10 with one relevant document per query: 1 / log2(1 + rank).
+    def _ranks(self, query: Tensor, document: Tensor) -> Tensor:
+        """Return the rank of the positive of each pair among all documents, from 1: `(n,)` float64.
 
-        Ties count against the model, so equal vectors score 0. Other positives of the same query are ignored.
+        Ties count against the model, so equal vectors rank last. Other positives of the same query are ignored.
         """
-        total = 0.0
+        ranks = []
         for start in range(0, len(query), 1024):
             rows = slice(start, start + 1024)
             scores = query[rows] @ document.T
@@ -96,6 +105,5 @@ class PairRetrieval:
             other_positive = torch.zeros_like(scores, dtype=torch.bool)
             pair_row, pair = (self.query_id[rows, None] == self.query_id).nonzero(as_tuple=True)
             other_positive[pair_row, self.positive[pair]] = True
-            rank = 1 + ((scores >= own) & ~other_positive).sum(dim=1)
-            total += (1 / torch.log2(1 + rank.double()))[rank <= 10].sum().item()
-        return total / len(query)
+            ranks.append(1 + (~(scores < own) & ~other_positive).sum(dim=1))  # NaN counts against the model, too
+        return torch.cat(ranks).double()

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
@@ -27,7 +27,7 @@ def read(tmp_path, word_tokenizer):
         paths = [str(write_jsonl(tmp_path / f"{number}.jsonl", rows)) for number, rows in enumerate(files)]
         logged: list[str] = []
         tokenize = PairTokenizer(word_tokenizer, max_length, max_length, {"query": "river stone "})
-        return read_pairs(paths, PairArguments(**options), PAIRS, tokenize, logged.append), logged
+        return read_pairs(paths, PairArguments(**options), PAIRS, tokenize, logged.append)[0], logged
 
     return read
 
@@ -180,6 +180,7 @@ def test_a_batch_holds_no_text_twice(read, word_tokenizer):
         assert len(made[index].text_ids.unique()) == 16
 
 
+@settings(max_examples=20)  # an example reads files
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=4, unique=True), st.floats(1, 20))
 def test_sources_are_mixed_by_temperature(word_tokenizer, tmp_path_factory, sizes, temperature):
     folder = tmp_path_factory.mktemp("mixed")
@@ -187,7 +188,7 @@ def test_sources_are_mixed_by_temperature(word_tokenizer, tmp_path_factory, size
         f"{write_jsonl(folder / f'{size}.jsonl', random_pairs(size, size))}:{1 + n}" for n, size in enumerate(sizes)
     ]
     tokenize = PairTokenizer(word_tokenizer, 40, 40, {})
-    sources = read_pairs(names, PairArguments(mixing_temperature=temperature), PAIRS, tokenize, lambda line: None)
+    sources, _ = read_pairs(names, PairArguments(mixing_temperature=temperature), PAIRS, tokenize, lambda line: None)
     rows = np.array([len(source.rows) for source in sources])
     weights = np.array([source.weight for source in sources])
     given_weights = 1 + np.arange(len(sizes))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import ndcg_score
+from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
 from tests.training.tiny_training import WORDS
 from training.data.pair_batches import PairTokenizer
@@ -39,6 +39,24 @@ def test_ndcg_and_loss_are_those_of_the_libraries(word_tokenizer, seed):
     assert metrics["eval_accuracy"] == pytest.approx((scores.argmax(1) == torch.arange(11)).float().mean().item())
 
 
+def test_accuracies_and_mrr_are_those_of_the_library(word_tokenizer):
+    """40 pairs of texts of two words each, whose vector is the sum of theirs."""
+    table = torch.randn(len(word_tokenizer), 16, generator=torch.Generator().manual_seed(0))
+    texts = [f"{one} {two}" for one in WORDS for two in WORDS if one < two][:80]
+    queries, documents = texts[::2], texts[1::2]
+    metrics = retrieval(list(zip(queries, documents, strict=True)), word_tokenizer)(
+        lambda chunk: F.normalize(table[chunk.input_ids.view(-1, 4)[:, 1:3]].sum(1), dim=-1), 0.05
+    )
+    ids = torch.tensor([word_tokenizer.convert_tokens_to_ids(text.split()) for text in queries + documents])
+    vector = F.normalize(table[ids].sum(1), dim=-1)
+    scores = (vector[:40] @ vector[40:].T).numpy()
+    found = [metrics[f"eval_accuracy_at_{k}"] for k in (1, 5, 20)]
+    assert found == pytest.approx([top_k_accuracy_score(range(40), scores, k=k) for k in (1, 5, 20)])
+    assert 0 < found[0] < found[1] < found[2] < 1
+    assert metrics["eval_mrr"] == pytest.approx(label_ranking_average_precision_score(np.eye(40), scores))
+    assert metrics["eval_documents"] == 40
+
+
 @pytest.mark.promise("C12")
 def test_alignment_and_uniformity_by_their_definition(word_tokenizer):
     """The second and third pair share their query, which is in the uniformity once; distances are numpy's."""
@@ -57,12 +75,14 @@ def test_alignment_and_uniformity_by_their_definition(word_tokenizer):
     assert metrics["eval_uniformity"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_equal_vectors_earn_nothing(word_tokenizer):
+@pytest.mark.parametrize("value", [1.0, float("nan")])
+def test_equal_vectors_and_no_numbers_earn_nothing(word_tokenizer, value):
     words = WORDS + [str(number) for number in range(6)]
     metrics = retrieval(list(zip(words[:11], words[11:], strict=True)), word_tokenizer)(
-        by_number(torch.ones(len(word_tokenizer), 4)), 0.05
+        by_number(torch.full((len(word_tokenizer), 4), value)), 0.05
     )
-    assert metrics["eval_ndcg_at_10"] == 0
+    assert metrics["eval_ndcg_at_10"] == metrics["eval_accuracy_at_5"] == 0
+    assert metrics["eval_mrr"] == pytest.approx(1 / 11)
 
 
 def test_a_repeated_document_and_a_second_positive_do_not_count_against_the_model(word_tokenizer):
