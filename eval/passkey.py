@@ -32,6 +32,7 @@ from common.arguments import parse
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.provenance import code_hash
 from common.records import Records
 from eval.models.language_models import LanguageModel
 from eval.models.mteb_models import EvaluatedModel
@@ -95,6 +96,7 @@ def measure(arguments: Arguments) -> list[Cell]:
     records, cells = Records(Path(arguments.output_dir, "results.json")), []
     settings: dict[str, Any] = {"trials": arguments.trials, "seed": arguments.seed}
     settings |= {"haystack": hashlib.sha256(haystack.encode()).hexdigest()[:16] if haystack else None}
+    measured_by = {"measured_by": code_hash("eval.passkey", "eval.tasks.passkey", "eval.tasks.needles")}
     loaders = [loader(name, arguments, haystack) for name in arguments.model]
     for load, name, label in zip(loaders, arguments.model, labels, strict=True):
         model = load()
@@ -104,6 +106,7 @@ def measure(arguments: Arguments) -> list[Cell]:
         grid = [(length, depth) for length in readable for depth in depths(arguments.depths)]
         for length, depth in tqdm(grid, desc=label, unit="cell"):
             case = {"model": model.identity, "length": length, "depth": depth, **settings}
+            case |= {"computed_by": model.computed_by | measured_by}
             row = records.find(case)
             if row is None:
                 found = model.measure(length, depth, arguments.trials, arguments.seed)

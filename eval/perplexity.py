@@ -43,6 +43,7 @@ from common.arguments import parse
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
+from common.provenance import code_hash
 from common.records import Records
 from eval.models.language_models import LanguageModel
 from eval.models.token_losses import masked_losses, window_losses
@@ -184,13 +185,14 @@ def measure(
     """
     span = longest - len(model.lead) - (0 if model.is_causal else len(model.closing))
     documents = long_documents(model, texts, span, arguments)
+    computed_by = model.computed_by | {"measured_by": code_hash("eval.perplexity", "eval.models.token_losses")}
     found: dict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
     todo = [(name, settings, length) for name, settings in passes(model, arguments).items() for length in lengths]
     with tqdm(total=len(todo) * len(documents), desc=label, unit="document") as progress:
         for name, settings, length in todo:
             for digest, ids in documents.items():
                 case = {"model": model.folder.revision, "precision": model.precision, "pass": name, **settings}
-                case |= {"length": length, "longest": longest, "document": digest}
+                case |= {"length": length, "longest": longest, "document": digest, "computed_by": computed_by}
                 row = records.find(case)
                 if row is None:
                     generator = random.Random(f"{name}-{arguments.seed}-{digest}")

@@ -6,8 +6,8 @@
 Every number comes from a fresh process (eval/speed/measurement.py says what it measures). The repeats of all patterns
 are interleaved, so that other load on the machine affects all of them alike; tables show medians, with half the range
 as the spread. Each measurement is written to `<output_dir>/results.json` at once, next to `table.md` and `plot.png`:
-the same command again measures only what is missing, or what was measured with other code of the model or on another
-machine.
+the same command again measures only what is missing, or what was measured with another model, other code, other
+libraries or on another machine.
 
 A growth exponent is the slope of the least-squares line through log(value) against log(length). The values are the
 median seconds of a call, and the peak memory above the base, which is what the process holds when the model is loaded
@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError, run
 from common.files import atomic_write
 from common.patterns import parse_pattern
@@ -94,6 +95,8 @@ def compare(arguments: Arguments, workload: Workload) -> list[Curve]:
             operations[name] = {length: check(case, arguments.flops) for length, case in cases.items()}
     records = Records(Path(arguments.output_dir, "results.json"))
     environment = describe_environment(resolve_device(workload.device))
+    if workload.model_name_or_path is not None:
+        environment += f", model {ModelFolder.find(workload.model_name_or_path).revision[:12]}"
     found = measure_interleaved(rows, records, environment, arguments.repeats, arguments.max_seconds)
     return [Curve(name, measurements, operations[name]) for name, measurements in found.items()]
 

@@ -123,6 +123,18 @@ def make_task(tmp_path):
 
 
 @pytest.fixture
+def edit_code(monkeypatch):
+    """Return a function after which a module looks as if it had been edited, to all that hashes its source code."""
+    from common import provenance
+
+    original, edited = provenance._module_hash, set()
+    monkeypatch.setattr(
+        provenance, "_module_hash", lambda name: f"{original(name)}{' edited' if name in edited else ''}"
+    )
+    return edited.add
+
+
+@pytest.fixture
 def fresh_accelerator():
     """For tests that train: forget accelerate's first settings, such as the precision, that it keeps for a process."""
     from accelerate.state import AcceleratorState

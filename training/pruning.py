@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from common.arguments import parse
 from common.errors import UserError, run
+from common.provenance import computed_by, device_kind
 from common.records import Records
 from modeling_longembed.layout_registry_longembed import layers_of
 from training.data.pair_batches import PairTokenizer
@@ -33,6 +34,9 @@ from training.models.encoder import ModelArguments, load_encoder, text_length
 from training.models.identity import model_identity
 from training.objectives.embed import embed
 from training.objectives.pair_retrieval import PairRetrieval
+
+# What scores are computed by.
+CODE = ("modeling_longembed", "training.pruning", "training.objectives", "training.data")
 
 
 @dataclass
@@ -122,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     model_args, args = parse(ModelArguments, PruningArguments, argv=argv)
     loaded, tokenizer = load_encoder(model_args)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = torch.device(device_kind())
     model: Any = loaded.eval().to(device)
     length = text_length("max_length", args.max_length, model, tokenizer)
     layout = model.config.sublayer_pattern
@@ -145,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = Path(args.output_dir).absolute()
     made_by: dict[str, Any] = {"unit": args.unit, "max_length": length, "texts": _hash_texts(retrievals)}
     made_by["model"] = model_identity(model, tokenizer)
+    made_by["version of the code or of a library"] = computed_by(*CODE, device=device.type)
     records = _read(output_dir / "search.json", made_by)
 
     def score(kept: Units) -> float | None:
@@ -169,7 +174,7 @@ def _read(file: Path, made_by: dict[str, Any]) -> Records:
     """Read the scores of an earlier search, if there are any.
 
     Raises:
-        UserError: they belong to another model or other pairs, or the file is damaged.
+        UserError: they belong to another model, other pairs or other code, or the file is damaged.
     """
     records = Records(file)
     for row in records.rows.values():

@@ -53,6 +53,7 @@ class Encoder:
         if precision == "int8":
             int8_weights(self.model.to("cpu"))
         self.folder, self.precision, self.batch_tokens, self.normalize = folder, precision, batch_tokens, normalize
+        self.computed_by = encoder_computed_by(folder, precision, trust_remote_code)
         core: Any = getattr(self.model[0], "auto_model", None)
         self.context = context_length(core)
         if max_length is not None and max_length > self.context:
@@ -67,7 +68,7 @@ class Encoder:
 
     @property
     def identity(self) -> str:
-        """A string of all that the vectors depend on besides the text, its type and the prompts."""
+        """A string of the files and settings that the vectors depend on besides the text, its type and the prompts."""
         length = "" if self.normalize else ":not normalized"
         return f"{self.folder.revision}:{self.max_length}:{self.precision}{length}"
 
@@ -168,6 +169,12 @@ class ChunkEncoder(Encoder):
             rows[batch] = (features["sentence_embedding"].float().cpu() * tokens).numpy()
         owners = np.asarray(encoded["overflow_to_sample_mapping"])
         return [rows[owners == i] for i in range(len(texts))]
+
+
+def encoder_computed_by(folder: ModelFolder, precision: str, trust_remote_code: bool) -> dict[str, str]:
+    """Describe what computes the vectors of an encoder, without loading it; see `common.provenance`."""
+    code = ("common.encoders.encoder", "common.encoders.quantization", "modeling_longembed.encoding_longembed")
+    return folder.computed_by(*code, precision=precision, trust_remote_code=trust_remote_code)
 
 
 def context_length(core: Any) -> int:

@@ -1,18 +1,24 @@
 """The files of a model, in a local folder or in a snapshot from the Hub."""
 
 import hashlib
+import json
 import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import sha256_file
+from common.provenance import computed_by, device_kind
+
+# Documents, and weights for other frameworks: no vector depends on them.
+_WITHOUT_INFLUENCE = (".md", ".png", ".jpg", ".svg", ".pdf", ".onnx", ".h5", ".msgpack", ".ot")
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,54 @@ class ModelFolder:
         for file in sorted(path.rglob("*")):
             relative = file.relative_to(path)
             hidden = any(part.startswith(".") for part in relative.parts)
-            if file.suffix in (".safetensors", ".json", ".txt", ".model", ".py") and not hidden:
+            # All files but those without influence: a dense layer may be a .bin, a vocabulary a .tiktoken.
+            ignored = hidden or file.suffix in _WITHOUT_INFLUENCE or "__pycache__" in relative.parts
+            if file.is_file() and not ignored:
                 digest.update(f"{relative.as_posix()}:{sha256_file(file)}\n".encode())
         return cls(path, f"local/{path.resolve().name}", digest.hexdigest()[:40])
+
+    def computed_by(
+        self, *code: str, precision: str = "float32", trust_remote_code: bool = False, device: str | None = None
+    ) -> dict[str, str]:
+        """Describe what computes with the model, beside its files and settings; see `common.provenance`.
+
+        Args:
+            code: names of modules of ours that take part, beside the code of the model.
+            precision: `int8` computes on the CPU, whatever there is.
+            trust_remote_code: whether the code of the folder may run.
+            device: kind of the device; None: the one on which an encoder of this precision is loaded.
+
+        Raises:
+            UserError: the model's code is in another repository, which cannot be read.
+        """
+        device = device or ("cpu" if precision == "int8" else device_kind())
+        return computed_by(*code, *self._code(trust_remote_code), device=device)
+
+    def _code(self, trust_remote_code: bool) -> list[str | Path]:
+        """Return what is imported for the model, unless it is a part of a library or, as a file, of the revision."""
+        config = self._json("config.json")
+        if config.get("model_type") == "longembed":
+            # transformers prefers classes that are registered, as ours are, to the code in a folder.
+            return ["modeling_longembed"]
+        if not trust_remote_code:
+            return []
+        classes = [config.get("auto_map"), self._json("tokenizer_config.json").get("auto_map")]
+        named = re.findall(r"\"([\w.-]+/[\w.-]+)--", json.dumps(classes))  # code that lies in another repository
+        files: list[str | Path] = []
+        for repository in sorted(set(named)):
+            try:
+                files += sorted(Path(snapshot_download(repository, allow_patterns=["*.py"])).rglob("*.py"))
+            except (OSError, HFValidationError) as error:
+                raise UserError(f"{self.name}: its code in {repository} cannot be read: {one_line(error)}") from None
+        return files
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """Return the content of a file; empty if it is missing or malformed, which is reported where it is loaded."""
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     @cached_property
     def parameters(self) -> int:

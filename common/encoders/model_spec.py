@@ -14,9 +14,10 @@ Queries are treated like documents, except that for chunk-max a query is one vec
 from dataclasses import dataclass
 from typing import TypeVar
 
-from common.encoders.encoder import ChunkEncoder, Encoder
+from common.encoders.encoder import ChunkEncoder, Encoder, encoder_computed_by
 from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
+from common.provenance import computed_by
 
 _Spec = TypeVar("_Spec", bound="ModelSpec")
 
@@ -61,6 +62,16 @@ class ModelSpec:
         if not path or not tokens.isdigit() or int(tokens) < 8:
             raise UserError(f"--model {text}: write {kind}:PATH:N with N tokens, at least 8, such as {kind}:PATH:256")
         return cls(kind, ModelFolder.find(path), int(tokens), precision)
+
+    def computed_by(self, trust_remote_code: bool) -> dict[str, str]:
+        """Describe what computes vectors, or the scores of `bm25`, without loading the model; see `common.provenance`.
+
+        Args:
+            trust_remote_code: whether the code in the model's folder may run.
+        """
+        if self.folder is None:
+            return computed_by("common.bm25", libraries=("bm25s", "numpy"))
+        return encoder_computed_by(self.folder, self.precision, trust_remote_code)
 
     def load_encoder(self, batch_tokens: int, trust_remote_code: bool, normalize: bool = True) -> Encoder:
         """Load the encoder, which every kind but `bm25` has.

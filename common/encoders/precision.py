@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from common.errors import UserError
+from common.provenance import device_kind
 from modeling_longembed.encoding_longembed import is_fast_in_bfloat16
 
 PRECISIONS = ("auto", "float32", "bfloat16")
@@ -25,5 +26,4 @@ def resolve_precision(precision: str, choices: Sequence[str] = PRECISIONS) -> st
         raise UserError(f"--precision {precision} is not one of {', '.join(choices)}")
     if precision != "auto":
         return precision
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return "bfloat16" if is_fast_in_bfloat16(device) else "float32"
+    return "bfloat16" if is_fast_in_bfloat16(torch.device(device_kind())) else "float32"

@@ -21,7 +21,11 @@ class TextEncoder(Protocol):
 
     @property
     def identity(self) -> str:
-        """A string of all that the vectors depend on besides the text, its type and the prompts."""
+        """A string of the files and settings that the vectors depend on besides the text, its type and the prompts."""
+
+    @property
+    def computed_by(self) -> dict[str, str]:
+        """What computes the vectors; see `common.provenance`."""
 
     @property
     def dimension(self) -> int:
@@ -46,7 +50,8 @@ def cache_keys(texts: Iterable[str], encoder: TextEncoder, prompt_type: PromptTy
         encoder: the encoder that computes the vectors.
         prompt_type: whether the texts are queries or documents; None if they are neither.
     """
-    head = f"{encoder.identity}:{prompt_type}:{json.dumps(encoder.prompts, sort_keys=True)}:".encode()
+    parts = (encoder.identity, encoder.computed_by, prompt_type, encoder.prompts)
+    head = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
     return [hashlib.sha256(head + text.encode()).digest() for text in texts]
 
 

@@ -39,6 +39,7 @@ class LanguageModel:
         folder: the model's files.
         is_causal: whether logits at a position are those of the next token, or of the token at that position.
         context: maximum number of tokens that the model can read.
+        computed_by: what computes its logits; see `common.provenance`.
         lead: ids of the special tokens that the tokenizer puts before a text.
         closing: ids of the special tokens that it puts after a text.
 
@@ -70,6 +71,9 @@ class LanguageModel:
         if getattr(model.config, "use_cache", False):
             model.config.use_cache = False  # each call reads a whole text, so that no past keys and values are needed
         self.precision, self.context = precision, context_length(model)
+        self.computed_by = self.folder.computed_by(
+            __name__, trust_remote_code=trust_remote_code, device=self.model.device.type
+        )
         self.lead, self.closing = special_tokens_around(self.tokenizer)
 
     def tokenize(self, text: str) -> list[int]:

@@ -15,15 +15,28 @@ from mteb.results import TaskResult
 from rich.table import Table
 
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import atomic_write, write_jsonl
+from common.jsonl import read_jsonl
 from eval.report.markdown import markdown_table
+
+STAMPS = "computed_by.jsonl"  # not .json, which is what MTEB's readers take for results
 
 
 class AtomicResultCache(ResultCache):
     """MTEB's cache of results, with files that are whole or absent even if the process is killed.
 
-    MTEB writes to the final name; a kill would leave half a JSON file there, on which the next run would fail.
+    MTEB writes to the final name; a kill would leave half a JSON file there, on which the next run would fail. Nor does
+    MTEB ask what has computed the results that it finds: here that is written beside them, into
+    `computed_by.jsonl`, and results of other code are not current.
+
+    Args:
+        path: the folder of the results.
+        computed_by: what computes the results of the model that is evaluated; see `common.provenance`.
     """
+
+    def __init__(self, path: str | Path, computed_by: Mapping[str, Any] | None = None):
+        super().__init__(path)
+        self.computed_by = dict(computed_by or {})
 
     def save_to_cache(
         self,
@@ -53,16 +66,29 @@ class AtomicResultCache(ResultCache):
             # The scores are moved last: if they are there, so is the description of the model.
             for file in sorted(folder.iterdir(), key=lambda file: file.name == f"{task_result.task_name}.json"):
                 atomic_write(final / file.name, file.read_bytes())
+        # After the scores: a kill between the two leaves results that are not current, and computed again.
+        stamps = self._stamps(final) | {task_result.task_name: self.computed_by}
+        if rows := [{"task": task, "computed_by": by} for task, by in sorted(stamps.items()) if by]:
+            write_jsonl(final / STAMPS, rows)
+
+    def _stamps(self, folder: Path) -> dict[str, Any]:
+        """Return what has computed the results in a folder: task -> `computed_by`."""
+        path = folder / STAMPS
+        rows = read_jsonl(path, "task", "computed_by") if path.is_file() else ()
+        return {row["task"]: row["computed_by"] for _, row in rows}
 
     def is_complete(self, task: AbsTask, meta: ModelMeta) -> bool:
-        """Return whether there are results of all splits of the task, from the same data."""
+        """Return whether there are results of all splits of the task that are current."""
         result = self.load_task_result(task.metadata.name, meta)
         return self.is_current(task, meta) and result is not None and not result.get_missing_evaluations(task)
 
     def is_current(self, task: AbsTask, meta: ModelMeta) -> bool:
-        """Return whether existing results, if any, come from the same data; MTEB itself does not check this."""
+        """Return whether existing results, if any, come from the same data and were computed in the same way."""
         result = self.load_task_result(task.metadata.name, meta)
-        return result is None or result.dataset_revision == task.metadata.revision
+        if result is None:
+            return True
+        found = self._stamps(self.get_task_result_path(task.metadata.name, meta).parent).get(task.metadata.name, {})
+        return result.dataset_revision == task.metadata.revision and found == self.computed_by
 
     def scores(self, task: AbsTask, meta: ModelMeta, metrics: Sequence[str] = ()) -> list["Score"]:
         """Return the scores of the splits that have results, in the order of the task's splits.

@@ -1,6 +1,5 @@
 """Measurements in fresh processes, so that neither memory nor compiled kernels of one reach the next."""
 
-import hashlib
 import json
 import os
 import platform
@@ -15,9 +14,11 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from common.provenance import computed_by
 from eval.speed.measurement import Case
 
 ROOT = Path(__file__).resolve().parents[2]
+CODE = ("modeling_longembed", "eval.speed.measurement", "common.step_measurement", "common.encoders.quantization")
 
 
 def case_label(case: Case) -> str:
@@ -31,7 +32,7 @@ def case_label(case: Case) -> str:
 
 
 def describe_environment(device: str) -> str:
-    """Return the processor, the version of torch and a hash of the model's code.
+    """Return the processor, the versions of the libraries that compute, and a hash of the code that runs.
 
     Only measurements of the same environment are comparable.
     """
@@ -41,10 +42,9 @@ def describe_environment(device: str) -> str:
     elif Path("/proc/cpuinfo").exists():
         found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = found[1] if found else name
-    code = hashlib.sha256()
-    for path in sorted((ROOT / "modeling_longembed").glob("*.py")):
-        code.update(path.read_bytes())
-    return f"{name}, torch {torch.__version__}, code {code.hexdigest()[:12]}"
+    found = computed_by(*CODE, libraries=("torch", "transformers", "flash-attn"))
+    code = found.pop("code")
+    return ", ".join([name, *(f"{library} {version}" for library, version in found.items()), f"code {code[:12]}"])
 
 
 def run_case(case: Case, limit: float) -> dict[str, Any]:

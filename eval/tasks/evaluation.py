@@ -12,6 +12,7 @@ from mteb.models.model_meta import ModelMeta
 from common.encoders.precision import ENCODER_PRECISIONS, resolve_precision
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
+from common.provenance import computed_by
 from eval.models.mteb_models import EvaluatedModel
 from eval.models.quantization import VECTORS
 from eval.report.results import AtomicResultCache, Score
@@ -113,9 +114,15 @@ def evaluate_tasks(
         EvaluatedModel.parse(text, arguments.max_length, precision).storing(arguments.vectors)
         for text in arguments.model
     ]
-    results = AtomicResultCache(arguments.output_dir)
+    judged_by = computed_by("eval.models", "eval.tasks", libraries=("mteb",))
+    results = {
+        model: AtomicResultCache(
+            arguments.output_dir, model.computed_by(arguments.trust_remote_code) | {"judged_by": judged_by}
+        )
+        for model in models
+    }
     cache = VectorCache(Path(arguments.output_dir, "vectors.sqlite"))
-    missing = {model: [task for task in tasks if not results.is_complete(task, model.meta)] for model in models}
+    missing = {model: [task for task in tasks if not results[model].is_complete(task, model.meta)] for model in models}
     missing = {model: left for model, left in missing.items() if left}
     if len(missing) > 1:
         for model in missing:  # a model that does not load is reported now, not after the ones before it
@@ -129,15 +136,15 @@ def evaluate_tasks(
                 loaded,
                 task,
                 co2_tracker=False,
-                cache=results,
-                overwrite_strategy="only-missing" if results.is_current(task, model.meta) else "always",
+                cache=results[model],
+                overwrite_strategy="only-missing" if results[model].is_current(task, model.meta) else "always",
                 show_progress_bar=False,
             )
             task.unload_data()
     scores = []
     for model, name in zip(models, distinct_names([model.meta for model in models]), strict=True):
         for task in tasks:
-            scores += [replace(score, model=name) for score in results.scores(task, model.meta, metrics)]
+            scores += [replace(score, model=name) for score in results[model].scores(task, model.meta, metrics)]
     return scores
 
 

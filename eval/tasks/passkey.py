@@ -89,6 +89,7 @@ class EmbeddingTest:
 
     def __init__(self, spec: EvaluatedModel, encoder: Encoder, haystack: str | None):
         self.kind, self.encoder, self.identity = spec.kind, encoder, f"{spec.kind}:{encoder.identity}"
+        self.computed_by = encoder.computed_by
         self.source = Haystack(haystack or FILLER * REPEATS, encoder.model.tokenizer)
         self.room = len(encoder.prompt_ids("document"))
 
@@ -155,6 +156,7 @@ class GenerationTest:
         if not model.is_causal:
             raise UserError(f"generate:{model.folder.name} is a masked language model; give one that predicts the next")
         self.model, self.identity = model, f"generate:{model.folder.revision}:{model.precision}"
+        self.computed_by = model.computed_by
         self.source = Haystack(haystack or GARBAGE * REPEATS, model.tokenizer)
 
     def lengths(self, lengths: Sequence[int]) -> list[int]:

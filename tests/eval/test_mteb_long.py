@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.encoders.encoder import ChunkEncoder
+from common.encoders.encoder import ChunkEncoder, Encoder
 from common.errors import run
 from eval import mteb_long, plot, synthetic
 from eval.models.mteb_models import EvaluatedModel
@@ -95,6 +95,38 @@ def test_data_that_changed_are_judged_again(make_task, tmp_path, monkeypatch, ca
     call(monkeypatch, capsys, mteb_long, *arguments)
     score = float((tmp_path / "r" / "table.md").read_text().split("|")[-2])
     assert score < 60
+
+
+def test_results_and_vectors_of_other_code_are_computed_again(
+    make_task, tiny_longembed, tmp_path, monkeypatch, capsys, edit_code
+):
+    """An edit of the attention of our models leaves results of other models alone; one of the judge leaves vectors."""
+    make_task("Animals", TEXTS[:3], QUERIES[:3])
+    arguments = ["--model", tiny_longembed, "bm25", "--data_dir", tmp_path / "data", "--output_dir", tmp_path / "r"]
+    judged, encoded = [], []
+    evaluate, encode = evaluation.mteb.evaluate, Encoder.__call__
+    monkeypatch.setattr(
+        evaluation.mteb,
+        "evaluate",
+        lambda model, *settings, **options: (
+            judged.append(model.mteb_model_meta.name) or evaluate(model, *settings, **options)
+        ),
+    )
+    monkeypatch.setattr(Encoder, "__call__", lambda *call: encoded.extend(call[1]) or encode(*call))
+    ours, words = "local/tiny-longembed", "baseline/bm25s"
+    for edited, models, texts in (
+        (None, [ours, words], 6),
+        (None, [], 0),
+        ("modeling_longembed", [ours], 6),
+        ("eval.tasks", [ours, words], 0),
+        ("common.bm25", [words], 0),
+    ):
+        if edited:
+            edit_code(edited)
+        judged.clear()
+        encoded.clear()
+        assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0
+        assert (judged, len(encoded)) == (models, texts), edited
 
 
 def test_chunk_vectors_are_computed_once_for_mean_and_max(

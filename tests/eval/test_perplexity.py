@@ -229,7 +229,7 @@ def test_perplexity_and_its_error_are_those_of_the_formula():
     assert as_markdown([single], [8], {"pseudo": "P"}).splitlines()[-1] == "| m | 22,026 |"
 
 
-def test_what_is_measured_is_not_measured_again(folders, books, tmp_path, monkeypatch):
+def test_what_is_measured_is_not_measured_again(folders, books, tmp_path, monkeypatch, edit_code):
     calls = []
     score = perplexity.score
 
@@ -251,6 +251,9 @@ def test_what_is_measured_is_not_measured_again(folders, books, tmp_path, monkey
     assert [point.losses for point in again] == [point.losses for point in first]
     compare(arguments_of(folders, ["ours"], books, tmp_path, draws=3))  # the exact one stands
     assert calls[13:] == ["masked"] * 6
+    edit_code("modeling_longembed")  # the code of the model
+    compare(asked)
+    assert len(calls) == 19 + 12
 
 
 def test_the_script_shows_models_side_by_side(folders, books, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.errors import UserError, one_line
+from common.provenance import code_hash, content_hashes
 from modeling_longembed.encoding_longembed import budget_batches
 from training.data.packing import cumulative_lengths
 from training.data.row_order import RowOrder
@@ -75,7 +76,7 @@ def read_features(name: str, longest: int) -> FeatureSource:
             gen_kwargs={
                 "paths": [str(file.absolute()) for file in files],
                 "longest": longest,
-                "versions": tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+                "versions": (code_hash(__name__, "training.data.sources", "common.jsonl"), *content_hashes(files)),
             },
         )
     except datasets.exceptions.DatasetGenerationError as error:

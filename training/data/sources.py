@@ -1,6 +1,7 @@
 """Rows of texts from JSON lines, Parquet or the Hub, checked before training; errors name the file, row and column."""
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
+from datasets.packaged_modules.parquet.parquet import Parquet
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError, one_line
 from common.jsonl import read_jsonl
+from common.provenance import code_hash, content_hashes
 from training.data.pair_makers import Document, PairStrategy, longest_pairs
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
@@ -145,6 +148,17 @@ def text_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def fingerprint(*parts: str) -> str:
+    """Return the name under which `datasets` caches data.
+
+    Its own would not do: it knows files by their times, and its hash of a tokenizer changes from run to run.
+
+    Args:
+        parts: everything that the data depend on.
+    """
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
 def read_sources(specifications: list[str], columns: Columns = PAIRS, *, split: str = "train") -> list[Source]:
     """Open training or evaluation data.
 
@@ -251,15 +265,18 @@ def _read_parquet(name: str, paths: list[str], columns: Columns) -> datasets.Dat
         if not count:  # datasets cannot make a table of nothing
             raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
         names = list(dict.fromkeys((*texts, *columns.classes, *columns.numbers)))
-        return datasets.load_dataset("parquet", data_files=paths, columns=names, split="train")
+        # `load_dataset` would know the files by their times alone, and another hash is what a builder is told apart by.
+        builder = Parquet(data_files=paths, columns=names, hash=fingerprint(*content_hashes(paths)))
+        builder.download_and_prepare()
+        return builder.as_dataset(split="train")
     except (pyarrow.ArrowException, OSError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name}: is not readable Parquet: {one_line(error.__cause__ or error)}") from None
 
 
 def _read_json(files: list[Path], columns: Columns) -> datasets.Dataset:
     # datasets' own JSON reader turns strings that look like dates into timestamps and reports errors by block;
-    # reading line by line costs one pass, whose result is cached until a file changes. The first row says which columns
-    # there are, because a row with others is refused.
+    # reading line by line costs one pass, whose result is cached until the content of a file or this code changes. The
+    # first row says which columns there are, because a row with others is refused.
     texts = text_columns(str(files[0]), next(json_rows(files[0], columns))[1], columns)
     features = {column: datasets.Value("large_string") for column in (*texts, *columns.classes)}
     features |= {column: datasets.Sequence(datasets.Value("float64")) for column in columns.numbers}
@@ -271,7 +288,7 @@ def _read_json(files: list[Path], columns: Columns) -> datasets.Dataset:
                 "paths": [str(file.absolute()) for file in files],
                 "columns": columns,
                 "texts": texts,
-                "versions": tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in files),
+                "versions": (code_hash(__name__, "common.jsonl"), *content_hashes(files)),
             },
         )
     except datasets.exceptions.DatasetGenerationError as error:

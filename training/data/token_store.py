@@ -5,7 +5,6 @@ places of the tokens in the text, from which pairs are cut. Both are memory-mapp
 later runs on the same texts with the same tokenizer.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,11 +18,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from common.provenance import computed_by
 from training.data.next_sentence import Segment
 from training.data.pair_makers import Document
-from training.data.sources import OFFSET_COLUMNS, Source
+from training.data.sources import OFFSET_COLUMNS, Source, fingerprint
 from training.models.identity import tokenizer_identity
 
+CODE = ("training.data.token_store", "training.data.pair_makers")  # what turns a text into tokens
 ID_COLUMNS = {"input_ids": "int32", "starts_word": "bool"}
 
 
@@ -117,20 +118,15 @@ def _map_texts(
         batched=True,
         batch_size=64,
         features=datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in columns.items()}),
-        new_fingerprint=fingerprint(source.rows._fingerprint, text, tokenizer_identity(tokenizer), *columns),
+        new_fingerprint=fingerprint(
+            source.rows._fingerprint,
+            text,
+            tokenizer_identity(tokenizer),
+            json.dumps(computed_by(*CODE, libraries=("transformers", "tokenizers"))),
+            *columns,
+        ),
         desc=f"tokenising {source.name}",
     )
-
-
-def fingerprint(*parts: str) -> str:
-    """Return the name under which `datasets` caches what is derived from a dataset.
-
-    Its own would not do: its hash of a tokenizer changes from run to run.
-
-    Args:
-        parts: everything that the result depends on.
-    """
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def word_starts(

@@ -15,6 +15,7 @@ from common.encoders.precision import resolve_precision
 from common.encoders.text_vectors import PromptType, cache_keys, stream
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
+from common.provenance import code_hash
 from training.data.pair_batches import PairBatch
 from training.data.sources import Source
 from training.engine.distributed import own_share
@@ -26,8 +27,9 @@ PARAGRAPH_VECTOR = "paragraph-vector:"
 class Teacher:
     """A model that embeds all training texts before the first step; later its vectors are read from the cache.
 
-    The key of a vector hashes all that it depends on: the teacher's files, its length and precision, its prompts, and
-    the text. Several teachers can therefore share a file, and a run that was stopped computes only what is missing.
+    The key of a vector hashes all that it depends on: the teacher's files, its length and precision, its prompts, the
+    text, and the code and libraries that compute it. Several teachers can therefore share a file, and a run that was
+    stopped computes only what is missing.
 
     Args:
         option: name of the command-line option, for error messages.
@@ -42,7 +44,7 @@ class Teacher:
 
     Attributes:
         width: width of a vector.
-        identity: what the vectors depend on besides the texts.
+        identity: the files and settings that the vectors depend on besides the texts.
         window: number of tokens of a text that the teacher reads; None: all of them.
         shares: for each source by name, the share of its texts that fit into the window.
     """
@@ -128,6 +130,7 @@ class _Rows:
         self.encoder, self.kind, self.window, self.chunks = encoder, kind, window, chunks
         self.dimension, self.batch_tokens, self.prompts = encoder.dimension, encoder.batch_tokens, encoder.prompts
         self.identity = f"{encoder.identity}:with length"
+        self.computed_by = encoder.computed_by | {"teacher": code_hash("training.teachers.embedding_teachers")}
 
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
         counts = [0] * len(texts)

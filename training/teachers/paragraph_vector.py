@@ -16,6 +16,7 @@ from tqdm import tqdm
 from common.encoders.text_vectors import PromptType
 from common.errors import UserError
 from common.files import atomic_folder, sha256_file
+from common.provenance import computed_by
 from training.data.sources import Source
 
 SETTINGS, VOCABULARY, WEIGHTS, DOCUMENTS = (
@@ -54,7 +55,7 @@ class ParagraphVector:
     Args:
         models: gensim's models, one for each architecture.
         settings: a value for each name of `SETTING_NAMES`.
-        identity: what the vectors depend on besides the texts; known for a saved model only.
+        identity: the files that the vectors depend on besides the texts; known for a saved model only.
 
     Attributes:
         settings: the settings that a vector depends on.
@@ -67,6 +68,7 @@ class ParagraphVector:
     def __init__(self, models: list[Any], settings: dict[str, Any], identity: str = "") -> None:
         self.models, self.settings, self.identity = models, settings, identity
         self.dimension = sum(model.vector_size for model in models)
+        self.computed_by = computed_by(__name__, libraries=("gensim", "numpy"), device="cpu")
 
     @classmethod
     def train(

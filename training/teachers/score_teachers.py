@@ -1,6 +1,7 @@
 """Score teachers: scores of the candidates of a query, from a cross-encoder or from a column of the data."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -83,7 +84,7 @@ class ColumnScores:
 class CrossEncoderScores:
     """Scores of a cross-encoder, which reads query and candidate together; the logits, before any activation.
 
-    Scores are cached on disk under a hash of the model and the texts.
+    Scores are cached on disk under a hash of the model, what computes with it, and the texts.
 
     Args:
         name: a folder or Hub id that sentence-transformers loads as a cross-encoder.
@@ -97,7 +98,7 @@ class CrossEncoderScores:
 
     Attributes:
         width: number of candidates of a query.
-        identity: what the scores depend on besides the texts.
+        identity: the files and settings that the scores depend on besides the texts.
     """
 
     def __init__(self, name: str, candidates: int, cache: Path, batch_tokens: int) -> None:
@@ -116,6 +117,7 @@ class CrossEncoderScores:
             )
         length = self._model.max_seq_length or 512
         self.width, self.cache, self.identity = candidates, cache, f"{folder.revision}:{length}"
+        self._computed_by = json.dumps(folder.computed_by(__name__, device=self._model.device.type), sort_keys=True)
         self._batch_size = max(1, batch_tokens // length)
 
     def read_all(self, sources: Iterable[Source]) -> None:
@@ -175,5 +177,5 @@ class CrossEncoderScores:
 
     def _keys(self, columns: list[list[str]]) -> list[bytes]:
         digests = [[hashlib.sha256(text.encode()).digest() for text in column] for column in columns]
-        head = f"scores:{self.identity}:".encode()
+        head = hashlib.sha256(f"scores:{self.identity}:{self._computed_by}".encode()).digest()
         return [hashlib.sha256(head + b"".join(row)).digest() for row in zip(*digests, strict=True)]

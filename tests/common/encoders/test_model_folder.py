@@ -31,6 +31,13 @@ def test_the_revision_of_a_folder_changes_with_what_shapes_a_vector(tiny_sentenc
     assert ModelFolder.find(str(copy)).revision == original
     (copy / "README.md").write_text("another card")
     assert ModelFolder.find(str(copy)).revision == original
+    (copy / "2_Dense").mkdir()
+    (copy / "2_Dense" / "pytorch_model.bin").write_bytes(b"the weights of a dense layer")
+    with_dense = ModelFolder.find(str(copy)).revision
+    assert with_dense != original
+    (copy / "2_Dense" / "pytorch_model.bin").write_bytes(b"other weights of that layer!")
+    assert ModelFolder.find(str(copy)).revision not in (original, with_dense)
+    shutil.rmtree(copy / "2_Dense")
     settings = copy / "config.json"
     settings.write_text(settings.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-5'))
     assert ModelFolder.find(str(copy)).revision != original

@@ -15,6 +15,7 @@ class Counting:
     def __init__(self, identity: str = "a"):
         self.identity, self.batch_tokens, self.asked = identity, 8, []
         self.prompts: dict[str, str | None] = {}
+        self.computed_by: dict[str, str] = {}
 
     def __call__(self, texts, prompt_type):
         self.asked += texts

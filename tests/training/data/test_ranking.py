@@ -23,6 +23,7 @@ class Random:
     def __init__(self, similarity: str = "cosine"):
         self.identity = similarity
         self.prompts: dict[str, str | None] = {}
+        self.computed_by: dict[str, str] = {}
         self.model = SimpleNamespace(similarity_fn_name=similarity)
 
     def __call__(self, texts, prompt_type):

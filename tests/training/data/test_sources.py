@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 
 import datasets
 import pyarrow
@@ -52,6 +53,31 @@ def test_every_format_gives_the_same_rows(tmp_path):
     write_jsonl(folder / "1.jsonl", [{"more": 1, **row} for row in rows[7:]])
     for name in ("pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet", "folder"):
         assert texts(tmp_path / name) == expected, name
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz", "pairs.parquet", "folder"])
+def test_a_file_that_is_replaced_by_one_of_the_same_size_and_time_is_read_anew(tmp_path, name):
+    """Whatever the files say is read, whatever the file system says; what is derived from it has another name, too."""
+
+    def write(word: str):
+        rows = [{"anchor": f"{word} {number}", "positive": word} for number in range(3)]
+        path = tmp_path / name
+        file = path / "1.jsonl" if name == "folder" else path
+        file.parent.mkdir(exist_ok=True)
+        if name == "pairs.parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        else:
+            content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            file.write_bytes(zipped(content) if name.endswith(".gz") else content)
+        os.utime(file, ns=(10**18, 10**18))
+        (source,) = read_sources([str(path)])
+        return file.stat().st_size, source.texts([0, 1, 2])[1], source.rows._fingerprint
+
+    (size, first, one), (other_size, second, another) = write("one"), write("two")
+    assert size == other_size
+    assert (first, second) == (["one"] * 3, ["two"] * 3)
+    assert one != another
+    assert write("one") == (size, first, one)  # the first content is still there
 
 
 LABELLED = Columns(("anchor",), None, "texts", classes=("label",))

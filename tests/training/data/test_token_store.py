@@ -60,6 +60,19 @@ def test_a_source_is_tokenised_once(source, word_tokenizer, monkeypatch, tokeniz
         tokenize(source(["another text"]), word_tokenizer)
 
 
+@pytest.mark.parametrize("tokenize", [tokenize_documents, with_token_offsets])
+def test_tokens_of_other_code_or_another_version_are_not_taken(
+    source, word_tokenizer, monkeypatch, edit_code, tokenize
+):
+    texts = source(TEXT)
+    tokenize(texts, word_tokenizer)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", None)  # would fail
+    tokenize(texts, word_tokenizer)
+    edit_code("training.data.pair_makers")
+    with pytest.raises(TypeError):
+        tokenize(texts, word_tokenizer)
+
+
 def test_offsets_are_those_of_the_tokenizer(source, word_tokenizer):
     rows = with_token_offsets(source(TEXT), word_tokenizer).rows
     expected = word_tokenizer(TEXT, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]

@@ -85,6 +85,17 @@ def test_a_cross_encoders_scores_are_its_logits_and_are_computed_once(cross_enco
     assert torch.equal(again.read(batch_of(whole, list(range(len(rows)))))[0], scores)
 
 
+def test_scores_by_other_libraries_are_computed_again(cross_encoder, data, tmp_path, monkeypatch):
+    whole = read_source(data)
+    CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096).read_all([whole])
+    monkeypatch.setattr("common.provenance.version", lambda library: "0.0")
+    asked: list[int] = []
+    teacher = CrossEncoderScores(cross_encoder, 3, tmp_path / "cache", 4096)
+    monkeypatch.setattr(teacher, "scores_of", lambda columns: asked.append(1) or np.zeros((len(columns[0]), 3)))
+    teacher.read_all([whole])
+    assert asked
+
+
 @pytest.mark.parametrize("change", ["weights", "negatives"])
 def test_another_model_or_candidate_has_scores_of_its_own(cross_encoder, rows, tmp_path, word_tokenizer, change):
     """A shared cache returns the same scores as a fresh one."""
