@@ -172,7 +172,16 @@ class ChunkEncoder(Encoder):
 
 
 def encoder_computed_by(folder: ModelFolder, precision: str, trust_remote_code: bool) -> dict[str, str]:
-    """Describe what computes the vectors of an encoder, without loading it; see `common.provenance`."""
+    """Describe what computes the vectors of an encoder, without loading it.
+
+    Args:
+        folder: the model's files.
+        precision: `float32`, `bfloat16` or `int8`.
+        trust_remote_code: whether the code in the folder may run.
+
+    Returns:
+        As `common.provenance.computed_by`.
+    """
     code = ("common.encoders.encoder", "common.encoders.quantization", "modeling_longembed.encoding_longembed")
     return folder.computed_by(*code, precision=precision, trust_remote_code=trust_remote_code)
 

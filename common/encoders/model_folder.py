@@ -76,13 +76,16 @@ class ModelFolder:
     def computed_by(
         self, *code: str, precision: str = "float32", trust_remote_code: bool = False, device: str | None = None
     ) -> dict[str, str]:
-        """Describe what computes with the model, beside its files and settings; see `common.provenance`.
+        """Describe what computes with the model, beside its files and settings.
 
         Args:
             code: names of modules of ours that take part, beside the code of the model.
             precision: `int8` computes on the CPU, whatever there is.
             trust_remote_code: whether the code of the folder may run.
             device: kind of the device; None: the one on which an encoder of this precision is loaded.
+
+        Returns:
+            As `common.provenance.computed_by`.
 
         Raises:
             UserError: the model's code is in another repository, which cannot be read.

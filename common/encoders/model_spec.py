@@ -64,10 +64,13 @@ class ModelSpec:
         return cls(kind, ModelFolder.find(path), int(tokens), precision)
 
     def computed_by(self, trust_remote_code: bool) -> dict[str, str]:
-        """Describe what computes vectors, or the scores of `bm25`, without loading the model; see `common.provenance`.
+        """Describe what computes vectors, or the scores of `bm25`, without loading the model.
 
         Args:
             trust_remote_code: whether the code in the model's folder may run.
+
+        Returns:
+            As `common.provenance.computed_by`.
         """
         if self.folder is None:
             return computed_by("common.bm25", libraries=("bm25s", "numpy"))
