@@ -2,12 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_longembed.LongEmbedConfig",
@@ -62,6 +67,77 @@ Weights are safetensors. The code in this repository runs on your machine when y
 |---|---|
 {sums}
 """
+
+ADAPTER_CARD = """---
+{metadata}
+---
+
+# {title}
+
+An adapter ({kind}, by peft) of a longembed encoder, and not a model by itself: it needs {base}.
+
+```python
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("{source}", trust_remote_code=True)
+model.load_adapter("{title}")  # or: model = peft.PeftModel.from_pretrained(model, "{title}")
+documents = model.encode(["a long document ..."], prompt_name="document")
+```
+"""
+
+
+def find_saving_sentence_transformer() -> Any | None:
+    """Return the model of sentence-transformers whose `save` is running, or None.
+
+    It writes all files but those of the encoder itself, and calls `save_pretrained` of the encoder as any other caller
+    would, so that only the stack tells.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        model = frame.f_locals.get("self")
+        is_theirs = str(frame.f_globals.get("__name__", "")).startswith("sentence_transformers.")
+        if is_theirs and frame.f_code.co_name == "save" and hasattr(model, "prompts"):
+            return model
+        frame = frame.f_back  # type: ignore[assignment]  # None above the first frame
+    return None
+
+
+def adopt_settings(config: Any, model: Any) -> None:
+    """Set in a config what `encode` must know to give the vectors of a model of sentence-transformers.
+
+    Args:
+        config: the config of the encoder inside.
+        model: the model of sentence-transformers. If it has modules or a pooling that a config cannot name, a warning
+            says so.
+    """
+    config.prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
+    config.default_prompt_name = model.default_prompt_name
+    config.similarity_fn_name = getattr(model, "similarity_fn_name", None) or config.similarity_fn_name
+    others = []
+    config.normalize = False
+    for module in [*model][1:]:
+        kind = type(module).__name__
+        if kind == "Normalize":
+            config.normalize = True
+        elif kind == "Pooling" and module.include_prompt and pooling_name(module) == config.pooling:
+            continue
+        elif kind == "Pooling" and module.include_prompt and pooling_name(module) and config.token_weighting == "none":
+            config.pooling = pooling_name(module)
+        else:
+            others.append(kind)
+    if getattr(model, "truncate_dim", None) is not None:
+        others.append(f"truncate_dim={model.truncate_dim}")
+    if others:
+        logger.warning(
+            f"`encode` of the model that AutoModel loads does not know of {', '.join(others)}; load this folder with "
+            "SentenceTransformer"
+        )
+
+
+def pooling_name(module: Any) -> str | None:
+    """Return our name of the pooling of a sentence-transformers module; None: we have no such pooling."""
+    mode = module.pooling_mode if hasattr(module, "pooling_mode") else module.get_pooling_mode_str()
+    return next((ours for ours, legacy in ST_POOLINGS.items() if legacy.split("_")[0] == mode), None)
 
 
 def find_file(name_or_path: str, file: str, **hub) -> str | None:
@@ -133,17 +209,48 @@ class HubModel(PreTrainedModel):
     ):
         """Save weights, config, code, tokenizer, the files of sentence-transformers, and a model card.
 
+        If peft's adapters are on the model, transformers saves the active adapter alone; beside it goes its card.
+
+        When sentence-transformers saves, it writes the tokenizer, its own files and the card itself, from settings that
+        this model does not know: these are left to it, and the config adopts what it can name of them.
+
         Args:
             save_directory: the folder.
             is_main_process: whether this process writes.
             title: name of the model in the card; None: the name of the folder.
             **kwargs: as in transformers.
+
+        Raises:
+            ValueError: layers of peft are in the model, and transformers does not know of them.
         """
+        if not self._hf_peft_config_loaded and any(".base_layer." in name for name, _ in self.named_parameters()):
+            raise ValueError(
+                "layers of peft are in this model, whose weights would not load again; save the PeftModel, or the "
+                "model that its merge_and_unload() returns"
+            )
         # Register all three classes, so that the folder loads as an encoder and as a masked language model.
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+        saving = find_saving_sentence_transformer()
+        if saving is not None:
+            adopt_settings(self.config, saving)
+        if self._hf_peft_config_loaded:
+            with self._saving_no_code():
+                super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        else:
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        if is_main_process and is_first and saving is None:
             self._write_companions(Path(save_directory), title)
+
+    @contextmanager
+    def _saving_no_code(self) -> Iterator[None]:
+        """Keep transformers from copying the code of the model: an adapter is loaded onto a model that has it."""
+        # Releases of transformers differ in which of the two they read.
+        self._auto_class, self.is_remote_code = None, lambda: False  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self._auto_class, self.is_remote_code
 
     def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
         """Replace the generic card that `push_to_hub` of transformers writes before it calls this method."""
@@ -151,8 +258,13 @@ class HubModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _write_companions(self, folder: Path, title: str | None = None):
-        self._write_tokenizer(folder)
-        (folder / "README.md").write_text(self._card(folder, title or folder.name), encoding="utf-8")
+        title = title or folder.name
+        if self._hf_peft_config_loaded:
+            card = self._adapter_card(title)
+        else:
+            self._write_tokenizer(folder)
+            card = self._card(folder, title)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     def _write_tokenizer(self, folder: Path):
         """Write the tokenizer, and the files with which sentence-transformers loads the folder."""
@@ -188,6 +300,20 @@ class HubModel(PreTrainedModel):
                 "similarity_fn_name": self.config.similarity_fn_name,
             },
         }
+
+    def _adapter_card(self, title: str) -> str:
+        adapter = self.peft_config[self.active_adapters()[0]]
+        kind, base = str(adapter.peft_type.value).lower(), adapter.base_model_name_or_path or ""
+        metadata = ["library_name: peft", "tags:", "- longembed", f"- {kind}"]
+        if base.count("/") == 1 and not Path(base).exists():  # the id of a model on the Hub
+            metadata += [f"base_model: {base}", "base_model_relation: adapter"]
+        return ADAPTER_CARD.format(
+            metadata="\n".join(metadata),
+            title=title,
+            kind=kind,
+            base=f"`{base}`" if base else "the model that it was trained on, which has no name",
+            source=base or "the model that it was trained on",
+        )
 
     def _card(self, folder: Path, title: str) -> str:
         config = self.config

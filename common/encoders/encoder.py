@@ -1,12 +1,19 @@
-"""Encoders of texts: one vector per text from the model itself, or one per chunk for the chunking baselines."""
+"""Encoders of texts: one vector per text, or one per chunk for the chunking baselines.
+
+The vector of a text is what `SentenceTransformer(folder)` gives, for every folder: what is judged is what is served.
+Modules, pooling, prompts, normalization, number of dimensions and length are read from the folder by
+sentence-transformers alone, also where the model has an `encode` of its own, which knows nothing of these files.
+"""
 
 import contextlib
+import json
 import re
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 
 from common.encoders.model_folder import ModelFolder
 from common.encoders.quantization import int8_weights
@@ -18,18 +25,19 @@ from modeling_longembed.encoding_longembed import budget_batches, special_tokens
 
 
 class Encoder:
-    """Encode each text as one vector, with the model's own `encode` if it has one, else with sentence-transformers.
+    """Encode each text as one vector, with sentence-transformers.
 
     Args:
         folder: the model's files.
-        max_length: number of tokens that are read of a text, the rest is cut off; None: the model's own setting.
+        max_length: number of tokens that are read of a text, the rest is cut off; None: the folder's own setting.
         precision: `float32`, `bfloat16` (autocast), or `int8`: the weights of linear layers in 8 bits, on the CPU.
         batch_tokens: token budget of a forward pass; it bounds memory and changes float32 vectors by rounding only.
         trust_remote_code: run the code in the folder (our own models need none).
-        normalize: scale vectors to unit length if the folder says so; False: never, for a model with its own `encode`.
+        normalize: False leaves out the last module of the folder if it scales vectors to unit length.
 
     Raises:
-        UserError: sentence-transformers is not installed, the model does not load, or `max_length` exceeds its context.
+        UserError: sentence-transformers is not installed, the model does not load, is saved as something else than a
+            model of one vector per text, or `max_length` exceeds its context.
     """
 
     def __init__(
@@ -42,9 +50,11 @@ class Encoder:
         normalize: bool = True,
     ):
         try:
-            from sentence_transformers import SentenceTransformer  # slow to import, and part of the extra 'eval' only
+            # slow to import, and part of the extra 'eval' only
+            from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise UserError(f"encoding texts needs the extra 'eval' ({error.name} is missing)") from None
+        check_one_vector(folder)
         try:
             self.model = SentenceTransformer(str(folder.path), trust_remote_code=trust_remote_code).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -60,11 +70,17 @@ class Encoder:
             raise UserError(
                 f"{max_length} tokens are more than the context of {folder.name}; give at most {self.context}"
             )
-        # A model that packs its batches itself does it better than a padded batch; nothing here asks which model it is.
-        self.own: Any = core if callable(getattr(core, "encode", None)) else None
-        self.max_length = max_length or (self.context if self.own else self.model.max_seq_length or self.context)
-        if self.own is None and max_length is not None:
-            self.model.max_seq_length = max_length
+        if max_length is not None:
+            try:
+                self.model.max_seq_length = max_length
+            except AttributeError:
+                raise UserError(
+                    f"{folder.name} reads texts to their end and cannot be limited to {max_length} tokens; leave the "
+                    "limit out"
+                ) from None
+        self.max_length = min(self.model.max_seq_length or self.context, self.context)
+        if not normalize:
+            drop_normalization(self.model)
 
     @property
     def identity(self) -> str:
@@ -84,42 +100,28 @@ class Encoder:
 
     def prompt_ids(self, prompt_type: PromptType | None) -> list[int]:
         """Return the token ids of the prompt that the model puts in front of texts of this type."""
-        prompts = self.prompts
-        names = ("query",) if prompt_type == "query" else ("document", "passage", "corpus")
-        prompt = next((prompts[name] for name in names if prompts.get(name)), "")
+        names = {"query": ("query",), "document": ("document", "passage", "corpus"), None: ()}[prompt_type]
+        name = next((name for name in names if name in self.prompts), self.model.default_prompt_name)
+        prompt = self.prompts.get(name) if name else None
         return self.model.tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
 
     @torch.inference_mode()
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
         """Return a matrix `(1, d)` for each text."""
-        if self.own is not None:
-            return list(self._encode_by_itself(texts, prompt_type)[:, None])
-        encode = self.model.encode_query if prompt_type == "query" else self.model.encode_document
+        ways = {"query": self.model.encode_query, "document": self.model.encode_document, None: self.model.encode}
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
-        for batch in budget_batches([len(ids) for ids in self._tokenize(texts)], self.batch_tokens, padded=True):
+        for batch in budget_batches(self._count_tokens(texts), self.batch_tokens, padded=True):
             with self._autocast():
-                encoded = encode([texts[i] for i in batch], batch_size=len(batch), show_progress_bar=False)
+                encoded = ways[prompt_type]([texts[i] for i in batch], batch_size=len(batch), show_progress_bar=False)
             for i, vector in zip(batch, encoded, strict=True):
                 vectors[i] = vector[None]
         return vectors
 
-    def _encode_by_itself(self, texts: list[str], prompt_type: PromptType | None) -> np.ndarray:
-        if self.max_length < self.context:
-            cut = self.own.tokenizer(
-                texts, truncation=True, max_length=self.max_length, return_offsets_mapping=True
-            ).offset_mapping
-            texts = [text[: max((end for _, end in spans), default=0)] for text, spans in zip(texts, cut, strict=True)]
-        return self.own.encode(
-            texts,
-            prompt_name=prompt_type,
-            batch_tokens=self.batch_tokens,
-            normalize=None if self.normalize else False,
-            precision="float32" if self.precision == "int8" else self.precision,
-            show_progress_bar=False,
-        )
-
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        return self.model.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+    def _count_tokens(self, texts: list[str]) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):  # of static word vectors, whose texts need little memory
+            return [len(text) for text in texts]
+        return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         if self.precision != "bfloat16":
@@ -134,7 +136,21 @@ class ChunkEncoder(Encoder):
     any normalization, times the number of tokens in the chunk: with mean pooling, the sum of its token vectors. The sum
     of the rows of a text then has the direction of the token-weighted mean over its chunks, and each row has the
     direction of its chunk, so that both chunking baselines share the same rows.
+
+    Raises:
+        UserError: as for `Encoder`, or the first module of the folder does not read token ids alone.
     """
+
+    def __init__(self, folder: ModelFolder, *args: Any, **kwargs: Any):
+        super().__init__(folder, *args, **kwargs)
+        from sentence_transformers.sentence_transformer.modules import Transformer
+
+        if not isinstance(self.model[0], Transformer):
+            kind = type(self.model[0]).__name__
+            raise UserError(
+                f"chunks are read by a transformer, and {folder.name} begins with a {kind}; evaluate it without chunks"
+            )
+        drop_normalization(self.model)
 
     @property
     def identity(self) -> str:
@@ -143,8 +159,6 @@ class ChunkEncoder(Encoder):
     @torch.inference_mode()
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
         """Return a matrix `(chunks, d)` for each text."""
-        from sentence_transformers.sentence_transformer.modules import Normalize
-
         tokenizer = self.model.tokenizer
         prompt = self.prompt_ids(prompt_type)
         encoded = tokenizer(
@@ -163,10 +177,8 @@ class ChunkEncoder(Encoder):
             if prompt:
                 features["prompt_length"] = lead + len(prompt)
             with self._autocast():
-                for module in self.model:
-                    if not isinstance(module, Normalize):
-                        features = module(features)
-            rows[batch] = (features["sentence_embedding"].float().cpu() * tokens).numpy()
+                pooled = self.model(features)["sentence_embedding"][:, : self.dimension]
+            rows[batch] = (pooled.float().cpu() * tokens).numpy()
         owners = np.asarray(encoded["overflow_to_sample_mapping"])
         return [rows[owners == i] for i in range(len(texts))]
 
@@ -184,6 +196,30 @@ def encoder_computed_by(folder: ModelFolder, precision: str, trust_remote_code: 
     """
     code = ("common.encoders.encoder", "common.encoders.quantization", "modeling_longembed.encoding_longembed")
     return folder.computed_by(*code, precision=precision, trust_remote_code=trust_remote_code)
+
+
+def check_one_vector(folder: ModelFolder) -> None:
+    """Check that sentence-transformers would load a folder as the model that it was saved as.
+
+    Raises:
+        UserError: it was saved as a cross-encoder, or as a model of sparse or of several vectors; loaded as a model of
+            one vector, it would be another model.
+    """
+    settings = folder.path / "config_sentence_transformers.json"
+    try:
+        kind = json.loads(settings.read_text(encoding="utf-8")).get("model_type") if settings.is_file() else None
+    except (ValueError, AttributeError):
+        return  # loading says what is wrong with the file
+    if kind not in (None, "SentenceTransformer"):
+        raise UserError(f"{folder.name} is saved as a {kind}, which does not give one vector per text")
+
+
+def drop_normalization(model: Any) -> None:
+    """Take the modules at the end of a sentence-transformers model away that scale vectors to unit length."""
+    from sentence_transformers.sentence_transformer.modules import Normalize
+
+    while isinstance(model[-1], Normalize):
+        del model[-1]
 
 
 def context_length(core: Any) -> int:

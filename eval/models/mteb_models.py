@@ -109,6 +109,9 @@ class EvaluatedModel(ModelSpec):
                 "embed_dim": encoder.dimension,
                 "max_tokens": self.meta.max_tokens or (encoder.max_length if self.kind == "model" else None),
                 "use_instructions": any(encoder.model.prompts.values()),
+                "similarity_fn_name": ScoringFunction(
+                    "cosine" if isinstance(encoder, ChunkEncoder) else encoder.model.similarity_fn_name
+                ),
             }
         )
         if self.kind == "chunk-max":

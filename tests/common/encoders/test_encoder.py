@@ -33,12 +33,22 @@ def test_one_vector_per_text_equals_sentence_transformers(tiny_sentence_transfor
     np.testing.assert_allclose(vectors, encode(texts), atol=1e-6)
 
 
-@hypothesis.settings(max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@pytest.fixture(scope="module")
+def chunk_encoders(tiny_sentence_transformer) -> dict[int, ChunkEncoder]:
+    folder = ModelFolder.find(str(tiny_sentence_transformer))
+    return {size: ChunkEncoder(folder, size, batch_tokens=300) for size in (8, 31, 64)}
+
+
+@pytest.fixture(scope="module")
+def bert(tiny_sentence_transformer) -> BertModel:
+    return BertModel.from_pretrained(tiny_sentence_transformer).eval()
+
+
+@hypothesis.settings(max_examples=15)
 @hypothesis.given(texts=texts_of_words, size=st.sampled_from([8, 31, 64]))
-def test_the_sum_of_chunks_is_the_sum_of_all_token_vectors(tiny_sentence_transformer, minilm_tokenizer, texts, size):
+def test_the_sum_of_chunks_is_the_sum_of_all_token_vectors(bert, chunk_encoders, minilm_tokenizer, texts, size):
     """By hand: cut the ids, put [CLS] and [SEP] around each chunk, add up BERT's last hidden states."""
-    bert = BertModel.from_pretrained(tiny_sentence_transformer).eval()
-    rows = ChunkEncoder(ModelFolder.find(str(tiny_sentence_transformer)), size, batch_tokens=300)(texts, "document")
+    rows = chunk_encoders[size](texts, "document")
     for text, matrix in zip(texts, rows, strict=True):
         ids = minilm_tokenizer(text, add_special_tokens=False)["input_ids"]
         chunks = [ids[i : i + size - 2] for i in range(0, max(1, len(ids)), size - 2)]
@@ -63,17 +73,16 @@ def test_a_prompt_is_in_front_of_every_chunk_and_within_its_size(tiny_sentence_t
     np.testing.assert_allclose(unit, np.concatenate(unprompted), atol=1e-5)
 
 
-def test_a_model_with_its_own_encode_does_it_itself(tiny_longembed):
+def test_a_folder_of_ours_gives_what_its_own_encode_gives(tiny_longembed):
     reference = AutoModel.from_pretrained(tiny_longembed).eval()
     texts = random_texts(8, 120)
     encoder = Encoder(ModelFolder.find(str(tiny_longembed)), batch_tokens=300)
-    assert encoder.own is not None
     for prompt_type in ("query", "document"):
         expected = reference.encode(texts, prompt_name=prompt_type, precision="float32")
         np.testing.assert_allclose(np.concatenate(encoder(texts, prompt_type)), expected, atol=1e-5)
 
 
-def test_max_length_cuts_what_a_model_with_its_own_encode_reads(tiny_longembed, minilm_tokenizer):
+def test_max_length_cuts_what_a_model_of_ours_reads(tiny_longembed, minilm_tokenizer):
     encoder = Encoder(ModelFolder.find(str(tiny_longembed)), 20)
     texts = random_texts(6, 120)
     ids = [
