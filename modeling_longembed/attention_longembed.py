@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .attention_flex_longembed import attend_by_flex
 from .attention_kernels_longembed import attend, masked_softmax, segment_attention
 from .packing_longembed import PackedDocuments
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, chunked_attention
@@ -125,45 +125,8 @@ def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
 
 
 def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """Call FlexAttention (Dong et al. 2024), with the predicate as `mask_mod` and the bias as `score_mod`.
-
-    Raises:
-        ValueError: the call needs dropout, or a backward pass on a CPU, which FlexAttention does not support.
-    """
-    documents, pattern, bias = inputs.documents, inputs.pattern, inputs.bias
-    if not inputs.query.is_cuda and torch.is_grad_enabled() and inputs.query.requires_grad:
-        raise ValueError(
-            "flex_attention has no backward pass on CPU; train with attn_implementation='longembed_varlen'"
-        )
-    if inputs.dropout:
-        raise ValueError(
-            "flex_attention has no dropout; set attention_dropout=0 or use attn_implementation='longembed_varlen'"
-        )
-    (tokens, num_heads), owner = inputs.query.shape[:2], documents.document_ids
-    index = documents.token_index
-    marked = documents.is_global if documents.is_global is not None else torch.zeros_like(index, dtype=torch.bool)
-    places = Places(index, documents.document_lengths, marked)
-
-    def mask_mod(batch, head, query, key):
-        number = head + inputs.first_head
-        visible = pattern.visible(places.at(query), places.at(key), number, inputs.model_heads)
-        visible = visible & (owner[query] == owner[key])
-        return visible & (index[key] <= index[query]) if inputs.causal else visible
-
-    def score_mod(score, batch, head, query, key):
-        return score + bias.values(index[key] - index[query], head)
-
-    compiled = inputs.query.is_cuda
-    heads = num_heads if pattern.per_head else None
-    block_mask = documents.once(
-        ("flex", pattern),
-        lambda: create_block_mask(mask_mod, None, heads, tokens, tokens, inputs.query.device, _compile=compiled),
-    )
-    function = torch.compile(flex_attention) if compiled else flex_attention
-    query, key, value = (x.transpose(0, 1)[None] for x in inputs[:3])
-    modifier = None if bias is None else score_mod
-    context = function(query, key, value, score_mod=modifier, block_mask=block_mask, scale=inputs.scaling)
-    return context[0].transpose(0, 1), None
+    """Compute FlexAttention (Dong et al. 2024), with the predicate as `mask_mod` and the bias as `score_mod`."""
+    return attend_by_flex(inputs), None
 
 
 class Kernel(NamedTuple):

@@ -108,14 +108,15 @@ class AttentionInputs(NamedTuple):
     num_heads: int | None = None  # number of heads of the model; H if None
 
     def heads(self, heads: slice) -> "AttentionInputs":
-        """Return the inputs of some of the heads."""
+        """Return the inputs of some of the heads, a slice that counts from the first head."""
+        # `slice.indices` would give the start too, but older compilers cannot trace it.
         return self._replace(
             query=self.query[:, heads],
             key=self.key[:, heads],
             value=self.value[:, heads],
             bias=self.bias and self.bias.heads(heads),
             grouped=self.grouped and self.grouped.heads(heads),
-            first_head=self.first_head + heads.indices(self.query.shape[1])[0],
+            first_head=self.first_head + (heads.start or 0),
             num_heads=self.model_heads,
         )
 
@@ -202,6 +203,15 @@ class AttentionPattern:
 
         What a document gives then depends on which documents are read with it, so that a batch cannot be divided into
         several passes. In evaluation no pattern couples documents.
+        """
+        return False
+
+    @property
+    def is_one_graph(self) -> bool:
+        """Whether `torch.compile` makes one graph of a packed forward in half precision on a GPU.
+
+        It does if there is no loop over documents, whose lengths would be read from the device. Dropout, a position
+        bias and a `global_attention_mask`, which the variable-length kernel does not compute, make any pattern loop.
         """
         return False
 

@@ -63,6 +63,10 @@ class FullAttention(AttentionPattern):
     type = "full"
     layer_type = "full_attention"
 
+    @property
+    def is_one_graph(self):
+        return True
+
     def visible(self, query, key, head, num_heads):
         return (query.index >= 0) & (key.index >= 0)
 
@@ -89,6 +93,10 @@ class BlockAttention(AttentionPattern):
     type = "block"
     layer_type = "chunked_attention"
     size: int = parameter(256)
+
+    @property
+    def is_one_graph(self):
+        return True
 
     def visible(self, query, key, head, num_heads):
         return query.index // self.size == key.index // self.size
@@ -142,6 +150,10 @@ class ShiftedAttention(AttentionPattern):
                 "attention_patterns: 'shifted' with wrap=true cannot be computed under Self-Extend "
                 "(position_extension 'group' on rope); set wrap=false, or extend by 'yarn'"
             )
+
+    @property
+    def is_one_graph(self):
+        return True
 
     def visible(self, query, key, head, num_heads):
         def same_group(shift):
@@ -246,6 +258,10 @@ class SlidingAttention(AttentionPattern):
     @property
     def own_weights(self):
         return self.global_projections
+
+    @property
+    def is_one_graph(self):
+        return not self.global_tokens and self.dilation == 1
 
     def visible(self, query, key, head, num_heads):
         distance = (query.index - key.index).abs()
