@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import strict  # without it nothing is validated
 
 from .layout_registry_longembed import expand_layout
-from .pattern_registry_longembed import build_pattern
+from .pattern_registry_longembed import build_pattern, upgrade_entry
 from .position_base_longembed import PositionScheme
 from .position_buckets_longembed import check_buckets
 from .position_schemes_longembed import get_scheme
@@ -222,6 +222,12 @@ class LongEmbedConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Build a config as transformers does, and validate fields that are changed at load like those in the file."""
+        # Entries of an earlier version lack the parameters that were added since.
+        config_dict = config_dict | {
+            name: [upgrade_entry(entry) for entry in config_dict[name]]
+            for name in ("attention_patterns", "training_attention_patterns")
+            if isinstance(config_dict.get(name), list)
+        }
         # transformers sets the arguments of `from_pretrained` on the finished config, after `__post_init__`.
         changes = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
         if "attention_patterns" in changes:
@@ -232,14 +238,15 @@ class LongEmbedConfig(PretrainedConfig):
         """Return the field `name` as one complete entry, with all parameters, per attention sublayer."""
         entries, expected = getattr(self, name), str(self.sublayer_pattern).count("s")
         entries = entries if isinstance(entries, list) else [entries]
-        if len(entries) == 1:
+        for_all = len(entries) == 1
+        if for_all:
             entries = entries * expected
         if len(entries) != expected:
             raise ValueError(
                 f"{name} has {len(entries)} entries but sublayer_pattern={self.sublayer_pattern!r} has {expected} "
                 "attention sublayers; give one entry for each, or one for all"
             )
-        patterns = [build_pattern(entry) for entry in entries]
+        patterns = [build_pattern(entry, number, for_all) for number, entry in enumerate(entries)]
         return [{"type": pattern.type, **vars(pattern)} for pattern in patterns]
 
     def convert_rope_params_to_dict(self, **kwargs):

@@ -16,14 +16,31 @@ from .packing_longembed import PackedDocuments
 from .position_base_longembed import GroupedRotary, ScoreBias
 
 
-def parameter(default: int | None, least: int = 1) -> Any:
-    """Declare an integer parameter of a pattern, with its default (None: derived by the class) and its minimum."""
-    return field(default=default, metadata={"least": least})
+def parameter(default: int | None, least: int = 1, by_sublayer: bool = False) -> Any:
+    """Declare an integer parameter of a pattern.
+
+    Args:
+        default: its default; None: derived by the class.
+        least: its minimum.
+        by_sublayer: whether the attention sublayers of a model that are given one entry have consecutive values of it.
+
+    Returns:
+        The field of the dataclass.
+    """
+    return field(default=default, metadata={"least": least, "by_sublayer": by_sublayer})
 
 
-def switch(default: bool) -> Any:
-    """Declare a Boolean parameter of a pattern."""
-    return field(default=default, metadata={"least": None})
+def switch(default: bool, earlier: bool | None = None) -> Any:
+    """Declare a Boolean parameter of a pattern.
+
+    Args:
+        default: its default.
+        earlier: its value in configs that were saved before there was this parameter; None: there are none.
+
+    Returns:
+        The field of the dataclass.
+    """
+    return field(default=default, metadata={"least": None} | ({} if earlier is None else {"earlier": earlier}))
 
 
 @dataclass(frozen=True)

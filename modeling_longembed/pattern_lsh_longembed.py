@@ -22,6 +22,11 @@ class Rounds(NamedTuple):
     place: Tensor  # (H, R, C, M) int64, place in the document; L and more are padding
     bucket: Tensor  # (H, R, C, M) int64; no two rounds share a number
 
+    def of_tokens(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return the chunk and the bucket of each of the L tokens of the document in each round, `(H, R, L)` int64."""
+        rank = self.rank[..., :length]
+        return rank // self.place.shape[-1], self.bucket.flatten(2).gather(-1, rank)
+
     @property
     def rank(self) -> Tensor:
         """The rank of each place of the document in the sorted order, `(H, R, C * M)`."""
@@ -53,18 +58,46 @@ def take(states: Tensor, place: Tensor) -> Tensor:
     return states.flatten(0, 1).index_select(0, (place + first).flatten()).unflatten(0, place.shape)
 
 
+def count_meetings(query: Tensor, key: Tensor) -> Tensor:
+    """Count how often each query sees each key in all rounds, N_ij of the paper.
+
+    Args:
+        query: `(H, c, M, R)`, numbers of the queries of c chunks in R rounds, see `LshAttention.codes`.
+        key: `(H, c, N, K * R)`, numbers of the keys.
+
+    Returns:
+        `(H, c, M, N)` integers, at least 1: those that never meet are masked.
+    """
+    rounds, most = query.shape[-1], key.shape[-1]
+    # One byte for a pair: this passes over all pairs K * R times, and memory is what limits it.
+    dtype = torch.uint8 if most < 256 else torch.int32
+    times = torch.zeros(*query.shape[:-1], key.shape[-2], dtype=dtype, device=query.device)
+    queries, keys = (x.movedim(-1, 0).contiguous() for x in (query, key))
+    for number, of_key in enumerate(keys):
+        times += (queries[number % rounds][..., None] == of_key[..., None, :]).view(torch.uint8)
+    return times.clamp_(min=1)
+
+
 @register_pattern
 class LshAttention(AttentionPattern):
     """Attention by locality-sensitive hashing (Reformer, Kitaev et al. 2020, arXiv:2001.04451).
 
     Query and key are one projection, and the key is scaled to unit length. In each of `hashes` rounds a random rotation
     puts tokens with similar directions into the same bucket. The tokens are sorted by bucket and cut into chunks of
-    `chunk` tokens. A token attends to the tokens of its bucket in its own chunk and in the chunk before, and to itself
-    only if there are no others. The rounds are averaged with the sums of their exponentials as weights.
+    `chunk` tokens. A token sees the tokens of its bucket in its own chunk and in the chunk before. It attends to the
+    union of what it sees in all rounds by one softmax, and to itself only if there are no others. Each round is a
+    softmax of its own; the rounds are summed with the sums of their exponentials as weights, in which a pair that meets
+    in N rounds has the score minus log N in each (the paper's N_ij), and so counts once.
 
-    `buckets=0` means two buckets for every chunk of the document. With `across_buckets` a token also sees the other
-    buckets in its two chunks, as in the Reformer of transformers. The rotations depend on `seed` only, so that a
-    document is hashed alike every time, in training too. A document of at most `chunk` tokens is not hashed.
+    The rotations are random, and different in each round, head and attention sublayer. They depend on `seed` alone,
+    which is a number for each sublayer (consecutive ones if one entry is given for all), so that a document is hashed
+    alike every time, in training too. A document of at most `chunk` tokens is not hashed. `buckets=0` means two buckets
+    for every chunk of the document.
+
+    The Reformer of transformers has `across_buckets=True, allow_duplicates=True`: a token also sees the other buckets
+    in its two chunks, and a pair counts once for each round in which it meets, which the authors' code (trax) has under
+    the names `attend_across_buckets` and `allow_duplicate_attention`. With `shared_rotations` all heads have the same
+    rotations. Configs that were saved before there were the last two switches have both.
 
     The pattern approximates attention with shared queries and keys, so that a model with it starts from random weights
     rather than those of another encoder. Use it for long documents in which tokens look for similar tokens anywhere.
@@ -79,8 +112,10 @@ class LshAttention(AttentionPattern):
     chunk: int = parameter(64)
     hashes: int = parameter(4)
     buckets: int = parameter(0, least=0)
-    seed: int = parameter(0, least=0)
+    seed: int = parameter(0, least=0, by_sublayer=True)
     across_buckets: bool = switch(False)
+    allow_duplicates: bool = switch(False, earlier=True)
+    shared_rotations: bool = switch(False, earlier=True)
 
     def check(self, config):
         if self.buckets > 1 and self.buckets % 2:
@@ -134,15 +169,20 @@ class LshAttention(AttentionPattern):
 
         def rotations() -> Tensor:
             generator = torch.Generator().manual_seed(self.seed)  # on the CPU: the same numbers on every device
-            return torch.randn(width, self.hashes, sum(sizes) // 2, generator=generator)
+            own = 1 if self.shared_rotations else inputs.model_heads
+            return torch.randn(own, width, self.hashes, sum(sizes) // 2, generator=generator)
 
         wide = torch.promote_types(torch.float32, query.dtype)
         rotation = inputs.documents.once((self, "rotations", width, *sizes), rotations).to(query.device, wide)
+        if self.shared_rotations:
+            rotation = rotation.expand(heads, -1, -1, -1)
+        else:
+            rotation = rotation[inputs.first_head : inputs.first_head + heads]
         parts = []
         for part in query.to(wide).split(max(1, MAX_UNFUSED_SCORES // (heads * self.hashes * max(sizes))), dim=1):
             bucket, scale = torch.zeros((), dtype=torch.long, device=query.device), 1
             for of_hash in rotation.split([size // 2 for size in sizes], dim=-1):
-                rotated = torch.einsum("hld,drb->hrlb", part, of_hash)
+                rotated = torch.einsum("hld,hdrb->hrlb", part, of_hash)
                 bucket = bucket + scale * torch.cat([rotated, -rotated], dim=-1).argmax(dim=-1)
                 scale *= 2 * of_hash.shape[-1]
             parts.append(bucket)
@@ -182,9 +222,18 @@ class LshAttention(AttentionPattern):
         rounds, key = self.rounds(inputs, query), unit(key)
         seen, size = rounds.seen(), rounds.place.shape[-1]
         head = torch.arange(heads, device=query.device).view(-1, 1, 1, 1)
+        codes = None  # nothing to count with one round
+        if not self.allow_duplicates and rounds.place.shape[1] > 1:
+            codes = self.codes(rounds, length)
 
         def some_chunks(query, key, value, query_place, key_place, query_bucket, key_bucket):
             """Compute the context `(H, c, M, D)` and log-sum-exp `(H, c, M)` of c chunks of one round."""
+            times = None
+            if codes is not None:
+                of_query, of_key = codes
+                times = count_meetings(
+                    take(of_query, query_place.clamp(max=length - 1)), take(of_key, key_place.clamp(max=length - 1))
+                )
             scores = query @ key.transpose(-1, -2)
             scores = scores.to(torch.promote_types(torch.float32, scores.dtype)) * inputs.scaling
             query_place, key_place = query_place[..., None], key_place[..., None, :]
@@ -195,6 +244,8 @@ class LshAttention(AttentionPattern):
                 visible = visible & (query_bucket[..., None] == key_bucket[..., None, :])
             if inputs.causal:
                 visible = visible & (key_place <= query_place)
+            if times is not None:
+                scores = scores - times.to(scores.dtype).log()
             scores = scores.masked_fill(~visible, float("-inf")).masked_fill(key_place == query_place, SELF_SCORE)
             total = scores.logsumexp(dim=-1)
             weights = (scores - total[..., None]).exp().to(value.dtype)
@@ -219,35 +270,59 @@ class LshAttention(AttentionPattern):
             mixed = torch.addcmul(mixed, context, share)
         return mixed.transpose(0, 1)
 
+    def codes(self, rounds: Rounds, length: int) -> tuple[Tensor, Tensor]:
+        """Number the places of the L tokens so that a query sees a key in a round where their numbers are equal.
+
+        Args:
+            rounds: the sorted document, R > 1 rounds.
+            length: L.
+
+        Returns:
+            A number for each query and round, `(H, L, R)`, and the K numbers at which it sees the key, `(H, L, K * R)`:
+            the key's own chunk, the next chunk, and across buckets the first chunk of the next round after the last.
+        """
+        chunk, bucket = rounds.of_tokens(length)
+        chunks = rounds.place.shape[2]
+        code = chunk if self.across_buckets else bucket * (chunks + 1) + chunk  # + 1: no chunk follows the last
+        seen = [code, code + 1]
+        if self.across_buckets:
+            seen.append(torch.where(chunk.roll(1, dims=1) == chunks - 1, 0, -1))
+        largest = rounds.place.shape[1] * (math.prod(self.hash_sizes(length)) + 1) * (chunks + 1)
+        dtype = torch.int32 if largest < 2**31 else torch.int64
+        of_query, of_key = code.to(dtype), torch.cat(seen, dim=1).to(dtype)
+        return of_query.transpose(1, 2).contiguous(), of_key.transpose(1, 2).contiguous()
+
     def dense(self, inputs, rows):
         inputs = inputs._replace(key=unit(inputs.key))
         length, value = rows.stop - rows.start, inputs.value[rows].transpose(0, 1)
-        rounds = self.rounds(inputs, inputs.query[rows].transpose(0, 1))
-        _, count, chunks, size = rounds.place.shape
-        rank = rounds.rank[..., :length]
-        chunk, bucket = rank // size, rounds.bucket.flatten(2).gather(-1, rank)  # (H, R, L)
-        index = torch.arange(length, device=rank.device)
+        index = torch.arange(length, device=value.device)
+        itself = index == index[:, None]
         scores = inputs.scores(rows)
         scores = scores.to(torch.promote_types(torch.float32, scores.dtype))
+        meetings = self.meetings(self.rounds(inputs, inputs.query[rows].transpose(0, 1)), length)  # (H, R, L, L)
+        if inputs.causal:
+            meetings = meetings * (index <= index[:, None])
+        times = meetings.sum(dim=1) if self.allow_duplicates else meetings.any(dim=1)  # how often a pair counts
+        weights = (scores + times.to(scores.dtype).log()).masked_fill(itself, SELF_SCORE).softmax(dim=-1)
+        weights = weights.to(value.dtype)
+        dropped = torch.dropout(weights, inputs.dropout, train=inputs.dropout > 0)
+        return (dropped @ value).transpose(0, 1), weights
+
+    def meetings(self, rounds: Rounds, length: int) -> Tensor:
+        """Return how often each token sees each other in each round of a document of L tokens, int64 `(H, R, L, L)`."""
+        _, count, chunks, _ = rounds.place.shape
+        chunk, bucket = rounds.of_tokens(length)
 
         def same_bucket(first: int, second: int) -> Tensor:
             same = bucket[:, first, :, None] == bucket[:, second, None]
             return torch.ones_like(same) if self.across_buckets else same
 
-        weights, totals = [], []
+        times = []
         for number in range(count):
             after = chunk[:, number, :, None] - chunk[:, number, None]  # chunks from key to query
-            times = (((after == 0) | (after == 1)) & same_bucket(number, number)).long()  # how often a query sees a key
+            of_round = (((after == 0) | (after == 1)) & same_bucket(number, number)).long()
             if count * chunks > 1:
                 wrapped = (chunk[:, number, :, None] == 0) & (chunk[:, number - 1, None] == chunks - 1)
-                times = times + (wrapped & same_bucket(number, number - 1))
-            if inputs.causal:
-                times = times * (index <= index[:, None])
-            of_round = (scores + times.to(scores.dtype).log()).masked_fill(index == index[:, None], SELF_SCORE)
-            weights.append(of_round.softmax(dim=-1))
-            totals.append(of_round.logsumexp(dim=-1))
-        shares = torch.stack(totals).softmax(dim=0)[..., None]  # (R, H, L, 1)
-        weights = torch.stack(weights).to(value.dtype)
-        dropped = torch.dropout(weights, inputs.dropout, train=inputs.dropout > 0)
-        context = (dropped @ value * shares.to(value.dtype)).sum(dim=0)
-        return context.transpose(0, 1), (weights * shares.to(weights.dtype)).sum(dim=0)
+                of_round = of_round + (wrapped & same_bucket(number, number - 1))
+            times.append(of_round)
+        return torch.stack(times, dim=1)

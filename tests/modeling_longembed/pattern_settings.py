@@ -1,7 +1,6 @@
 """Settings of every registered pattern and position scheme, for tests that run over the registries."""
 
 from dataclasses import fields
-from itertools import product
 
 from modeling_longembed import LongEmbedConfig
 from modeling_longembed.pattern_registry_longembed import PATTERNS
@@ -27,13 +26,14 @@ SCHEMES = {
 
 
 def entries(name: str, reach: int = 5) -> list[dict]:
-    """Config entries of a registered pattern: its smallest and about `reach`, its switches off and on."""
+    """Config entries of a registered pattern: its smallest and about `reach`, its switches all off and all on."""
     switches = [f.name for f in fields(PATTERNS[name]) if f.metadata["least"] is None]
     numbers = {f.name: f.metadata["least"] for f in fields(PATTERNS[name]) if f.name not in switches}
     settings = []
-    for extra, values in product((0, reach), product((False, True), repeat=len(switches))):
-        entry = {"type": name} | {key: least + extra for key, least in numbers.items()}
-        settings.append(entry | dict(zip(switches, values, strict=True)))
+    for extra in (0, reach):
+        for value in (False, True):
+            sizes = {key: least + extra for key, least in numbers.items()}
+            settings.append({"type": name} | sizes | dict.fromkeys(switches, value))
     return [entry for n, entry in enumerate(settings) if entry not in settings[:n]]
 
 

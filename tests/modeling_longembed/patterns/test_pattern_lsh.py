@@ -1,5 +1,7 @@
 """LSH attention against the definition of Reformer written out token by token, and against transformers' Reformer."""
 
+import json
+from collections import Counter
 from itertools import pairwise
 from unittest.mock import patch
 
@@ -41,7 +43,7 @@ def run(inputs, path):
     return KERNELS[path].function(inputs)[0]
 
 
-def hashes_of(query, pattern):
+def hashes_of(query, pattern, head):
     """Buckets `(R, L)` of one head's vectors: Kitaev et al. 2020, section 2, `argmax([xR; -xR])`."""
     length = len(query)
     count = pattern.buckets or 2 * -(-length // pattern.chunk)
@@ -52,7 +54,8 @@ def hashes_of(query, pattern):
         first = next(n for n in range(2, count + 2, 2) if n * n >= count)
         sizes = [first, next(n for n in range(2, count + 2, 2) if n * first >= count)]
     generator = torch.Generator().manual_seed(pattern.seed)
-    rotations = torch.randn(DIM, pattern.hashes, sum(sizes) // 2, generator=generator).to(query.dtype)
+    shape = (1 if pattern.shared_rotations else HEADS, DIM, pattern.hashes, sum(sizes) // 2)
+    rotations = torch.randn(shape, generator=generator).to(query.dtype)[0 if pattern.shared_rotations else head]
     buckets, start, scale = 0, 0, 1
     for size in sizes:
         rotated = torch.einsum("ld,drb->rlb", query, rotations[..., start : start + size // 2])
@@ -62,7 +65,12 @@ def hashes_of(query, pattern):
 
 
 def reformer(inputs):
-    """Section 2 of the paper, a query at a time: `(T, H, D)`. One round after the other is sorted and cut."""
+    """Section 2 and appendix A of the paper, a query at a time: `(T, H, D)`.
+
+    o_i = sum_r exp(z_r - z) sum_{j in P_r} exp(q_i k_j - log N_ij - z_r) v_j, where N_ij is the number of rounds r in
+    which j is in P_r, z_r the logarithm of the sum of the exponentials of round r, and z that of all rounds.
+    `allow_duplicates` is this without N_ij. One round after the other is sorted and cut into chunks.
+    """
     pattern, contexts = inputs.pattern, []
     for start, end in pairwise(inputs.documents.cu_seqlens.tolist()):
         query, key, value = (x[start:end].double() for x in inputs[:3])
@@ -71,7 +79,7 @@ def reformer(inputs):
         for head in range(HEADS):
             if not length:
                 continue
-            buckets = hashes_of(query[:, head].detach(), pattern).tolist()
+            buckets = hashes_of(query[:, head].detach(), pattern, head).tolist()
             unit = key[:, head] / (key[:, head].square().mean(-1, keepdim=True) + 1e-6).sqrt()
             scores = query[:, head] @ unit.T * inputs.scaling
             if inputs.bias is not None:
@@ -84,7 +92,7 @@ def reformer(inputs):
             chain = [chunk for of_round in chunks for chunk in of_round]
             rows = []
             for i in range(length):
-                outputs, totals = [], []
+                seen = []  # the keys of each round
                 for number, (r, chunk) in enumerate(chain):
                     if i not in chunk:
                         continue
@@ -92,10 +100,16 @@ def reformer(inputs):
                     keys = [(r, j) for j in chunk] + [(before_r, j) for j in before]
                     if not pattern.across_buckets:
                         keys = [(s, j) for s, j in keys if s == r and buckets[s][j] == buckets[r][i]]
-                    keys = [j for _, j in keys if j <= i or not inputs.causal]
-                    others = [j for j in keys if j != i]
-                    chosen = torch.tensor(others or [i])
-                    of_round = scores[i, chosen] if others else torch.full((1,), -1e5, dtype=torch.float64)
+                    seen.append([j for _, j in keys if j != i and (j <= i or not inputs.causal)])
+                times = Counter(j for keys in seen for j in keys)
+                outputs, totals = [], []
+                for keys in seen:
+                    chosen = torch.tensor(keys or [i])
+                    of_round = torch.full((1,), -1e5, dtype=torch.float64)
+                    if keys:
+                        of_round = scores[i, chosen]
+                        if not pattern.allow_duplicates:
+                            of_round = of_round - torch.tensor([times[j] for j in keys]).double().log()
                     outputs.append(of_round.softmax(0) @ value[chosen, head])
                     totals.append(of_round.logsumexp(0))
                 shares = (torch.stack(totals) - torch.stack(totals).logsumexp(0)).exp()
@@ -127,6 +141,8 @@ def test_equals_the_definition(path, causal, data):
         buckets=data.draw(st.sampled_from([0, 0, 1, 2, 6])),
         seed=data.draw(st.integers(0, 5)),
         across_buckets=data.draw(st.booleans()),
+        allow_duplicates=data.draw(st.booleans()),
+        shared_rotations=data.draw(st.booleans()),
     )
     around = [0, 1, 2, pattern.chunk, pattern.chunk + 1, 2 * pattern.chunk, 11, 13, 23]
     lengths = data.draw(st.lists(st.sampled_from(around), min_size=1, max_size=3).filter(any))
@@ -145,6 +161,9 @@ def test_equals_the_definition(path, causal, data):
 # The Reformer of transformers -----------------------------------------------------------------------------------------
 
 
+REFORMER_OF_TRANSFORMERS = {"across_buckets": True, "allow_duplicates": True}
+
+
 def transformers_lsh(pattern, length, causal):
     """transformers' layer. It counts buckets its own way, so it is told how many."""
     config = ReformerConfig(
@@ -161,11 +180,11 @@ def transformers_lsh(pattern, length, causal):
 
 
 def run_transformers(layer, pattern, states):
-    """Context `(L, H * D)` of one document `(L, H * D)`, padded to whole chunks, with our rotations in every head."""
+    """Context `(L, H * D)` of one document `(L, H * D)`, padded to whole chunks, with our rotations."""
 
     def rotations(shape, dtype, device):
-        generator = torch.Generator().manual_seed(pattern.seed)
-        return draw(shape[1:], generator=generator).to(dtype).expand(shape)
+        """Draw as transformers does with `hash_seed`, and in float32 whatever the precision of the layer."""
+        return draw(shape, generator=torch.Generator().manual_seed(pattern.seed)).to(dtype)
 
     length, draw = len(states), torch.randn
     filling = -length % pattern.chunk if length > pattern.chunk else 0
@@ -181,9 +200,9 @@ def run_transformers(layer, pattern, states):
 @pytest.mark.parametrize("hashes", [1, 2, 5])
 @pytest.mark.parametrize("buckets", [0, 2, 6, 22], ids=lambda n: f"buckets{n}")
 def test_equals_the_reformer_of_transformers(buckets, hashes, path, causal):
-    """The same weights and rotations; transformers does not hide a token from the other buckets of its chunks."""
+    """The named choice; transformers neither hides the other buckets of a chunk nor divides by N_ij."""
     lengths = [64, 1, 7, 8, 9, 16, 61]
-    entry = {"type": "lsh", "chunk": 8, "hashes": hashes, "buckets": buckets, "seed": 3, "across_buckets": True}
+    entry = {"type": "lsh", "chunk": 8, "hashes": hashes, "buckets": buckets, "seed": 3} | REFORMER_OF_TRANSFORMERS
     width = {"hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_hidden_layers": 1}
     config = LongEmbedConfig(attention_patterns=entry, attention_bias=False, is_causal=causal, **width)
     config._attn_implementation = path
@@ -200,6 +219,50 @@ def test_equals_the_reformer_of_transformers(buckets, hashes, path, causal):
         layer.query_key.weight, layer.value.weight = ours.q_proj.weight, ours.v_proj.weight
         expected.append(run_transformers(layer, ours.pattern, document))
     assert_equal_with_gradients(output, torch.cat(expected), [states, ours.q_proj.weight, ours.v_proj.weight])
+
+
+def test_equals_the_reformer_of_transformers_with_the_same_seed():
+    """Nothing is patched: in float32 the rotations of a seed are those of transformers' `hash_seed`, head by head."""
+    pattern = LshAttention(chunk=8, hashes=3, seed=5, **REFORMER_OF_TRANSFORMERS)
+    layer = transformers_lsh(pattern, 64, causal=False).float().eval()
+    layer.hash_seed = pattern.seed
+    states = torch.randn(64, HEADS * DIM)
+    query, value = (x(states).unflatten(-1, (HEADS, DIM)) for x in (layer.query_key, layer.value))
+    documents = PackedDocuments(torch.tensor([0, 64], dtype=torch.int32), 64)
+    inputs = AttentionInputs(query, query, value, pattern, documents, scaling=SCALING, dropout=0.0)
+    expected = layer(states[None]).hidden_states[0]
+    torch.testing.assert_close(run(inputs, "longembed_varlen").flatten(1), expected, atol=1e-5, rtol=1e-5)
+
+
+# Each pair once -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.promise("A11")
+@pytest.mark.parametrize("path", PATHS)
+def test_rounds_that_find_the_same_keys_change_nothing(path):
+    """Four rounds in which all tokens are in one bucket see the same keys, and give what one round does."""
+    inputs = make_inputs([16], LshAttention(chunk=8, hashes=1, buckets=1))
+    once = run(inputs, path)
+    same = torch.ones(HEADS, 4, 16, dtype=torch.long)
+    with patch.object(LshAttention, "hash", lambda self, inputs, query: same):
+        four_times = run(inputs._replace(pattern=LshAttention(chunk=8, hashes=4)), path)
+    # The second chunk sees the first. The first sees the last chunk of the same round only where there is one round.
+    torch.testing.assert_close(four_times[8:], once[8:], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_pair_that_meets_more_often_does_not_weigh_more(path):
+    """The weights of two equal keys are equal though one meets the query in both rounds and the other in one."""
+    rounds = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, 1, 1]]).expand(HEADS, 2, 6)
+    inputs = make_inputs([6], LshAttention(chunk=3, hashes=2))
+    with torch.no_grad():
+        inputs.key[2] = inputs.key[1]
+        inputs = inputs._replace(value=torch.eye(6, dtype=torch.float64)[:, None].expand(-1, HEADS, -1))
+        with patch.object(LshAttention, "hash", lambda self, inputs, query: rounds):
+            weights = run(inputs, path)[0]  # of the first query: (H, 6)
+            twice = run(inputs._replace(pattern=LshAttention(chunk=3, hashes=2, allow_duplicates=True)), path)[0]
+    torch.testing.assert_close(weights[:, 1], weights[:, 2], atol=1e-12, rtol=0)
+    torch.testing.assert_close(twice[:, 1], 2 * twice[:, 2], atol=1e-12, rtol=0)
 
 
 # Dense attention ------------------------------------------------------------------------------------------------------
@@ -276,6 +339,74 @@ def test_a_document_is_hashed_alike_at_any_time_and_in_any_batch(path):
 
     other = inputs._replace(pattern=LshAttention(chunk=4, hashes=2, seed=1))
     assert (run(other, path) - output).abs().max() > 0.01
+
+
+def buckets_of(model, states):
+    """The buckets that each attention sublayer would give the same vectors, `(layers, H, R, L)`."""
+    found = []
+    for layer in model.layers:
+        if layer.attention is not None:
+            width = (layer.attention.config.num_attention_heads, layer.attention.head_dim)
+            query = states.unflatten(-1, width)
+            documents = PackedDocuments(torch.tensor([0, len(states)], dtype=torch.int32), len(states))
+            inputs = AttentionInputs(query, query, query, layer.attention.pattern, documents, scaling=1.0, dropout=0.0)
+            found.append(layer.attention.pattern.hash(inputs, query.transpose(0, 1)))
+    return torch.stack(found)
+
+
+def test_every_head_layer_and_round_has_its_own_rotations():
+    width = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 32}
+    states = torch.randn(64, 16).repeat(1, 2)  # both heads have the same vectors
+    buckets = buckets_of(
+        LongEmbedModel(LongEmbedConfig(attention_patterns={"type": "lsh", "chunk": 8}, **width)), states
+    )
+    ways = buckets.flatten(0, 2)
+    assert len(ways) == 3 * 2 * 4
+    assert len(ways.unique(dim=0)) == len(ways)
+    shared = [{"type": "lsh", "chunk": 8, "seed": 0, "shared_rotations": True}] * 3
+    ways = buckets_of(LongEmbedModel(LongEmbedConfig(attention_patterns=shared, **width)), states).flatten(0, 2)
+    assert len(ways.unique(dim=0)) == 4  # the rounds alone differ
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_some_of_the_heads_compute_what_they_do_among_all(path):
+    """Under tensor parallelism a process has some heads, which keep their own rotations."""
+    inputs = make_inputs([40], LshAttention(chunk=4, hashes=2))
+    torch.testing.assert_close(run(inputs.heads(slice(1, 3)), path), run(inputs, path)[:, 1:3], atol=1e-12, rtol=0)
+
+
+def test_the_seeds_of_the_sublayers_are_in_the_config_and_stay_with_them():
+    width = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 3, "vocab_size": 32}
+
+    def seeds(entries):
+        return [entry["seed"] for entry in LongEmbedConfig(attention_patterns=entries, **width).attention_patterns]
+
+    assert seeds("lsh") == [0, 1, 2]
+    assert seeds(["lsh", "lsh", "lsh"]) == [0, 1, 2]
+    assert seeds({"type": "lsh", "seed": 7}) == [7, 8, 9]
+    assert seeds([{"type": "lsh", "seed": 7}, "lsh", {"type": "lsh", "seed": 7}]) == [7, 1, 7]
+    model = LongEmbedModel(LongEmbedConfig(attention_patterns="lsh", **width)).keep_layers([2])
+    assert [entry["seed"] for entry in model.config.attention_patterns] == [2]
+    assert model.layers[0].attention.pattern.seed == 2
+
+
+@pytest.mark.parametrize("across_buckets", [False, True])
+def test_a_config_of_an_earlier_version_computes_what_that_version_did(tmp_path, across_buckets):
+    """Such a config has the five parameters of that time: pairs count once a round, all heads and layers hash alike."""
+    earlier = {"type": "lsh", "chunk": 8, "hashes": 3, "buckets": 0, "seed": 1, "across_buckets": across_buckets}
+    width = {"hidden_size": HEADS * DIM, "num_attention_heads": HEADS, "num_hidden_layers": 2, "vocab_size": 32}
+    LongEmbedConfig(attention_patterns=earlier, **width).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"attention_patterns": [earlier] * 2}))
+    loaded = LongEmbedConfig.from_pretrained(tmp_path)
+    patterns = loaded.get_patterns()
+    assert patterns == [LshAttention(8, 3, 0, 1, across_buckets, allow_duplicates=True, shared_rotations=True)] * 2
+    loaded.save_pretrained(tmp_path)
+    assert LongEmbedConfig.from_pretrained(tmp_path).get_patterns() == patterns
+    # An entry that somebody writes today is today's, in a new config or at load.
+    assert not LongEmbedConfig(attention_patterns=earlier, **width).get_patterns()[0].allow_duplicates
+    changed = LongEmbedConfig.from_pretrained(tmp_path, attention_patterns=[{"type": "lsh", "seed": 3}, "lsh"])
+    assert changed.get_patterns() == [LshAttention(seed=3), LshAttention(seed=1)]
 
 
 # The model ------------------------------------------------------------------------------------------------------------
