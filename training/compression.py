@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: a mistake in the options, the data or the models.
     """
-    model_args, student_args, data_args, relation_args, tuning_args, run_args = parse(
+    options = parse(
         ModelArguments,
         StudentArguments,
         DocumentArguments,
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunArguments,
         argv=argv,
     )
+    model_args, student_args, data_args, relation_args, tuning_args, run_args = options
     if model_args.layerdrop:
         raise UserError(f"--layerdrop {model_args.layerdrop}: the layer that learns must not be left out")
     data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load_encoder(model_args)
     student = make_student(student_args, model_args, model, tokenizer)
     relation_args.check(model.config, student.config)
+    settings = {"model_name_or_path": model_identity(model, tokenizer)}
+    if student_args.student_name_or_path is not None:
+        settings["student_name_or_path"] = model_identity(student, tokenizer)
     student.config.layerdrop = 0.0  # the teacher may have been trained with it
     encoders: tuple[Any, Any] = (model, student)
     for encoder in encoders:
@@ -81,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches=batches,
         gradient=relation_gradient(teacher, relation_args),
         evaluate=by_source(evaluations, lambda of_source, model: of_source(model, loop.device)),
-        settings=relation_args.describe() | {"teacher": model_identity(model, tokenizer)},
+        options=options,
+        settings=settings,
         export=lambda trained: trained.model,
         tuning=tuning_args.tuning,
         length_option="sequence_length",

@@ -11,6 +11,7 @@ from common.errors import run
 from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
 from training.models.encoder import ModelArguments, load_encoder
+from training.models.identity import model_identity
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective, objective_groups
@@ -23,7 +24,7 @@ from training.objectives.span_penalty import SpanArguments, span_groups, span_pe
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with the command-line options `argv`; None: those of the process."""
-    model_args, data_args, objective_args, feature_args, tuning_args, span_args, run_args = parse(
+    options = parse(
         ModelArguments,
         ContrastiveArguments,
         ObjectiveArguments,
@@ -33,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunArguments,
         argv=argv,
     )
+    model_args, data_args, objective_args, feature_args, tuning_args, span_args, run_args = options
     data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
     loop = Loop(run_args)
 
     # The encoder, the pairs that it reads, and which of its parameters train.
     encoder, tokenizer = load_encoder(model_args)
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer)}
     tokenize = pair_tokenizer(data_args, encoder, tokenizer)
     batches, held_out = pair_batches(data_args, objective_args, tokenize, loop)
     model = select_parameters(encoder, tuning_args)
@@ -45,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What is minimised.
     objective = build_objective(objective_args, model, batches.global_batch_size)
     guide = load_guide(objective_args.guide_model, data_args.batch_tokens)
+    if guide:
+        settings["guide_model"] = guide.encoder.identity
     decay = run_args.weight_decay
     training = Training(
         model=model,
@@ -53,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         gradient=pair_gradient(objective, guide, span_penalty(encoder, span_args)),
         groups=[*span_groups(encoder, span_args, decay), *objective_groups(objective, decay)],
         auxiliary=objective,
+        options=options,
+        settings=settings,
         tuning=tuning_args.tuning,
     )
     run_training(add_feature_task(training, feature_args, loop), loop, run_args)

@@ -17,6 +17,7 @@ from training.engine.loop import Loop, Training
 from training.engine.optimizer import parameter_groups
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
 from training.models.encoder import ModelArguments, load_encoder, text_length
+from training.models.identity import model_identity
 from training.models.layer_choice import LayerArguments
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.embed import pool
@@ -87,7 +88,7 @@ class DistillationArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with the command-line options `argv`; None: those of the process."""
-    model_args, layer_args, data_args, teaching_args, tuning_args, run_args = parse(
+    options = parse(
         ModelArguments,
         LayerArguments,
         DistillationArguments,
@@ -96,11 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         RunArguments,
         argv=argv,
     )
+    model_args, layer_args, data_args, teaching_args, tuning_args, run_args = options
     data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
     loop = Loop(run_args)
 
     # The student, and the texts that it reads.
     encoder, tokenizer = load_encoder(model_args)
+    identity = model_identity(encoder, tokenizer)
     layer_args.apply(encoder)
     length = text_length("max_length", data_args.max_length, encoder, tokenizer)
     tokenize = PairTokenizer(tokenizer, length, length, encoder.config.prompts)
@@ -150,11 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         groups=[*parameter_groups(student, decay), *parameter_groups(objective, decay)],
         auxiliary=objective,
-        settings={
-            "text_columns": data_args.text_columns,
-            **teaching_args.describe(),
-            **{f"{role}_teacher": teacher.identity for role, teacher in teachers.items()},
-        },
+        options=options,
+        settings={"model_name_or_path": identity}
+        | {f"{role}_teacher": teacher.identity for role, teacher in teachers.items()},
         tuning=tuning_args.tuning,
     )
     run_training(training, loop, run_args)

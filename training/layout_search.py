@@ -23,6 +23,7 @@ from modeling_longembed import LongEmbedModel
 from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
 from training.models.encoder import ModelArguments, load_encoder
+from training.models.identity import model_identity
 from training.models.supernet import Supernet
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective, objective_groups
@@ -38,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         UserError: a mistake in the options, the data or the model.
     """
-    model_args, data_args, objective_args, search_args, run_args = parse(
-        ModelArguments, ContrastiveArguments, ObjectiveArguments, SearchArguments, RunArguments, argv=argv
-    )
+    options = parse(ModelArguments, ContrastiveArguments, ObjectiveArguments, SearchArguments, RunArguments, argv=argv)
+    model_args, data_args, objective_args, search_args, run_args = options
     data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
     loop = Loop(run_args)
     if loop.sharding:
@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The encoder, the pairs that it reads, and the supernet that starts from it.
     encoder, tokenizer = load_encoder(model_args)
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer)}
     if not isinstance(encoder, LongEmbedModel):
         raise UserError("--trust_remote_code: the sublayers that are tried are of our own code; leave it out")
     tokenize = pair_tokenizer(data_args, encoder, tokenizer)
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What is minimised, by the weights and by the architecture in turn.
     objective = build_objective(objective_args, supernet, batches.global_batch_size)
     guide = load_guide(objective_args.guide_model, data_args.batch_tokens)
+    if guide:
+        settings["guide_model"] = guide.encoder.identity
     training = Training(
         model=supernet,
         batches=batches,
@@ -75,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             *objective_groups(objective, run_args.weight_decay),
         ],
         auxiliary=objective,
+        options=options,
+        settings=settings,
         ends_after=cycle_end(supernet, search_args, report=loop.is_main),
         export=derive,
     )

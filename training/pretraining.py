@@ -6,6 +6,7 @@ accelerate launch training/pretraining.py --config training/recipes/pretraining/
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
 from training.models.adaptation import AdaptationArguments, load_masked_lm, train_new_head
 from training.models.encoder import ModelArguments
+from training.models.identity import model_identity
 from training.models.layer_choice import LayerArguments
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.document_data import document_batches
@@ -41,25 +43,27 @@ class PretrainingArguments(DocumentArguments):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with the command-line options `argv`; None: those of the process."""
+    options = parse(
+        ModelArguments,
+        AdaptationArguments,
+        LayerArguments,
+        PretrainingArguments,
+        MaskingArguments,
+        MaskedTeacherArguments,
+        TuningArguments,
+        SpanArguments,
+        RunArguments,
+        argv=argv,
+    )
     model_args, adaptation_args, layer_args, data_args, mask_args, teacher_args, tuning_args, span_args, run_args = (
-        parse(
-            ModelArguments,
-            AdaptationArguments,
-            LayerArguments,
-            PretrainingArguments,
-            MaskingArguments,
-            MaskedTeacherArguments,
-            TuningArguments,
-            SpanArguments,
-            RunArguments,
-            argv=argv,
-        )
+        options
     )
     data_args.batch_tokens = find_batch_tokens(run_args, data_args.batch_tokens, __file__, argv)
     loop = Loop(run_args)
 
     # The model, with the positions, the patterns and the layers that it is to have.
     model, head_is_new = load_masked_lm(model_args, adaptation_args)
+    settings: dict[str, Any] = {"model_name_or_path": model_identity(model, model.tokenizer)}
     layer_args.apply(model)
 
     # The documents, in sequences, masked.
@@ -91,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if data_args.next_sentence:
         next_sentence = NextSentenceHead(model.config.hidden_size, model.config.initializer_range)
     teachers = load_masked_teachers(teacher_args, model, model.tokenizer, max(lengths.lengths))
+    if teachers is not None:
+        settings["masked_teachers"] = [model_identity(teacher, teacher.tokenizer) for teacher in teachers.models]
     with_heads = MaskedLanguageModel(selected, next_sentence, teachers)
 
     training = Training(
@@ -99,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         gradient=masked_gradient(span_penalty(model, span_args), teacher_args.weights, teachers),
         evaluate=by_source(evaluations, lambda of_source, model: of_source(model, loop.device)),
         groups=span_groups(with_heads, span_args, run_args.weight_decay),
-        settings=teacher_args.describe(teachers),
+        options=options,
+        settings=settings,
         export=lambda trained: trained.model,
         tuning=tuning_args.tuning,
         length_option="sequence_length",

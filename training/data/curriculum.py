@@ -130,12 +130,3 @@ class Curriculum:
     def mask_rate(self, step: int) -> float:
         """Return the fraction of the tokens to predict at a step, counted from 0."""
         return self.mask_rates.at(step, self.steps)
-
-    def describe(self) -> dict[str, object]:
-        """Return all in which a resumed run must agree with this one; the steps are left out if nothing changes."""
-        constant = len(set(self.lengths.lengths)) == 1 and self.mask_rates.first == self.mask_rates.last
-        return {
-            "lengths": [list(stage) for stage in self.lengths.stages],
-            "mask rate": [self.mask_rates.first, self.mask_rates.last],
-            "steps of the schedules": None if constant else self.steps,
-        }

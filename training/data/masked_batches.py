@@ -165,15 +165,11 @@ class MaskedBatches(Dataset):
         return epoch_batches(self.sources, self.batch_size * self.world_size)
 
     def describe(self) -> dict[str, Any]:
-        """Return all in which a resumed run must agree with this one; the number of processes may differ."""
-        masking = self.read.masking
+        """Return what options stand for, by option: the content of the data, and the batch of all processes."""
         return {
-            "seed": self.seed,
-            "tokens a batch": self.batch_size * self.world_size,
-            "sources": [[s.name, s.weight, len(s.lengths), s.total] for s in self.sources],
-            "masking": [masking.unit, masking.mask_share, masking.random_share],
-            "next sentences": self.read.next_sentence,
-        } | self.curriculum.describe()
+            "train_data": [f"{source.content()} and weight {source.weight:g}" for source in self.sources],
+            "per_device_train_tokens": f"{self.batch_size * self.world_size} over all processes",
+        }
 
     def own_sequences(self, index: int) -> list[tuple[int, int, int]]:
         """Return the sequences of batch `index` of this process.

@@ -1,5 +1,6 @@
 """Labelled features of another modality, such as images or sound: rows of vectors, and batches of them."""
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -42,6 +43,13 @@ class FeatureSource:
     width: int
     longest: int
     label: np.ndarray
+
+    def content(self) -> str:
+        """Return a hash of the features and labels, and the number of the rows."""
+        digest = hashlib.blake2b(self.label.tobytes(), digest_size=8)
+        for chunk in self.rows.data.column("features").chunks:
+            digest.update(chunk.value_lengths().to_numpy().tobytes() + chunk.flatten().flatten().to_numpy().tobytes())
+        return f"{len(self.rows)} rows with the hash {digest.hexdigest()}"
 
     def features(self, row: int) -> np.ndarray:
         """Return the features of a row, `(n, f)` float32."""
@@ -236,8 +244,11 @@ class FeatureBatches(Dataset):
             self.rows_of_label[label].append(row)
 
     def describe(self) -> dict[str, Any]:
-        """Return all in which a resumed run must agree with this one."""
-        return {"features": [self.source.name, len(self.source.rows), self.global_batch_size]}
+        """Return what options stand for, by option: the content of the data, and the batch of all processes."""
+        return {
+            "feature_data": self.source.content(),
+            "per_device_feature_batch_size": f"{self.global_batch_size} over all processes",
+        }
 
     def global_rows(self, index: int) -> list[tuple[int, int]]:
         """Return the rows of all processes of batch `index`, each with another one of its label."""

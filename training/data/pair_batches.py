@@ -182,21 +182,21 @@ class PairBatches(Dataset):
             max(1, int(source.weight * len(source.rows) / self.global_batch_size)) for source in sources
         ]
         self.first_batch_of_source = np.concatenate([[0], np.cumsum(self.batches_of_source)])
-        self.orders = [
-            RowOrder(source.text_ids(source.columns), self.global_batch_size, seed, 1 + number)
-            for number, source in enumerate(sources)
-        ]
+        text_ids = [source.text_ids(source.columns) for source in sources]
+        self.contents = [source.content(ids) for source, ids in zip(sources, text_ids, strict=True)]
+        self.orders = [RowOrder(ids, self.global_batch_size, seed, 1 + number) for number, ids in enumerate(text_ids)]
 
     def __len__(self) -> int:
         return int(self.first_batch_of_source[-1])
 
     def describe(self) -> dict[str, Any]:
-        """Return all in which a resumed run must agree with this one; the number of processes may differ."""
+        """Return what options stand for, by option: the content of the data, and the batch of all processes."""
         return {
-            "seed": self.seed,
-            "pairs a batch": self.global_batch_size,
-            "sources": [[source.name, len(source.rows), source.weight] for source in self.sources],
-            "pairs": [str(source.strategy) for source in self.sources],
+            "train_data": [
+                f"{content} and weight {source.weight:g}"
+                for source, content in zip(self.sources, self.contents, strict=True)
+            ],
+            "per_device_train_batch_size": f"{self.global_batch_size} over all processes",
         }
 
     def global_rows(self, index: int) -> tuple[int, list[int]]:

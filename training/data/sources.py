@@ -121,6 +121,19 @@ class Source:
             portions.append(np.array([[text_id(str(text)) for text in selected[column]] for column in columns]).T)
         return np.concatenate(portions)
 
+    def content(self, text_ids: np.ndarray) -> str:
+        """Return a hash of all that is read of the rows, and their number.
+
+        Args:
+            text_ids: `text_ids(columns)` of the columns of texts, which takes time.
+        """
+        digest = hashlib.blake2b(text_ids.tobytes(), digest_size=8)
+        for column in sorted({*self.rows.column_names} - {*self.columns, *OFFSET_COLUMNS}):
+            values = self.rows.select_columns([column])
+            for start in range(0, len(values), 1000):
+                digest.update(json.dumps(values[start : start + 1000][column]).encode())
+        return f"{len(self.rows)} rows with the hash {digest.hexdigest()}"
+
     def longest_texts(self, count: int, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
         """Return the texts with the most characters.
 

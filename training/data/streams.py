@@ -7,6 +7,8 @@ the block again: the contents of the shuffle buffer of `datasets` would be lost.
 """
 
 import gzip
+import hashlib
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -131,6 +133,8 @@ class Stream:
         shards: rows as `_read_shards` or the Hub yields them.
         read_columns: the columns that are read of a row.
         columns: those of them that are texts, in the order in which they are read.
+        content: what tells its data from other data: a hash of the places and the ends of its shards, or on the Hub its
+            name and its number of shards.
         weight: share of the batches, in proportion to the weights of the other streams.
         strategy: how pairs are made, if the rows are documents.
         anchor_kind: whether anchors are read as `query` or as `document`.
@@ -140,6 +144,7 @@ class Stream:
     shards: datasets.IterableDataset
     read_columns: Columns
     columns: tuple[str, ...]
+    content: str
     weight: float = 1.0
     strategy: PairStrategy | None = None
     anchor_kind: str = "query"
@@ -176,7 +181,8 @@ def open_streams(specifications: list[str], columns: Columns) -> list[Stream]:
         first = next_row(name, iter(shards))
         if first is None:
             raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
-        stream = Stream(name, shards, columns, text_columns(name, first.get("row", first), columns), weight)
+        texts, content = text_columns(name, first.get("row", first), columns), _content(name, shards)
+        stream = Stream(name, shards, columns, texts, content, weight)
         stream.read(first, 1)
         streams.append(stream)
     return streams
@@ -212,6 +218,24 @@ def _open_shards(name: str) -> Any:
         return datasets.load_dataset(repository, config or None, split="train", streaming=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{name}: is not loadable from the Hub: {one_line(error)}") from None
+
+
+def _content(name: str, shards: datasets.IterableDataset) -> str:
+    """Return what tells the data of a stream from other data without reading all of it."""
+    if not Path(name).exists():
+        return f"{name} in {shards.num_shards} shards"
+    digest, size = hashlib.blake2b(digest_size=8), 0
+    for file in data_files(Path(name)):
+        with open(file, "rb") as opened:
+            end = opened.seek(0, os.SEEK_END)
+            for start in range(0, end, SHARD_BYTES):
+                opened.seek(start)
+                digest.update(opened.read(BEGINNING))
+            opened.seek(max(0, end - BEGINNING))
+            digest.update(opened.read())
+        digest.update(str(end).encode())
+        size += end
+    return f"{size} bytes with the hash {digest.hexdigest()} of samples"
 
 
 class Reader:
@@ -363,13 +387,12 @@ class StreamedBatches(Dataset):
         return self.length
 
     def describe(self) -> dict[str, Any]:
-        """Return all in which a resumed run must agree with this one; the number of processes may differ."""
+        """Return what options stand for, by option; a place in the stream has a meaning under the same ones only."""
         return {
+            "train_data": [f"{stream.content} and weight {stream.weight:g}" for stream in self.streams],
+            "per_device_train_batch_size": f"{self.global_batch_size} over all processes",
+            "shuffle_buffer": self.block_batches * self.global_batch_size,
             "seed": self.seed,
-            "pairs a batch": self.global_batch_size,
-            "batches a block": self.block_batches,
-            "sources": [[stream.name, stream.shards.num_shards, stream.weight] for stream in self.streams],
-            "pairs": [str(stream.strategy) for stream in self.streams],
         }
 
     def go_to(self, bookmark: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ places of the tokens in the text, from which pairs are cut. Both are memory-mapp
 later runs on the same texts with the same tokenizer.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -56,6 +57,13 @@ class TokenizedDocuments:
         size = segment.stop - segment.start
         ids, starts_word = (c.slice(segment.start, size).to_numpy(zero_copy_only=False) for c in columns)
         return ids.astype(np.int64), starts_word
+
+    def content(self) -> str:
+        """Return a hash of the tokens, and the number of the documents."""
+        digest = hashlib.blake2b(self.lengths.tobytes(), digest_size=8)
+        for chunk in self.rows.data.column("input_ids").chunks:
+            digest.update(chunk.flatten().to_numpy().tobytes())
+        return f"{len(self.lengths)} documents with the hash {digest.hexdigest()}"
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """Count how often each token occurs: `(vocab_size,)` int64. Special tokens are not in the documents."""

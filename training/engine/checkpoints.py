@@ -32,7 +32,7 @@ class Progress:
         epoch: number of whole epochs done.
         offset: number of batches of the current epoch done.
         world_size: number of processes.
-        data: what a resumed run must have in common: `describe()` of the batches, and settings of the script.
+        settings: `Settings.values` of the run; None: an earlier version has written the checkpoint.
         window: metrics of the steps since the last logged one.
         ended: whether the training ended itself here, before the last step that the options name.
         bookmark: where the next batch begins, if the data is a stream.
@@ -42,7 +42,7 @@ class Progress:
     epoch: int
     offset: int
     world_size: int
-    data: dict[str, Any]
+    settings: dict[str, Any] | None
     window: list[dict[str, float]] = field(default_factory=list)
     ended: bool = False
     bookmark: dict[str, Any] | None = None
@@ -117,32 +117,6 @@ def find_checkpoint(folder: Path, choice: str) -> Checkpoint | None:
     return None
 
 
-def check_resumable(checkpoint: Checkpoint, data: dict[str, Any], world_size: int | None) -> None:
-    """Check that a run may resume from a checkpoint.
-
-    Args:
-        checkpoint: the checkpoint.
-        data: what the run has to have in common with the one that made it, as `Progress.data`.
-        world_size: number of processes of the run; None: it may differ.
-
-    Raises:
-        UserError: something differs; the message names the first difference.
-    """
-    path, progress = checkpoint.path, checkpoint.progress
-    for name in progress.data | data:
-        before, now = progress.data.get(name), data.get(name)
-        if before != now:
-            raise UserError(
-                f"{path}: was made with {name} = {before}, now it is {now}; use the same arguments and data, or "
-                "start anew in another --output_dir"
-            )
-    if world_size not in (None, progress.world_size):
-        raise UserError(
-            f"{path}: was made by {progress.world_size} processes, now there are {world_size}; launch as "
-            "before, or add --allow_reshard (the same batches, but other dropout masks)"
-        )
-
-
 def _step_folders(folder: Path) -> list[Path]:
     """Return the folders of checkpoints, the newest first."""
     found = [
@@ -156,6 +130,8 @@ def _open(path: Path) -> Checkpoint:
         complete = json.loads((path / COMPLETE).read_text())
         damaged = [name for name, digest in complete.pop("sha256").items() if sha256_file(path / name) != digest]
         complete.pop("versions")
+        complete.pop("data", None)  # earlier versions: some of the settings, under other names
+        complete.setdefault("settings", None)
         progress = Progress(**complete)
     except FileNotFoundError as error:
         raise UserError(f"{path}: is no complete checkpoint, {Path(error.filename).name} is missing") from None

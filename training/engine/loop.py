@@ -8,7 +8,7 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,19 +24,26 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from common.conditions import GIVEN
 from common.errors import UserError
 from training.engine.checkpoints import (
     Checkpoint,
     Progress,
-    check_resumable,
     find_checkpoint,
     has_checkpoints,
     save_checkpoint,
 )
 from training.engine.distributed import average_gradients, broadcast, mean_over_processes, settle
 from training.engine.held_out import Evaluate
-from training.engine.optimizer import OptimizerArguments, make_optimizer, make_scheduler, parameter_groups
+from training.engine.optimizer import (
+    OptimizerArguments,
+    make_optimizer,
+    make_scheduler,
+    parameter_groups,
+    restore_schedule,
+)
 from training.engine.random_state import get_random_state, set_random_state
+from training.engine.resuming import Settings
 from training.engine.run_log import MetricsLog, Throughput
 from training.engine.sharding import (
     clip_gradients,
@@ -80,7 +87,20 @@ class LoopArguments(OptimizerArguments):
         metadata={"help": "'last' (the newest checkpoint; if there is none, start anew) or the path of a checkpoint"},
     )
     allow_reshard: bool = field(
-        default=False, metadata={"help": "allow a resumed run to have another number of processes"}
+        default=False,
+        metadata={
+            "help": "allow a resumed run to have another number of processes",
+            "applies": {"resume_from_checkpoint": GIVEN},
+        },
+    )
+    change_settings: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "names of options that a resumed run may have other values of, such as learning_rate; the new "
+            "values count from the checkpoint on. Without it a resumed run must have all settings that change its "
+            "numbers in common with the run that it goes on with",
+            "applies": {"resume_from_checkpoint": GIVEN},
+        },
     )
 
     def __post_init__(self) -> None:
@@ -136,7 +156,7 @@ class Batches(Protocol[Batched]):
         """Return batch number `index`, counted from 0."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common with this one, by name."""
+        """Return what options of the data stand for, by option: values of JSON types, whatever the processes."""
 
     def heaviest(self) -> Batched:
         """Return a batch that takes as much memory as any that the data can make."""
@@ -169,8 +189,9 @@ class Training(Generic[AnyModel, AnyBatch]):
         groups: parameter groups of the optimiser, the first at `--learning_rate`; None: `parameter_groups(model)`.
         auxiliary: a module that trains, or remembers, beside the model, such as a learnable temperature or a queue. It
             is part of the optimiser's groups and of checkpoints, but not of the final model.
-        settings: what a resumed run must have in common with this one beside what the batches describe: values of JSON
-            types by name.
+        options: the parsed dataclasses of the script, all of them, which checkpoints record.
+        settings: what an option that names a model or data stands for, by option, beside what the batches describe:
+            values of JSON types, which a resumed run must have in common with this one.
         ends_after: called with the number of each step after it, on all processes; True ends the run. What it has to
             remember of earlier steps belongs into buffers of the model, which checkpoints hold.
         export: returns what is saved of the trained model, such as the encoder without its heads; None: the model.
@@ -184,6 +205,7 @@ class Training(Generic[AnyModel, AnyBatch]):
     evaluate: Evaluate | None = None
     groups: list[dict[str, Any]] | None = None
     auxiliary: nn.Module = field(default_factory=nn.Module)
+    options: Sequence[Any] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     ends_after: Callable[[int], bool] | None = None
     export: Callable[[AnyModel], PreTrainedModel | PeftModel] | None = None
@@ -278,6 +300,9 @@ class Loop:
         Returns:
             The trained model without the wrappers of distributed training. Under FSDP only the main process has it
             whole; the others return their share.
+
+        Raises:
+            UserError: the run cannot be resumed from its checkpoint, or the loss diverges.
         """
         arguments, batches, accumulation = self.arguments, training.batches, self.arguments.gradient_accumulation_steps
         total = self.total_steps(batches)
@@ -285,6 +310,11 @@ class Loop:
         progress = self._resume(state, training)
         if progress.ended:
             total = progress.step
+        if progress.step > total:
+            raise UserError(
+                f"the run ends after {total} steps, and the checkpoint has made {progress.step}; give more --max_steps "
+                "or --num_train_epochs"
+            )
         state.model.train()
         if rehearse is not None:
             state.auxiliary.eval()
@@ -350,11 +380,21 @@ class Loop:
         average_gradients(state.auxiliary)
         norm = clip_gradients(state.parameters, self.arguments.max_grad_norm or float("inf"))
         metrics = self._reduce(found) | {"grad_norm": norm.item()}
-        _check_finite(step, metrics, places)
+        _check_finite(step, metrics, places, self._after_divergence())
         state.optimizer.step()
         state.scheduler.step()
         state.optimizer.zero_grad()
         return metrics, getattr(batch, "bookmark", None)
+
+    def _after_divergence(self) -> str:
+        """Return what to do after a loss that is not finite: words that can be appended to the same command."""
+        lower = f"--learning_rate {self.arguments.learning_rate / 2:g}"
+        if not has_checkpoints(self.output_dir / "checkpoints"):
+            return f"there is no checkpoint yet: start anew with {lower}, or with more --warmup_steps"
+        return (
+            f"go on from the last checkpoint with a lower learning rate, the same command and --resume_from_checkpoint "
+            f"last --change_settings learning_rate {lower}, or start anew in another --output_dir"
+        )
 
     def _prepare(self, training: Training[AnyModel, AnyBatch], total_steps: int) -> _State:
         """Distribute the model, and make the optimiser and the schedule."""
@@ -424,29 +464,45 @@ class Loop:
 
     def _resume(self, state: _State, training: Training[AnyModel, AnyBatch]) -> Progress:
         """Restore what the checkpoint holds, if there is one, and return where the run is."""
-        world_size, data = self.accelerator.num_processes, training.batches.describe() | training.settings
-        data["batches a step"] = self.arguments.gradient_accumulation_steps
+        arguments, world_size = self.arguments, self.accelerator.num_processes
+        settings = Settings(training.options, training.batches.describe() | training.settings)
+        # Those of the main process: a new head of another one, before it is distributed, has other random weights.
+        settings.values = gather_object([settings.values])[0]
+        settings.check_names(arguments.change_settings)
         if self.checkpoint is None:
-            return Progress(step=0, epoch=0, offset=0, world_size=world_size, data=data)
-        progress = self.checkpoint.progress
-        check_resumable(self.checkpoint, data, None if self.arguments.allow_reshard else world_size)
-        tensors, stored = self.checkpoint.load()
-        if state.tensors.keys() != tensors.keys():
-            name = sorted(state.tensors.keys() ^ tensors.keys())[0]
-            raise UserError(
-                f"{self.checkpoint.path}: trains other parameters than now ({name}); use the same model, --tuning and "
-                "--objective"
+            return Progress(step=0, epoch=0, offset=0, world_size=world_size, settings=settings.values)
+        path, progress = self.checkpoint.path, self.checkpoint.progress
+        changed = settings.changes(progress.settings, path, arguments.change_settings)
+        if progress.settings is None and self.is_main:
+            print(
+                f"{path}: an earlier version made it and recorded no settings: they are not compared", file=sys.stderr
             )
+        if not arguments.allow_reshard and world_size != progress.world_size:
+            raise UserError(
+                f"{path}: was made by {progress.world_size} processes, now there are {world_size}; launch as before, "
+                "or add --allow_reshard (the same batches, but other dropout masks)"
+            )
+        if progress.bookmark is not None and (moved := sorted(changed & training.batches.describe().keys())):
+            raise UserError(
+                f"--change_settings {' '.join(moved)}: the place in a stream where {path} stopped would be another; "
+                "start anew in another --output_dir"
+            )
+        tensors, stored = self.checkpoint.load()
+        _check_tensors(state.tensors, tensors, path)
         with torch.no_grad():
             for name, tensor in state.tensors.items():
                 tensor.copy_(share(tensors[name], tensor))
+        # The moments are the checkpoint's; learning rates, decay and betas are those of the options.
+        own = [{name: group[name] for name in group if name != "params"} for group in state.optimizer.param_groups]
         load_optimizer_state(state.optimizer, stored["optimizer"])
-        state.scheduler.load_state_dict(stored["scheduler"])
-        if progress.world_size == world_size:
+        for group, values in zip(state.optimizer.param_groups, own, strict=True):
+            group.update(values)
+        restore_schedule(state.scheduler, state.optimizer, stored)
+        if progress.world_size == world_size and "seed" not in changed:
             set_random_state(stored["random"][self.accelerator.process_index])
         else:
-            set_seed(self.arguments.seed + progress.step, device_specific=True)
-        progress.world_size = world_size
+            set_seed(arguments.seed + progress.step, device_specific=True)
+        progress.world_size, progress.settings = world_size, settings.values
         if progress.bookmark is not None:
             assert isinstance(training.batches, Stream)
             training.batches.go_to(progress.bookmark)
@@ -489,20 +545,27 @@ def _training_tensors(model: nn.Module) -> dict[str, Tensor]:
     return trained | dict(model.named_buffers())
 
 
+def _check_tensors(own: dict[str, Tensor], stored: dict[str, Tensor], path: Path) -> None:
+    """Raise a `UserError` if what a checkpoint holds is not what trains now."""
+    for name in sorted(own.keys() | stored.keys()):
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (stored, own)]
+        if shapes[0] != shapes[1]:
+            raise UserError(
+                f"{path}: trains other parameters than now ({name}); use the same model, --tuning and --objective"
+            )
+
+
 def _mean(window: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(step[name] for step in window) / len(window) for name in window[0]}
 
 
-def _check_finite(step: int, metrics: dict[str, float], places: list[str]) -> None:
+def _check_finite(step: int, metrics: dict[str, float], places: list[str], remedy: str) -> None:
     """Raise on all processes, before the optimiser makes a step of it, if loss or gradient is not finite."""
     for name, words in (("loss", "loss"), ("grad_norm", "norm of the gradient")):
         if not math.isfinite(metrics[name]):
             rows = "; ".join(filter(None, gather_object(places)))
             where = f", whose batch is {rows}" if rows else ""
-            raise UserError(
-                f"the {words} is {metrics[name]} at step {step}{where}; the model is as it was before that step: "
-                "lower --learning_rate or raise --warmup_steps and go on from an earlier checkpoint, or start anew"
-            )
+            raise UserError(f"the {words} is {metrics[name]} at step {step}{where}; {remedy}")
 
 
 def _copy_whole(sharded: nn.Module, model: Any) -> Any:

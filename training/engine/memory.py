@@ -56,7 +56,7 @@ class Memory:
     """
 
     def __init__(self, training: Training[Any, Any], loop: Loop, arguments: MemoryArguments) -> None:
-        self.training, self.options = training, loop.arguments
+        self.training, self.options, self.resumed = training, loop.arguments, loop.checkpoint is not None
         self.largest: tuple[int, int] | None = None
         if arguments.memory_limit_gib is None:
             self.limit_gib = available_gib(loop.device)
@@ -82,12 +82,12 @@ class Memory:
         remedies = []
         if not self.options.gradient_checkpointing:
             remedies.append("--gradient_checkpointing")
-        if longest <= half:
-            remedies.append(f"--batch_tokens {half}")
-        else:  # one text fills the chunk, which a smaller budget does not change
-            both = [f"--{self.training.length_option} {half}"] + [f"--batch_tokens {half}"] * (batch_tokens > half)
-            remedies.append(" with ".join(both))
-        if self.training.tuning == "full":
+        names = ["batch_tokens"]
+        if longest > half:  # one text fills the chunk, which a smaller budget does not change
+            names = [self.training.length_option] + names * (batch_tokens > half)
+        permission = [f"--change_settings {' '.join(names)}"] if self.resumed else []
+        remedies.append(" with ".join([f"--{name} {half}" for name in names] + permission))
+        if self.training.tuning == "full" and not self.resumed:
             remedies.append("--tuning lora")
         found = f"a peak of {peak_gib:.2f} GiB" if peak_gib else "memory did not suffice"
         return (

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from common.errors import UserError
@@ -79,3 +79,23 @@ def make_scheduler(optimizer: torch.optim.Optimizer, arguments: OptimizerArgumen
         num_warmup_steps=arguments.warmup_steps or round(arguments.warmup_ratio * total_steps),
         num_training_steps=total_steps,
     )
+
+
+def restore_schedule(scheduler: LRScheduler, optimizer: torch.optim.Optimizer, stored: dict[str, Any]) -> None:
+    """Go on with the schedule of a checkpoint, at the learning rates of the options of now.
+
+    A schedule that is a function of the step alone goes to its step. Loading its state would bring back the learning
+    rate of the run that was resumed, whatever the options say.
+
+    Args:
+        scheduler: as `make_scheduler` returned it.
+        optimizer: its groups have the initial learning rates of the options.
+        stored: the `optimizer` and the `scheduler` of a checkpoint, as their `state_dict` returned them.
+    """
+    assert isinstance(scheduler, LambdaLR)
+    steps = {name: stored["scheduler"][name] for name in ("last_epoch", "_step_count")}
+    scheduler.load_state_dict(scheduler.state_dict() | steps)
+    rates = [base * at(scheduler.last_epoch) for base, at in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -94,7 +94,7 @@ class TwoTaskBatches(Dataset):
         return TwoTaskBatch(texts, self.features[index])
 
     def describe(self) -> dict[str, Any]:
-        """Return the settings that a resumed run must share."""
+        """Return what options of both stand for, by option."""
         return self.texts.describe() | self.features.describe()
 
     def go_to(self, bookmark: dict[str, Any]) -> None:
@@ -216,17 +216,13 @@ def add_feature_task(
     if task is None:
         return training
     assert training.groups is not None
-    return Training(
-        model=training.model,
-        batches=task.batches(training.batches, loop),
-        gradient=task.before(training.gradient),
-        evaluate=training.evaluate,
-        groups=[*training.groups, *task.groups(loop.arguments.weight_decay)],
-        auxiliary=nn.ModuleDict({"texts": training.auxiliary, "features": task}),
-        settings=training.settings,
-        tuning=training.tuning,
-        length_option=training.length_option,
-    )
+    changes: dict[str, Any] = {
+        "batches": task.batches(training.batches, loop),
+        "gradient": task.before(training.gradient),
+        "groups": [*training.groups, *task.groups(loop.arguments.weight_decay)],
+        "auxiliary": nn.ModuleDict({"texts": training.auxiliary, "features": task}),
+    }
+    return replace(training, **changes)
 
 
 def feature_task(arguments: FeatureArguments, model: nn.Module) -> FeatureTask | None:

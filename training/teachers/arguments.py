@@ -6,8 +6,8 @@ should equal its vectors. A contextual teacher has read whole documents, and the
 information.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from common.errors import UserError
 from training.objectives.contrastive.arguments import check_range
@@ -161,9 +161,3 @@ class TeachingArguments:
     def scores(self) -> bool:
         """Whether the columns of the data are a query and its candidates."""
         return self.score_teacher is not None or self.score_column is not None
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings that a resumed run must share, without the teachers: a teacher may have moved."""
-        names = ("structural_teacher", "contextual_teacher", "score_teacher", "score_column")
-        others = (*names, "teacher_cache", "teacher_precision")
-        return {name: value for name, value in asdict(self).items() if name not in others}

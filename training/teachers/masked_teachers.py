@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from modeling_longembed import LongEmbedForMaskedLM
 from training.data.masked_batches import MaskedChunk
 from training.models.adaptation import AdaptationArguments, load_masked_lm
 from training.models.encoder import ModelArguments
-from training.models.identity import model_identity, tokenizer_identity
+from training.models.identity import tokenizer_identity
 from training.objectives.contrastive.objective import Metrics
 from training.objectives.losses.soft_targets import soft_targets
 from training.teachers.arguments import check_range
@@ -66,12 +66,6 @@ class MaskedTeacherArguments:
             return {}
         soft, hard, hidden = self.soft_weight, self.hard_weight, self.hidden_weight
         return {"masked_lm_loss": hard, "soft_target_loss": soft, "hidden_state_loss": hidden}
-
-    def describe(self, teachers: "MaskedTeachers | None") -> dict[str, Any]:
-        """Return the settings that a resumed run must share, the teachers by their content and not by their path."""
-        if teachers is None:
-            return {}
-        return asdict(self) | {"masked_teachers": [model_identity(model, model.tokenizer) for model in teachers.models]}
 
 
 class MaskedTeachers:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -85,11 +85,6 @@ class RelationArguments:
     def loss_weights(self) -> dict[str, float]:
         """Weights of the losses that are computed, by the name of the loss."""
         return {f"{name}_loss": weight for name, weight in self.weights.items() if weight}
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings that a resumed run must share, under the names that checkpoints use."""
-        stored = {"relation_objective": "objective", "hidden_mse_weight": "hidden_weight"}
-        return {stored.get(name, name): value for name, value in asdict(self).items()}
 
     def check(self, teacher: Any, student: Any) -> None:
         """Check that the models of two configs can be compared.

@@ -32,12 +32,6 @@ def test_a_constant_needs_no_end():
     curriculum = Curriculum(LengthSchedule.parse(["512"]), RateSchedule.parse(["0.15"]), 7)
     assert {curriculum.length(step) for step in range(20)} == {512}
     assert {curriculum.mask_rate(step) for step in range(20)} == {0.15}
-    longer = Curriculum(curriculum.lengths, curriculum.mask_rates, 9)
-    assert longer.describe() == curriculum.describe()  # a run may be made longer
-    changing = [
-        Curriculum(LengthSchedule.parse(["8:.5", "9:.5"]), curriculum.mask_rates, steps).describe() for steps in (7, 9)
-    ]
-    assert changing[0] != changing[1]
 
 
 @given(first=st.floats(0.01, 1), last=st.floats(0.01, 1), total=st.integers(2, 1000))

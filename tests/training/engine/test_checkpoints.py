@@ -10,7 +10,9 @@ from training.engine.checkpoints import COMPLETE, STATE, WEIGHTS, Progress, find
 
 
 def save(folder, step: int, keep: int | None = None) -> None:
-    progress = Progress(step=step, epoch=0, offset=step, world_size=1, data={"seed": 1}, window=[{"loss": 0.1 + step}])
+    progress = Progress(
+        step=step, epoch=0, offset=step, world_size=1, settings={"seed": 1}, window=[{"loss": 0.1 + step}]
+    )
     save_checkpoint(folder, progress, {"weight": torch.full((2, 3), float(step))}, {"random": [1, (2, None)]}, keep)
 
 
@@ -23,7 +25,7 @@ def test_comes_back_as_it_was(tmp_path):
     assert checkpoint.progress.window == [{"loss": 3.1}]
     complete = json.loads((checkpoint.path / COMPLETE).read_text())
     assert torch.__version__.startswith(complete["versions"]["torch"])  # the package's own has no "+cu128"
-    assert {"step", "epoch", "offset", "world_size", "data", "sha256"} <= complete.keys()
+    assert {"step", "epoch", "offset", "world_size", "settings", "sha256"} <= complete.keys()
 
 
 def test_the_newest_is_taken_by_number_and_older_ones_go(tmp_path):

@@ -9,13 +9,21 @@ from common.errors import UserError
 from training.engine.memory import CPU_SHARE, GIB, Memory, MemoryArguments, available_gib, machine_memory
 
 
-def memory(batch_tokens: int = 100, *, limit: float | None = 2.0, tuning: str | None = "full", checkpointing=False):
+def memory(
+    batch_tokens: int = 100,
+    *,
+    limit: float | None = 2.0,
+    tuning: str | None = "full",
+    checkpointing=False,
+    resumed=False,
+):
     """The memory of a training that has nothing but what the answer depends on."""
     training = SimpleNamespace(
         batches=SimpleNamespace(batch_tokens=batch_tokens), tuning=tuning, length_option="sequence_length"
     )
     options = SimpleNamespace(gradient_checkpointing=checkpointing)
-    loop = SimpleNamespace(arguments=options, device=torch.device("cpu"))
+    checkpoint = SimpleNamespace() if resumed else None
+    loop = SimpleNamespace(arguments=options, device=torch.device("cpu"), checkpoint=checkpoint)
     return Memory(training, loop, MemoryArguments(memory_limit_gib=limit))
 
 
@@ -45,6 +53,13 @@ def test_the_answer_names_the_sizes_the_peak_and_what_is_left_to_change():
     found = memory(40, tuning=None, checkpointing=True)
     found.note(chunk(90, 90))
     assert found.answer().endswith("; use --sequence_length 45")
+
+
+def test_a_resumed_run_is_told_what_it_may_change():
+    found = memory(resumed=True)
+    found.note(chunk(90, 60))
+    changes = "--sequence_length 45 with --batch_tokens 45 with --change_settings sequence_length batch_tokens"
+    assert found.answer().endswith(f"; use --gradient_checkpointing or {changes}")
 
 
 def test_before_the_data_is_known_the_budget_stands_for_it():

@@ -29,7 +29,7 @@ def test_each_try_is_a_process_and_the_result_is_remembered(
     assert tried == [64, 128]
     assert max(seen) == 64
     assert json.loads((output / FOUND).read_text()) == {"batch_tokens": 64}
-    train_contrastive("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last --max_steps 5")
+    train_contrastive("--find_batch_tokens --batch_tokens 64 --resume_from_checkpoint last")
     assert tried == [64, 128]  # a run that goes on computes in the same chunks
 
 
