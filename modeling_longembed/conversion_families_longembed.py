@@ -4,7 +4,10 @@
 `from_encoder` reads checkpoints with it, `to_native` writes them.
 """
 
-from collections.abc import Callable
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 # Fields that have the same name in every architecture and here.
@@ -80,6 +83,87 @@ def refuse(condition: bool, feature: str):
     """
     if condition:
         raise ValueError(f"this checkpoint cannot be converted: LongEmbed cannot express {feature}")
+
+
+# Values that switch a feature off.
+OFF = (None, False, 0, "", [], {})
+# Fields of a config.json that no output depends on, whatever their values: heads, training, generation, bookkeeping.
+INERT_FIELDS = re.compile(
+    r"_.*|.*(dropout|_pdrop|_token_ids?|version|_checkpointing)|(pooler|classifier|summary|output|task|sparse)_.*"
+    r"|(finetuning_task|task_specific_params|num_labels|_?num_labels|problem_type|architectures|auto_map|torch_dtype)"
+    r"|(use_cache|use_flash_attn|use_xentropy|use_memory_efficient_attention|unpad_inputs|fused_bias_fc|reference_compile"
+    r"|fused_dropout_add_ln|dense_seq_output|deterministic_flash_attn|repad_logits_with_grad|tie_weights_|xla_device"
+    r"|custom_pipelines|directionality|language|transformers\.js_config|model_max_length|tokenizer_class|name"
+    r"|initializer_\w+|pad_vocab_size_multiple|ignore_attention_mask|ffn_div|max_trained_positions|n_positions"
+    r"|global_attn_every_n_layers)"  # from which transformers derives `layer_types`
+)
+# The first words of the names of heads; weights under other names belong to the encoder.
+HEADS = re.compile(
+    r"(pooler|cls|head|heads|classifier|classification|score|scores|predictions?|decoder|projections?|proj|linear|dense"
+    r"|regress\w*|logits?|loss|mlm|lm|nsp|qa|vocab|pre|discriminator|generator|sparse|colbert|seq)(_|\.|$)"
+)
+# Buffers that older releases wrote into checkpoints; they are computed.
+BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "original_inv_freq")
+
+
+def refuse_unread_fields(fields: dict, original, older_names: dict):
+    """Refuse the fields of a checkpoint's config.json that transformers does not read, unless they have no effect.
+
+    The original that a conversion is compared with drops such a feature too, so that no comparison of outputs finds it.
+
+    Args:
+        fields: the fields in config.json.
+        original: the config of transformers that was read from it.
+        older_names: fields that say again, under the names of older releases, what the config says.
+
+    Raises:
+        ValueError: a field may change what the model computes.
+    """
+    read = {field.name for field in dataclasses.fields(original)} | {*original.attribute_map}
+    same = older_names | {
+        "position_embedding_type": getattr(original, "position_embedding_type", None),  # checked for each family
+        **dict.fromkeys(("embedding_size", "emb_size"), original.hidden_size),
+        "layer_norm_eps": getattr(original, "norm_eps", None),
+        "attention_mode": "longformer",
+        "scale_attn_weights": True,
+    }
+    for name, value in fields.items():
+        # What a config of transformers takes out of the fields is no attribute afterwards.
+        if name in read or hasattr(type(original), name) or name not in vars(original):
+            continue
+        harmless = value in OFF or INERT_FIELDS.fullmatch(name) or (name in same and value == same[name])
+        refuse(
+            not harmless,
+            f"{name}={json.dumps(value)}, which {type(original).__name__} of transformers does not read; if it has no "
+            "effect on the outputs, take it out of config.json",
+        )
+
+
+def refuse_unread_weights(names: Iterable[str], prefix: str, family: Family, with_head: bool):
+    """Refuse the weights of a checkpoint that transformers does not read, unless they belong to a head or a pooler.
+
+    Args:
+        names: names of the weights that were not read.
+        prefix: name of the encoder in models with a head.
+        family: the architecture.
+        with_head: whether the masked-language-model head is converted too.
+
+    Raises:
+        ValueError: a weight belongs to the encoder, or to the head that is converted.
+    """
+    inside = [*family.outside.values(), *family.attention.values(), *family.feed_forward.values()]
+    roots = {(module if isinstance(module, str) else module[0]).split(".")[0] for module in inside}
+    head = {name.rpartition(".")[0] or name for name in family.head.values()} if with_head else set()
+    unread = []
+    for name in sorted(names):
+        own = name.removeprefix(f"{prefix}.")
+        if own.rpartition(".")[2] in BUFFERS:
+            continue
+        of_head = own.startswith(tuple(f"{scope}." for scope in head))
+        if own.split(".")[0] in roots or of_head or not HEADS.match(own):
+            unread.append(name)
+    more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+    refuse(bool(unread), f"the weights {unread[:1]}{more}, which its architecture in transformers does not read")
 
 
 def rope_by_layer(config) -> list[dict]:

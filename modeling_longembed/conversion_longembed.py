@@ -4,24 +4,30 @@
 module (copying weights, extending the position table, comparing the outputs) are the same for all.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
 
-from .conversion_families_longembed import FAMILIES, ROBERTA, Family, refuse
-from .hub_longembed import ST_POOLINGS, HubModel, find_file
+from .conversion_families_longembed import (
+    FAMILIES,
+    ROBERTA,
+    Family,
+    refuse,
+    refuse_unread_fields,
+    refuse_unread_weights,
+)
+from .conversion_settings_longembed import lowercased, read_text, sentence_transformers_choices
+from .hub_files_longembed import load_tokenizer
+from .hub_longembed import HubModel
 from .pattern_registry_longembed import build_pattern
 from .position_extension_longembed import default_method
 from .position_table_longembed import extended_position_table
 
-# A folder with any one of these files has a tokenizer.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 # Largest difference between original and converted outputs due to rounding, in fp32, relative to the largest state.
 TOLERANCE = 1e-5
 # Length in tokens of the longest document on which two models are compared.
@@ -214,42 +220,6 @@ def largest_difference(original_model, model, length: int, global_tokens: bool =
     return ((theirs - ours)[attention_mask == 1].abs().max() / scale).item()
 
 
-def read_text(name_or_path: str, file: str, **hub) -> str | None:
-    """Return the text of a file in a model folder or Hub repository; None if there is no such file."""
-    path = find_file(name_or_path, file, **hub)
-    return None if path is None else Path(path).read_text(encoding="utf-8")
-
-
-def sentence_transformers_choices(name_or_path: str, choose_pooling: bool, **hub) -> dict:
-    """Return pooling and prompts that a sentence-transformers checkpoint was trained with.
-
-    Raises:
-        ValueError: the checkpoint has a module or a pooling that is not supported.
-    """
-    choices: dict[str, Any] = {}
-    modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
-    kinds = [module["type"].rsplit(".", 1)[-1] for module in modules]
-    for kind in kinds:
-        refuse(kind not in ("Transformer", "Pooling", "Normalize"), f"the sentence-transformers module {kind}")
-    if "Pooling" in kinds and choose_pooling:
-        folder = modules[kinds.index("Pooling")]["path"]
-        pooling = json.loads(read_text(name_or_path, f"{folder}/config.json", **hub) or "{}")
-        refuse(pooling.get("include_prompt") is False, "a pooling that leaves the prompt out (include_prompt=false)")
-        modes = {key.removeprefix("pooling_mode_") for key in pooling if pooling[key] is True and "_mode_" in key}
-        if isinstance(named := pooling.get("pooling_mode", []), str):  # newer releases: a name or a list of names
-            named = [named]
-        known = {theirs: ours for ours, legacy in ST_POOLINGS.items() for theirs in (legacy, legacy.split("_")[0])}
-        refuse(
-            len(modes := {*modes, *named}) != 1 or not modes <= set(known),
-            f"the pooling {sorted(modes)}; pass pooling= to choose one of ours",
-        )
-        choices["pooling"] = known[modes.pop()]
-    settings = json.loads(read_text(name_or_path, "config_sentence_transformers.json", **hub) or "{}")
-    if prompts := settings.get("prompts"):
-        choices["prompts"] = {("document" if kind == "passage" else kind): text for kind, text in prompts.items()}
-    return choices
-
-
 def checkpoint_license(name_or_path: str, **hub) -> str | None:
     """Return the `license` in the front matter of the checkpoint's card, None if there is none."""
     parts = (read_text(name_or_path, "README.md", **hub) or "").split("---")
@@ -275,7 +245,7 @@ def convert_encoder(
 
     Args:
         name_or_path: Hub id or folder of a BERT, RoBERTa, XLM-R, DistilBERT, MPNet, Longformer, ModernBERT or NomicBERT
-            checkpoint; also one of sentence-transformers, whose pooling and prompts are taken over.
+            checkpoint; also one of sentence-transformers, whose settings that shape a vector are taken over.
         max_position_embeddings: new context in tokens; None: the original one.
         position_extension: a method or `{"method": ..., ...}` as in `LongEmbedConfig`. None for a longer context:
             `restart` if all sublayers attend in blocks of one size, else `repeat` for learned positions and `dynamic`
@@ -285,8 +255,9 @@ def convert_encoder(
             values (`global_projections` are copies, `adaptive` starts at its `initial_span`).
         attn_implementation: name of the attention kernel, as in `from_pretrained`.
         **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
-            `prompts`, `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model` (a
-            name for the card); and the options of `from_pretrained` to find files: `revision`, `token`, `cache_dir`,
+            `prompts`, `default_prompt_name`, `normalize`, `similarity_fn_name`,
+            `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model` (a name for the
+            card); and the options of `from_pretrained` to find files: `revision`, `token`, `cache_dir`,
             `local_files_only`.
 
     Returns:
@@ -295,6 +266,7 @@ def convert_encoder(
     Raises:
         ValueError: the checkpoint has a feature that a LongEmbed model cannot express (named in the message), the
             choices cannot be combined, or the outputs differ from those of the original.
+        OSError: a file of the checkpoint cannot be read, or whether it exists could not be found out.
     """
     hub = {name: kwargs.pop(name) for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
     if unknown := sorted(set(kwargs) - set(CHOICES)):
@@ -313,12 +285,16 @@ def convert_encoder(
         "position_extension": position_extension,
         "attention_patterns": attention_patterns,
     }
-    trained = sentence_transformers_choices(name_or_path, choices.get("pooling") is None, **hub)
-    choices = trained | {name: value for name, value in choices.items() if value is not None}
-    fields = converted_fields(original, family, choices)
+    choices = {name: value for name, value in choices.items() if value is not None}
+    trained = sentence_transformers_choices(name_or_path, set(choices), **hub)
+    do_lower_case, read_length = trained.pop("do_lower_case", False), trained.pop("max_seq_length", None)
+    original_fields = converted_fields(original, family, {})
+    fields = converted_fields(original, family, trained | choices)
+    config_class: Any = cls.config_class
+    raw_fields, _ = type(original).get_config_dict(name_or_path, **hub)
+    refuse_unread_fields(raw_fields, original, family.older_names(config_class(**original_fields)))
     # A local path is of no use to readers of the published config.
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
-    config_class: Any = cls.config_class
     config = config_class(**{"original_model": name, "license": checkpoint_license(name_or_path, **hub)} | fields)
 
     with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder has no tied weights
@@ -326,6 +302,7 @@ def convert_encoder(
     original_model, loading = auto.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True, **hub)
     original_model.eval()
     missing, prefix = loading["missing_keys"], f"{original_model.base_model_prefix}." if with_head else ""
+    refuse_unread_weights(loading["unexpected_keys"], original_model.base_model_prefix, family, with_head)
     model = cls._from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
     # transformers initialises missing weights of a damaged checkpoint at random; leave these out.
     theirs = {k: v for k, v in original_model.base_model.state_dict(prefix=prefix).items() if k not in missing}
@@ -350,7 +327,6 @@ def convert_encoder(
     for names, outcome in ((new, "are not in the checkpoint and start new"), (unused, "are left out")):
         if names:
             print(f"longembed: {len(names)} weights that belong to attention patterns {outcome}, such as {names[0]}")
-    original_fields = converted_fields(original, family, {})
     report_difference(
         model,
         original_model,
@@ -358,11 +334,36 @@ def convert_encoder(
         # Global tokens are compared only if all global projections come from the checkpoint.
         not new and all(getattr(pattern, "global_projections", False) for pattern in config.get_patterns()),
     )
-    # If a checkpoint has no tokenizer, transformers would create one without a vocabulary.
-    if any(find_file(name_or_path, file, **hub) for file in TOKENIZER_FILES):
-        model.tokenizer = AutoTokenizer.from_pretrained(name_or_path, **hub)
-        model.tokenizer.model_max_length = config.max_position_embeddings
+    if (tokenizer := load_tokenizer(name_or_path, **hub)) is not None:
+        model.tokenizer = converted_tokenizer(tokenizer, do_lower_case, read_length, config)
     return model
+
+
+def converted_tokenizer(tokenizer, do_lower_case: bool, read_length: int | None, config):
+    """Return the tokenizer of the converted model, which reads as much as the model and what the original reads.
+
+    Args:
+        tokenizer: the tokenizer of the checkpoint.
+        do_lower_case: whether sentence-transformers writes texts in lower case before they are tokenized.
+        read_length: number of tokens after which sentence-transformers cuts a text off; None: the tokenizer's.
+        config: the config of the converted model.
+
+    Raises:
+        ValueError: the tokenizer reads texts in a way that a LongEmbed model does not.
+    """
+    side = tokenizer.truncation_side
+    refuse(side != "right", f"truncation_side={side!r} in tokenizer_config.json: it cuts off the end of long texts")
+    segments = tokenizer("a", add_special_tokens=True).get("token_type_ids", [])
+    refuse(
+        bool(config.type_vocab_size) and any(segments),
+        f"a tokenizer that gives the segments {segments} to a single text: it reads texts as segment 0",
+    )
+    tokenizer = lowercased(tokenizer) if do_lower_case else tokenizer
+    context, read_length = config.max_position_embeddings, read_length or tokenizer.model_max_length
+    if read_length < context:
+        print(f"longembed: the original cuts texts off after {read_length} tokens, this model after {context}")
+    tokenizer.model_max_length = context
+    return tokenizer
 
 
 def converted_head_weights(original_model, family: Family, missing: set[str]) -> dict[str, Tensor]:

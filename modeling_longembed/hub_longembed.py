@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from transformers import AutoTokenizer, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .hub_files_longembed import HUB_OPTIONS, SAVED_TOKENIZER_FILES, find_file, load_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -140,12 +142,6 @@ def pooling_name(module: Any) -> str | None:
     return next((ours for ours, legacy in ST_POOLINGS.items() if legacy.split("_")[0] == mode), None)
 
 
-def find_file(name_or_path: str, file: str, **hub) -> str | None:
-    """Return the path of a file of a model folder or Hub repository, downloaded if necessary; None if it is missing."""
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(name_or_path, file, **quiet, **hub)
-
-
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -172,8 +168,7 @@ class HubModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load as transformers does, and remember the source, so that the tokenizer comes from the same revision."""
-        names = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-        source = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        source = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._tokenizer_source = source
@@ -187,11 +182,12 @@ class HubModel(PreTrainedModel):
             ValueError: none was set, and the model's folder has none.
         """
         if self._tokenizer is None:
-            if not self.has_tokenizer():
-                raise ValueError("there is no tokenizer beside this model; set model.tokenizer first")
             # Pass our config: transformers would load it anew otherwise, and ask whether to trust remote code.
-            source = self._tokenizer_source or {}
-            self._tokenizer = AutoTokenizer.from_pretrained(self.name_or_path, config=self.config, **source)
+            options = {"config": self.config, **(self._tokenizer_source or {})}
+            if self.name_or_path:
+                self._tokenizer = load_tokenizer(self.name_or_path, SAVED_TOKENIZER_FILES, **options)
+            if self._tokenizer is None:
+                raise ValueError("there is no tokenizer beside this model; set model.tokenizer first")
         return self._tokenizer
 
     @tokenizer.setter

@@ -390,7 +390,7 @@ def test_pooling_and_prompts_of_sentence_transformers_are_taken_over(theirs, our
     reference.save(str(tmp_path))
     model = LongEmbedModel.from_encoder(tmp_path)
     assert model.config.pooling == ours
-    assert model.config.prompts == {"query": "w1 w2 ", "document": "w3 "}
+    assert model.config.prompts == {"query": "w1 w2 ", "document": "", "passage": "w3 "}
     texts = [random_text(20), random_text(7, seed=1), "w5"]
     vectors = model.encode(texts, prompt_name="query", normalize=False, precision="float32")
     np.testing.assert_allclose(vectors, reference.encode(texts, prompt_name="query"), atol=1e-5)
