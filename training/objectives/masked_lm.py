@@ -37,11 +37,13 @@ class AuxiliaryLoss(Protocol):
 
     Attributes:
         needs_hidden_states: whether the model must return its last hidden states.
+        needs_all_logits: whether the losses read the logits of all tokens, and not of the predicted ones alone.
         denominators: the names of the losses, which end in `_loss`, and the count of `MaskedBatch.measures` that the
             sum over a batch is divided by.
     """
 
     needs_hidden_states: bool
+    needs_all_logits: bool
     denominators: Mapping[str, str]
 
     def __call__(self, chunk: MaskedChunk, logits: Tensor, hidden_states: Tensor | None) -> Metrics:
@@ -49,7 +51,7 @@ class AuxiliaryLoss(Protocol):
 
         Args:
             chunk: T packed tokens, P of which are predicted.
-            logits: `(P, V)`, the model's.
+            logits: the model's, `(T, V)` with `needs_all_logits`, else `(P, V)`.
             hidden_states: `(1, T, d)`, the model's last ones; None if they are not needed.
 
         Returns:
@@ -85,11 +87,16 @@ class MaskedLanguageModel(LossModule):
         auxiliary = self.auxiliary if self.training else None
         if auxiliary is not None and auxiliary.needs_hidden_states:
             inputs["output_hidden_states"] = True
+        everywhere = auxiliary is not None and auxiliary.needs_all_logits
+        if everywhere:
+            del inputs["labels"]
         output = self.model(**inputs)
-        labels = chunk.labels[chunk.labels >= 0]
+        chosen = chunk.labels >= 0
+        labels = chunk.labels[chosen]
+        logits = output.logits[chosen] if everywhere else output.logits
         # The mean over no predictions is not a number; every parameter must take part in the graph nevertheless.
-        loss = output.loss * len(labels) if len(labels) else output.logits.sum() * 0.0
-        sums = {"masked_lm_loss": loss, "accuracy": (output.logits.argmax(dim=-1) == labels).sum()}
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum") if len(labels) else output.logits.sum() * 0.0
+        sums = {"masked_lm_loss": loss, "accuracy": (logits.argmax(dim=-1) == labels).sum()}
         if self.next_sentence is not None:
             first = output.hidden_states[-1][0, chunk.texts.cu_seq_lens_q[:-1].long()]
             scores = self.next_sentence(first).float()
@@ -97,7 +104,7 @@ class MaskedLanguageModel(LossModule):
             sums["next_sentence_accuracy"] = (scores.argmax(dim=-1) == chunk.next_labels).sum()
         if auxiliary is not None:
             states = output.hidden_states[-1] if auxiliary.needs_hidden_states else None
-            sums |= auxiliary(chunk, output.logits, states)
+            sums |= auxiliary(chunk, output.logits[0] if everywhere else output.logits, states)
         return sums
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
+from common.conditions import GIVEN
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM
 from training.data.masked_batches import MaskedChunk
@@ -19,6 +21,8 @@ from training.models.identity import tokenizer_identity
 from training.objectives.contrastive.objective import Metrics
 from training.objectives.losses.soft_targets import soft_targets
 from training.teachers.arguments import check_range
+
+TOKENS_AT_ONCE = 1024  # tokens whose distributions are held at a time, 125 MB each for 30,522 words in float32
 
 
 @dataclass
@@ -41,6 +45,14 @@ class MaskedTeacherArguments:
     )
     soft_weight: float = field(
         default=5.0, metadata={"help": "weight of the divergence from the teachers' distributions"}
+    )
+    restrict_ce_to_mask: bool = field(
+        default=False,
+        metadata={
+            "help": "compare distributions at the masked tokens only, which takes less memory; by default at all "
+            "tokens, as in DistilBERT's code",
+            "applies": {"masked_teachers": GIVEN},
+        },
     )
     hard_weight: float = field(
         default=2.0, metadata={"help": "weight of the masked-language-model loss if there are teachers"}
@@ -77,18 +89,24 @@ class MaskedTeachers:
         models: the teachers.
         temperature: temperature of the soft targets.
         hidden: whether last hidden states are compared as well.
+        masked_only: whether distributions are compared at the predicted tokens only, and not at all of them.
 
     Attributes:
         models: the teachers.
         needs_hidden_states: whether last hidden states are compared.
+        needs_all_logits: whether distributions are compared at all tokens.
         denominators: by loss, the count that the sum over a batch is divided by.
     """
 
-    denominators: Mapping[str, str] = {"soft_target_loss": "prediction_count", "hidden_state_loss": "token_count"}
-
-    def __init__(self, models: list[LongEmbedForMaskedLM], temperature: float, hidden: bool) -> None:
+    def __init__(
+        self, models: list[LongEmbedForMaskedLM], temperature: float, hidden: bool, masked_only: bool = False
+    ) -> None:
         self.models = [model.eval().requires_grad_(False) for model in models]
-        self.temperature, self.needs_hidden_states = temperature, hidden
+        self.temperature, self.needs_hidden_states, self.needs_all_logits = temperature, hidden, not masked_only
+        self.denominators: Mapping[str, str] = {
+            "soft_target_loss": "prediction_count" if masked_only else "token_count",
+            "hidden_state_loss": "token_count",
+        }
 
     def __deepcopy__(self, memo: dict) -> "MaskedTeachers":
         return copy.copy(self)  # a copy of the student shares the teachers
@@ -96,30 +114,51 @@ class MaskedTeachers:
     def __call__(self, chunk: MaskedChunk, logits: Tensor, hidden_states: Tensor | None) -> Metrics:
         """Compute the losses of DistilBERT, L_ce and L_cos (Sanh et al. 2019, arXiv:1910.01108, section 3).
 
+        The paper does not say at which tokens L_ce is taken. The authors' code (`distiller.py` of transformers'
+        research projects) takes all tokens that are no padding, and with `restrict_ce_to_mask` the masked ones.
+
         Args:
             chunk: T packed tokens, P of which are predicted.
-            logits: `(P, V)`, the student's.
+            logits: the student's, `(T, V)` with `needs_all_logits`, else `(P, V)`.
             hidden_states: `(1, T, d)`, the student's last ones; None if they are not compared.
 
         Returns:
-            Sums over the chunk: `soft_target_loss` over the predicted tokens, `hidden_state_loss` over all tokens.
+            Sums over the chunk: `soft_target_loss` over all tokens or over the predicted ones, `hidden_state_loss` over
+            all tokens.
         """
-        inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "labels": chunk.labels}
-        inputs["token_type_ids"] = chunk.token_type_ids
+        inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "token_type_ids": chunk.token_type_ids}
         inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
+        if not self.needs_all_logits:
+            inputs["labels"] = chunk.labels
         if self.needs_hidden_states:
             inputs["output_hidden_states"] = True
         with torch.no_grad():
             outputs = [model.to(logits.device)(**inputs) for model in self.models]
-        if len(logits):
-            loss, _ = soft_targets(logits, [output.logits for output in outputs], temperature=self.temperature)
-            sums = {"soft_target_loss": loss * len(logits)}
-        else:
-            sums = {"soft_target_loss": logits.sum() * 0.0}
+        sums = {"soft_target_loss": self.soft_target_sum(logits, [output.logits.flatten(0, -2) for output in outputs])}
         if hidden_states is not None:
             cosine = F.cosine_similarity(hidden_states[0].float(), outputs[0].hidden_states[-1][0].float(), dim=-1)
             sums["hidden_state_loss"] = (1 - cosine).sum()
         return sums
+
+    def soft_target_sum(self, logits: Tensor, of_teachers: list[Tensor]) -> Tensor:
+        """Compute the divergence from the teachers, summed over n tokens, some of them at a time.
+
+        Args:
+            logits: `(n, V)`, the student's.
+            of_teachers: `(n, V)` of each teacher.
+
+        Returns:
+            A scalar, 0 for no tokens.
+        """
+
+        def of_some(logits: Tensor, *of_teachers: Tensor) -> Tensor:
+            return soft_targets(logits, of_teachers, temperature=self.temperature)[0] * len(logits)
+
+        total = logits.sum() * 0.0  # every parameter must take part in the graph
+        for start in range(0, len(logits), TOKENS_AT_ONCE):
+            some = [x[start : start + TOKENS_AT_ONCE] for x in (logits, *of_teachers)]
+            total = total + checkpoint(of_some, *some, use_reentrant=False, preserve_rng_state=False)
+        return total
 
 
 def load_masked_teachers(
@@ -170,4 +209,6 @@ def load_masked_teachers(
         teachers.append(teacher)
     if not teachers:
         return None
-    return MaskedTeachers(teachers, arguments.teacher_temperature, arguments.hidden_weight > 0)
+    return MaskedTeachers(
+        teachers, arguments.teacher_temperature, arguments.hidden_weight > 0, arguments.restrict_ce_to_mask
+    )

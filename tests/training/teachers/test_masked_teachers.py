@@ -21,7 +21,8 @@ from training.data.masked_batches import MaskedBatch, mask_batch
 from training.data.next_sentence import NextSentenceHead
 from training.data.sequences import MaskedText
 from training.objectives.masked_lm import MaskedLanguageModel, masked_gradient
-from training.teachers.masked_teachers import MaskedTeacherArguments, MaskedTeachers
+from training.teachers import masked_teachers
+from training.teachers.masked_teachers import MaskedTeacherArguments, MaskedTeachers, load_masked_teachers
 
 TEMPERATURE = 2.0
 
@@ -49,13 +50,19 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.promise("D2")
+@pytest.mark.parametrize("masked_only", [False, True])
 @pytest.mark.parametrize("budget", [1, 40, 1000])
-def test_the_weighted_sum_of_three_losses_text_by_text(budget):
-    """Against torch's cross entropy, KL divergence and cosine embedding loss, for each text alone, unpacked."""
+def test_the_weighted_sum_of_three_losses_text_by_text(budget, masked_only, monkeypatch):
+    """Against torch's cross entropy, KL divergence and cosine embedding loss, for each text alone, unpacked.
+
+    As `distiller.py` of DistilBERT does: rows are those of the attention mask, or under `restrict_ce_to_mask` those
+    with a label, and the divergence is `KLDivLoss(reduction="batchmean")` times the square of the temperature.
+    """
+    monkeypatch.setattr(masked_teachers, "TOKENS_AT_ONCE", 8)
     student, teacher = model(0).train(), model(1).eval()
     weights = MaskedTeacherArguments(masked_teachers=["teacher"], soft_weight=5, hard_weight=2, hidden_weight=1).weights
     given = batch(budget)
-    teachers = MaskedTeachers([teacher], TEMPERATURE, hidden=True)
+    teachers = MaskedTeachers([teacher], TEMPERATURE, hidden=True, masked_only=masked_only)
     taught = MaskedLanguageModel(student, auxiliary=teachers)
     metrics = masked_gradient(weights=weights, auxiliary=teachers)(taught, given, 1.0, True)
     ours = gradients(student)
@@ -68,8 +75,9 @@ def test_the_weighted_sum_of_three_losses_text_by_text(budget):
             options = {"attention_mask": torch.ones_like(ids), "output_hidden_states": True}
             mine, theirs = student(ids, **options), teacher(ids, **options)
             chosen = labels >= 0
-            logits, target = mine.logits[0, chosen], theirs.logits[0, chosen].detach()
-            hard = hard + F.cross_entropy(logits, labels[chosen], reduction="sum")
+            hard = hard + F.cross_entropy(mine.logits[0, chosen], labels[chosen], reduction="sum")
+            compared = chosen if masked_only else torch.ones_like(chosen)
+            logits, target = mine.logits[0, compared], theirs.logits[0, compared].detach()
             divergence = F.kl_div(
                 F.log_softmax(logits / TEMPERATURE, -1), F.softmax(target / TEMPERATURE, -1), reduction="sum"
             )
@@ -78,7 +86,7 @@ def test_the_weighted_sum_of_three_losses_text_by_text(budget):
             cosine = cosine + F.cosine_embedding_loss(states, others, torch.ones(len(states)), reduction="sum")
             predicted, tokens = predicted + int(chosen.sum()), tokens + len(states)
     parts = {
-        "soft_target_loss": soft / predicted,
+        "soft_target_loss": soft / (predicted if masked_only else tokens),
         "masked_lm_loss": hard / predicted,
         "hidden_state_loss": cosine / tokens,
     }
@@ -90,12 +98,13 @@ def test_the_weighted_sum_of_three_losses_text_by_text(budget):
 
 
 @pytest.mark.promise("D2")
+@pytest.mark.parametrize("masked_only", [False, True])
 @pytest.mark.parametrize("pairs", [False, True])
-def test_a_student_that_is_its_teacher_has_no_loss(pairs):
+def test_a_student_that_is_its_teacher_has_no_loss(pairs, masked_only):
     """With pairs of segments the teacher, too, must receive the segment ids."""
     student = model(0).train()
     head = NextSentenceHead(32, 0.02).double() if pairs else None
-    teachers = MaskedTeachers([model(0)], TEMPERATURE, hidden=True)
+    teachers = MaskedTeachers([model(0)], TEMPERATURE, hidden=True, masked_only=masked_only)
     taught = MaskedLanguageModel(student, head, teachers)
     weights = {"masked_lm_loss": 0.0, "next_sentence_loss": 0.0}
     metrics = masked_gradient(weights=weights, auxiliary=teachers)(taught, batch(segments=pairs), 1.0, True)
@@ -113,6 +122,16 @@ def test_hard_targets_alone_are_masked_language_modelling():
     with_teachers = gradients(student)
     masked_gradient()(MaskedLanguageModel(student), given, 1.0, True)
     torch.testing.assert_close(with_teachers, gradients(student), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("restrict", [False, True])
+def test_distributions_are_compared_at_all_tokens_unless_the_option_says_otherwise(masked_lm_folder, restrict):
+    options = {"restrict_ce_to_mask": True} if restrict else {}
+    arguments = MaskedTeacherArguments(masked_teachers=[str(masked_lm_folder)], **options)
+    student = LongEmbedForMaskedLM.from_pretrained(masked_lm_folder)
+    teachers = load_masked_teachers(arguments, student, student.tokenizer, 60)
+    assert teachers.needs_all_logits is not restrict
+    assert teachers.denominators["soft_target_loss"] == ("prediction_count" if restrict else "token_count")
 
 
 def test_teachers_are_no_part_of_the_student():
