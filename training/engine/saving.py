@@ -1,6 +1,7 @@
 """What a training ends with: the final model and its LoRA adapter on disk, and the model on the Hub."""
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import atomic_folder
+from modeling_longembed.hub_files_longembed import CLIENT_ERROR
 
 TUNING = "tuning.json"
 WHOLE_WEIGHTS = "train_embed_norm.safetensors"
@@ -71,8 +73,34 @@ def push(final: Path, repository: str, private: bool) -> None:
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=final)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{repository}: upload failed, the model is in {final}: {error}") from None
+    except (OSError, ValueError, CLIENT_ERROR) as error:
+        command = shlex.join(["hf", "upload", repository, str(final), *(["--private"] if private else [])])
+        raise UserError(
+            f"{repository}: the upload failed ({failure(error)}); the model is in {final}, and this uploads it: "
+            f"{command}"
+        ) from None
+
+
+def failure(error: Exception) -> str:
+    """Return in one sentence without a full stop why an upload failed, and what helps.
+
+    Args:
+        error: what huggingface_hub raised.
+    """
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None:
+        return one_line(error) or type(error).__name__
+    if status >= 500:
+        return f"the Hub is out of order, it answered {status}: try again later"
+    helps = {
+        401: "nobody is logged in, or the token has expired: hf auth login",
+        403: "your token may not write there: log in with one that may",
+        404: "there is no such repository for you: look at its name and your token",
+        409: "somebody else changes the repository at this moment: try again",
+        413: "the Hub takes no upload as large as this one: split the weights with max_shard_size",
+        429: "too many requests: wait a few minutes",
+    }
+    return f"the Hub answered {status}: {helps.get(status) or one_line(error)}"
 
 
 def save_adapter(model: PeftModel, tuning: str, folder: Path) -> None:

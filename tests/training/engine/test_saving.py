@@ -1,14 +1,17 @@
 """A saved adapter comes back as it was, or not at all."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from tests.fake_hub import fake_hub
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
-from training.engine.saving import WHOLE_WEIGHTS, HubArguments, load_adapter, save_adapter
+from training.engine.saving import WHOLE_WEIGHTS, HubArguments, load_adapter, push, save_adapter
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.embed import embed
 
@@ -40,3 +43,77 @@ def test_longlora_comes_back_bitwise_from_the_adapter_and_its_extra_file(tmp_pat
 def test_publishing_needs_a_name():
     with pytest.raises(UserError, match=r"--push_to_hub needs --hub_model_id org/name"):
         HubArguments(push_to_hub=True)
+
+
+# --- the upload -----------------------------------------------------------------------------------------------------
+
+
+def failing(stage: str, status: int):
+    """A Hub that fails at the creation of the repository, or at the upload into it."""
+
+    def answer(method, path):
+        if stage == "create" or path != "/api/repos/create":
+            return status, {}, b'{"error": "something\\nin two lines"}'
+        return 200, {}, json.dumps({"url": "http://127.0.0.1/org/name", "type": "user", "name": "x"}).encode()
+
+    return answer
+
+
+@pytest.fixture
+def final(tmp_path):
+    folder = tmp_path / "a run" / "final"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["create", "upload"])
+@pytest.mark.parametrize(
+    ("status", "named"),
+    [
+        (0, "disconnected|reset|closed|aborted"),
+        (400, "400"),
+        (401, "401.*hf auth login"),
+        (403, "403.*may not write"),
+        (404, "404"),
+        (409, "409.*try again"),
+        (413, "413.*max_shard_size"),
+        (429, "429.*wait"),
+        (500, "500.*later"),
+        (503, "503.*later"),
+    ],
+)
+def test_an_upload_that_fails_says_in_one_sentence_why_and_how_to_go_on(status, named, stage, final, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_fake")
+    with (
+        fake_hub(monkeypatch, final.parent / "cache", failing(stage, status)) as hub,
+        pytest.raises(UserError, match=named) as error,
+    ):
+        push(final, "org/name", private=True)
+    assert ("POST", "/api/repos/create") in hub.requests
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith(f"uploads it: hf upload org/name '{final}' --private")
+    assert [path.name for path in final.iterdir()] == ["config.json"]
+
+
+def test_an_upload_without_a_connection_says_so(final, monkeypatch):
+    with fake_hub(monkeypatch, final.parent / "cache", failing("create", 500)) as hub:
+        hub.close()
+        with pytest.raises(UserError, match=r"refused.*hf upload org/name") as error:
+            push(final, "org/name", private=False)
+    assert "--private" not in str(error.value)
+
+
+def test_an_upload_offline_says_so(final):
+    with pytest.raises(UserError, match=r"(?i)offline.*hf upload"):
+        push(final, "org/name", private=False)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "-x/y", "org/name.git"])
+def test_a_name_that_the_hub_does_not_allow_is_refused(name, final, monkeypatch):
+    with (
+        fake_hub(monkeypatch, final.parent / "cache", failing("create", 400)),
+        pytest.raises(UserError, match=name) as error,
+    ):
+        push(final, name, private=False)
+    assert "\n" not in str(error.value)
