@@ -10,10 +10,12 @@ Needs `pip install -e .[train,eval,search]`. docs/guides/pairs.md says which set
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 
 from common.arguments import parse
 from common.encoders.model_spec import ModelSpec
@@ -22,7 +24,7 @@ from common.encoders.vector_cache import VectorCache
 from common.errors import UserError, run
 from common.files import write_jsonl
 from training.data.ranking import load_ranker
-from training.data.sources import PAIRS, TEXTS, read_sources
+from training.data.sources import PAIRS, PARQUET_SUFFIX, TEXTS, data_files, json_rows, read_sources
 
 
 @dataclass
@@ -138,6 +140,9 @@ class PairTexts:
         data: the pairs.
         corpus: more documents.
 
+    Raises:
+        UserError: a file cannot be read, or the corpus has titles.
+
     Attributes:
         queries, documents: the unique texts; the documents are the positives, then the corpus.
         query_of, document_of: `(rows,)`, for each pair the index of its query and of its document.
@@ -154,6 +159,7 @@ class PairTexts:
         self.queries: Sequence[str] = self._rows.select(query_rows)["anchor"]
         parts = [_texts(self._rows.select(document_rows), "positive")]
         if corpus is not None:
+            _refuse_titles(corpus)
             (more,) = read_sources([corpus], TEXTS)
             more_ids, _, more_rows = _unique(more.text_ids(["text"])[:, 0])
             new = ~np.isin(more_ids, document_ids)
@@ -244,6 +250,21 @@ def mine(arguments: Arguments, thresholds: Thresholds) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Mine with the command-line options `argv`; None: those of the process."""
     print(mine(*parse(Arguments, Thresholds, argv=argv)))
+
+
+def _refuse_titles(corpus: str) -> None:
+    """Refuse a corpus with titles, which an evaluation puts in front of the texts and mining would drop.
+
+    Raises:
+        UserError: its first row has one.
+    """
+    if not Path(corpus).exists():  # a dataset on the Hub
+        return
+    first = data_files(Path(corpus))[0]
+    parquet = first.name.endswith(PARQUET_SUFFIX)
+    columns = pyarrow.parquet.read_schema(first).names if parquet else next(json_rows(first, TEXTS))[1]
+    if "title" in columns:
+        raise UserError(f"--corpus {first}, row 1: the column title is not read; put it in front of the text")
 
 
 def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

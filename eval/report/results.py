@@ -122,7 +122,8 @@ class Score:
     """The score of a model on a split.
 
     Attributes:
-        model: `org/model`, followed by settings that differ from the default, if any.
+        model: `org/model`, followed by settings that differ from the default, if any, and by the revision where two
+            models would have the same name otherwise.
         task: MTEB's name of the task.
         split: MTEB's name of the split.
         value: the score times 100.
@@ -155,12 +156,13 @@ def read_scores(results_dir: str | Path) -> list[Score]:
         results_dir: the `output_dir` of eval/mteb_long.py, or a folder in it.
 
     Returns:
-        The scores, sorted by model, task and length; the newest one if there are several of the same split.
+        The scores, sorted by model, task and length; the newest one if there are several of the same split. Models that
+        share a name are told apart by their revisions.
 
     Raises:
         UserError: the folder holds no results.
     """
-    newest: dict[tuple[str, str, str], tuple[float, float]] = {}
+    newest: dict[tuple[tuple[str, str], str, str], tuple[float, float]] = {}
     for meta_file in sorted(Path(results_dir).rglob("model_meta.json")):
         meta = json.loads(meta_file.read_text())
         model = meta["name"]
@@ -171,14 +173,31 @@ def read_scores(results_dir: str | Path) -> list[Score]:
                 result = json.loads(file.read_text())
                 for split, subsets in result["scores"].items():
                     entry = (result["date"] or 0.0, 100 * subsets[0]["main_score"])
-                    key = (model, result["task_name"], split)
+                    key = ((model, str(meta.get("revision") or "")), result["task_name"], split)
                     newest[key] = max(newest.get(key, entry), entry)
     if not newest:
         raise UserError(
             f"{results_dir} holds no results (model_meta.json next to <Task>.json); run eval/mteb_long.py first"
         )
-    scores = [Score(*key, value) for key, (_, value) in newest.items()]
+    models = list(dict.fromkeys(model for model, _, _ in newest))
+    names = dict(zip(models, distinct_names(models), strict=True))
+    scores = [Score(names[model], task, split, value) for (model, task, split), (_, value) in newest.items()]
     return sorted(scores, key=lambda score: (score.model, score.task, score.length or 0))
+
+
+def distinct_names(models: Sequence[tuple[str, str]]) -> list[str]:
+    """Return names that tell models apart.
+
+    Args:
+        models: name and revision of each; the folders of two trainings have one name, such as `final`.
+
+    Returns:
+        For each model its name, followed by the start of the revision where another one has the same name.
+    """
+    revisions: dict[str, set[str]] = {}
+    for name, revision in models:
+        revisions.setdefault(name, set()).add(revision)
+    return [f"{name} {revision[:7]}" if len(revisions[name]) > 1 else name for name, revision in models]
 
 
 def pivot(scores: Sequence[Score]) -> tuple[list[str], dict[str, list[float | None]]]:

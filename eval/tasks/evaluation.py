@@ -7,7 +7,6 @@ from pathlib import Path
 import datasets
 import mteb
 from mteb.abstasks import AbsTask
-from mteb.models.model_meta import ModelMeta
 
 from common.encoders.precision import ENCODER_PRECISIONS, resolve_precision
 from common.encoders.vector_cache import VectorCache
@@ -15,7 +14,7 @@ from common.errors import UserError
 from common.provenance import computed_by
 from eval.models.mteb_models import EvaluatedModel
 from eval.models.quantization import VECTORS
-from eval.report.results import AtomicResultCache, Score
+from eval.report.results import AtomicResultCache, Score, distinct_names
 from eval.tasks.retrieval import get_tasks, load
 
 
@@ -142,14 +141,8 @@ def evaluate_tasks(
             )
             task.unload_data()
     scores = []
-    for model, name in zip(models, distinct_names([model.meta for model in models]), strict=True):
+    names = distinct_names([(str(m.meta.model_name_with_experiment), m.meta.revision or "") for m in models])
+    for model, name in zip(models, names, strict=True):
         for task in tasks:
             scores += [replace(score, model=name) for score in results[model].scores(task, model.meta, metrics)]
     return scores
-
-
-def distinct_names(metas: Sequence[ModelMeta]) -> list[str]:
-    """Return the models' names in tables, followed by the start of the revision where two models share one name."""
-    named = [(str(meta.model_name_with_experiment), meta.revision or "") for meta in metas]
-    revisions = {name: {revision for other, revision in named if other == name} for name, _ in named}
-    return [f"{name} {revision[:7]}" if len(revisions[name]) > 1 else name for name, revision in named]

@@ -4,6 +4,10 @@ A local task is a folder `<task>/` with `corpus.jsonl` {doc_id, text}, `queries.
 {qid, doc_id}, each plain or as `.jsonl.gz`. It has one split, and its main score is nDCG@10. Or it holds one such
 folder for each context length, `<task>/test_256/` and so on, as LongEmbed's synthetic tasks do. Then each is a split,
 and the main score is nDCG@1.
+
+Two more fields are read as BEIR reads them (Thakur et al. 2021, arXiv:2104.08663). A document may have a `title`: what
+is encoded is the title, a space and the text. A judgement may have a `score`, a whole number, 1 if there is none: a
+document is relevant if it is positive, and it is the gain in nDCG.
 """
 
 import hashlib
@@ -21,7 +25,7 @@ from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.abstasks.task_metadata import TaskMetadata
 
 from common.errors import UserError
-from common.jsonl import read_text_columns
+from common.jsonl import read_jsonl, text_or_id
 
 LONGEMBED = (
     "LEMBNarrativeQARetrieval",
@@ -31,6 +35,7 @@ LONGEMBED = (
     "LEMBNeedleRetrieval",
     "LEMBPasskeyRetrieval",
 )
+GRADES = ("grade", "label", "rel", "relevance")  # other names of the score of a judgement
 
 
 def get_tasks(names: list[str], data_dir: str | None) -> list[AbsTaskRetrieval]:
@@ -104,7 +109,7 @@ class SplitFiles:
     Attributes:
         corpus: documents.
         queries: queries.
-        qrels: pairs of a query and a relevant document.
+        qrels: judgements of pairs of a query and a document.
     """
 
     corpus: Path
@@ -140,22 +145,28 @@ class SplitFiles:
         digest = hashlib.sha256()
         ids: dict[str, set[str]] = {"doc_id": set(), "qid": set()}
         for path, key in ((self.corpus, "doc_id"), (self.queries, "qid")):
-            for line, (identifier, text) in read_text_columns(path, key, "text"):
-                if identifier in ids[key]:
-                    raise UserError(f"{path}, row {line}: the {key} {identifier!r} was there before; make it unique")
-                ids[key].add(identifier)
-                digest.update(json.dumps([identifier, text]).encode())
+            for line, row in _texts(path, key):
+                if row["id"] in ids[key]:
+                    raise UserError(f"{path}, row {line}: the {key} {row['id']!r} was there before; make it unique")
+                ids[key].add(row["id"])
+                title = [row["title"]] if row["title"] else []
+                digest.update(json.dumps([row["id"], row["text"], *title]).encode())
             if not ids[key]:
                 raise UserError(f"{path} is empty: there is nothing to evaluate on")
-        empty = True
-        for line, row in read_text_columns(self.qrels, "qid", "doc_id"):
-            for key, value, path in zip(("qid", "doc_id"), row, (self.queries, self.corpus), strict=True):
+        found: dict[tuple[str, str], int] = {}
+        for line, pair, score in _judgements(self.qrels):
+            for key, value, path in zip(("qid", "doc_id"), pair, (self.queries, self.corpus), strict=True):
                 if value not in ids[key]:
                     raise UserError(f"{self.qrels}, row {line}: the {key} {value!r} is not in {path}")
-            digest.update(json.dumps(row).encode())
-            empty = False
-        if empty:
+            if found.setdefault(pair, score) != score:
+                raise UserError(
+                    f"{self.qrels}, row {line}: {pair} has the score {found[pair]} before; give one of them"
+                )
+            digest.update(json.dumps(pair if score == 1 else [*pair, score]).encode())
+        if not found:
             raise UserError(f"{self.qrels} is empty: no query has a relevant document")
+        if max(found.values()) <= 0:
+            raise UserError(f"{self.qrels}: no score is positive, so that no query has a relevant document")
         return digest.hexdigest()
 
     def load(self, cache_dir: str) -> Any:
@@ -167,8 +178,8 @@ class SplitFiles:
             )
 
         relevant: dict[str, dict[str, int]] = {}
-        for _, (qid, doc_id) in read_text_columns(self.qrels, "qid", "doc_id"):
-            relevant.setdefault(qid, {})[doc_id] = 1
+        for _, (qid, doc_id), score in _judgements(self.qrels):
+            relevant.setdefault(qid, {})[doc_id] = score
         return {
             "corpus": table(self.corpus, "doc_id"),
             "queries": table(self.queries, "qid"),
@@ -178,8 +189,44 @@ class SplitFiles:
 
 
 def _generate(path: Path, key: str) -> Iterator[dict[str, str]]:
-    for _, (identifier, text) in read_text_columns(path, key, "text"):
-        yield {"id": identifier, "text": text}
+    for _, row in _texts(path, key):
+        yield row if key == "doc_id" else {"id": row["id"], "text": row["text"]}
+
+
+def _texts(path: Path, key: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the number of each row and its `id`, `text` and `title`, which MTEB puts in front of the text."""
+    for line, row in read_jsonl(path, key, "text"):
+        place = f"{path}, row {line}"
+        _refuse(row, place, *(("instruction",) if key == "doc_id" else ("instruction", "title")))
+        title = row.get("title") or ""
+        if not isinstance(title, str):
+            raise UserError(f"{place}: title is {json.dumps(title)[:40]}, not a string")
+        values = {"id": row[key], "text": row["text"], "title": title}
+        yield line, {name: text_or_id(value, key if name == "id" else name, place) for name, value in values.items()}
+
+
+def _judgements(path: Path) -> Iterator[tuple[int, tuple[str, str], int]]:
+    """Yield the number of each row, its query and document, and its score."""
+    for line, row in read_jsonl(path, "qid", "doc_id"):
+        place = f"{path}, row {line}"
+        _refuse(row, place, *GRADES)
+        score = row.get("score", 1)
+        if isinstance(score, bool) or not isinstance(score, int | float) or score != score // 1:
+            raise UserError(f"{place}: score is {json.dumps(score)[:40]}, not a whole number")
+        qid, doc_id = (text_or_id(row[key], key, place) for key in ("qid", "doc_id"))
+        yield line, (qid, doc_id), int(score)
+
+
+def _refuse(row: dict[str, Any], place: str, *fields: str) -> None:
+    """Refuse fields that elsewhere have a meaning which is not honoured here.
+
+    Raises:
+        UserError: the row has one of them.
+    """
+    for field in fields:
+        if row.get(field) not in (None, ""):
+            advice = "name it score" if field in GRADES else "make it a part of the text, or leave it out"
+            raise UserError(f"{place}: the field {field} is not read here; {advice}")
 
 
 def _split_folders(folder: Path) -> dict[str, Path]:

@@ -269,3 +269,16 @@ def test_negatives_that_some_rows_have_already_do_not_matter(tmp_path):
     rows = [{"anchor": "a", "positive": "b"}, {"anchor": "c", "positive": "d", "negative_1": "e"}]
     pairs = PairTexts(str(write_jsonl(tmp_path / "pairs.jsonl", rows)), None)
     assert (list(pairs.queries), list(pairs.documents)) == (["a", "c"], ["b", "d"])
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_titles_of_a_corpus_are_not_dropped(tmp_path, suffix):
+    data = write_jsonl(tmp_path / "pairs.jsonl", [{"anchor": "a", "positive": "b"}])
+    corpus = tmp_path / f"corpus{suffix}"
+    rows = [{"doc_id": "1", "title": "", "text": "c"}]
+    if suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(corpus)
+    else:
+        write_jsonl(corpus, rows)
+    with pytest.raises(UserError, match=r"corpus\.\w+, row 1: the column title is not read; put it in front"):
+        PairTexts(str(data), str(corpus))

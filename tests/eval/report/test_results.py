@@ -7,6 +7,7 @@ import mteb
 import numpy as np
 import pytest
 import pytrec_eval
+from matplotlib.figure import Figure
 from sklearn.metrics import ndcg_score
 
 from common.errors import UserError
@@ -14,6 +15,7 @@ from eval.models.mteb_models import EvaluatedModel
 from eval.report.length_plot import draw_scores
 from eval.report.results import AtomicResultCache, Score, as_markdown, as_table, pivot, read_scores
 from eval.tasks.retrieval import load, local_task
+from tests.eval.task_files import write_rows
 
 
 class Known:
@@ -57,6 +59,41 @@ def test_ndcg_equals_scikit_learn_and_trec_eval(make_task, seed):
     run = {f"q{q}": {f"d{d}": float(scores[q, d]) for d in range(documents)} for q in range(queries)}
     judged = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(run)
     assert found["main_score"] == pytest.approx(np.mean([q["ndcg_cut_10"] for q in judged.values()]), abs=1e-5)
+
+
+@pytest.mark.promise("E1")
+@pytest.mark.parametrize("seed", range(3))
+def test_scores_are_grades_as_in_trec_eval(make_task, seed):
+    """Explicit zeros are not relevant, grades are gains, and a query with zeros alone counts as one without success."""
+    generator = np.random.default_rng(seed)
+    queries, documents = 8, 30
+    grades = np.where(generator.random((queries, documents)) < 0.3, generator.integers(0, 4, (queries, documents)), -1)
+    grades[:, 0] = 0  # a judgement for every query
+    grades[1:, 1], grades[0] = 3, np.minimum(grades[0], 0)  # nothing is relevant for the first query
+    scores = generator.permuted(np.tile(np.linspace(0, 1, documents), (queries, 1)), axis=1)
+    texts = [f"text {i}" for i in range(documents)]
+    folder = make_task("Graded", texts, texts[:queries])
+    qrels = {f"q{q}": {f"d{d}": int(grades[q, d]) for d in np.flatnonzero(grades[q] >= 0)} for q in range(queries)}
+    rows = [{"qid": q, "doc_id": d, "score": grade} for q, found in qrels.items() for d, grade in found.items()]
+    write_rows(folder / "qrels.jsonl", rows)
+    (found,) = evaluate(Known(scores), local_task(folder)).scores["test"]
+    run = {f"q{q}": {f"d{d}": float(scores[q, d]) for d in range(documents)} for q in range(queries)}
+    judged = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10", "recip_rank"}).evaluate(run)
+    for ours, theirs in (("ndcg_at_10", "ndcg_cut_10"), ("recall_at_10", "recall_10")):
+        assert found[ours] == pytest.approx(np.mean([q[theirs] for q in judged.values()]), abs=1e-5)
+    gains = np.maximum(grades[1:], 0)
+    assert found["ndcg_at_10"] * queries == pytest.approx(
+        (queries - 1) * ndcg_score(gains, scores[1:], k=10), abs=1e-3
+    )  # scikit-learn, without the first query, which has none
+
+
+def test_a_perfect_ranking_is_perfect_whatever_else_was_judged(make_task):
+    texts = [f"text {i}" for i in range(6)]
+    folder = make_task("Zeros", texts, texts[:2])
+    rows = [{"qid": f"q{q}", "doc_id": f"d{d}", "score": 2 * (q == d)} for q in range(2) for d in range(6)]
+    write_rows(folder / "qrels.jsonl", rows)
+    (found,) = evaluate(Known(np.eye(6)[:2]), local_task(folder)).scores["test"]
+    assert found["ndcg_at_10"] == 1.0
 
 
 @pytest.mark.promise("E1")
@@ -151,6 +188,25 @@ def test_scores_are_read_back_into_the_table_and_the_plot(make_task, tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     for part in ([s for s in found if s.length], [s for s in found if not s.length], [Score("m", "t", "test", 5.0)]):
         draw_scores(part, tmp_path / "report.png")
+
+
+def test_two_models_of_one_name_are_two_in_the_plot_and_one_model_keeps_its_name(make_task, tmp_path, monkeypatch):
+    texts = [f"text {i}" for i in range(4)]
+    cache = AtomicResultCache(tmp_path / "r")
+    task = local_task(make_task("FlatRetrieval", texts, texts))
+    for revision, scores in (("1" * 40, np.eye(4)), ("2" * 40, -np.eye(4))):
+        model = Known(scores, "local/final")
+        model.mteb_model_meta = model.mteb_model_meta.model_copy(update={"revision": revision})
+        evaluate(model, task, cache)
+    evaluate(Known(np.eye(4), "local/other"), task, cache)
+    found = read_scores(tmp_path / "r")
+    assert [score.model for score in found] == ["local/final 1111111", "local/final 2222222", "local/other"]
+    assert [score.value for score in found] == [100.0, pytest.approx(100 / np.log2(5), abs=1e-3), 100.0]
+    drawn: list[str] = []
+    legend = Figure.legend
+    monkeypatch.setattr(Figure, "legend", lambda *a, **k: drawn.extend(a[2]) or legend(*a, **k))
+    draw_scores(found, tmp_path / "report.png")
+    assert drawn == [score.model for score in found]
 
 
 def test_a_folder_without_results_is_told(tmp_path):

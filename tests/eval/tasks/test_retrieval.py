@@ -4,13 +4,26 @@ import gzip
 import json
 import re
 
+import mteb
 import pytest
+from mteb._create_dataloaders import create_dataloader
+from mteb.types import PromptType
 
 from common.errors import UserError
+from eval.models.mteb_models import BM25, EvaluatedModel
 from eval.tasks.retrieval import get_tasks, load, local_task
+from tests.eval.task_files import write_rows
 
 TEXTS = ["one red fox", "two blue whales", "three green frogs"]
 QUERIES = ["fox", "whales"]
+TITLED = (("A fox", TEXTS[0]), ("", TEXTS[1]), (None, TEXTS[2]))
+
+
+def evaluate_words(task) -> list[dict]:
+    """All scores of BM25."""
+    load(task)
+    results = mteb.evaluate(BM25(EvaluatedModel("bm25").meta), task, cache=None, co2_tracker=False)
+    return results.task_results[0].scores["test"]
 
 
 def test_a_flat_folder_is_one_split_judged_by_ndcg_at_10(make_task):
@@ -21,6 +34,33 @@ def test_a_flat_folder_is_one_split_judged_by_ndcg_at_10(make_task):
     assert list(split["corpus"]["text"]) == TEXTS
     assert list(split["queries"]["id"]) == ["q0", "q1"]
     assert split["relevant_docs"] == {"q0": {"d0": 1}, "q1": {"d1": 1}}
+
+
+def test_titles_are_in_front_of_the_texts_for_every_system(make_task):
+    """As MTEB joins them for its own tasks, and BEIR for its: title, space, text."""
+    titled = [{"doc_id": f"d{i}", "title": title, "text": text} for i, (title, text) in enumerate(TITLED)]
+    folder = make_task("Titled", TEXTS, QUERIES)
+    plain = local_task(folder).metadata.revision
+    write_rows(folder / "corpus.jsonl", titled)
+    task = local_task(folder)
+    assert task.metadata.revision != plain
+    load(task)
+    loader = create_dataloader(
+        task.dataset["default"]["test"]["corpus"], task_metadata=task.metadata, prompt_type=PromptType.document
+    )
+    assert list(loader.dataset["text"]) == ["A fox one red fox", "two blue whales", "three green frogs"]
+    joined = make_task("Joined", ["A fox one red fox", *TEXTS[1:]], QUERIES)
+    scores = [evaluate_words(found) for found in (task, local_task(joined))]
+    assert scores[0] == scores[1]
+
+
+def test_a_judgement_without_a_score_is_one_of_1(make_task):
+    folder = make_task("Same", TEXTS, QUERIES)
+    plain = local_task(folder).metadata.revision
+    for score, same in ((1, True), (1.0, True), (2, False)):
+        rows = [{"qid": f"q{i}", "doc_id": f"d{i}", "score": score, "context_length": 256} for i in range(2)]
+        write_rows(folder / "qrels.jsonl", rows)
+        assert (local_task(folder).metadata.revision == plain) is same
 
 
 def test_lengths_are_splits_in_their_order_judged_by_ndcg_at_1(make_task):
@@ -46,8 +86,6 @@ def test_the_revision_is_that_of_the_rows_and_not_of_the_bytes(make_task):
     ("name", "split"), [("LEMBQMSumRetrieval", "test"), ("LEMBSummScreenFDRetrieval", "validation")]
 )
 def test_a_copy_of_an_official_task_never_carries_the_official_revision(make_task, name, split):
-    import mteb
-
     official = mteb.get_task(name).metadata
     task = local_task(make_task(name, TEXTS, QUERIES))
     assert list(task.eval_splits) == [split] == official.eval_splits
@@ -77,6 +115,24 @@ def test_a_copy_of_an_official_task_never_carries_the_official_revision(make_tas
         ),
         ("corpus", b"", "corpus.jsonl is empty"),
         ("queries", b"\n", "queries.jsonl is empty"),
+        ("corpus", b'{"doc_id": "d0", "text": "a", "title": 7}\n', "corpus.jsonl, row 1: title is 7, not a string"),
+        (
+            "queries",
+            b'{"qid": "q0", "text": "a"}\n{"qid": "q1", "text": "a", "instruction": "find"}\n',
+            "queries.jsonl, row 2: the field instruction is not read here",
+        ),
+        ("queries", b'{"qid": "q0", "text": "a", "title": "b"}\n', "queries.jsonl, row 1: the field title is not read"),
+        ("qrels", b'{"qid": "q0", "doc_id": "d0", "score": 0.5}\n', "qrels.jsonl, row 1: score is 0.5, not a whole"),
+        ("qrels", b'{"qid": "q0", "doc_id": "d0", "score": NaN}\n', "qrels.jsonl, row 1: score is NaN, not a whole"),
+        ("qrels", b'{"qid": "q0", "doc_id": "d0", "score": "1"}\n', 'qrels.jsonl, row 1: score is "1", not a whole'),
+        ("qrels", b'{"qid": "q0", "doc_id": "d0", "score": null}\n', "qrels.jsonl, row 1: score is null, not a whole"),
+        ("qrels", b'{"qid": "q0", "doc_id": "d0", "grade": 2}\n', "row 1: the field grade is not read here; name it"),
+        ("qrels", b'{"qid": "q0", "doc_id": "d0", "score": 0}\n', "qrels.jsonl: no score is positive"),
+        (
+            "qrels",
+            b'{"qid": "q0", "doc_id": "d0"}\n{"qid": "q0", "doc_id": "d0", "score": 0}\n',
+            "qrels.jsonl, row 2: ('q0', 'd0') has the score 1 before",
+        ),
         ("qrels", b"", "qrels.jsonl is empty"),
         ("qrels", b'{"qid": "q0", "doc_id": "d9"}\n', "qrels.jsonl, row 1: the doc_id 'd9' is not in"),
         ("qrels", b'{"qid": "q0", "doc_id": "d0"}\n{"qid": "q9", "doc_id": "d0"}\n', "row 2: the qid 'q9' is not in"),
