@@ -63,7 +63,7 @@ def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow
     """Tokenize texts with special tokens, and cut off what exceeds the context, but not the closing special token.
 
     Args:
-        model: the model, whose tokenizer is used.
+        model: the model, whose `encode_tokenizer` is used.
         texts: any strings; an empty one gives only the special tokens.
         prompt: text that is put in front of every text.
         overflow: if texts exceed the context, `warn` logs how much was cut off, `error` raises.
@@ -75,7 +75,7 @@ def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow
         ValueError: a text is longer than the context, and `overflow` is `error`.
     """
     limit = model.config.max_position_embeddings
-    encoded = model.tokenizer(
+    encoded = model.encode_tokenizer(
         [prompt + text for text in texts], add_special_tokens=True, truncation=False, verbose=False
     )
     rows = encoded["input_ids"]
@@ -88,7 +88,7 @@ def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow
         if overflow == "error":
             raise ValueError(f"{message} would be cut off; split them, or extend the model")
         logger.warning(f"{message} were cut off at the end")
-        _, closing = special_tokens_around(model.tokenizer)
+        _, closing = special_tokens_around(model.encode_tokenizer)
         rows = [row if len(row) <= limit else row[: limit - len(closing)] + closing for row in rows]
     return rows
 

@@ -1,5 +1,6 @@
 """Loading and saving of folders for the Hub: tokenizer, files of sentence-transformers and model card."""
 
+import copy
 import hashlib
 import json
 import sys
@@ -142,6 +143,20 @@ def pooling_name(module: Any) -> str | None:
     return next((ours for ours, legacy in ST_POOLINGS.items() if legacy.split("_")[0] == mode), None)
 
 
+def copy_tokenizer(tokenizer: Any) -> Any:
+    """Return a copy of a tokenizer that cuts off the end, as `encode` does, and remembers no call.
+
+    A fast tokenizer keeps the truncation and the padding of its last call: a thread that truncates would cut off what
+    another one reads with the same object, and `save_pretrained` would write them.
+    """
+    copied = copy.deepcopy(tokenizer)
+    copied.truncation_side = "right"
+    if getattr(copied, "is_fast", False):
+        copied.backend_tokenizer.no_truncation()
+        copied.backend_tokenizer.no_padding()
+    return copied
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
@@ -162,6 +177,7 @@ class HubModel(PreTrainedModel):
 
     _tokenizer = None
     _tokenizer_source: dict | None = None
+    _encode_tokenizer: tuple | None = None
     # Rows of the table in the model card, `{"task": ..., "metric": ..., "score": ...}`; set them before saving.
     results: Sequence[dict] = ()
 
@@ -192,7 +208,25 @@ class HubModel(PreTrainedModel):
 
     @tokenizer.setter
     def tokenizer(self, tokenizer):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._encode_tokenizer = tokenizer, None
+
+    @property
+    def encode_tokenizer(self):
+        """A copy of the tokenizer for `encode` alone, so that `tokenizer` may be called in other threads meanwhile."""
+        tokenizer = self.tokenizer
+        # Tokens may have been added to it, or other special tokens around a text.
+        around = tokenizer.backend_tokenizer.post_processor if getattr(tokenizer, "is_fast", False) else None
+        state = (id(tokenizer), len(tokenizer), around and around.__getstate__())
+        found = self._encode_tokenizer
+        if found is None or found[0] != state:
+            found = self._encode_tokenizer = (state, copy_tokenizer(tokenizer))
+        return found[1]
+
+    def set_tokenizer_length(self, length: int):
+        """Replace the tokenizer, if there is one, by a copy with this `model_max_length`: a user may share the old."""
+        if self.has_tokenizer():
+            self.tokenizer = copy_tokenizer(self.tokenizer)
+            self.tokenizer.model_max_length = length
 
     def has_tokenizer(self) -> bool:
         """Return whether a tokenizer was set or is in the model's folder."""
@@ -265,8 +299,9 @@ class HubModel(PreTrainedModel):
     def _write_tokenizer(self, folder: Path):
         """Write the tokenizer, and the files with which sentence-transformers loads the folder."""
         if self.has_tokenizer():
-            self.tokenizer.model_max_length = self.config.max_position_embeddings
-            self.tokenizer.save_pretrained(folder)
+            tokenizer = copy_tokenizer(self.tokenizer)
+            tokenizer.model_max_length = self.config.max_position_embeddings
+            tokenizer.save_pretrained(folder)
         for name, content in self._sentence_transformers_files().items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -66,8 +66,7 @@ def extend_model_context(model: HubModel, max_position_embeddings: int, method: 
         table = nn.Embedding(len(rows), config.hidden_size, device=rows.device, dtype=rows.dtype)
         table.weight.copy_(rows).requires_grad_(old_table.weight.requires_grad)
         encoder.embeddings.position_embeddings = table
-    if model.has_tokenizer():
-        model.tokenizer.model_max_length = max_position_embeddings
+    model.set_tokenizer_length(max_position_embeddings)
     return model
 
 

@@ -87,6 +87,5 @@ def switch_position_scheme(
             if attention.distance is not None:
                 attention.distance.to(attention.q_proj.weight)
                 attention.distance.apply(model._init_weights)
-    if model.has_tokenizer():
-        model.tokenizer.model_max_length = config.max_position_embeddings
+    model.set_tokenizer_length(config.max_position_embeddings)
     return model

@@ -29,7 +29,8 @@ class Encoder:
 
     Args:
         folder: the model's files.
-        max_length: number of tokens that are read of a text, the rest is cut off; None: the folder's own setting.
+        max_length: number of tokens that are read of a text, the first ones; None: the folder's own setting, which may
+            cut off the beginning (`truncation_side`).
         precision: `float32`, `bfloat16` (autocast), or `int8`: the weights of linear layers in 8 bits, on the CPU.
         batch_tokens: token budget of a forward pass; it bounds memory and changes float32 vectors by rounding only.
         trust_remote_code: run the code in the folder (our own models need none).
@@ -78,9 +79,14 @@ class Encoder:
                     f"{folder.name} reads texts to their end and cannot be limited to {max_length} tokens; leave the "
                     "limit out"
                 ) from None
+            self._read_first_tokens()
         self.max_length = min(self.model.max_seq_length or self.context, self.context)
         if not normalize:
             drop_normalization(self.model)
+
+    def _read_first_tokens(self) -> None:
+        if isinstance(self.model.tokenizer, PreTrainedTokenizerBase):
+            self.model.tokenizer.truncation_side = "right"
 
     @property
     def identity(self) -> str:
@@ -150,6 +156,7 @@ class ChunkEncoder(Encoder):
             raise UserError(
                 f"chunks are read by a transformer, and {folder.name} begins with a {kind}; evaluate it without chunks"
             )
+        self._read_first_tokens()  # the first chunk is the beginning, whatever the folder would cut off
         drop_normalization(self.model)
 
     @property

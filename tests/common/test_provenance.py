@@ -106,7 +106,7 @@ def test_the_code_that_is_hashed_is_the_code_that_is_imported(tiny_longembed, tr
     """transformers prefers a class that is registered, as ours are, to the code in the folder."""
     folder = ModelFolder.find(str(tiny_longembed))
     encoder = Encoder(folder, trust_remote_code=trust_remote_code)
-    imported = type(encoder.own).__module__
+    imported = type(encoder.model[0].auto_model).__module__
     assert folder._code(trust_remote_code) == [imported.split(".")[0]] == [attention_longembed.__package__]
 
 

@@ -17,7 +17,7 @@ from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_co
 from common.bm25 import BM25Index
 from common.encoders.encoder import Encoder
 from common.encoders.model_folder import ModelFolder
-from common.errors import run
+from common.errors import UserError, run
 from tests.training.tiny_training import WORDS, write_jsonl
 from training import contrastive, mine_negatives
 from training.mine_negatives import Arguments, PairTexts, Thresholds, mine

@@ -66,7 +66,8 @@ def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrained
                 "LongEmbedModel.from_encoder(...) and save_pretrained first"
             )
         model = AutoModel.from_pretrained(name, dtype=torch.float32, **options, **arguments.dropouts())
-        return model, AutoTokenizer.from_pretrained(name, **options)
+        # As `encode` cuts off: at the end, whatever the folder says.
+        return model, AutoTokenizer.from_pretrained(name, truncation_side="right", **options)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
 

@@ -1,5 +1,8 @@
 """Vectors of texts equal those of sentence-transformers, of the model itself, and of chunks encoded by hand."""
 
+import json
+import shutil
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -10,6 +13,7 @@ from transformers import AutoModel, BertModel, RobertaConfig, RobertaModel
 
 from common.encoders.encoder import ChunkEncoder, Encoder
 from common.encoders.model_folder import ModelFolder
+from common.encoders.model_spec import ModelSpec
 from common.errors import UserError
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly brew tea in large kettles".split()  # noqa: SIM905
@@ -92,6 +96,28 @@ def test_max_length_cuts_what_a_model_of_ours_reads(tiny_longembed, minilm_token
     assert any(len(row) == 20 for row in ids)
     expected = AutoModel.from_pretrained(tiny_longembed).eval().encode(cut, prompt_name="document", precision="float32")
     np.testing.assert_allclose(np.concatenate(encoder(texts, "document")), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tiny_sentence_transformer", "tiny_longembed"])
+@pytest.mark.parametrize("kind", ["truncate", "chunk-mean"])
+def test_the_first_tokens_are_read_whatever_side_the_folder_cuts_off(request, name, kind, minilm_tokenizer, tmp_path):
+    """With `truncation_side: left` a model cuts off the beginning, and `truncate:PATH:16` reads it all the same."""
+    folder = tmp_path / "left"
+    shutil.copytree(request.getfixturevalue(name), folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"truncation_side": "left"}))
+    texts = [" ".join([text, *WORDS]) for text in random_texts(4, 40)]
+    assert all(len(ids) > 16 for ids in minilm_tokenizer(texts)["input_ids"])
+    found = [
+        ModelSpec.parse(f"{kind}:{model}:16").load_encoder(200, False)(texts, "document")
+        for model in (folder, request.getfixturevalue(name))
+    ]
+    for left, right in zip(*found, strict=True):
+        np.testing.assert_array_equal(left, right)
+    if kind == "truncate":  # what follows the first tokens does not matter
+        beginnings = [minilm_tokenizer.decode(ids[1:15]) for ids in minilm_tokenizer(texts)["input_ids"]]
+        again = Encoder(ModelFolder.find(str(folder)), batch_tokens=200)(beginnings, "document")
+        np.testing.assert_allclose(np.concatenate(found[0]), np.concatenate(again), atol=1e-5)
 
 
 def test_a_length_beyond_the_context_is_refused(tiny_sentence_transformer, tiny_longembed, minilm_tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -209,6 +210,57 @@ def test_too_long_is_refused_where_it_must_not_be_cut(prompted_model):
     with pytest.raises(ValueError, match=r"1 of 2 texts .* would be cut off; split") as error:
         prompted_model.encode(["w1", random_text(10 * LIMIT)], overflow="error")
     assert "\n" not in str(error.value)
+
+
+def test_a_users_calls_of_the_tokenizer_change_nothing_here_and_encoding_nothing_there():
+    """A fast tokenizer keeps the truncation and padding of its last call, also that of another thread."""
+    model, texts = random_model(), [*LONG, random_text(LIMIT + 9)]
+    tokenizer, expected = model.tokenizer, model.tokenize(texts)
+    tokenizer.truncation_side = "left"
+    tokenizer(texts, truncation=True, max_length=9, padding="max_length")
+    kept = tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding
+    assert None not in kept
+    assert model.tokenize(texts) == expected
+    vectors_of(model, SHORT)
+    assert (tokenizer.backend_tokenizer.truncation, tokenizer.backend_tokenizer.padding) == kept
+    stop = threading.Event()
+
+    def use() -> None:
+        while not stop.is_set():
+            for length in (5, 9):
+                tokenizer(SHORT, truncation=True, max_length=length)
+
+    user = threading.Thread(target=use)
+    user.start()
+    try:
+        assert all(model.tokenize(texts) == expected for _ in range(100))
+    finally:
+        stop.set()
+        user.join()
+
+
+def test_tokens_that_are_added_to_the_tokenizer_are_read():
+    model = random_model()
+    before = model.tokenize(["w1 zebra w2"])
+    model.tokenizer.add_tokens(["zebra"])
+    added = model.tokenizer("w1 zebra w2")["input_ids"]
+    assert model.tokenize(["w1 zebra w2"]) == [added] != before
+    model.tokenizer = tiny_tokenizer(0)
+    assert model.tokenize(["w1 zebra w2"]) == before
+
+
+def test_saving_and_extending_leave_a_users_tokenizer_alone(tmp_path):
+    """What is saved does not depend on earlier calls, and a longer context is that of the model's own tokenizer."""
+    model = random_model(position_embedding_type="absolute")
+    tokenizer = model.tokenizer
+    model.save_pretrained(tmp_path / "first", title="same")
+    tokenizer(SHORT, truncation=True, max_length=9, padding="max_length")
+    model.save_pretrained(tmp_path / "second", title="same")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    model.extend_context(2 * LIMIT, "repeat")
+    assert (tokenizer.model_max_length, model.tokenizer.model_max_length) == (CONTEXT, 2 * LIMIT)
+    assert tokenizer.backend_tokenizer.truncation["max_length"] == 9
 
 
 def test_a_tokenizer_without_special_tokens():
