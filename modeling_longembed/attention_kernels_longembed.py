@@ -74,9 +74,17 @@ def recompute_in_backward(function: Callable, *inputs: Any) -> Any:
 
 
 def varlen_kernel_applies(query: Tensor, dropout: float) -> bool:
-    """Return whether torch's variable-length flash kernel accepts the input: CUDA, half precision, no dropout."""
+    """Return whether torch's variable-length flash kernel accepts the input.
+
+    It needs CUDA, half precision, heads of at most 256 numbers in steps of 8, and has no dropout.
+    """
     return (
-        varlen_attn is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0
+        varlen_attn is not None
+        and query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and dropout == 0.0
     )
 
 
@@ -204,6 +212,7 @@ def online_attention(
     mask: Callable[[Tensor, Tensor], Tensor] | None = None,
     bias: ScoreBias | None = None,
     grouped: GroupedRotary | None = None,
+    softcap: float | None = None,
     query_chunk: int = 1024,
     key_chunk: int = 4096,
 ) -> Tensor:
@@ -219,6 +228,7 @@ def online_attention(
         mask: function from positions `(Q,)` and `(K,)` to bool `(1 or H, Q, K)`; None: all keys are visible.
         bias: added to the scores by the distance of query and key, or None.
         grouped: the second rotation of Self-Extend for far keys, or None.
+        softcap: the scores s become `softcap * tanh(s / softcap)` before bias and mask (Gemma 2); None: they stay.
         query_chunk, key_chunk: number of queries and of keys that are computed at once.
 
     Returns:
@@ -235,6 +245,8 @@ def online_attention(
         if grouped is not None:
             scores = grouped.merge(scores, query_index, key_index)
         scores = (scores * scaling).to(wide)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
         if bias is not None:
             scores = scores + bias.dense(query_HQD, query_index, key_index)
         if visible is not None:

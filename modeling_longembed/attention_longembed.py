@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention_flex_longembed import attend_by_flex
-from .attention_kernels_longembed import attend, masked_softmax, segment_attention
+from .attention_interface_longembed import register
+from .attention_kernels_longembed import attend, masked_softmax
 from .packing_longembed import PackedDocuments
 from .pattern_base_longembed import AttentionInputs, AttentionPattern, Places, chunked_attention
 from .pattern_memory_longembed import Stream
@@ -294,44 +294,5 @@ class LongEmbedAttention(nn.Module):
         return self.o_proj(attended.flatten(1)), weights
 
 
-def longembed_varlen(
-    module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, cu_seq_lens_q=None, **kwargs
-):
-    """Compute full attention on packed sequences, with the signature of transformers' attention functions.
-
-    transformers accepts only registered names as `attn_implementation`. Other models can use this function too, with
-    padded inputs, or with packed ones if they pass `cu_seq_lens_q`.
-
-    Args:
-        module: the attention module; not used.
-        query, key, value: `(B, H, S, D)`; packed: `(1, H, T, D)`.
-        attention_mask: `(B, S)`, non-zero on real tokens; None: there is no padding.
-        scaling: factor of the scores; None: `D ** -0.5`.
-        dropout: probability to leave out an attention weight.
-        cu_seq_lens_q: `(N + 1,)` int32, cumulative lengths of packed sequences; None: the input is padded.
-
-    Returns:
-        `(B, S, H, D)`, and None for the weights.
-    """
-    if cu_seq_lens_q is None:
-        batch, length = query.shape[0], query.shape[2]
-        mask = torch.ones(batch, length) if attention_mask is None else attention_mask
-        documents = PackedDocuments.from_attention_mask(mask.to(query.device))
-    else:
-        longest = int(cu_seq_lens_q.diff().max())
-        documents = PackedDocuments(cu_seq_lens_q, longest)
-    packed = (documents.pack(x.transpose(1, 2)) for x in (query, key, value))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    context = segment_attention(*packed, documents.cu_seqlens, documents.max_seqlen, scaling, dropout)
-    return documents.unpack(context), None
-
-
-def padding_mask(attention_mask: Tensor | None = None, **kwargs) -> Tensor | None:
-    """Return the `(B, S)` padding mask unchanged; without this function transformers would pass None instead."""
-    return attention_mask
-
-
-for name in KERNELS:
-    if name.startswith("longembed"):
-        AttentionInterface.register(name, longembed_varlen)
-        AttentionMaskInterface.register(name, padding_mask)
+# transformers accepts only registered names as `attn_implementation`; other models can use them too.
+register([name for name in KERNELS if name.startswith("longembed")])

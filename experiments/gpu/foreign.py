@@ -74,7 +74,7 @@ def check_foreign(device: str) -> Iterator[Check]:
             for left in (False, True):
                 batch = padded_batch(device, left)
                 eager, ours = (foreign_model(name, kernel).to(device) for kernel in ("eager", "longembed_varlen"))
-                exact = states_and_gradient(eager.double(), batch)
+                exact = states_and_gradient(eager.float(), batch)  # in float64 its masked rows become NaN
                 dense = states_and_gradient(eager.to(dtype), batch)
                 ratio = ratio_of_errors(states_and_gradient(ours.to(dtype), batch), dense, exact)
                 side = "left" if left else "right"

@@ -23,6 +23,7 @@ from modeling_longembed import (
     attention_longembed,
     pattern_local_longembed,
 )
+from modeling_longembed.attention_interface_longembed import longembed_varlen
 from modeling_longembed.attention_longembed import KERNELS, flash_attention
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_base_longembed import AttentionInputs, AttentionPattern, Places
@@ -461,7 +462,7 @@ def test_the_entry_in_transformers_table_serves_other_models(side):
 def test_the_entry_takes_packed_input_too():
     query, key, value = torch.randn(3, 1, HEADS, 12, DIM)
     cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
-    output, _ = attention_longembed.longembed_varlen(None, query, key, value, None, cu_seq_lens_q=cu_seqlens)
+    output, _ = longembed_varlen(None, query, key, value, None, cu_seq_lens_q=cu_seqlens, is_causal=False)
     for start, end in ((0, 5), (5, 12)):
         part = (x[:, :, start:end] for x in (query, key, value))
         expected = torch.nn.functional.scaled_dot_product_attention(*part).transpose(1, 2)
