@@ -28,6 +28,7 @@ from common.encoders.model_folder import ModelFolder
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write
+from common.provenance import content_hashes
 from common.records import Records
 from eval import perplexity
 from eval.speed.lengths import parse_lengths
@@ -38,6 +39,7 @@ from experiments import training_runs
 from experiments.extension_report import as_markdown, draw
 from experiments.training_runs import check_stamp, training_cost
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM
+from training.data.sources import data_files, split_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "training" / "pretraining.py"
@@ -156,7 +158,7 @@ def make(name: str, arguments: Arguments) -> None:
         recipe = {option: recipe.get(option) for option in SWITCH}
     made_by: dict[str, Any] = {"start": ModelFolder.find(start).revision, "recipe": recipe}
     if row.is_trained:
-        made_by |= {"train_data": arguments.train_data, "text_column": arguments.text_column}
+        made_by |= {"train_data": _contents(arguments.train_data), "text_column": arguments.text_column}
     elif not row.recipe:
         made_by |= {"context": arguments.context}
     check_stamp(arguments.model(name).parent / "made_by.json", made_by)
@@ -318,6 +320,15 @@ def compare(arguments: Arguments) -> list[dict[str, Any]]:
         atomic_write(Path(arguments.output_dir, "table.md"), as_markdown(results, parse_lengths(arguments.lengths)))
         draw(results, Path(arguments.output_dir, "plot.png"))
     return results
+
+
+def _contents(specifications: list[str]) -> list[list[str]]:
+    """Return the training data as a stamp knows them: the names as given, and the hashes of what local files hold."""
+    paths = [Path(split_weight(specification)[0]) for specification in specifications]
+    return [
+        [specification, *(content_hashes(data_files(path)) if path.exists() else ())]
+        for specification, path in zip(specifications, paths, strict=True)
+    ]
 
 
 def main() -> None:

@@ -143,7 +143,9 @@ def start_model(name: str, arguments: Arguments) -> Path:
     is_ours = AutoConfig.from_pretrained(given).model_type == LongEmbedModel.config_class.model_type
     if name == "plain" and is_ours:
         return Path(given)
+    stamp = folder.with_suffix(".json")
     if not folder.exists():
+        stamp.unlink(missing_ok=True)
         if name == "plain":
             model = LongEmbedModel.from_encoder(given)
         else:
@@ -151,6 +153,7 @@ def start_model(name: str, arguments: Arguments) -> Path:
             model.extend_context(65536, "restart", period=BLOCK["size"])
         with atomic_folder(folder) as temporary:
             model.eval().save_pretrained(temporary, title=name)
+    check_stamp(stamp, {"model": ModelFolder.find(given).revision})
     return folder
 
 

@@ -3,16 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
-from common.files import atomic_folder, write_jsonl
+from common.files import atomic_folder, sha256_file, write_jsonl
 from common.jsonl import read_text_columns
 from common.sentences import SENTENCE_END
 from eval import questions
 from eval.tasks.task_files import write_task_files
-from experiments.training_runs import run_script
+from experiments.training_runs import check_stamp, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
 MINE = ROOT / "training" / "mine_negatives.py"
@@ -163,6 +165,16 @@ DATA: dict[str, Callable[[DataArguments, Path], None]] = {
     "mined_by_bm25": lambda arguments, path: write_mined("bm25", arguments, path),
 }
 
+# The options that the data depend on.
+MADE_FROM = {
+    "questions": ("questions", "judge_from"),
+    "titles": ("titles", "judged_titles"),
+    "sentences": ("titles", "judged_titles", "sentences"),
+    "documents": ("documents", "document_words", "judged_documents"),
+    "mined_by_teacher": ("questions", "judge_from", "teacher"),
+    "mined_by_bm25": ("questions", "judge_from"),
+}
+
 
 def data_file(name: str, arguments: DataArguments) -> Path:
     """Return a file of training data, which is made if it does not exist.
@@ -172,11 +184,27 @@ def data_file(name: str, arguments: DataArguments) -> Path:
         arguments: parsed command-line options.
 
     Raises:
-        UserError: an option is missing, or its file is malformed or too short.
+        UserError: an option is missing, its file is malformed or too short, or an existing file was made from others.
     """
     if name not in DATA:
         return arguments.given(name)
     path = arguments.data / f"{name}.jsonl"
+    stamp = path.with_suffix(".made_by.json")
     if not path.exists():
+        stamp.unlink(missing_ok=True)
         DATA[name](arguments, path)
+    check_stamp(stamp, {option: _content(arguments, option) for option in MADE_FROM[name]})
     return path
+
+
+def _content(arguments: DataArguments, option: str) -> Any:
+    """Return the value of an option; of a file the hash of its content, of the teacher its revision."""
+    value = getattr(arguments, option)
+    if not isinstance(value, str) and value is not None:
+        return value
+    given = arguments.given(option)
+    if option == "teacher":
+        return ModelFolder.find(str(given)).revision
+    if not given.is_file():
+        raise UserError(f"--{option} {given}: there is no such file")
+    return sha256_file(given)

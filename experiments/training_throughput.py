@@ -15,6 +15,7 @@ Every number comes from a fresh process, and the repeats are interleaved. Each s
 setting that takes no more memory.
 """
 
+import hashlib
 import json
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -27,10 +28,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from common.arguments import parse
+from common.encoders.model_folder import ModelFolder
 from common.errors import UserError, run
-from common.files import atomic_write
+from common.files import atomic_folder, atomic_write
 from common.jsonl import read_text_columns
 from common.patterns import parse_pattern
+from common.provenance import computed_by
 from eval.report.markdown import markdown_table
 from eval.speed.growth import GB
 from eval.speed.lengths import parse_lengths
@@ -154,21 +157,28 @@ def compare(arguments: Arguments) -> str:
 
 
 def _models(base: str, pattern: str, context: int, output: Path) -> dict[str, str]:
-    """Make the folders that the two sides load, if they are missing: side -> folder."""
+    """Make the folders that the two sides load, if they are missing: side -> folder.
+
+    The name of a folder holds a hash of all that it is made from.
+    """
     chosen = parse_pattern(pattern)
-    ours, native = output / f"model-{chosen['type']}-{context}", output / f"native-{context}"
-    if not ours.exists():
+    made_by = [ModelFolder.find(base).revision, chosen, context, computed_by("modeling_longembed")]
+    key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:12]
+    ours, native = output / f"model-{chosen['type']}-{context}-{key}", output / f"native-{context}-{key}"
+    if not ours.exists() or (chosen["type"] == "full" and not native.exists()):
         choices: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_dropout": 0.0, "attention_patterns": chosen}
         model = LongEmbedModel.from_encoder(
             base, max_position_embeddings=context, position_extension="repeat", **choices
         )
-        model.save_pretrained(str(ours))
-        if chosen["type"] == "full" and not native.exists():
-            model.to_native(native)
-            config = json.loads((native / "config.json").read_text())
-            if config["model_type"] != "bert":
-                raise UserError(f"--base_model {base}: is a {config['model_type']} model; give a BERT")
-            (native / "config.json").write_text(json.dumps(config | {"attention_probs_dropout_prob": 0.0}))
+        with atomic_folder(ours) as temporary:
+            model.save_pretrained(temporary, title=ours.name)
+        if chosen["type"] == "full":
+            with atomic_folder(native) as temporary:
+                model.to_native(temporary)
+                config = json.loads((temporary / "config.json").read_text())
+                if config["model_type"] != "bert":
+                    raise UserError(f"--base_model {base}: is a {config['model_type']} model; give a BERT")
+                (temporary / "config.json").write_text(json.dumps(config | {"attention_probs_dropout_prob": 0.0}))
     return {OURS: str(ours), PUBLISHED: str(native if chosen["type"] == "full" else ours)}
 
 

@@ -198,6 +198,10 @@ def test_long_documents_are_judged_apart_from_those_that_train(findings_argument
     bodies = {row["abstract"]: row["body"] for row in rows}
     assert [text for _, (text,) in corpus] == [bodies[abstract] for abstract in judged]
     assert len(judged) == 4
+    assert findings_data.data_file("documents", findings_arguments) == path
+    write_rows(tmp_path / "documents.jsonl", [row | {"title": f"u{n}"} for n, row in enumerate(rows)])
+    with pytest.raises(UserError, match="was made from another model, recipe or data"):
+        findings_data.data_file("documents", findings_arguments)
     assert {*trained, *judged} == {f"a{n}" for n in range(5, 20)}  # the others are too short
     assert not {*trained} & {*judged}
 

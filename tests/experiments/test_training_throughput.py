@@ -64,6 +64,17 @@ def test_dropout_is_off_on_both_sides(bert_folder, tmp_path):
     assert published.hidden_dropout_prob == published.attention_probs_dropout_prob == 0
 
 
+def test_models_are_kept_under_all_that_they_are_made_from(bert_folder, tmp_path, edit_code):
+    def ours(pattern: str) -> str:
+        return training_throughput._models(bert_folder, pattern, LENGTH, tmp_path)[OURS]
+
+    first = ours("block:size=8")
+    assert ours("block:size=8") == first != ours("block:size=16")
+    assert LongEmbedModel.from_pretrained(ours("block:size=16")).config.attention_patterns[0]["size"] == 16
+    edit_code("modeling_longembed")
+    assert ours("block:size=8") != first
+
+
 def test_the_fastest_within_the_memory_is_compared():
     """Ours is fastest where it takes too much; what fits is twice as fast as the best of the others."""
     figures = {(OURS, 1): (2.0, 3e9), (OURS, 9): (1.0, 8e9), (PUBLISHED, 1): (8.0, 2e9), (PUBLISHED, 9): (4.0, 5e9)}
