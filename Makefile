@@ -8,7 +8,7 @@ PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup
 PYTEST = -m pytest -q --promises $(PARALLEL)
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: help demo test test-all test-isa test-lower lint docs reference clean
+.PHONY: help demo test test-all fuzz kill-test test-isa test-lower lint docs reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,12 @@ lint: $(VENV)/.stamp-dev ## style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+fuzz: $(VENV)/.stamp-dev ## 1,000 bad inputs for the scripts, each refused in one sentence; goes on where it was stopped
+	$(BIN)/python -m tests.fuzz --count 1000 --folder runs/fuzz
+
+kill-test: $(VENV)/.stamp-dev ## runs killed 100 times at random moments end like those left alone; goes on likewise
+	$(BIN)/python -m tests.kill --count 100 --folder runs/kill
 
 test-lower: ## the tests with the lowest versions that pyproject.toml allows
 	$(MAKE) --no-print-directory VENV=.venv-lower CONSTRAINTS=constraints-lower.txt .venv-lower/.stamp-dev

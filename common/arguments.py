@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,11 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from common.conditions import Options, conditions_of, words_of
-from common.errors import UserError
+from common.errors import UserError, one_line
+from common.files import check_output
+from common.ranges import contains, words_of_range
+
+_OURS = ("applies", "within", "output")  # what an option declares beside its help: see `parse`
 
 
 class _Parser(HfArgumentParser):
@@ -20,27 +25,55 @@ class _Parser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        # transformers hands all metadata on to argparse, which does not know our `applies`.
-        metadata = {name: value for name, value in field.metadata.items() if name != "applies"}
+        # transformers hands all metadata on to argparse, which does not know ours.
+        metadata = {name: value for name, value in field.metadata.items() if name not in _OURS}
         if conditions := conditions_of(field):
             metadata["help"] = f"{metadata['help']} (applies {words_of(conditions)})"
+        if interval := field.metadata.get("within"):
+            metadata["help"] = f"{metadata['help']} ({words_of_range(interval)})"
         plain: Any = dataclasses.field(default=field.default, default_factory=field.default_factory, metadata=metadata)
         plain.name, plain.type = field.name, field.type
         HfArgumentParser._parse_dataclass_field(parser, plain)
+        for action in parser._actions:
+            if action.dest == field.name:
+                action.type = _checked(action.type, field.metadata.get("within"))
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the arguments)")
+        raise UserError(f"{one_line(message, most=400)} (--help lists the arguments)")
 
-    def complain_of_unknown(self, names: Sequence[str], where: str) -> NoReturn:
+    def complain_of_unknown(self, names: Sequence[str], where: str, prefix: str = "") -> NoReturn:
         """Raise a `UserError` about unknown arguments that suggests the valid name closest to the first of them."""
-        valid = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(names[0].lstrip("-").split("=")[0], valid, n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists the arguments"
-        raise UserError(f"unknown argument {' '.join(names)} {where} ({hint})")
+        valid = [action.dest for action in self._actions]
+        near = difflib.get_close_matches(names[0].lstrip("-").split("=")[0].replace("-", "_"), valid, n=1)
+        hint = f"did you mean {prefix}{near[0]}?" if near else "--help lists the arguments"
+        raise UserError(f"unknown argument {one_line(' '.join(names), most=400)} {where} ({hint})")
+
+
+def _checked(kind: Any, interval: str | None) -> Any:
+    """Return what reads a word of an option of a type: no option has a use for a NaN or for an empty text."""
+
+    def read(word: str) -> Any:
+        if kind is str and not word.strip():
+            raise argparse.ArgumentTypeError("is empty; give a value, or leave the argument out")
+        value = kind(word)
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{word} is no finite number")
+        if kind is int and abs(value) >= 1 << 63:
+            raise argparse.ArgumentTypeError(f"{word[:40]} is too large")
+        if interval is not None and not contains(interval, value):
+            raise argparse.ArgumentTypeError(f"{word}: must be {words_of_range(interval)}")
+        return value
+
+    read.__name__ = getattr(kind, "__name__", "value")  # argparse names it in its errors
+    return read if kind in (str, int, float) else kind
 
 
 def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """Fill dataclasses from `--config recipe.yaml` and from the command line, which takes precedence.
+
+    Beside its help text the metadata of a field may declare when it applies (`applies`, see `common.conditions`), the
+    range of its number (`within`, see `common.ranges`), and that it names what the script writes (`output`: `folder` or
+    `file`), which is tried before the script begins.
 
     Args:
         *dataclass_types: dataclasses as `transformers.HfArgumentParser` takes them (help texts in `metadata`). Their
@@ -52,8 +85,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
 
     Raises:
         UserError: an argument or a key of the recipe is unknown (the closest valid name is suggested), a value has the
-            wrong type, a required argument is missing, the recipe cannot be read, or an argument was given that does
-            not apply, given the others (`common.conditions`).
+            wrong type, is empty, NaN or infinite, or outside its range, a required argument is missing, the recipe
+            cannot be read, an output cannot be written, or an argument was given that does not apply, given the others.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _new_parser(dataclass_types)
@@ -63,10 +96,20 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
         defaults + argv, return_remaining_strings=True, look_for_args_file=False
     )
     if rest:
-        parser.complain_of_unknown(rest, "on the command line")
+        parser.complain_of_unknown(rest, "on the command line", prefix="--")
     given = dict.fromkeys(_given(defaults, dataclass_types), f" in the recipe {recipe.config}")
     Options(instances).check(given | dict.fromkeys(_given(argv, dataclass_types), ""))
+    _check_outputs(instances)
     return tuple(instances)
+
+
+def _check_outputs(instances: Iterable[Any]) -> None:
+    """Check that the script will be able to write the files and folders that its options name."""
+    for instance in instances:
+        for option in dataclasses.fields(instance):
+            kind, value = option.metadata.get("output"), getattr(instance, option.name)
+            if kind is not None and value is not None:
+                check_output(value, option.name, kind)
 
 
 def _config_parser() -> _Parser:

@@ -1,8 +1,18 @@
 """User errors, which scripts print as one sentence instead of a traceback."""
 
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Faults of the machine, or of the place that a user names. That a file is missing may be a mistake of ours.
+_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO, errno.EINVAL),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 class UserError(Exception):
@@ -12,9 +22,35 @@ class UserError(Exception):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """Return the message of an exception without line breaks, to be part of a sentence."""
-    return " ".join(str(error).split())
+def one_line(error: object, most: int = 600) -> str:
+    """Return a message, such as that of an exception, without line breaks, to be part of a sentence.
+
+    Args:
+        error: the exception.
+        most: characters; what is longer is cut off, such as a value that the message repeats.
+    """
+    words = " ".join(str(error).split())
+    return words if len(words) <= most else f"{words[:most]}..."
+
+
+def machine_fault(error: BaseException | None) -> str | None:
+    """Return a sentence for an exception that a full disk or an unusable place on it has caused; None for any other.
+
+    Args:
+        error: the exception. Its causes are looked at too, because libraries wrap such an error in one of their own.
+    """
+    while error is not None:
+        # safetensors writes in Rust, and has the number of the error in its message alone.
+        told = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        name = getattr(error, "filename", None)
+        place = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
+        if number in _FULL:
+            return f"{place}the disk is full ({os.strerror(number)}); make room, and start the same command again"
+        if number in _PLACE:
+            return f"{place or 'a file '}cannot be used ({os.strerror(number)}); give a place that can be written to"
+        error = error.__cause__
+    return None
 
 
 def run(main: Callable[[], None], after_interrupt: str = "the same command goes on where it stopped") -> NoReturn:
@@ -25,15 +61,21 @@ def run(main: Callable[[], None], after_interrupt: str = "the same command goes 
         after_interrupt: how to continue after Ctrl-C; printed when that happens.
 
     Raises:
-        SystemExit: always; 0 after success, 2 after a `UserError` (printed as `error: <sentence>` on stderr), 130 after
-            Ctrl-C. Any other exception is a bug of ours and passes through with its traceback.
+        SystemExit: always; 0 after success, 2 after a `UserError` or a `machine_fault` (printed as `error: <sentence>`
+            on stderr), 130 after Ctrl-C. Any other exception is a bug of ours and passes through with its traceback.
     """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error, most=1500)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"interrupted: {after_interrupt}", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        fault = machine_fault(error)
+        if fault is None:
+            raise
+        print(f"error: {one_line(fault)}", file=sys.stderr)
+        raise SystemExit(2) from None
     raise SystemExit(0)

@@ -1,5 +1,6 @@
 """Atomic writes of files and folders: they are written under a temporary name, flushed to disk, and renamed."""
 
+import errno
 import gzip
 import hashlib
 import json
@@ -11,6 +12,44 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from common.errors import UserError
+
+
+def check_output(path: str | Path, option: str, kind: str = "folder") -> None:
+    """Check that a script will be able to write its output, before it works for hours. Nothing is left behind.
+
+    Args:
+        path: the folder or file to write.
+        option: name of the option that gives it, for the error.
+        kind: `folder` or `file`.
+
+    Raises:
+        UserError: something else is at that place, or nothing can be written there.
+    """
+    path = Path(path)
+    place = f"--{option} {path}"
+    try:
+        if kind == "folder" and path.exists() and not path.is_dir():
+            raise UserError(f"{place}: is no folder; name another place")
+        if kind == "file":
+            if path.is_dir():
+                raise UserError(f"{place}: is a folder; name a file in it")
+            _check_regular(path)
+        folder = path if kind == "folder" else path.parent
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+        if not existing.is_dir():
+            raise UserError(f"{place}: {existing} is no folder; name another place")
+        (trial := _temporary(existing / path.name)).mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise UserError(f"{place}: cannot be written ({error.strerror}); name another place") from None
+
+
+def _check_regular(path: Path) -> None:
+    """Raise an error if a rename would put a file in the place of a device, as root is allowed to."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "Is no regular file", str(path))
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -43,6 +82,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 def _atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield the path of a temporary file that is renamed to `path` after the block, or removed if the block raises."""
     path = Path(path)
+    _check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -100,19 +140,36 @@ def sha256_file(path: str | Path) -> str:
 
 def _temporary(path: Path) -> Path:
     """Return a new name next to `path` (renames are atomic within one file system only) that names the process."""
-    return path.with_name(f".{path.name}.tmp-{platform.node()}-{os.getpid()}-{secrets.token_hex(4)}")
+    owner = f"{os.getpid()}-{_start_of(os.getpid())}"
+    return path.with_name(f".{path.name}.tmp-{platform.node()}-{owner}-{secrets.token_hex(4)}")
+
+
+def _start_of(process: int) -> str:
+    """Return when a process started, in the clock ticks of /proc: its number may be that of an earlier one.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
+    os.kill(process, 0)
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:  # not Linux
+        return "0"
 
 
 def _remove_leftovers(path: Path) -> None:
     """Remove what killed processes of this machine left while they wrote `path`, but not what a live one is writing."""
     prefix = f".{path.name}.tmp-{platform.node()}-"
     for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+        process, start, *_ = leftover.name.removeprefix(prefix).split("-")
         try:
-            os.kill(int(leftover.name.removeprefix(prefix).split("-")[0]), 0)
+            alive = _start_of(int(process)) == start
         except ProcessLookupError:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            alive = False
         except PermissionError:
-            pass  # the process is alive and belongs to another user
+            alive = True  # it belongs to another user
+        if not alive:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
 
 def _fsync(path: Path) -> None:

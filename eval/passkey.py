@@ -53,7 +53,7 @@ class Arguments:
             "causal language models as generate:PATH, where PATH may be a .gguf file"
         }
     )
-    output_dir: str = field(metadata={"help": "folder of results.json, table.md and heatmap.png"})
+    output_dir: str = field(metadata={"help": "folder of results.json, table.md and heatmap.png", "output": "folder"})
     lengths: list[str] = field(
         default_factory=lambda: ["256,512,1024,2048,4096,8192"],
         metadata={"help": "tokens of a document, or of prompt and key together"},

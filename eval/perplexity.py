@@ -62,7 +62,7 @@ class Arguments:
     data: str = field(
         metadata={"help": ".txt file, .jsonl or .jsonl.gz file with text fields, or a folder of such files"}
     )
-    output_dir: str = field(metadata={"help": "folder of results.json, table.md and plot.png"})
+    output_dir: str = field(metadata={"help": "folder of results.json, table.md and plot.png", "output": "folder"})
     lengths: list[str] = field(
         default_factory=lambda: ["512,2048,8192"],
         metadata={"help": "context lengths: tokens that are read, with special tokens"},

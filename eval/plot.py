@@ -16,7 +16,7 @@ class Arguments:
     """Options of the script."""
 
     results_dir: str = field(metadata={"help": "the output_dir of eval/mteb_long.py"})
-    output: str = field(metadata={"help": "the PNG file"})
+    output: str = field(metadata={"help": "the PNG file", "output": "file"})
 
 
 def main() -> None:

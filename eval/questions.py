@@ -24,9 +24,15 @@ class Arguments:
     """Options of the script."""
 
     data: str = field(metadata={"help": ".jsonl or .jsonl.gz file with the fields question and long_answer"})
-    output_dir: str = field(metadata={"help": "folder of the task, such as my_tasks/Questions; it is replaced"})
+    output_dir: str = field(
+        metadata={"help": "folder of the task, such as my_tasks/Questions; it is replaced", "output": "folder"}
+    )
     judge_from: int = field(
-        default=0, metadata={"help": "first row, counted from 0, whose question is a query; those before may train"}
+        default=0,
+        metadata={
+            "help": "first row, counted from 0, whose question is a query; those before may train",
+            "within": "[0, inf)",
+        },
     )
 
 

@@ -93,7 +93,9 @@ def write_synthetic_task(
 class Arguments:
     """Options of the script."""
 
-    output_dir: str = field(metadata={"help": "folder in which the task folders Passkey/ and Needle/ are made"})
+    output_dir: str = field(
+        metadata={"help": "folder in which the task folders Passkey/ and Needle/ are made", "output": "folder"}
+    )
     tokenizer: str = field(metadata={"help": "folder or Hub id of the tokenizer that counts the tokens"})
     tasks: list[str] = field(default_factory=lambda: list(NEEDLES), metadata={"help": "passkey, needle"})
     lengths: list[int] = field(

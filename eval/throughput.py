@@ -44,7 +44,7 @@ from modeling_longembed.attention_longembed import check_kernel
 class Arguments:
     """Options of the script, in addition to those of the workload."""
 
-    output_dir: str = field(metadata={"help": "folder of results.json, table.md and plot.png"})
+    output_dir: str = field(metadata={"help": "folder of results.json, table.md and plot.png", "output": "folder"})
     attention_patterns: list[str] = field(
         default_factory=list,
         metadata={

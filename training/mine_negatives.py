@@ -106,7 +106,9 @@ class Arguments:
         metadata={"help": "the teacher, as in eval/mteb_long.py: a folder or Hub id, chunk-max:PATH:256, ..., bm25"}
     )
     data: str = field(metadata={"help": "pairs, as an entry of --train_data of training/contrastive.py"})
-    output: str = field(metadata={"help": "JSON-lines file to write, gzipped if its name ends in .gz"})
+    output: str = field(
+        metadata={"help": "JSON-lines file to write, gzipped if its name ends in .gz", "output": "file"}
+    )
     corpus: str | None = field(
         default=None, metadata={"help": "more documents to choose from beside all positives, with a column text"}
     )

@@ -35,7 +35,7 @@ class ParagraphVectorArguments:
             "with one document per row"
         }
     )
-    output_dir: str = field(metadata={"help": "folder for final/ and report.json"})
+    output_dir: str = field(metadata={"help": "folder for final/ and report.json", "output": "folder"})
     eval_data: list[str] = field(default_factory=list, metadata={"help": "held-out documents, given in the same way"})
     text_column: str = field(default="text", metadata={"help": "the column that holds the documents"})
     id_column: str | None = field(

@@ -51,7 +51,7 @@ class PruningArguments:
         metadata={"help": "labelled pairs, anchor and positive: .jsonl, .jsonl.gz, .parquet, or org/name on the Hub"}
     )
     depth: int = field(metadata={"help": "number of layers, or sublayers, to keep"})
-    output_dir: str = field(metadata={"help": "folder of search.json and final/"})
+    output_dir: str = field(metadata={"help": "folder of search.json and final/", "output": "folder"})
     unit: Literal["layer", "sublayer"] = field(
         default="layer",
         metadata={

@@ -45,7 +45,7 @@ class VocabularyArguments:
     train_data: list[str] = field(
         metadata={"help": "the corpus: .jsonl, .jsonl.gz, .parquet, a folder of these, or org/name on the Hub"}
     )
-    output_dir: str = field(metadata={"help": "folder of final/, the trimmed model"})
+    output_dir: str = field(metadata={"help": "folder of final/, the trimmed model", "output": "folder"})
     text_column: str = field(default="text", metadata={"help": "the column that holds the texts"})
     min_count: int = field(default=1, metadata={"help": "occurrences that a token needs to be kept"})
 

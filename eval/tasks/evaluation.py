@@ -28,7 +28,7 @@ class EvaluationArguments:
             "bm25"
         }
     )
-    output_dir: str = field(metadata={"help": "folder of the results and of the cached vectors"})
+    output_dir: str = field(metadata={"help": "folder of the results and of the cached vectors", "output": "folder"})
     max_length: int | None = field(
         default=None, metadata={"help": "maximum tokens of a text that a model reads; baselines have their own N"}
     )

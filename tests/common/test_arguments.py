@@ -53,9 +53,9 @@ def test_command_line_wins_over_recipe_and_recipe_over_defaults(recipe):
 
 # Whatever PyYAML writes for a value, `parse` reads the same value back.
 @given(
-    name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
-    rate=st.floats(allow_nan=False),
-    steps=st.none() | st.integers(),
+    name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip),
+    rate=st.floats(allow_nan=False, allow_infinity=False),
+    steps=st.none() | st.integers(-(2**63) + 1, 2**63 - 1),
     data=st.lists(st.text("abc:/.0123456789", min_size=1), min_size=1),
     flags=st.tuples(st.booleans(), st.booleans()),
 )

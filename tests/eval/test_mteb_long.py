@@ -165,7 +165,7 @@ def test_chunk_vectors_are_computed_once_for_mean_and_max(
         ({"--batch_tokens": ["0"]}, "--batch_tokens 0 must be positive"),
         ({"--precision": ["half"]}, "--precision half is not one of auto, float32, bfloat16"),
         ({"--tasks": ["Plants"]}, "Plants holds no task"),
-        ({"--task": ["Animals"]}, "did you mean tasks?"),
+        ({"--task": ["Animals"]}, "did you mean --tasks?"),
         ({"--data_dir": ["/no/such/folder"]}, "--data_dir /no/such/folder is not a folder"),
     ],
 )

@@ -6,20 +6,15 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from tests.training.tiny_training import (
     SCRIPTS,
-    SPECIALS,
-    WORDS,
     random_documents,
     random_pairs,
     tiny_config,
+    word_tokenizer,
     write_jsonl,
 )
 from training import contrastive
@@ -30,14 +25,9 @@ def tiny_encoder() -> LongEmbedModel:
     return LongEmbedModel(tiny_config())
 
 
-@pytest.fixture(scope="session")
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = [*SPECIALS, *WORDS, *map(str, range(10))]
-    core = Tokenizer(WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
-    core.pre_tokenizer = Whitespace()
-    core.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
-    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=128, **names)
+@pytest.fixture(scope="session", name="word_tokenizer")
+def _word_tokenizer() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_the_final_tokenizer_does_not_cut_off(train_contrastive, model_folder):
         ("--max_length 129", r"--max_length 129: must be at most 128, the context of"),
         ("--query_max_length 2", r"--query_max_length 2: must be"),
         ("--temperature 0", r"--temperature 0.0: must be more than 0"),
-        ("--temprature 1", r"unknown argument --temprature .*did you mean temperature"),
+        ("--temprature 1", r"unknown argument --temprature .*did you mean --temperature"),
     ],
 )
 def test_a_mistake_is_one_sentence(train_contrastive, tmp_path, options, complaint):

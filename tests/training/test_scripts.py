@@ -109,7 +109,7 @@ def test_going_on_with_something_else_is_refused(train_script, script, inputs, t
         ),
         ("{size} 0", r"{size} 0: must be more than 0"),
         ("--tuning all", r"--tuning.*: invalid choice: 'all'"),
-        ("--learning_rat 1", r"unknown argument --learning_rat .*did you mean learning_rate"),
+        ("--learning_rat 1", r"unknown argument --learning_rat .*did you mean --learning_rate"),
         ("--learning_rate fast", r"--learning_rate.*: invalid float value: 'fast'"),
         ("--train_data nowhere.jsonl", r"nowhere.jsonl: no such file"),
         ("--eval_data nowhere.jsonl", r"nowhere.jsonl: no such file"),

@@ -12,6 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from modeling_longembed import LongEmbedConfig
 from training import compression, contrastive, distillation, pretraining
@@ -79,6 +84,16 @@ def tiny_config(**changes) -> LongEmbedConfig:
         "hidden_dropout_prob": 0.0,
     }
     return LongEmbedConfig(**(options | changes))
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each of our words and for each digit."""
+    vocabulary = [*SPECIALS, *WORDS, *map(str, range(10))]
+    core = Tokenizer(WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    core.pre_tokenizer = Whitespace()
+    core.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=128, **names)
 
 
 def random_pairs(count: int, seed: int = 0, negatives: int = 0) -> list[dict[str, str]]:

@@ -36,7 +36,10 @@ class DocumentArguments:
     )
     eval_sequence_length: int | None = field(
         default=None,
-        metadata={"help": "sequence length of held-out documents; the last one of training by default"},
+        metadata={
+            "help": "sequence length of held-out documents; the last one of training by default",
+            "within": "[1, inf)",
+        },
     )
     per_device_train_tokens: int = field(
         default=65536, metadata={"help": "tokens per batch and process, whatever the sequence length"}

@@ -76,7 +76,8 @@ def save_checkpoint(
     """
     with atomic_folder(folder / f"step-{progress.step}") as temporary:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
-        torch.save(state, temporary / STATE)
+        with open(temporary / STATE, "wb") as file:  # by name, torch would not say why it cannot be written
+            torch.save(state, file)
         complete = {
             **asdict(progress),
             "sha256": {name: sha256_file(temporary / name) for name in (WEIGHTS, STATE)},
@@ -84,6 +85,16 @@ def save_checkpoint(
         }
         # Written last: a folder without it, such as a half-made copy, is not taken for a checkpoint.
         (temporary / COMPLETE).write_text(json.dumps(complete, indent=2))
+    remove_old(folder, keep)
+
+
+def remove_old(folder: Path, keep: int | None) -> None:
+    """Remove the oldest checkpoints, and what is left of one that a killed process was removing.
+
+    Args:
+        folder: where the checkpoints are.
+        keep: number of checkpoints to keep; None: all.
+    """
     if keep is not None:
         for path in _step_folders(folder)[keep:]:
             shutil.rmtree(path)

@@ -31,6 +31,7 @@ from training.engine.checkpoints import (
     Progress,
     find_checkpoint,
     has_checkpoints,
+    remove_old,
     save_checkpoint,
 )
 from training.engine.distributed import average_gradients, broadcast, mean_over_processes, settle
@@ -63,7 +64,9 @@ class LoopArguments(OptimizerArguments):
         UserError: a number of steps is not positive, or nothing is to be trained.
     """
 
-    output_dir: str = field(metadata={"help": "folder for checkpoints/, metrics.jsonl, tensorboard/ and final/"})
+    output_dir: str = field(
+        metadata={"help": "folder for checkpoints/, metrics.jsonl, tensorboard/ and final/", "output": "folder"}
+    )
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes through the training data"})
     max_steps: int = field(default=-1, metadata={"help": "optimiser steps; overrides --num_train_epochs if positive"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimiser step"})
@@ -71,15 +74,18 @@ class LoopArguments(OptimizerArguments):
         default=False, metadata={"help": "recompute activations in the backward pass: less memory, slower"}
     )
     bf16: bool = field(default=False, metadata={"help": "compute in bfloat16 (weights stay float32)"})
-    seed: int = field(default=42, metadata={"help": "random seed"})
+    seed: int = field(default=42, metadata={"help": "random seed", "within": "[0, 4294967295]"})
     dataloader_num_workers: int = field(
-        default=1, metadata={"help": "processes that tokenize ahead; 0: tokenize in the training process"}
+        default=1,
+        metadata={"help": "processes that tokenize ahead; 0: tokenize in the training process", "within": "[0, inf)"},
     )
     logging_steps: int = field(default=10, metadata={"help": "steps between two lines of metrics.jsonl"})
     report_to: Literal["tensorboard", "none"] = field(
         default="tensorboard", metadata={"help": "tracker that metrics go to, in addition to metrics.jsonl"}
     )
-    eval_steps: int = field(default=0, metadata={"help": "steps between two evaluations; 0: only after the last step"})
+    eval_steps: int = field(
+        default=0, metadata={"help": "steps between two evaluations; 0: only after the last step", "within": "[0, inf)"}
+    )
     save_steps: int = field(default=500, metadata={"help": "steps between two checkpoints; the last step makes one"})
     save_total_limit: int | None = field(default=2, metadata={"help": "number of checkpoints to keep"})
     resume_from_checkpoint: str | None = field(
@@ -488,6 +494,8 @@ class Loop:
                 "start anew in another --output_dir"
             )
         tensors, stored = self.checkpoint.load()
+        if self.is_main and arguments.resume_from_checkpoint == "last":
+            remove_old(self.output_dir / "checkpoints", arguments.save_total_limit)
         _check_tensors(state.tensors, tensors, path)
         with torch.no_grad():
             for name, tensor in state.tensors.items():

@@ -21,17 +21,27 @@ class OptimizerArguments:
 
     learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of AdamW"})
     weight_decay: float = field(
-        default=0.01, metadata={"help": "weight decay of matrices; biases, norms and embedding tables have none"}
+        default=0.01,
+        metadata={
+            "help": "weight decay of matrices; biases, norms and embedding tables have none",
+            "within": "[0, inf)",
+        },
     )
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta"})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "maximum norm of the gradient; 0: no clipping"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta", "within": "[0, 1)"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's second beta", "within": "[0, 1)"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon", "within": "[0, inf)"})
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "maximum norm of the gradient; 0: no clipping", "within": "[0, inf)"}
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = field(
         default="linear", metadata={"help": "schedule of the learning rate after the warm-up"}
     )
-    warmup_ratio: float = field(default=0.0, metadata={"help": "fraction of the steps that the warm-up takes"})
-    warmup_steps: int = field(default=0, metadata={"help": "steps of the warm-up; overrides --warmup_ratio"})
+    warmup_ratio: float = field(
+        default=0.0, metadata={"help": "fraction of the steps that the warm-up takes", "within": "[0, 1]"}
+    )
+    warmup_steps: int = field(
+        default=0, metadata={"help": "steps of the warm-up; overrides --warmup_ratio", "within": "[0, inf)"}
+    )
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:

@@ -20,20 +20,22 @@ class ModelArguments:
         default=False, metadata={"help": "run the code in the model's folder instead of the installed package"}
     )
     dropout: float | None = field(
-        default=None, metadata={"help": "dropout of hidden states; the model's own if not given"}
+        default=None, metadata={"help": "dropout of hidden states; the model's own if not given", "within": "[0, 1)"}
     )
     attention_dropout: float | None = field(
         default=None,
         metadata={
             "help": "dropout of attention probabilities; the model's own if not given. With 0, full attention on a CPU "
-            "is faster, and its memory grows linearly with the length instead of quadratically"
+            "is faster, and its memory grows linearly with the length instead of quadratically",
+            "within": "[0, 1)",
         },
     )
     layerdrop: float | None = field(
         default=None,
         metadata={
             "help": "probability that a training step skips a layer, so that layers can be pruned later (LayerDrop); "
-            "the model's own if not given"
+            "the model's own if not given",
+            "within": "[0, 1)",
         },
     )
     layerdrop_unit: Literal["layer", "sublayer"] | None = field(

@@ -47,14 +47,18 @@ class RelationArguments:
     )
     relation_heads: int = field(
         default=48,
-        metadata={"help": "number of relation heads of minilmv2; divides the attention width of both models"},
+        metadata={
+            "help": "number of relation heads of minilmv2; divides the attention width of both models",
+            "within": "[1, inf)",
+        },
     )
     teacher_layer: int | None = field(
         default=None,
         metadata={"help": "number of the teacher's attention layer to distil, from 1; default: the last"},
     )
     attention_weight: float = field(
-        default=1.0, metadata={"help": "weight of the attention distributions in minilm; 0: not computed"}
+        default=1.0,
+        metadata={"help": "weight of the attention distributions in minilm; 0: not computed", "within": "[0, inf)"},
     )
     query_weight: float = field(
         default=1.0, metadata={"help": "weight of the query relations in minilmv2; 0: not computed"}

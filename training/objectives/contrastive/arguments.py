@@ -60,7 +60,8 @@ class ObjectiveArguments:
         default=0.0,
         metadata={
             "help": "logarithm of the weight of a row's own hard negatives, added to their scores; 0 is neutral, "
-            "--negative_weight=-inf leaves them out"
+            "--negative_weight=-inf leaves them out",
+            "within": "[0, inf)",
         },
     )
     guide_model: str | None = field(

@@ -1,0 +1,82 @@
+"""A sample of `make fuzz`, and what it would not forgive."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from common.errors import UserError
+from tests.fuzz import run
+from tests.fuzz.cases import Case, Edit, collect
+from tests.tiny_inputs import write_inputs
+
+SAMPLE = ("training.contrastive", "eval.questions", "eval.synthetic")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "inputs"
+    write_inputs(folder)
+    return folder
+
+
+def test_bad_inputs_end_with_one_sentence(inputs, tmp_path):
+    options = {script: run.options_of(script) for script in SAMPLE}
+    cases = collect(inputs, options, number=0, count=8)
+    assert len(cases) >= 4
+    ends = {case: run.run_case(case, inputs, tmp_path / case.key) for case in cases[:4]}
+    assert not {case: end for case, end in ends.items() if end.kind not in ("refused", "accepted", "void")}
+    assert "refused" in {end.kind for end in ends.values()}
+
+
+def test_the_same_number_draws_the_same_cases(inputs):
+    options = {"eval.questions": run.options_of("eval.questions")}
+    one, two, other = (collect(inputs, options, number, count=5) for number in (1, 1, 2))
+    assert one == two != other
+
+
+def crash():
+    raise KeyError("absent")
+
+
+def refuse():
+    raise UserError("this is wrong; change it")
+
+
+def leave_half():
+    with open("half.json", "w") as file:
+        file.write('{"a": ')
+    refuse()
+
+
+def refuse_in_python():
+    raise UserError("'NoneType' object has no attribute 'x'")
+
+
+def print_twice():
+    print("error: one")
+    import sys
+
+    print("error: one", file=sys.stderr)
+    refuse()
+
+
+@pytest.mark.parametrize(
+    ("main", "kind", "words"),
+    [
+        (refuse, "refused", "this is wrong"),
+        (lambda: None, "accepted", ""),
+        (crash, "fault", "KeyError: 'absent'"),
+        (leave_half, "fault", "half-written: half.json"),
+        (refuse_in_python, "fault", "'NoneType' is not for a reader"),
+        (print_twice, "fault", "without one sentence"),
+        (lambda: time.sleep(60), "unfinished", ""),
+    ],
+)
+def test_what_is_a_fault(monkeypatch, inputs, tmp_path, main, kind, words):
+    monkeypatch.setattr(run, "main_of", lambda script: SimpleNamespace(main=main).main)
+    case = Case("eval.questions", (), (Edit("in/questions.jsonl", "gone"),))
+    outcome = run.run_case(case, inputs, tmp_path / "case", seconds=1.0 if kind == "unfinished" else 30.0)
+    assert outcome.kind == kind
+    assert words in outcome.detail
+    assert not (tmp_path / "case").exists()
