@@ -52,8 +52,9 @@ def failing(stage: str, status: int):
     """A Hub that fails at the creation of the repository, or at the upload into it."""
 
     def answer(method, path):
+        # A repository that exists (409 at its creation) is what is wanted: the upload into it fails.
         if stage == "create" or path != "/api/repos/create":
-            return status, {}, b'{"error": "something\\nin two lines"}'
+            return status, {}, b'{"error": "something\\nin two lines", "url": "http://127.0.0.1/org/name"}'
         return 200, {}, json.dumps({"url": "http://127.0.0.1/org/name", "type": "user", "name": "x"}).encode()
 
     return answer
