@@ -19,7 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import gather_object, set_seed
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -37,6 +37,7 @@ from training.engine.checkpoints import (
 from training.engine.distributed import average_gradients, broadcast, mean_over_processes, settle
 from training.engine.held_out import Evaluate
 from training.engine.optimizer import (
+    PLATEAU,
     OptimizerArguments,
     make_optimizer,
     make_scheduler,
@@ -312,6 +313,10 @@ class Loop:
         """
         arguments, batches, accumulation = self.arguments, training.batches, self.arguments.gradient_accumulation_steps
         total = self.total_steps(batches)
+        if arguments.lr_scheduler_type == PLATEAU and not (training.evaluate and arguments.eval_steps):
+            raise UserError(
+                f"--lr_scheduler_type {PLATEAU}: waits for a metric of evaluations; give --eval_steps and held-out data"
+            )
         state = self._prepare(training, total)
         progress = self._resume(state, training)
         if progress.ended:
@@ -348,7 +353,9 @@ class Loop:
                 progress.window.clear()
             if training.evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
                 with throughput.paused():
-                    log.write(step, self._evaluate(state.model, training.evaluate))
+                    values = self._evaluate(state.model, training.evaluate)
+                    log.write(step, values)
+                    self._adapt(state.scheduler, values)
             if step % arguments.save_steps == 0 or is_last:
                 with throughput.paused():
                     self._save(state, progress)
@@ -388,7 +395,8 @@ class Loop:
         metrics = self._reduce(found) | {"grad_norm": norm.item()}
         _check_finite(step, metrics, places, self._after_divergence())
         state.optimizer.step()
-        state.scheduler.step()
+        if not isinstance(state.scheduler, ReduceLROnPlateau):
+            state.scheduler.step()
         state.optimizer.zero_grad()
         return metrics, getattr(batch, "bookmark", None)
 
@@ -448,6 +456,15 @@ class Loop:
             values = evaluate(model)
         model.train()
         return values
+
+    def _adapt(self, scheduler: LRScheduler, values: dict[str, float]) -> None:
+        """Tell a schedule that waits for it the metric of an evaluation."""
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            return
+        metric = self.arguments.lr_scheduler_metric
+        if metric not in values:
+            raise UserError(f"--lr_scheduler_metric {metric}: the evaluations have {', '.join(values)}")
+        scheduler.step(gather_object([values[metric]])[0])  # all processes take that of the first one
 
     def _choose_checkpoint(self) -> Checkpoint | None:
         folder, chosen = self.output_dir / "checkpoints", self.arguments.resume_from_checkpoint

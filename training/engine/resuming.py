@@ -13,6 +13,7 @@ from typing import Any
 
 from common.conditions import default_of
 from common.errors import UserError
+from training.engine.optimizer import PLATEAU
 
 # Options that change no number of a training. Of names of models and data it is the content that is compared.
 MAY_CHANGE = frozenset(
@@ -46,7 +47,6 @@ MAY_CHANGE = frozenset(
     }
 )
 # The schedules that read the results of evaluation, and the options that they make count.
-PLATEAU = "reduce_lr_on_plateau"
 EVALUATION = frozenset({"eval_steps", "eval_data", "eval_sequence_length"})
 
 # Options that say what a training starts from: a checkpoint holds what has become of it, so another value would be
