@@ -1,0 +1,114 @@
+"""A file that nobody could ask for is not a file that is not there (a fake Hub, its cache, local folders)."""
+
+import json
+import shutil
+
+import pytest
+
+from modeling_longembed import LongEmbedModel
+from modeling_longembed.hub_files_longembed import TOKENIZER_FILES, find_file
+from tests.fake_hub import COMMIT, fake_hub
+from tests.modeling_longembed.tiny_checkpoints import save_checkpoint
+
+# Every file that is optional in a checkpoint which is converted.
+OPTIONAL = [
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "sentence_roberta_config.json",
+    "1_Pooling/config.json",
+    "README.md",
+    *TOKENIZER_FILES,
+]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(folder, "bert")
+    rows = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [{"name": path, "path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in rows]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode": "cls"}')
+    return folder
+
+
+def serving(folder, failing=(), status=503):
+    """A Hub with the files of a folder, which fails for some of them."""
+
+    def answer(method, path):
+        name = path.partition(f"/resolve/{COMMIT}/")[2] or path.partition("/resolve/main/")[2]
+        headers = {"X-Repo-Commit": COMMIT}
+        if name in failing:
+            return status, {}, b""
+        if not name or not (folder / name).is_file():
+            return 404, headers | {"X-Error-Code": "EntryNotFound"}, b""
+        body = (folder / name).read_bytes()
+        return 200, headers | {"ETag": f'"{name.replace("/", "-")}"'}, body
+
+    return answer
+
+
+def test_a_conversion_from_the_hub_is_that_of_the_folder(checkpoint, tmp_path, monkeypatch):
+    with fake_hub(monkeypatch, tmp_path, serving(checkpoint)) as hub:
+        model = LongEmbedModel.from_encoder("org/name")
+        asked = {path.partition("/resolve/main/")[2] for _, path in hub.requests}
+    assert model.config.pooling == "cls"
+    assert set(OPTIONAL) <= asked  # what is tested below is what a conversion asks for
+
+
+@pytest.mark.parametrize("file", OPTIONAL)
+def test_a_conversion_refuses_where_the_hub_fails_for_any_one_file(file, checkpoint, tmp_path, monkeypatch):
+    with (
+        fake_hub(monkeypatch, tmp_path, serving(checkpoint, [file])),
+        pytest.raises(
+            OSError, match=r"org/name has a file .* could not be found out \(the Hub answered 503\)"
+        ) as error,
+    ):
+        LongEmbedModel.from_encoder("org/name")
+    assert f" {file} " in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500, 502, 503, 504, 0])
+def test_no_failure_of_a_server_is_an_answer(status, checkpoint, tmp_path, monkeypatch):
+    with (
+        fake_hub(monkeypatch, tmp_path, serving(checkpoint, ["modules.json"], status)),
+        pytest.raises(OSError, match="could not be found out") as error,
+    ):
+        find_file("org/name", "modules.json")
+    assert (str(status) in str(error.value)) == (status != 0)
+    assert "\n" not in str(error.value)
+
+
+def test_a_lost_connection_is_no_answer(checkpoint, tmp_path, monkeypatch):
+    with fake_hub(monkeypatch, tmp_path, serving(checkpoint)) as hub:
+        hub.close()
+        with pytest.raises(OSError, match=r"could not be found out \(ConnectError\)|\(ConnectionError\)"):
+            find_file("org/name", "modules.json")
+
+
+def test_offline_the_cache_answers_by_a_file_or_by_a_mark_and_not_by_a_gap(checkpoint, tmp_path, monkeypatch):
+    with fake_hub(monkeypatch, tmp_path, serving(checkpoint)) as hub:
+        found = find_file("org/name", "modules.json")
+        assert find_file("org/name", "vocab.txt") is None  # which leaves a mark
+        for failed in (lambda method, path: (503, {}, b""), None):
+            hub.answer = failed or hub.answer
+            options = {} if failed else {"local_files_only": True}
+            assert find_file("org/name", "modules.json", **options) == found
+            assert find_file("org/name", "vocab.txt", **options) is None
+            with pytest.raises(OSError, match="could not be found out"):
+                find_file("org/name", "README.md", **options)
+
+
+def test_a_local_folder_answers_by_its_listing(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    assert find_file(folder, "modules.json") == str(folder / "modules.json")
+    assert find_file(folder, "config.json", subfolder="1_Pooling") == str(folder / "1_Pooling" / "config.json")
+    assert find_file(folder, "nothing.json") is None
+    assert find_file(folder, "modules.json/config.json") is None
+    (folder / "modules.json").unlink()
+    (folder / "modules.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match=r"modules\.json is a link to a file that is not there"):
+        LongEmbedModel.from_encoder(folder)
