@@ -468,28 +468,39 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        only_predicted: bool = False,  # not "labelled": the Trainer takes a name with "label" for a column of labels
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs,
     ) -> LongEmbedMaskedLMOutput:
         """Compute the vocabulary scores of every token.
 
         Args:
             input_ids, attention_mask, **kwargs: as in `LongEmbedModel.forward`.
-            labels: `(B, S)`, -100 where nothing is predicted. With labels, only the P predicted positions are projected
-                to the vocabulary, and `logits` is `(P, V)`: the logits of a whole long document would not fit into
-                memory.
+            labels: `(B, S)`, -100 where nothing is predicted.
+            only_predicted: project the P positions that have a label to the vocabulary, and no others: the logits of a
+                whole long document may not fit into memory.
+            num_items_in_batch: number that the sum of the cross-entropy is divided by, which transformers' `Trainer`
+                gives: the labels of all batches that it accumulates; None: the number P of labels here.
 
         Returns:
-            `loss` (mean cross-entropy, if labels are given), `logits` (`(B, S, V)` without labels), and `memory` as in
-            the encoder.
+            `loss` (mean cross-entropy, if labels are given), `logits` (`(B, S, V)`, packed `(1, T, V)`; `(P, V)` with
+            `only_predicted`), and `memory` as in the encoder.
+
+        Raises:
+            ValueError: `only_predicted` without labels.
         """
+        if only_predicted and labels is None:
+            raise ValueError("only_predicted=True needs labels, which say where logits are computed")
         outputs = self.model(input_ids, attention_mask=attention_mask, **kwargs, return_dict=True)
         hidden_states, loss = outputs.last_hidden_state, None
+        chosen = None if labels is None else labels != -100
+        logits = self.head(hidden_states[chosen] if only_predicted else hidden_states)
         if labels is not None:
-            chosen = labels != -100
-            logits = self.head(hidden_states[chosen])
-            loss = nn.functional.cross_entropy(logits.float(), labels[chosen])
-        else:
-            logits = self.head(hidden_states)
+            predicted = logits if only_predicted else logits[chosen]
+            loss = nn.functional.cross_entropy(
+                predicted.float(), labels[chosen], reduction="mean" if num_items_in_batch is None else "sum"
+            )
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         return LongEmbedMaskedLMOutput(
             loss=loss,
             logits=logits,

@@ -95,7 +95,7 @@ class LanguageModel:
         with self._autocast():
             if self.model.config.model_type == "longembed":
                 # Only positions with labels are projected to the vocabulary.
-                logits = self.model(input_ids, labels=input_ids.where(chosen, -100)).logits
+                logits = self.model(input_ids, labels=input_ids.where(chosen, -100), only_predicted=True).logits
             else:
                 logits = self.model(input_ids).logits[chosen]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

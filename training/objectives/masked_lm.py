@@ -80,7 +80,7 @@ class MaskedLanguageModel(LossModule):
 
     def forward(self, chunk: MaskedChunk) -> Metrics:
         """Compute sums over a chunk: losses and right predictions of tokens and of pairs, and auxiliary losses."""
-        inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "labels": chunk.labels}
+        inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "labels": chunk.labels, "only_predicted": True}
         inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
         if self.next_sentence is not None:
             inputs |= {"token_type_ids": chunk.token_type_ids, "output_hidden_states": True}
@@ -89,7 +89,7 @@ class MaskedLanguageModel(LossModule):
             inputs["output_hidden_states"] = True
         everywhere = auxiliary is not None and auxiliary.needs_all_logits
         if everywhere:
-            del inputs["labels"]
+            del inputs["labels"], inputs["only_predicted"]
         output = self.model(**inputs)
         chosen = chunk.labels >= 0
         labels = chunk.labels[chosen]

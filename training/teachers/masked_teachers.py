@@ -129,7 +129,7 @@ class MaskedTeachers:
         inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "token_type_ids": chunk.token_type_ids}
         inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
         if not self.needs_all_logits:
-            inputs["labels"] = chunk.labels
+            inputs |= {"labels": chunk.labels, "only_predicted": True}
         if self.needs_hidden_states:
             inputs["output_hidden_states"] = True
         with torch.no_grad():

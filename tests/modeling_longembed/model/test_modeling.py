@@ -236,10 +236,22 @@ def test_the_loss_is_that_of_all_scores(build_tiny_model):
     assert scores.shape == (*labels.shape, 64)
     expected = torch.nn.functional.cross_entropy(scores.transpose(1, 2), labels)
     torch.testing.assert_close(output.loss, expected, atol=1e-6, rtol=0)
-    torch.testing.assert_close(output.logits, scores[labels != -100], atol=1e-6, rtol=0)
-    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (output.loss, expected)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(output.logits, scores, atol=1e-6, rtol=0)
+    chosen = model(**batch, labels=labels, only_predicted=True)
+    torch.testing.assert_close(chosen.logits, scores[labels != -100], atol=1e-6, rtol=0)
+    lengths = batch["attention_mask"].sum(1)
+    real = batch["attention_mask"] > 0
+    packed = {"input_ids": batch["input_ids"][real][None], "labels": labels[real][None]}
+    packed["cu_seq_lens_q"] = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    rows = model(**packed)
+    torch.testing.assert_close(rows.logits[0], scores[real], atol=1e-5, rtol=0)
+    losses = (expected, output.loss, chosen.loss, rows.loss, model(**packed, only_predicted=True).loss)
+    theirs, *gradients = (torch.autograd.grad(loss, list(model.parameters())) for loss in losses)
+    for ours in gradients:
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"^only_predicted=True needs labels"):
+        model(**batch, only_predicted=True)
 
 
 def test_the_projection_is_tied_to_the_word_embeddings(build_tiny_model):
