@@ -16,6 +16,10 @@ from safetensors import SafetensorError, safe_open
 from common.errors import UserError, one_line
 from common.files import sha256_file
 from common.provenance import computed_by, device_kind
+from modeling_longembed.hub_files_longembed import CLIENT_ERROR, find_file
+
+# Files without which sentence-transformers builds another model from the same weights.
+SETTINGS = ("modules.json", "config_sentence_transformers.json")
 
 # Documents, and weights for other frameworks: no vector depends on them.
 _WITHOUT_INFLUENCE = (".md", ".png", ".jpg", ".svg", ".pdf", ".onnx", ".h5", ".msgpack", ".ot")
@@ -52,8 +56,11 @@ class ModelFolder:
             snapshot = Path(
                 snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.py"])
             )
-        except (OSError, HFValidationError) as error:
-            reason = re.sub(r"\s+", " ", str(error))[:120]
+            for file in SETTINGS:  # offline, a snapshot may be a part of the repository: what else it has is not known
+                if not (snapshot / file).exists():
+                    find_file(name_or_path, file, revision=snapshot.name)
+        except (OSError, HFValidationError, CLIENT_ERROR) as error:
+            reason = re.sub(r"\s+", " ", str(error))[:300]
             raise UserError(
                 f"unknown model {name_or_path}: there is no such folder, and the Hub or its cache has none ({reason})"
             ) from None

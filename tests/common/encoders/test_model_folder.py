@@ -3,11 +3,13 @@
 import shutil
 
 import pytest
+from huggingface_hub import hf_hub_download
 from transformers import BertConfig
 
 from common.encoders.encoder import Encoder
 from common.encoders.model_folder import ModelFolder
 from common.errors import UserError
+from tests.fake_hub import COMMIT, fake_hub
 
 
 def test_a_folder_that_is_no_model_is_reported(tmp_path, tiny_sentence_transformer):
@@ -41,3 +43,20 @@ def test_the_revision_of_a_folder_changes_with_what_shapes_a_vector(tiny_sentenc
     settings = copy / "config.json"
     settings.write_text(settings.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-5'))
     assert ModelFolder.find(str(copy)).revision != original
+
+
+def test_a_part_of_a_snapshot_is_not_taken_for_the_model(tiny_longembed, tmp_path, monkeypatch):
+    """Without modules.json it would be another model: mean pooling, and no prompts."""
+
+    def answer(method, path):
+        name = path.partition(f"/resolve/{'main' if '/main/' in path else COMMIT}/")[2]
+        if name not in ("config.json", "model.safetensors"):
+            return 503, {}, b""
+        return 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{name}"'}, (tiny_longembed / name).read_bytes()
+
+    with fake_hub(monkeypatch, tmp_path, answer):
+        for name in ("config.json", "model.safetensors"):
+            hf_hub_download("org/name", name)
+        with pytest.raises(UserError, match=r"org/name has a file modules\.json could not be found out") as error:
+            ModelFolder.find("org/name")
+    assert "\n" not in str(error.value)
