@@ -137,8 +137,10 @@ def _recipe_argv(path: Path, dataclass_types: Iterable[Any]) -> list[str]:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"the recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"the recipe {path} is nested too deep; write 'argument: value' lines") from None
+    except (ValueError, yaml.YAMLError) as error:  # also bytes that are not UTF-8, and integers of thousands of digits
+        raise UserError(f"the recipe {path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"the recipe {path} holds no 'argument: value' lines")
     parser = _new_parser(dataclass_types)

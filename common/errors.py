@@ -4,7 +4,9 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -51,6 +53,49 @@ def machine_fault(error: BaseException | None) -> str | None:
             return f"{place or 'a file '}cannot be used ({os.strerror(number)}); give a place that can be written to"
         error = error.__cause__
     return None
+
+
+# What libraries raise for a file that is damaged. Those of the second kind have no words for a reader.
+_REFUSED = (OSError, ValueError, ImportError, RuntimeError)
+_STUMBLED = (LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+
+
+@contextmanager
+def reading(what: str, path: str | Path | None = None) -> Iterator[None]:
+    """Turn what a library raises in the block, where it reads files that the user names, into a `UserError`.
+
+    Args:
+        what: the beginning of the sentence: the option and its value, or the file.
+        path: the file or the folder of the files, if they are on this machine.
+
+    Raises:
+        UserError: the library raised an error; its own is the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, (*_REFUSED, *_STUMBLED)) or type(error).__name__ == "SafetensorError"
+        if isinstance(error, UserError) or not known:
+            raise
+        if pointers := _lfs_pointers(path):
+            reason = f"{pointers[0]} is a git-lfs pointer instead of the file; fetch it with git lfs pull"
+        elif isinstance(error, _STUMBLED):
+            reason = "one of its files is damaged or has another format; copy or download it again"
+        else:
+            reason = one_line(error)
+        raise UserError(f"{what}: {reason}") from error
+
+
+def _lfs_pointers(path: str | Path | None) -> list[Path]:
+    """Return the files at a path that hold a pointer of git-lfs in place of what belongs there."""
+    files = [] if path is None else [Path(path), *Path(path).glob("*"), *Path(path).glob("*/*")]
+    found = []
+    for file in files:
+        if file.is_file() and file.stat().st_size < 1000:
+            with open(file, "rb") as opened:
+                if opened.read(40).startswith(b"version https://git-lfs"):
+                    found.append(file)
+    return found
 
 
 def run(main: Callable[[], None], after_interrupt: str = "the same command goes on where it stopped") -> NoReturn:

@@ -66,14 +66,22 @@ def parse_row(place: str, line: bytes, *columns: str) -> dict[str, Any]:
     """
     try:
         row = json.loads(line)
-    except ValueError as error:  # also bytes that are not UTF-8
+    except RecursionError:
+        raise UserError(f"{place}: is nested too deep; write one JSON object per line") from None
+    except ValueError as error:  # also bytes that are not UTF-8, and integers of thousands of digits
         raise UserError(f"{place}: is not JSON: {error}; write one JSON object per line") from None
     if not isinstance(row, dict):
-        raise UserError(f"{place}: is a JSON {type(row).__name__}; write an object whose keys are the columns")
+        raise UserError(f"{place}: is a JSON {json_kind(row)}; write an object whose keys are the columns")
     for column in columns:
         if column not in row:
             raise UserError(f"{place}: the column {column} is missing; it has {', '.join(row) or 'none'}")
     return row
+
+
+def json_kind(value: Any) -> str:
+    """Return what JSON calls the type of a value."""
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number")
 
 
 def text_or_id(value: Any, column: str, place: str) -> str:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer
 
 from common.arguments import parse
-from common.errors import UserError, run
+from common.errors import UserError, reading, run
 from common.files import atomic_folder
 from eval.tasks.needles import FILLER, MOST_DOCUMENTS, NEEDLES, Haystack
 from eval.tasks.task_files import write_task_files
@@ -118,12 +118,8 @@ def main() -> None:
         UserError: the tokenizer does not load.
     """
     (arguments,) = parse(Arguments)
-    try:
+    with reading(f"--tokenizer {arguments.tokenizer}: there is no tokenizer", arguments.tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"--tokenizer {arguments.tokenizer}: there is no tokenizer ({str(error).splitlines()[0]})"
-        ) from None
     haystack = read_haystack(arguments.haystack) if arguments.haystack else None
     for kind in arguments.tasks:
         folder = Path(arguments.output_dir, kind.capitalize())

@@ -231,11 +231,19 @@ BERT = Family(
     read=read_bert,
     write=write_segments,
 )
+
+
+def reserved_by_padding(original) -> int:
+    """Return the number of rows up to that of the padding index, which RoBERTa's positions start after."""
+    refuse(original.pad_token_id is None, "RoBERTa's positions without pad_token_id in config.json, usually 1")
+    return original.pad_token_id + 1
+
+
 ROBERTA = replace(
     BERT,
     head={"dense": "lm_head.dense", "norm": "lm_head.layer_norm", "decoder": "lm_head.decoder"},
     # Rows up to the padding index are reserved: the first token reads the row after it.
-    reserved_rows=lambda original: original.pad_token_id + 1,
+    reserved_rows=reserved_by_padding,
 )
 MPNET = Family(
     names=BERT_NAMES,

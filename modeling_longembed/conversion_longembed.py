@@ -4,11 +4,13 @@
 module (copying weights, extending the position table, comparing the outputs) are the same for all.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
@@ -22,7 +24,7 @@ from .conversion_families_longembed import (
     refuse_unread_weights,
 )
 from .conversion_settings_longembed import lowercased, read_text, sentence_transformers_choices
-from .hub_files_longembed import load_tokenizer
+from .hub_files_longembed import check_tokenizer, load_tokenizer
 from .hub_longembed import HubModel
 from .pattern_registry_longembed import build_pattern
 from .position_extension_longembed import default_method
@@ -222,11 +224,39 @@ def largest_difference(original_model, model, length: int, global_tokens: bool =
 
 def checkpoint_license(name_or_path: str, **hub) -> str | None:
     """Return the `license` in the front matter of the checkpoint's card, None if there is none."""
-    parts = (read_text(name_or_path, "README.md", **hub) or "").split("---")
-    found = (
-        re.search(r"^license:\s*(\S+)\s*$", parts[1], re.MULTILINE) if len(parts) > 2 and not parts[0].strip() else None
-    )
+    parts = (read_text(name_or_path, "README.md", errors="replace", **hub) or "").split("---")
+    line = r"""^license:\s*["']?([^\s"'#\[{]+)["']?\s*(?:#.*)?$"""
+    found = re.search(line, parts[1], re.MULTILINE) if len(parts) > 2 and not parts[0].strip() else None
     return found.group(1) if found else None
+
+
+def refuse_other_layouts(name_or_path: str, **hub):
+    """Reject folders whose weights are not those of one whole encoder beside its config.
+
+    Raises:
+        ValueError: the folder is an adapter, keeps its encoder in a subfolder, or needs code of its own.
+    """
+    if (text := read_text(name_or_path, "adapter_config.json", **hub)) is not None:
+        base = json.loads(text).get("base_model_name_or_path")
+        raise ValueError(
+            f"{name_or_path} is an adapter of {base}, not a whole encoder: load it on that model, merge it with "
+            "merge_and_unload() and save it, then convert the folder"
+        )
+    text = read_text(name_or_path, "config.json", **hub)
+    if text is None:
+        modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
+        if inner := [module["path"] for module in modules if module.get("path", "").startswith("0_")]:
+            raise ValueError(
+                f"{name_or_path} keeps its encoder in {inner[0]}/, as old releases of sentence-transformers did: load "
+                "it with SentenceTransformer and save it again, then convert the new folder"
+            )
+        return
+    config = json.loads(text)
+    if "auto_map" in config and config.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"this checkpoint cannot be converted: it runs code of its own ({config.get('model_type')!r}), and "
+            f"LongEmbed reads {', '.join(FAMILIES)}"
+        )
 
 
 def convert_encoder(
@@ -273,7 +303,9 @@ def convert_encoder(
         raise ValueError(
             f"from_encoder: {unknown[0]!r} is fixed by the checkpoint or unknown; you may choose {', '.join(CHOICES)}"
         )
-    original = AutoConfig.from_pretrained(name_or_path, **hub)
+    refuse_other_layouts(name_or_path, **hub)
+    # Said explicitly, because transformers would ask on the terminal, and advise an option that does not exist here.
+    original = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
     if original.model_type not in FAMILIES:
         raise ValueError(
             f"this checkpoint cannot be converted: its architecture is {original.model_type!r}; "
@@ -299,7 +331,15 @@ def convert_encoder(
 
     with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder has no tied weights
     auto = AutoModelForMaskedLM if with_head else AutoModel
-    original_model, loading = auto.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True, **hub)
+    try:
+        original_model, loading = auto.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **hub
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"the weights of {name_or_path} are damaged ({error}): cut short, or a git-lfs pointer that git lfs pull "
+            "replaces; copy or download them again"
+        ) from None
     original_model.eval()
     missing, prefix = loading["missing_keys"], f"{original_model.base_model_prefix}." if with_head else ""
     refuse_unread_weights(loading["unexpected_keys"], original_model.base_model_prefix, family, with_head)
@@ -335,6 +375,7 @@ def convert_encoder(
         not new and all(getattr(pattern, "global_projections", False) for pattern in config.get_patterns()),
     )
     if (tokenizer := load_tokenizer(name_or_path, **hub)) is not None:
+        check_tokenizer(tokenizer, config.vocab_size)
         model.tokenizer = converted_tokenizer(tokenizer, do_lower_case, read_length, config)
     return model
 

@@ -60,10 +60,20 @@ DROPOUT = {"dropout": ANY}  # it has no effect outside of training
 LATER_MODULES = {"Normalize": NORMALIZE, "Dropout": DROPOUT}
 
 
-def read_text(name_or_path: str, file: str, **hub) -> str | None:
-    """Return the text of a file in a model folder or Hub repository; None if there is no such file."""
+def read_text(name_or_path: str, file: str, errors: str = "strict", **hub) -> str | None:
+    """Return the text of a file in a model folder or Hub repository; None if there is no such file.
+
+    Args:
+        name_or_path: the folder, or the id of the repository.
+        file: the path of the file in it; a byte order mark is left out.
+        errors: `replace` reads bytes that are not UTF-8 as question marks; `strict` raises.
+        **hub: as for `find_file`.
+
+    Returns:
+        The text.
+    """
     path = find_file(name_or_path, file, **hub)
-    return None if path is None else Path(path).read_text(encoding="utf-8")
+    return None if path is None else Path(path).read_text(encoding="utf-8-sig", errors=errors)
 
 
 def read_settings(name_or_path: str, file: str, keys: dict, **hub) -> dict | None:

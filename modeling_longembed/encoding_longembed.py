@@ -1,5 +1,6 @@
 """`model.encode`: texts to vectors, without padding, so that a vector does not depend on the rest of the batch."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,6 +159,10 @@ def encode_texts(
     texts = [texts] if isinstance(texts, str) else list(texts)
     if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:
         raise ValueError(f"encode: text {wrong[0]} is a {type(texts[wrong[0]]).__name__}, not a string")
+    if half := [n for n, text in enumerate(texts) if re.search("[\ud800-\udfff]", text)]:
+        raise ValueError(
+            f"encode: text {half[0]} holds half a character, a surrogate such as \\ud83d without the other half"
+        )
     was_training = model.training
     model.eval()
     try:

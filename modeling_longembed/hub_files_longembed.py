@@ -108,6 +108,24 @@ def missing_answer(cause: BaseException | None) -> str:
     return f"{type(cause).__name__}" if response is None else f"the Hub answered {response.status_code}"
 
 
+def check_tokenizer(tokenizer, vocab_size: int):
+    """Check that each token of a tokenizer has a row in the table of word embeddings.
+
+    Args:
+        tokenizer: the tokenizer of a model.
+        vocab_size: number of rows of the table.
+
+    Raises:
+        ValueError: a token has none.
+    """
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if number >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has the token {token!r} with the number {number}, and the table of word embeddings only "
+            f"{vocab_size} rows: resize the table and train it, or take the tokenizer that the model was trained with"
+        )
+
+
 def load_tokenizer(name_or_path: str | os.PathLike, files: Sequence[str] = TOKENIZER_FILES, **options):
     """Load the tokenizer of a model, after making sure which files it has.
 

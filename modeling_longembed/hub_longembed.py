@@ -288,7 +288,7 @@ class HubModel(PreTrainedModel):
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     def _write_companions(self, folder: Path, title: str | None = None):
-        title = title or folder.name
+        title = title or folder.resolve().name
         if self._hf_peft_config_loaded:
             card = self._adapter_card(title)
         else:

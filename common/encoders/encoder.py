@@ -7,18 +7,16 @@ sentence-transformers alone, also where the model has an `encode` of its own, wh
 
 import contextlib
 import json
-import re
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from common.encoders.model_folder import ModelFolder
 from common.encoders.quantization import int8_weights
 from common.encoders.text_vectors import PromptType
-from common.errors import UserError
+from common.errors import UserError, reading
 
 # The import also registers our Auto classes, so that our folders load without trust_remote_code.
 from modeling_longembed.encoding_longembed import budget_batches, special_tokens_around
@@ -56,11 +54,8 @@ class Encoder:
         except ImportError as error:
             raise UserError(f"encoding texts needs the extra 'eval' ({error.name} is missing)") from None
         check_one_vector(folder)
-        try:
+        with reading(f"the model in {folder.path} does not load", folder.path):
             self.model = SentenceTransformer(str(folder.path), trust_remote_code=trust_remote_code).eval()
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = re.sub(r"\s+", " ", str(error))[:200]
-            raise UserError(f"the model in {folder.path} does not load: {reason}") from None
         if precision == "int8":
             int8_weights(self.model.to("cpu"))
         self.folder, self.precision, self.batch_tokens, self.normalize = folder, precision, batch_tokens, normalize
@@ -178,7 +173,7 @@ class ChunkEncoder(Encoder):
         chunks = [ids[:lead] + prompt + ids[lead:] for ids in encoded["input_ids"]]
         rows = np.empty((len(chunks), self.dimension), np.float32)
         for batch in budget_batches([len(ids) for ids in chunks], self.batch_tokens, padded=True):
-            features = dict(tokenizer.pad({"input_ids": [chunks[i] for i in batch]}, return_tensors="pt"))
+            features = padded([chunks[i] for i in batch], tokenizer.pad_token_id or 0)
             tokens = features["attention_mask"].sum(1, keepdim=True)
             features = {key: value.to(self.model.device) for key, value in features.items()}
             if prompt:
@@ -227,6 +222,22 @@ def drop_normalization(model: Any) -> None:
 
     while isinstance(model[-1], Normalize):
         del model[-1]
+
+
+def padded(rows: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad rows of token ids on the right; a tokenizer without a padding token could not.
+
+    Args:
+        rows: token ids of each text.
+        pad_token_id: what is written where the mask is 0.
+
+    Returns:
+        `input_ids` and `attention_mask`, both `(rows, longest)` int64.
+    """
+    longest = max(map(len, rows))
+    ids = [row + [pad_token_id] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def context_length(core: Any) -> int:

@@ -70,6 +70,8 @@ class ModelFolder:
     def _local(cls, path: Path) -> "ModelFolder":
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
             raise UserError(f"the folder {path} is not a model: it needs config.json and *.safetensors weights")
+        if broken := [file for file in sorted(path.rglob("*")) if file.is_symlink() and not file.exists()]:
+            raise UserError(f"{broken[0]} is a link to a file that is not there; copy the model again")
         digest = hashlib.sha256()
         for file in sorted(path.rglob("*")):
             relative = file.relative_to(path)

@@ -1,12 +1,10 @@
 """Masked and causal language models, of LongEmbed and of transformers, behind one method that returns logits."""
 
 import contextlib
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from sentence_transformers.util import get_device_name
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -18,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 # The import also registers the Auto classes, so that LongEmbed folders load without trust_remote_code.
 from common.encoders.encoder import context_length
 from common.encoders.model_folder import ModelFolder
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.files import sha256_file
 from modeling_longembed.encoding_longembed import special_tokens_around
 
@@ -55,16 +53,13 @@ class LanguageModel:
             options["gguf_file"] = path.name
         else:
             self.folder = ModelFolder.find(name_or_path)
-        try:
+        with reading(f"the model {name_or_path} does not load", path):
             config = AutoConfig.from_pretrained(self.folder.path, **options)
             self.is_causal, auto = _head(name_or_path, config, "gguf_file" in options)
             self.tokenizer = AutoTokenizer.from_pretrained(self.folder.path, **options)
             model, loading = auto.from_pretrained(
                 self.folder.path, dtype=torch.float32, output_loading_info=True, **options
             )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            reason = re.sub(r"\s+", " ", str(error))[:200]
-            raise UserError(f"the model {name_or_path} does not load: {reason}") from None
         if missing := sorted(loading["missing_keys"]):  # transformers would initialise them at random
             raise UserError(f"the model {name_or_path} has no weights for {missing[0]}; train its head first")
         self.model = model.eval().to(get_device_name())

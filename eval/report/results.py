@@ -14,7 +14,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.results import TaskResult
 from rich.table import Table
 
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.files import atomic_write, write_jsonl
 from common.jsonl import read_jsonl
 from eval.report.markdown import markdown_table
@@ -164,13 +164,13 @@ def read_scores(results_dir: str | Path) -> list[Score]:
     """
     newest: dict[tuple[tuple[str, str], str, str], tuple[float, float]] = {}
     for meta_file in sorted(Path(results_dir).rglob("model_meta.json")):
-        meta = json.loads(meta_file.read_text())
+        meta = read_result(meta_file)
         model = meta["name"]
         if settings := meta.get("experiment_kwargs"):
             model += f" ({', '.join(f'{key}={value}' for key, value in sorted(settings.items()))})"
         for file in meta_file.parent.glob("*.json"):
             if file != meta_file:
-                result = json.loads(file.read_text())
+                result = read_result(file)
                 for split, subsets in result["scores"].items():
                     entry = (result["date"] or 0.0, 100 * subsets[0]["main_score"])
                     key = ((model, str(meta.get("revision") or "")), result["task_name"], split)
@@ -183,6 +183,20 @@ def read_scores(results_dir: str | Path) -> list[Score]:
     names = dict(zip(models, distinct_names(models), strict=True))
     scores = [Score(names[model], task, split, value) for (model, task, split), (_, value) in newest.items()]
     return sorted(scores, key=lambda score: (score.model, score.task, score.length or 0))
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read one JSON object of the results.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with reading(f"{path} is no result of MTEB; remove it, and the evaluation writes it again"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("experiment_kwargs", "scores"):
+            if not isinstance(found.get(name) or {}, dict):
+                raise TypeError(name)
+        return found
 
 
 def distinct_names(models: Sequence[tuple[str, str]]) -> list[str]:

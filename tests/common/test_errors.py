@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from common.errors import UserError, reading
+
 
 @pytest.mark.parametrize(
     ("body", "code", "stdout", "stderr"),
@@ -32,3 +34,33 @@ def test_our_own_mistakes_keep_their_traceback():
     assert process.returncode == 1
     assert "Traceback" in process.stderr
     assert "KeyError: 'absent'" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("raise OSError(28, 'No space left on device', '/x/y')", "/x/y: the disk is full"),
+        ("raise RuntimeError('wrapped') from OSError(28, 'No space left on device')", "the disk is full"),
+        ("open('/proc/version/below')", "/proc/version/below: cannot be used (Not a directory)"),
+        ("open('/')", "/: cannot be used (Is a directory)"),
+        ("import pathlib; pathlib.Path('/proc/version').mkdir()", "/proc/version: cannot be used (File exists)"),
+    ],
+)
+def test_a_full_disk_and_an_unusable_place_are_one_sentence(body, words):
+    script = f"from common.errors import run\ndef main():\n    {body}\nrun(main)"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith(f"error: {words}")
+    assert process.stderr.count("\n") == 1
+
+
+def test_what_a_library_raises_over_a_damaged_file_is_a_sentence_and_our_own_mistakes_are_not(tmp_path):
+    for error, words in ((ValueError("a\nb"), "x: a b"), (KeyError("type"), "x: one of its files is damaged")):
+        with pytest.raises(UserError, match=words) as refused, reading("x"):
+            raise error
+        assert refused.value.__cause__ is error
+    with pytest.raises(ZeroDivisionError), reading("x"):
+        raise ZeroDivisionError
+    (tmp_path / "weights").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="weights is a git-lfs pointer"), reading("x", tmp_path):
+        raise ValueError

@@ -418,7 +418,7 @@ def _check_texts(name: str, rows: datasets.Dataset) -> None:
         kind = rows.features[column]
         if not (isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string")):
             first = next(iter(rows.select_columns(column)))[column]
-            _refuse(name, 1, column, f"is {type(first).__name__} instead of text")
+            _refuse(name, 1, column, f"is {'null' if first is None else type(first).__name__} instead of text")
         start = 0
         for chunk in rows.data.column(column).chunks:
             blank = pyarrow.compute.equal(pyarrow.compute.utf8_trim_whitespace(chunk), "")

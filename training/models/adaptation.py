@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.patterns import parse_pattern
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from modeling_longembed.conversion_longembed import MissingHeadError
+from modeling_longembed.hub_files_longembed import check_tokenizer
 from training.models.encoder import ModelArguments
 
 
@@ -96,7 +97,7 @@ def load_masked_lm(
         "revision": model_arguments.model_revision,
         "trust_remote_code": model_arguments.trust_remote_code,
     }
-    try:
+    with reading(f"--model_name_or_path {name}", name):
         ours = AutoConfig.from_pretrained(name, **options).model_type == LongEmbedModel.config_class.model_type
         # Patterns are set before the extension, whose usual method depends on them, unless they reach beyond the old
         # context: then they can only be set after it.
@@ -113,14 +114,14 @@ def load_masked_lm(
                 arguments.position_embedding_type, arguments.max_position_embeddings, arguments.rope_theta
             )
         has_tokenizer = model.has_tokenizer()
+        if has_tokenizer:
+            check_tokenizer(model.tokenizer, model.config.vocab_size)
         if later and has_tokenizer:
             tokenizer = model.tokenizer
             with TemporaryDirectory() as folder:
                 model.save_pretrained(folder)
                 model, _ = _load(folder, trust_remote_code=model_arguments.trust_remote_code, **later)
             model.tokenizer, model.name_or_path = tokenizer, name
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
     if not has_tokenizer:
         raise UserError(f"--model_name_or_path {name}: has no tokenizer; save one beside the model")
     return model, head_is_new

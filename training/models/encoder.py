@@ -6,8 +6,9 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.errors import UserError
+from common.errors import UserError, reading
 from modeling_longembed import LongEmbedModel  # registers the Auto classes, so that our own folders need no remote code
+from modeling_longembed.hub_files_longembed import check_tokenizer
 
 
 @dataclass
@@ -59,7 +60,7 @@ def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrained
     """
     name = arguments.model_name_or_path
     options: dict[str, Any] = {"revision": arguments.model_revision, "trust_remote_code": arguments.trust_remote_code}
-    try:
+    with reading(f"--model_name_or_path {name}", name):
         # Checked before the model is built, because another architecture does not know our names for dropout.
         model_type = AutoConfig.from_pretrained(name, **options).model_type
         if model_type != LongEmbedModel.config_class.model_type:
@@ -69,9 +70,9 @@ def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrained
             )
         model = AutoModel.from_pretrained(name, dtype=torch.float32, **options, **arguments.dropouts())
         # As `encode` cuts off: at the end, whatever the folder says.
-        return model, AutoTokenizer.from_pretrained(name, truncation_side="right", **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {name}: {' '.join(str(error).split())}") from None
+        tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="right", **options)
+        check_tokenizer(tokenizer, model.config.vocab_size)
+        return model, tokenizer
 
 
 def text_length(option: str, length: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

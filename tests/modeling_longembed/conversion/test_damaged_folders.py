@@ -1,0 +1,98 @@
+"""Folders that cannot be converted as they are: refused with a sentence that says what to do, or read anyway."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from modeling_longembed import LongEmbedModel
+from tests.modeling_longembed.tiny_checkpoints import VOCAB_SIZE, save_checkpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_checkpoint(tmp_path / "bert", "bert")
+    return tmp_path / "bert"
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_weights_that_are_a_pointer_or_cut_short(folder):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-100], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"):
+        weights.write_bytes(damaged)
+        with pytest.raises((ValueError, OSError), match=r"damaged|git.lfs|safetensors"):
+            LongEmbedModel.from_encoder(folder)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_table_has_rows(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["brandnew"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"'brandnew' with the number {VOCAB_SIZE}.* only {VOCAB_SIZE} rows"):
+        LongEmbedModel.from_encoder(folder)
+
+
+def test_an_adapter_and_an_encoder_in_a_subfolder(folder, tmp_path):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
+    with pytest.raises(ValueError, match=r"is an adapter of org/base, .*merge_and_unload"):
+        LongEmbedModel.from_encoder(folder)
+    (folder / "adapter_config.json").unlink()
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    folder.rename(outer / "0_Transformer")
+    modules = [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
+    (outer / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match="keeps its encoder in 0_Transformer/"):
+        LongEmbedModel.from_encoder(outer)
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("it asks"))
+    change(folder / "config.json", model_type="theirs", auto_map={"AutoConfig": "a.B", "AutoModel": "a.C"})
+    with pytest.raises(ValueError, match="runs code of its own") as refused:
+        LongEmbedModel.from_encoder(folder)
+    assert "trust_remote_code" not in str(refused.value)
+
+
+def test_roberta_without_a_padding_token(tmp_path):
+    save_checkpoint(tmp_path / "roberta", "roberta")
+    change(tmp_path / "roberta" / "config.json", pad_token_id=None)
+    with pytest.raises(ValueError, match="without pad_token_id"):
+        LongEmbedModel.from_encoder(tmp_path / "roberta")
+
+
+def test_a_card_in_latin_1_and_settings_with_a_byte_order_mark(folder, tmp_path):
+    card = "---\nlicense: other # see the file\n---\n# Modèle\n"
+    (folder / "README.md").write_bytes(card.encode("latin-1"))
+    modules = [
+        {"idx": n, "name": str(n), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for n, (path, kind) in enumerate((("", "Transformer"), ("1_Pooling", "Pooling")))
+    ]
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    (folder / "modules.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(modules).encode())
+    model = LongEmbedModel.from_encoder(folder)
+    assert model.config.license == "other"
+    model.save_pretrained(tmp_path / "saved")
+    plain = load_file(tmp_path / "saved" / "model.safetensors")
+    assert plain
+
+
+def test_the_card_of_the_current_folder_has_its_name(folder, tmp_path, monkeypatch):
+    model = LongEmbedModel.from_encoder(folder)
+    (tmp_path / "named").mkdir()
+    monkeypatch.chdir(tmp_path / "named")
+    model.save_pretrained(".")
+    assert "\n# named\n" in (tmp_path / "named" / "README.md").read_text()
+
+
+def test_half_a_character_is_named_by_the_number_of_its_text(folder):
+    model = LongEmbedModel.from_encoder(folder)
+    with pytest.raises(ValueError, match="text 1 holds half a character"):
+        model.encode(["w1 w2", "w1 \ud83d"])
