@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.provenance import code_hash
+from training.data.filters import FilterArguments, filtered, report_leakage
 from training.data.pair_batches import PairTokenizer
 from training.data.pair_makers import Crops, InverseCloze, Neighbours, PairStrategy, Segments, make_pairs
 from training.data.sources import Columns, Source, fingerprint, read_sources
@@ -25,7 +26,7 @@ Log = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
-class PairArguments(SplitArguments):
+class PairArguments(SplitArguments, FilterArguments):
     """What a pair is.
 
     Raises:
@@ -165,9 +166,12 @@ def read_pairs(
     if strategy is not None:
         sources = [with_token_offsets(source, tokenize.tokenizer) for source in sources]
     sources = [distinct(source, log) for source in sources]
+    sources = filtered(sources, arguments, tokenize.tokenizer, log)
     if strategy is not None:
         sources = [long_enough(source, strategy, tokenize.tokenizer, log) for source in sources]
     sources, held_out = hold_out(sources, arguments, log)
+    if arguments.check_leakage is not None:
+        report_leakage(arguments.check_leakage, sources, log)
     seed = arguments.eval_split_seed
     return mixed(sources, arguments.mixing_temperature), [held_out_pairs(s, tokenize.tokenizer, seed) for s in held_out]
 

@@ -24,6 +24,7 @@ MAY_CHANGE = frozenset(
         "eval_steps",
         "eval_data",
         "eval_sequence_length",
+        "check_leakage",
         # What is written, and where.
         "output_dir",
         "save_steps",
