@@ -256,7 +256,12 @@ class LongEmbedConfig(PretrainedConfig):
             ValueError: `rope_parameters` are set, but the position scheme does not use them.
         """
         if self.position_scheme.rotates:
-            return super().convert_rope_params_to_dict(**kwargs)
+            given = set(self.rope_parameters or {})
+            kwargs = super().convert_rope_params_to_dict(**kwargs)
+            if given.intersection(self.layer_types):
+                # transformers before 5.18 puts a default rope_theta beside the parameters of each kind of sublayer.
+                self.rope_parameters = {name: self.rope_parameters[name] for name in given}
+            return kwargs
         if self.rope_parameters:
             raise ValueError(
                 f"rope_parameters are set but position_embedding_type={self.position_embedding_type!r}; "
