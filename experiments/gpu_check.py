@@ -9,23 +9,26 @@
 3. compilation: the packed forward is one graph (`fullgraph=True`), compiled once for all lengths, and the compiled
    model gives the same results as the eager one.
 4. flex: flex attention by the same rule, compiled once for each mask.
-5. speed: tokens per second and model FLOP utilisation (docs/reports/attention-cost.md).
-6. device: every registered pattern gives the same results on the GPU and on the CPU, in training and in inference.
+5. device: every registered pattern gives the same results on the GPU and on the CPU, in training and in inference.
+6. speed: tokens per second and model FLOP utilisation (docs/reports/attention-cost.md).
 7. memory: a training step on twice the length takes less than `MEMORY_RATIO` times the memory.
 
-Each part runs in a process of its own and is stopped when its budget is used up; the next part then begins. The results
-are in `checks.json` as soon as each check ends. The exit code is 0 if every check passes, 1 if one fails or a part is
-cut short, 2 without CUDA.
+Each part runs in a process of its own and is stopped when its budget is used up. Parts that measure run alone, after
+the others, which run at the same time: compilers keep the CPU busy and not the GPU. The results are in `checks.json` as
+soon as each check ends.
+
+The exit code is 0 if every check passes, 1 if one fails or a part is cut short, 2 without CUDA.
 """
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,21 +53,23 @@ class Part(NamedTuple):
     Attributes:
         checks: yields the checks on a device.
         seconds: budget of its process, on an H100.
+        measures: whether it measures time or memory, so that nothing else may run at the same time.
     """
 
     checks: Callable[[str], Iterator[Check]]
     seconds: float
+    measures: bool = False
 
 
-# In the order of their value. The budgets add up to 240 seconds.
+# In the order of their value. With these budgets all parts end within 240 seconds (`longest_time`).
 PARTS = {
-    "kernels": Part(check_kernels, 30),
-    "foreign": Part(check_foreign, 25),
-    "compilation": Part(check_compilation, 60),
-    "flex": Part(check_flex, 50),
-    "speed": Part(check_speed, 30),
-    "device": Part(check_device, 25),
-    "memory": Part(check_memory, 20),
+    "kernels": Part(check_kernels, 60),
+    "foreign": Part(check_foreign, 60),
+    "compilation": Part(check_compilation, 150),
+    "flex": Part(check_flex, 150),
+    "device": Part(check_device, 60),
+    "speed": Part(check_speed, 50, measures=True),
+    "memory": Part(check_memory, 40, measures=True),
 }
 
 
@@ -121,10 +126,22 @@ class Report:
         """Write a report without checks."""
         atomic_write(self.path, json.dumps({"environment": environment, "parts": {}, "checks": []}, indent=1))
 
+    @contextmanager
+    def changing(self) -> Iterator[dict[str, Any]]:
+        """Give the report for changes, and write it; other processes wait."""
+        folder = os.open(self.path.parent, os.O_RDONLY)  # the file itself is replaced, and a lock would go with it
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            found = self.read()
+            yield found
+            atomic_write(self.path, json.dumps(found, indent=1))
+        finally:
+            os.close(folder)
+
     def add(self, check: Check) -> None:
         """Add a check, and print it."""
-        found = self.read()
-        atomic_write(self.path, json.dumps(found | {"checks": [*found["checks"], check._asdict()]}, indent=1))
+        with self.changing() as found:
+            found["checks"].append(check._asdict())
         print(f"{'passed' if check.passed else 'FAILED'}  {check.name}: {check.detail}", flush=True)
 
     def end_part(self, name: str, outcome: str, seconds: float) -> None:
@@ -135,9 +152,8 @@ class Report:
             outcome: how it ended.
             seconds: how long it took.
         """
-        found = self.read()
-        found["parts"][name] = {"outcome": outcome, "seconds": round(seconds, 1)}
-        atomic_write(self.path, json.dumps(found, indent=1))
+        with self.changing() as found:
+            found["parts"][name] = {"outcome": outcome, "seconds": round(seconds, 1)}
         print(f"[{seconds:4.0f} s] {name}: {outcome}", flush=True)
 
 
@@ -156,31 +172,51 @@ def run_part(name: str, checks: Iterator[Check], report: Report) -> None:
         report.add(Check(name, False, f"{type(error).__name__}: {one_line(error)}"))
 
 
-def run_in_time(name: str, command: Sequence[str], seconds: float, report: Report) -> None:
-    """Run the process of a part, stop it with all that it started when its time is over, and report the outcome.
+def run_in_time(commands: Mapping[str, Sequence[str]], budgets: Mapping[str, float], report: Report) -> None:
+    """Run processes of parts at the same time, and report how each one ended.
+
+    A process is stopped, with all that it started, when its time is over.
 
     Args:
-        name: of the part.
-        command: words of the command that runs it.
-        seconds: its budget.
-        report: where its outcome is added.
+        commands: name of each part -> words of the command that runs it.
+        budgets: name of each part -> seconds.
+        report: where the outcomes are added.
     """
     begin = time.monotonic()
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True) as process:
-        try:
-            code = process.wait(timeout=seconds)
-            outcome = "finished" if code == 0 else f"ended with exit code {code}"
-        except subprocess.TimeoutExpired:
-            outcome = f"cut short after its budget of {seconds:g} s"
-        finally:
-            stop_group(process.pid)
-    report.end_part(name, outcome, time.monotonic() - begin)
+    running = {name: subprocess.Popen(command, cwd=ROOT, start_new_session=True) for name, command in commands.items()}
+    try:
+        while running:
+            time.sleep(0.05)
+            for name, process in list(running.items()):
+                code, seconds = process.poll(), time.monotonic() - begin
+                if code is None and seconds < budgets[name]:
+                    continue
+                outcome = f"ended with exit code {code}" if code else "finished"
+                if code is None:
+                    outcome = f"cut short after its budget of {budgets[name]:g} s"
+                stop_group(running.pop(name))
+                report.end_part(name, outcome, seconds)
+    finally:
+        for process in running.values():
+            stop_group(process)
 
 
-def stop_group(leader: int) -> None:
-    """Kill what is left of a process group."""
+def stop_group(leader: subprocess.Popen) -> None:
+    """Kill what is left of a process group, and wait until its leader has ended."""
     with suppress(ProcessLookupError):
-        os.killpg(leader, signal.SIGKILL)
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
+
+
+def groups_of(parts: Sequence[str]) -> list[list[str]]:
+    """Return the parts that run at the same time, in the order in which their groups run; empty groups are left out."""
+    together = [name for name in parts if not PARTS[name].measures]
+    return [group for group in (together, *([name] for name in parts if PARTS[name].measures)) if group]
+
+
+def longest_time(parts: Sequence[str], budgets: Mapping[str, float]) -> float:
+    """Return the seconds after which all parts have ended or were stopped."""
+    return sum(max(budgets[name] for name in group) for group in groups_of(parts))
 
 
 def main() -> None:
@@ -215,9 +251,9 @@ def run_all(arguments: Arguments, budgets: dict[str, float], report: Report) -> 
     environment = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, kernels {kernels}, flex_attention"
     report.begin(environment)
     print(environment, flush=True)
-    for name in arguments.parts:
-        command = [sys.executable, "-m", "experiments.gpu_check", "--output", str(report.path.parent), "--part", name]
-        run_in_time(name, command, budgets[name], report)
+    command = [sys.executable, "-m", "experiments.gpu_check", "--output", str(report.path.parent), "--part"]
+    for group in groups_of(arguments.parts):
+        run_in_time({name: [*command, name] for name in group}, budgets, report)
     found = report.read()
     failed = [check["name"] for check in found["checks"] if not check["passed"]]
     cut = [f"{name}: {part['outcome']}" for name, part in found["parts"].items() if part["outcome"] != "finished"]

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from common.errors import UserError
 from experiments import gpu_check
 from experiments.gpu.check import Check
-from experiments.gpu_check import PARTS, Report, parse_budgets, run_in_time, run_part
+from experiments.gpu_check import PARTS, Report, longest_time, parse_budgets, run_in_time, run_part
 
 # A part that reports a check, starts a process of its own, and would go on for a minute.
 SLOW_PART = """
@@ -45,12 +46,13 @@ def is_running(pid: int) -> bool:
 
 
 def test_the_parts_take_four_minutes():
-    assert sum(part.seconds for part in PARTS.values()) == 240
+    assert longest_time(list(PARTS), parse_budgets([])) == 240
+    assert longest_time(["flex", "memory"], {"flex": 7.0, "memory": 2.0}) == 9
 
 
 def test_a_part_is_stopped_with_all_that_it_started_and_its_checks_are_kept(report):
     begin = time.monotonic()
-    run_in_time("slow", [sys.executable, "-S", "-c", SLOW_PART, str(report.path)], 2.0, report)
+    run_in_time({"slow": [sys.executable, "-S", "-c", SLOW_PART, str(report.path)]}, {"slow": 2.0}, report)
     assert time.monotonic() - begin < 30
     found = report.read()
     assert [check["name"] for check in found["checks"]] == ["early"]
@@ -65,8 +67,31 @@ def test_a_part_is_stopped_with_all_that_it_started_and_its_checks_are_kept(repo
 
 @pytest.mark.parametrize(("code", "outcome"), [(0, "finished"), (3, "ended with exit code 3")])
 def test_how_a_part_ended_is_reported(report, code, outcome):
-    run_in_time("part", [sys.executable, "-S", "-c", f"raise SystemExit({code})"], 60.0, report)
+    run_in_time({"part": [sys.executable, "-S", "-c", f"raise SystemExit({code})"]}, {"part": 60.0}, report)
     assert report.read()["parts"]["part"]["outcome"] == outcome
+
+
+def test_parts_that_do_not_measure_run_at_the_same_time(report):
+    """Each waits for a file that the other one writes."""
+    write_and_wait = (
+        "import pathlib, sys, time\nown, other = map(pathlib.Path, sys.argv[1:])\nown.touch()\n"
+        "while not other.exists(): time.sleep(0.01)"
+    )
+    files = [str(report.path.with_name(name)) for name in ("one", "other")]
+    commands = {
+        name: [sys.executable, "-S", "-c", write_and_wait, *order]
+        for name, order in (("one", files), ("other", files[::-1]))
+    }
+    run_in_time(commands, dict.fromkeys(commands, 60.0), report)
+    assert {name: part["outcome"] for name, part in report.read()["parts"].items()} == dict.fromkeys(
+        commands, "finished"
+    )
+
+
+def test_no_check_of_parts_at_the_same_time_is_lost(report):
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: report.add(Check(str(number), True, "")), range(40)))
+    assert {check["name"] for check in report.read()["checks"]} == set(map(str, range(40)))
 
 
 def test_a_check_is_in_the_file_as_soon_as_it_ends_and_an_error_is_a_check_that_fails(report, capsys):
@@ -85,9 +110,10 @@ def test_a_check_is_in_the_file_as_soon_as_it_ends_and_an_error_is_a_check_that_
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_exit_code_says_whether_every_check_passed_and_every_part_finished(report, monkeypatch, capsys, passed):
-    def run_in_time(name, command, seconds, report):
+    def run_in_time(commands, budgets, report):
+        ((name, command),) = commands.items()  # a part that measures runs alone
         assert command[1:3] == ["-m", "experiments.gpu_check"]
-        assert (name, seconds) in [("flex", 7.0), ("speed", PARTS["speed"].seconds)]
+        assert (name, budgets[name]) in [("flex", 7.0), ("speed", PARTS["speed"].seconds)]
         report.add(Check(name, passed, ""))
         report.end_part(name, "finished", 1.0)
 
