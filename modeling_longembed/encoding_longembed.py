@@ -1,18 +1,34 @@
-"""`model.encode`: texts to vectors, without padding, so that a vector does not depend on the rest of the batch."""
+"""`model.encode`: texts to vectors, without padding, so that a vector does not depend on the rest of the batch.
+
+Texts are read window by window, so that neither their number nor their length in all decides the memory: while one
+window is encoded, a thread tokenises the next.
+"""
 
 import re
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import chain
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .encoding_file_longembed import VectorFile, map_vectors
+from .encoding_tokens_longembed import cut_off, special_tokens_around, tokenize_beginnings
 from .hub_longembed import HubModel
 from .output_pooling_longembed import pool
 from .packing_longembed import split_documents
 
 logger = logging.get_logger(__name__)
+
+# Characters in a window for each token of a batch, about sixteen batches: enough to sort texts by their length.
+CHARACTERS_PER_BATCH_TOKEN = 64
+# Texts in a window, however short they are: their vectors are all in memory.
+TEXTS_PER_WINDOW = 4096
 
 
 def is_fast_in_bfloat16(device: torch.device) -> bool:
@@ -52,14 +68,6 @@ def budget_batches(
     return batches
 
 
-def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the ids of the special tokens that a tokenizer puts before and after a text, e.g. `[CLS]` and `[SEP]`."""
-    marked = tokenizer("a", add_special_tokens=True, return_special_tokens_mask=True)
-    ids, special = marked["input_ids"], marked["special_tokens_mask"]
-    words = [position for position, flag in enumerate(special) if not flag] or [len(ids) - 1]
-    return ids[: words[0]], ids[words[-1] + 1 :]
-
-
 def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow: str = "warn") -> list[list[int]]:
     """Tokenize texts with special tokens, and cut off what exceeds the context, but not the closing special token.
 
@@ -67,7 +75,7 @@ def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow
         model: the model, whose `encode_tokenizer` is used.
         texts: any strings; an empty one gives only the special tokens.
         prompt: text that is put in front of every text.
-        overflow: if texts exceed the context, `warn` logs how much was cut off, `error` raises.
+        overflow: if texts exceed the context, `warn` logs how many are cut off, `error` raises.
 
     Returns:
         The token ids of each text.
@@ -75,29 +83,105 @@ def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow
     Raises:
         ValueError: a text is longer than the context, and `overflow` is `error`.
     """
-    limit = model.config.max_position_embeddings
-    encoded = model.encode_tokenizer(
-        [prompt + text for text in texts], add_special_tokens=True, truncation=False, verbose=False
-    )
-    rows = encoded["input_ids"]
-    cut = [len(row) - limit for row in rows if len(row) > limit]
-    if cut:
-        message = (
-            f"{len(cut)} of {len(rows)} texts are longer than the context of {limit} tokens "
-            f"(max_position_embeddings); {sum(cut)} of {sum(map(len, rows))} tokens"
-        )
-        if overflow == "error":
-            raise ValueError(f"{message} would be cut off; split them, or extend the model")
-        logger.warning(f"{message} were cut off at the end")
-        _, closing = special_tokens_around(model.encode_tokenizer)
-        rows = [row if len(row) <= limit else row[: limit - len(closing)] + closing for row in rows]
-    return rows
+    windows = read_windows(model, iter([list(texts)] if texts else []), prompt, overflow)
+    return [ids.tolist() for window in windows for ids in window]
 
 
-@torch.no_grad()
+def read_windows(model: HubModel, windows: Iterator[list[str]], prompt: str, overflow: str) -> Iterator[list[array]]:
+    """Tokenize windows of texts, each while the caller works on the one before.
+
+    The texts are read from `windows` in the thread of the caller, and tokenized in another.
+
+    Args:
+        model: the model, whose `encode_tokenizer` is used.
+        windows: lists of texts.
+        prompt: text that is put in front of every text.
+        overflow: if texts exceed the context, `warn` logs at the end how many are cut off, `error` raises.
+
+    Yields:
+        The token ids of each text of a window.
+
+    Raises:
+        ValueError: a text is no string, or longer than the context if `overflow` is `error`.
+    """
+    tokenizer, limit = model.encode_tokenizer, model.config.max_position_embeddings
+    _, closing_tokens = special_tokens_around(tokenizer)
+    context = f"the context of {limit} tokens (max_position_embeddings)"
+    read = cut = longest = 0
+
+    def tokenize(texts: list[str], first: int) -> list[array]:
+        nonlocal cut, longest
+        rows = []
+        for number, text in enumerate(texts, first):
+            if not isinstance(text, str):
+                raise ValueError(f"encode: text {number} is a {type(text).__name__}, not a string")
+            if re.search("[\ud800-\udfff]", text):
+                raise ValueError(
+                    f"encode: text {number} holds half a character, a surrogate such as \\ud83d without the other half"
+                )
+        beginnings = tokenize_beginnings(tokenizer, texts, limit, prompt)
+        for number, (text, (_, ids)) in enumerate(zip(texts, beginnings, strict=True), first):
+            if len(ids) > limit:
+                if overflow == "error":
+                    raise ValueError(
+                        f"encode: text {number} is longer than {context} and would be cut off; split it, or extend the "
+                        "model"
+                    )
+                cut, longest = cut + 1, max(longest, len(text))
+            rows.append(cut_off(ids, limit, closing_tokens))
+        return rows
+
+    try:
+        with ThreadPoolExecutor(1, "encode") as thread:
+            ahead: Future[list[array]] | None = None
+            failure: Exception | None = None
+            while True:
+                window = None
+                try:
+                    window = next(windows, None)
+                except Exception as error:  # what was read before it comes first
+                    failure = error
+                following = None if window is None else thread.submit(tokenize, window, read)
+                read += len(window or ())
+                if ahead is not None:
+                    yield ahead.result()
+                if failure is not None:
+                    raise failure
+                if following is None:
+                    break
+                ahead = following
+    finally:
+        if cut:
+            logger.warning(
+                f"{cut} of {read} texts are longer than {context} and were cut off at the end; the longest has "
+                f"{longest} characters"
+            )
+
+
+def divide_into_windows(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+    """Divide texts into windows, in their order, each read when it is asked for.
+
+    Args:
+        texts: any strings.
+        characters: a window ends with the text that brings it to this size, or after `TEXTS_PER_WINDOW` texts.
+
+    Yields:
+        The texts of a window.
+    """
+    window, size = [], 0
+    for text in texts:
+        window.append(text)
+        size += len(text) if isinstance(text, str) else 0
+        if size >= characters or len(window) == TEXTS_PER_WINDOW:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
 def encode_texts(
     model: HubModel,
-    texts: str | list[str],
+    texts: str | Iterable[str],
     prompt_name: str | None = None,
     batch_tokens: int = 16_384,
     normalize: bool | None = None,
@@ -107,36 +191,152 @@ def encode_texts(
     output: str = "numpy",
     precision: str = "auto",
     show_progress_bar: bool | None = None,
+    output_file: str | PathLike | None = None,
 ):
     """Encode texts of any length up to the context as vectors.
 
     Args:
         model: the encoder.
-        texts: one string, or a list of strings.
+        texts: one string, or any number of strings: a list, a column, a generator.
         prompt_name: key in `config.prompts` (`query`, `document`) of the prompt in front of each text; None:
             the one that `config.default_prompt_name` names, which is none for most models.
         batch_tokens: largest number of tokens in one forward pass, which determines the memory. Texts are sorted by
-            length and packed without padding.
+            length within a window of about sixteen batches, and packed without padding.
         normalize: scale vectors to unit length, after truncation; None: as `config.normalize` says.
         truncate_dim: number of leading dimensions to keep (for models trained with Matryoshka losses); None: all.
         late_chunk_tokens: return one vector for each passage of this many tokens, pooled from states that have seen the
             whole document (late chunking, Günther et al. 2024, arXiv:2409.04701); None: one vector per text.
-        overflow: if texts exceed the context, `warn` logs how much was cut off, `error` raises.
+        overflow: if texts exceed the context, `warn` logs how many were cut off, `error` raises.
         output: `numpy` or `torch`.
         precision: `float32`, `bfloat16` (matrix products in bfloat16 under autocast), or `auto`: bfloat16 where the
             processor multiplies it in hardware.
         show_progress_bar: whether a progress bar is shown; None: if there is more than one batch.
+        output_file: write the vectors to this file in NumPy's format (`vectors.npy`) as they come, and return them
+            memory-mapped from there. The file appears under its name when it is whole.
 
     Returns:
         fp32 vectors `(len(texts), dim)` in the order of `texts`, or `(dim,)` for one string. With `late_chunk_tokens`,
         a list of `(passages, dim)`, or `(passages, dim)` for one string.
 
     Raises:
-        ValueError: an argument has a value that is not allowed, or a text is too long and `overflow` is `error`.
+        ValueError: an argument has a value that is not allowed, a text is no string, or a text is too long and
+            `overflow` is `error`.
+    """
+    if output not in ("numpy", "torch"):
+        raise ValueError(f"encode: output={output!r}; choose from 'numpy', 'torch'")
+    single = isinstance(texts, str)
+    if output_file is not None and (single or late_chunk_tokens is not None):
+        raise ValueError(
+            "encode: output_file takes one vector for each of several texts; leave it out for one string and with "
+            "late_chunk_tokens"
+        )
+    texts = [texts] if isinstance(texts, str) else texts
+    convert = Tensor.numpy if output == "numpy" else Tensor.detach
+    width = truncate_dim or model.config.hidden_size
+    with Progress(show_progress_bar, len(texts) if hasattr(texts, "__len__") else None) as progress:
+        windows = encode_windows(
+            model,
+            texts,
+            prompt_name,
+            batch_tokens,
+            normalize,
+            truncate_dim,
+            late_chunk_tokens,
+            overflow,
+            precision,
+            progress.update,
+        )
+        with closing(windows):
+            if output_file is not None:
+                with VectorFile(output_file, width) as file:
+                    for window in windows:
+                        file.write(torch.cat(window))
+                return convert(map_vectors(output_file, file.count, width))
+            if late_chunk_tokens is not None:
+                parts = [convert(part) for window in windows for part in window]
+                return parts[0] if single else parts
+            stacked = convert(torch.cat([torch.zeros(0, width), *(torch.cat(window) for window in windows)]))
+    return stacked[0] if single else stacked
+
+
+def encode_stream(
+    model: HubModel,
+    texts: Iterable[str],
+    prompt_name: str | None = None,
+    batch_tokens: int = 16_384,
+    normalize: bool | None = None,
+    truncate_dim: int | None = None,
+    late_chunk_tokens: int | None = None,
+    overflow: str = "warn",
+    output: str = "numpy",
+    precision: str = "auto",
+) -> Iterator[Any]:
+    """Encode texts as they come, in memory that does not depend on their number.
+
+        for text, vector in zip(texts, model.encode_stream(texts)):
+            ...
+
+    Texts are read two windows ahead of the vectors that are returned; see `divide_into_windows`. A generator that is
+    not read to its end stops reading and tokenizing when it is closed.
+
+    Args:
+        model: the encoder.
+        texts: any number of strings, which need not be in memory: a list, a column, a generator.
+        prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, output, precision: as in
+            `encode_texts`.
+
+    Returns:
+        An iterator over the vectors `encode` would return, in the order of `texts`: `(dim,)` for each text, with
+        `late_chunk_tokens` `(passages, dim)`.
+
+    Raises:
+        ValueError: as in `encode_texts`; about a text, when it is read.
+    """
+    if isinstance(texts, str) or output not in ("numpy", "torch"):
+        raise ValueError("encode: a stream takes several texts, and output is 'numpy' or 'torch'")
+    convert = Tensor.numpy if output == "numpy" else Tensor.detach
+    windows = encode_windows(
+        model, texts, prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, precision
+    )
+
+    def vectors() -> Iterator[Any]:
+        with closing(windows):
+            for window in windows:
+                for part in window:
+                    yield convert(part if late_chunk_tokens else part[0])
+
+    return vectors()
+
+
+def encode_windows(
+    model: HubModel,
+    texts: Iterable[str],
+    prompt_name: str | None,
+    batch_tokens: int,
+    normalize: bool | None,
+    truncate_dim: int | None,
+    late_chunk_tokens: int | None,
+    overflow: str,
+    precision: str,
+    report: Callable[[int], None] = lambda count: None,
+) -> Any:
+    """Check the choices of `encode_texts`, and return a generator of its vectors, window by window.
+
+    Args:
+        model: the encoder.
+        texts: any strings.
+        prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, precision: as in
+            `encode_texts`.
+        report: is called after each forward pass with the number of its texts.
+
+    Returns:
+        A generator of lists, with `(1, dim)` or `(passages, dim)` for each text of a window.
+
+    Raises:
+        ValueError: a choice has a value that is not allowed.
     """
     for name, value, allowed in (
         ("overflow", overflow, ("warn", "error")),
-        ("output", output, ("numpy", "torch")),
         ("precision", precision, ("auto", "float32", "bfloat16")),
         ("prompt_name", prompt_name, (None, *model.config.prompts)),
     ):
@@ -154,67 +354,60 @@ def encode_texts(
             f"encode: truncate_dim={truncate_dim} is more than the {model.config.hidden_size} dimensions of the model"
         )
     prompt_name = model.config.default_prompt_name if prompt_name is None else prompt_name
-    normalize = model.config.normalize if normalize is None else normalize
-    single = isinstance(texts, str)
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    if wrong := [n for n, text in enumerate(texts) if not isinstance(text, str)]:
-        raise ValueError(f"encode: text {wrong[0]} is a {type(texts[wrong[0]]).__name__}, not a string")
-    if half := [n for n, text in enumerate(texts) if re.search("[\ud800-\udfff]", text)]:
-        raise ValueError(
-            f"encode: text {half[0]} holds half a character, a surrogate such as \\ud83d without the other half"
-        )
-    was_training = model.training
-    model.eval()
-    try:
-        rows = (
-            tokenize_texts(model, texts, model.config.prompts[prompt_name] if prompt_name else "", overflow)
-            if texts
-            else []
-        )
-        vectors = encode_rows(model, rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar)
-    finally:
-        model.train(was_training)
-    vectors = [finish_vectors(part, normalize, truncate_dim) for part in vectors]
-    if single or late_chunk_tokens:
-        parts = [part.numpy() if output == "numpy" else part for part in vectors]
-        if not single:
-            return parts
-        return parts[0] if late_chunk_tokens else parts[0][0]
-    width = truncate_dim or model.config.hidden_size
-    stacked = torch.cat(vectors) if vectors else torch.zeros(0, width)
-    return stacked.numpy() if output == "numpy" else stacked
+    prompt = "" if prompt_name is None else model.config.prompts[prompt_name]
+    unit_length = model.config.normalize if normalize is None else normalize
+
+    def compute() -> Iterator[list[Tensor]]:
+        windows = divide_into_windows(texts, CHARACTERS_PER_BATCH_TOKEN * batch_tokens)
+        # Without texts no tokenizer is needed.
+        first = next(windows, None)
+        if first is None:
+            return
+        with closing(read_windows(model, chain([first], windows), prompt, overflow)) as rows_of_windows:
+            for rows in rows_of_windows:
+                vectors = encode_rows(model, rows, batch_tokens, late_chunk_tokens, precision, report)
+                yield [finish_vectors(part, unit_length, truncate_dim) for part in vectors]
+
+    return compute()
 
 
-def encode_rows(model: HubModel, rows, batch_tokens, late_chunk_tokens, precision, show_progress_bar) -> list[Tensor]:
+@torch.no_grad()
+def encode_rows(
+    model: HubModel,
+    rows: Sequence[array],
+    batch_tokens: int,
+    late_chunk_tokens: int | None,
+    precision: str,
+    report: Callable[[int], None],
+) -> list[Tensor]:
     """Compute the vectors of tokenized documents; see `encode_texts`.
 
     Args:
-        model: the encoder.
+        model: the encoder; it is in evaluation mode while it computes.
         rows: the token ids of each document.
         batch_tokens: largest number of tokens in one forward pass.
         late_chunk_tokens: number of tokens per passage, or None.
         precision: `float32`, `bfloat16` or `auto`.
-        show_progress_bar: whether a progress bar is shown; None: if there is more than one batch.
+        report: is called after each forward pass with the number of its documents.
 
     Returns:
         `(1, d)`, or `(passages, d)`, for each document, in the order of `rows`.
     """
     device = model.device
-    batches = budget_batches([len(row) for row in rows], batch_tokens)
     half = precision == "bfloat16" or (
         precision == "auto" and model.dtype == torch.float32 and is_fast_in_bfloat16(device)
     )
     vectors: list[Tensor] = [torch.empty(0)] * len(rows)
-    hidden = show_progress_bar is False or (show_progress_bar is None and len(batches) < 2)
-    with logging.tqdm(
-        total=sum(map(len, rows)), unit="token", unit_scale=True, desc="encode", disable=hidden
-    ) as progress:
-        for batch in batches:
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in budget_batches([len(row) for row in rows], batch_tokens):
             lengths = torch.tensor([len(rows[index]) for index in batch], dtype=torch.int32)
             cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
-            input_ids = torch.tensor(
-                [token for index in batch for token in rows[index]], dtype=torch.long, device=device
-            )[None]
+            ids = array("i")
+            for index in batch:
+                ids.extend(rows[index])
+            input_ids = torch.tensor(ids, dtype=torch.long, device=device)[None]
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 states = model(input_ids, cu_seq_lens_q=cu_seqlens, max_length_q=int(lengths.max()), return_dict=True)
             if late_chunk_tokens is None:
@@ -226,8 +419,38 @@ def encode_rows(model: HubModel, rows, batch_tokens, late_chunk_tokens, precisio
                 parts = pooled.float().cpu().split(counts.tolist())
             for index, part in zip(batch, parts, strict=True):
                 vectors[index] = part
-            progress.update(int(lengths.sum()))
+            report(len(batch))
+    finally:
+        model.train(was_training)
     return vectors
+
+
+class Progress:
+    """A progress bar over texts that may appear after the work has begun.
+
+    Args:
+        show: whether it is shown; None: from the second batch on.
+        total: number of texts; None: unknown.
+    """
+
+    def __init__(self, show: bool | None, total: int | None) -> None:
+        self.show, self.total, self.batches, self.done = show, total, 0, 0
+        self.bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, count: int) -> None:
+        """Note that a batch of `count` texts is done."""
+        self.batches, self.done = self.batches + 1, self.done + count
+        if self.bar is None and (self.show or (self.show is None and self.batches > 1)):
+            self.bar = logging.tqdm(total=self.total, unit="text", desc="encode")
+        if self.bar is not None:
+            self.bar.update(self.done - self.bar.n)
 
 
 def finish_vectors(vectors: Tensor, normalize: bool, truncate_dim: int | None) -> Tensor:

@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 from .attention_longembed import DEFAULT_KERNEL, LayerContext, LongEmbedAttention, ResidualLinear, check_kernel
 from .configuration_longembed import LongEmbedConfig
 from .conversion_longembed import convert_encoder
-from .encoding_longembed import encode_texts, tokenize_texts
+from .encoding_longembed import encode_stream, encode_texts, tokenize_texts
 from .export_native_longembed import export_native
 from .export_onnx_longembed import export_onnx
 from .hub_longembed import HubModel
@@ -247,6 +247,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
 
     tokenize = tokenize_texts
     encode = encode_texts
+    encode_stream = encode_stream
     to_onnx = export_onnx
 
     def __init__(self, config):

@@ -19,7 +19,8 @@ from common.encoders.text_vectors import PromptType
 from common.errors import UserError, reading
 
 # The import also registers our Auto classes, so that our folders load without trust_remote_code.
-from modeling_longembed.encoding_longembed import budget_batches, special_tokens_around
+from modeling_longembed.encoding_longembed import budget_batches
+from modeling_longembed.encoding_tokens_longembed import special_tokens_around
 
 
 class Encoder:

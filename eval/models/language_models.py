@@ -18,7 +18,7 @@ from common.encoders.encoder import context_length
 from common.encoders.model_folder import ModelFolder
 from common.errors import UserError, reading
 from common.files import sha256_file
-from modeling_longembed.encoding_longembed import special_tokens_around
+from modeling_longembed.encoding_tokens_longembed import special_tokens_around
 
 _OURS = "LongEmbedForMaskedLM"
 

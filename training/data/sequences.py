@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from modeling_longembed.encoding_longembed import special_tokens_around
+from modeling_longembed.encoding_tokens_longembed import special_tokens_around
 from training.data.masking import Masking
 from training.data.next_sentence import Segment, draw_pair
 from training.data.token_store import TokenizedDocuments
