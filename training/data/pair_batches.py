@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
+from modeling_longembed.encoding_tokens_longembed import cut_off, special_tokens_around, tokenize_beginnings
 from training.data.packing import PackedTexts, cut_to_fill, pack
 from training.data.pair_makers import make_pairs
 from training.data.row_order import RowOrder
@@ -36,11 +37,9 @@ class PairTokenizer:
 
     def __call__(self, texts: list[str], kind: str) -> list[list[int]]:
         """Return the token ids of texts of one kind, `query` or `document`."""
-        prompt = self.prompts.get(kind, "")
-        encoded = self.tokenizer(
-            [prompt + text for text in texts], truncation=True, max_length=self.limit(kind), return_attention_mask=False
-        )
-        return encoded["input_ids"]
+        limit, (_, closing) = self.limit(kind), special_tokens_around(self.tokenizer)
+        beginnings = tokenize_beginnings(self.tokenizer, texts, limit, self.prompts.get(kind, ""))
+        return [cut_off(ids, limit, closing).tolist() for _, ids in beginnings]
 
     def limit(self, kind: str) -> int:
         """Return the number of tokens at which texts of a kind are cut off."""
