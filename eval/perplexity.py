@@ -40,6 +40,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from common.arguments import parse
+from common.conditions import Not
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
 from common.files import atomic_write
@@ -73,7 +74,10 @@ class Arguments:
     documents: int = field(default=20, metadata={"help": "number of documents: the first that are long enough"})
     tokens_scored: int = field(default=32, metadata={"help": "pseudo: tokens scored of each document; 0: leave it out"})
     draws: int = field(default=4, metadata={"help": "masked: sets of masked tokens of each document; 0: leave it out"})
-    share: float = field(default=0.15, metadata={"help": "masked: share of the tokens that is masked at once"})
+    share: float = field(
+        default=0.15,
+        metadata={"help": "masked: share of the tokens that is masked at once", "applies": {"draws": Not(0)}},
+    )
     stride: int = field(default=256, metadata={"help": "last, window: tokens from one window to the next"})
     windows: int = field(default=8, metadata={"help": "last, window: windows of each document"})
     seed: int = field(default=0, metadata={"help": "random seed of the masks"})

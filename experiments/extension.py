@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
+from common.conditions import GIVEN
 from common.encoders.model_folder import ModelFolder
 from common.encoders.precision import resolve_precision
 from common.errors import UserError, run
@@ -102,7 +103,10 @@ class Arguments:
     task_data_dir: str | None = field(
         default=None, metadata={"help": "folder with one sub-folder for each retrieval task; default: no retrieval"}
     )
-    tasks: list[str] = field(default_factory=list, metadata={"help": "tasks of --task_data_dir; default: all"})
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "tasks of --task_data_dir; default: all", "applies": {"task_data_dir": GIVEN}},
+    )
     rows: list[str] = field(
         default_factory=lambda: list(ROWS),
         metadata={"help": f"rows of the table, with base in any case: {' '.join(ROWS)}"},
@@ -111,7 +115,8 @@ class Arguments:
         default_factory=lambda: list(ROWS),
         metadata={
             "help": "rows whose retrieval is measured; without a GPU those with ALiBi are five times slower than the "
-            "others at 8,192 tokens"
+            "others at 8,192 tokens",
+            "applies": {"task_data_dir": GIVEN},
         },
     )
     recipes: str = field(default=str(RECIPES), metadata={"help": "folder of the recipes"})

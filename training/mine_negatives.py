@@ -55,7 +55,9 @@ class Thresholds:
     sampling: Literal["top", "random"] = field(
         default="top", metadata={"help": "take the nearest of the documents that are left, or random ones"}
     )
-    seed: int = field(default=0, metadata={"help": "random seed of --sampling random"})
+    seed: int = field(
+        default=0, metadata={"help": "random seed of --sampling random", "applies": {"sampling": "random"}}
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.range_min < self.range_max:

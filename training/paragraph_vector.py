@@ -45,14 +45,23 @@ class ParagraphVectorArguments:
         default="dbow", metadata={"help": "dm: distributed memory; dbow: bag of words; both: concatenated"}
     )
     vector_size: int = field(default=100, metadata={"help": "dimensions of the vectors of one architecture"})
-    window: int = field(default=5, metadata={"help": "context words on either side"})
+    window: int = field(
+        default=5,
+        metadata={
+            "help": "context words on either side",
+            "applies": [{"architecture": ("dm", "both")}, {"dbow_words": True}],
+        },
+    )
     min_count: int = field(default=2, metadata={"help": "occurrences that a word needs to be used"})
     negative: int = field(default=5, metadata={"help": "noise words per word (negative sampling)"})
     epochs: int = field(
         default=10, metadata={"help": "passes through the documents, and through a text whose vector is inferred"}
     )
     learning_rate: float = field(default=0.025, metadata={"help": "initial learning rate; it decreases to 0.0001"})
-    dbow_words: bool = field(default=True, metadata={"help": "let dbow train word vectors too (skip-gram)"})
+    dbow_words: bool = field(
+        default=True,
+        metadata={"help": "let dbow train word vectors too (skip-gram)", "applies": {"architecture": ("dbow", "both")}},
+    )
     lowercase: bool = field(default=True, metadata={"help": "convert words to lower case"})
     workers: int = field(default=1, metadata={"help": "threads; with more than one, runs are not reproducible"})
     seed: int = field(default=42, metadata={"help": "random seed"})

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.conditions import NOT_GIVEN
 from common.encoders.quantization import int8_weights
 from common.errors import UserError
 from common.memory import is_out_of_memory
@@ -39,13 +40,25 @@ class Workload:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "a LongEmbed model; default: random weights of the sizes below"}
     )
-    num_hidden_layers: int = field(default=6, metadata={"help": "layers of a random model"})
-    hidden_size: int = field(default=384, metadata={"help": "width of a random model"})
-    num_attention_heads: int = field(default=12, metadata={"help": "attention heads of a random model"})
-    intermediate_size: int = field(default=1536, metadata={"help": "width of its feed-forward layers"})
+    num_hidden_layers: int = field(
+        default=6, metadata={"help": "layers of a random model", "applies": {"model_name_or_path": NOT_GIVEN}}
+    )
+    hidden_size: int = field(
+        default=384, metadata={"help": "width of a random model", "applies": {"model_name_or_path": NOT_GIVEN}}
+    )
+    num_attention_heads: int = field(
+        default=12, metadata={"help": "attention heads of a random model", "applies": {"model_name_or_path": NOT_GIVEN}}
+    )
+    intermediate_size: int = field(
+        default=1536,
+        metadata={"help": "width of its feed-forward layers", "applies": {"model_name_or_path": NOT_GIVEN}},
+    )
     position_embedding_type: str = field(
         default="rope",
-        metadata={"help": "position scheme of a random model; 'absolute' has one parameter row per position"},
+        metadata={
+            "help": "position scheme of a random model; 'absolute' has one parameter row per position",
+            "applies": {"model_name_or_path": NOT_GIVEN},
+        },
     )
     mode: str = field(
         default="forward",
@@ -56,7 +69,11 @@ class Workload:
         },
     )
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "in training, keep only the input of each sublayer and recompute the rest"}
+        default=False,
+        metadata={
+            "help": "in training, keep only the input of each sublayer and recompute the rest",
+            "applies": {"mode": "training"},
+        },
     )
     dtype: str = field(
         default="float32",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from common.conditions import GIVEN
 from common.errors import UserError
 from training.data.curriculum import LengthSchedule
 from training.data.sources import Columns, read_sources
@@ -39,6 +40,7 @@ class DocumentArguments:
         metadata={
             "help": "sequence length of held-out documents; the last one of training by default",
             "within": "[1, inf)",
+            "applies": {"eval_data": GIVEN},
         },
     )
     per_device_train_tokens: int = field(

@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from common.conditions import GIVEN, Not
 from common.errors import UserError
 from common.provenance import code_hash
 from training.data.filters import FilterArguments, filtered, report_leakage
@@ -42,25 +43,57 @@ class PairArguments(SplitArguments, FilterArguments):
             "passage around it; neighbours: two adjacent spans; segments: two windows"
         },
     )
-    anchor_column: str = field(default="anchor", metadata={"help": "column of queries, such as questions or titles"})
-    positive_column: str = field(default="positive", metadata={"help": "column of the documents that answer them"})
-    text_column: str = field(default="text", metadata={"help": "column of documents from which pairs are made"})
+    anchor_column: str = field(
+        default="anchor",
+        metadata={
+            "help": "column of queries, such as questions or titles",
+            "applies": [{"pairs": "columns"}, {"eval_data": GIVEN}],
+        },
+    )
+    positive_column: str = field(
+        default="positive",
+        metadata={
+            "help": "column of the documents that answer them",
+            "applies": [{"pairs": "columns", "objective": Not("simcse", "sup_con")}, {"eval_data": GIVEN}],
+        },
+    )
+    text_column: str = field(
+        default="text",
+        metadata={
+            "help": "column of documents from which pairs are made",
+            "applies": {"pairs": ("twins", "crops", "inverse_cloze", "neighbours", "segments")},
+        },
+    )
     pair_window: int | None = field(
         default=None,
         metadata={
             "help": "length in tokens of the span of a document that crops are taken from, of the passage of "
-            "inverse_cloze, and of each neighbour or segment; by default what the model can read, 288 for segments"
+            "inverse_cloze, and of each neighbour or segment; by default what the model can read, 288 for segments",
+            "applies": {"pairs": ("crops", "inverse_cloze", "neighbours", "segments")},
         },
     )
     crop_ratio: list[float] = field(
         default_factory=lambda: [0.25, 0.5],
-        metadata={"help": "smallest and largest fraction of the window in a crop (Contriever: 0.05 0.5 of 256)"},
+        metadata={
+            "help": "smallest and largest fraction of the window in a crop (Contriever: 0.05 0.5 of 256)",
+            "applies": {"pairs": "crops"},
+        },
     )
-    word_deletion: float = field(default=0.1, metadata={"help": "fraction of the words that are deleted from a crop"})
+    word_deletion: float = field(
+        default=0.1,
+        metadata={"help": "fraction of the words that are deleted from a crop", "applies": {"pairs": "crops"}},
+    )
     sentence_removal: float = field(
-        default=0.9, metadata={"help": "fraction of the pairs of inverse_cloze whose passage lacks the sentence"}
+        default=0.9,
+        metadata={
+            "help": "fraction of the pairs of inverse_cloze whose passage lacks the sentence",
+            "applies": {"pairs": "inverse_cloze"},
+        },
     )
-    segment_step: int = field(default=64, metadata={"help": "tokens from the start of a segment to that of the next"})
+    segment_step: int = field(
+        default=64,
+        metadata={"help": "tokens from the start of a segment to that of the next", "applies": {"pairs": "segments"}},
+    )
     segment_gap: int = field(
         default=0,
         metadata={
@@ -72,7 +105,8 @@ class PairArguments(SplitArguments, FilterArguments):
         default=1.0,
         metadata={
             "help": "the share of a source in an epoch is proportional to its weight times its size to the power of "
-            "1 / temperature"
+            "1 / temperature",
+            "applies": {"streaming": False},
         },
     )
 
@@ -83,7 +117,9 @@ class PairArguments(SplitArguments, FilterArguments):
             "are then shares of the batches, and --max_steps sets the length of the run"
         },
     )
-    shuffle_buffer: int = field(default=2048, metadata={"help": "rows of a stream that are shuffled together"})
+    shuffle_buffer: int = field(
+        default=2048, metadata={"help": "rows of a stream that are shuffled together", "applies": {"streaming": True}}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from common.conditions import GIVEN
+from common.conditions import GIVEN, NOT_GIVEN
 from common.errors import UserError
 from training.engine.checkpoints import (
     Checkpoint,
@@ -68,7 +68,9 @@ class LoopArguments(OptimizerArguments):
     output_dir: str = field(
         metadata={"help": "folder for checkpoints/, metrics.jsonl, tensorboard/ and final/", "output": "folder"}
     )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "passes through the training data"})
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "passes through the training data", "applies": {"max_steps": NOT_GIVEN}}
+    )
     max_steps: int = field(default=-1, metadata={"help": "optimiser steps; overrides --num_train_epochs if positive"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimiser step"})
     gradient_checkpointing: bool = field(
@@ -85,7 +87,12 @@ class LoopArguments(OptimizerArguments):
         default="tensorboard", metadata={"help": "tracker that metrics go to, in addition to metrics.jsonl"}
     )
     eval_steps: int = field(
-        default=0, metadata={"help": "steps between two evaluations; 0: only after the last step", "within": "[0, inf)"}
+        default=0,
+        metadata={
+            "help": "steps between two evaluations; 0: only after the last step",
+            "within": "[0, inf)",
+            "applies": [{"eval_data": GIVEN}, {"eval_split": GIVEN}],
+        },
     )
     save_steps: int = field(default=500, metadata={"help": "steps between two checkpoints; the last step makes one"})
     save_total_limit: int | None = field(default=2, metadata={"help": "number of checkpoints to keep"})

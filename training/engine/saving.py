@@ -28,7 +28,9 @@ class HubArguments:
 
     push_to_hub: bool = field(default=False, metadata={"help": "upload the final model to the Hugging Face Hub"})
     hub_model_id: str | None = field(default=None, metadata={"help": "repository to upload to: org/name"})
-    hub_private_repo: bool = field(default=True, metadata={"help": "make a new repository private"})
+    hub_private_repo: bool = field(
+        default=True, metadata={"help": "make a new repository private", "applies": {"push_to_hub": True}}
+    )
 
     def __post_init__(self) -> None:
         if self.push_to_hub and not self.hub_model_id:

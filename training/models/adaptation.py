@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from common.conditions import NOT_GIVEN
 from common.errors import UserError, reading
 from common.patterns import parse_pattern
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
@@ -18,11 +19,7 @@ from training.models.encoder import ModelArguments
 
 @dataclass
 class AdaptationArguments:
-    """What is changed in the model before it trains.
-
-    Raises:
-        UserError: options that exclude each other.
-    """
+    """What is changed in the model before it trains."""
 
     max_position_embeddings: int | None = field(
         default=None, metadata={"help": "new context in tokens; the model's own if not given"}
@@ -31,7 +28,8 @@ class AdaptationArguments:
         default=None,
         metadata={
             "help": "how positions are extended to the new context: a method such as repeat, interpolate, group, yarn, "
-            "or one with parameters, restart:period=254; default: the usual method of the model's positions"
+            "or one with parameters, restart:period=254; default: the usual method of the model's positions",
+            "applies": {"position_embedding_type": NOT_GIVEN},
         },
     )
     position_embedding_type: str | None = field(
@@ -39,7 +37,11 @@ class AdaptationArguments:
         metadata={"help": "a new position scheme, which the model has to learn: rope, alibi, sinusoidal, ..."},
     )
     rope_theta: float | None = field(
-        default=None, metadata={"help": "base of the rotation angles of a new rope scheme"}
+        default=None,
+        metadata={
+            "help": "base of the rotation angles of a new rope scheme",
+            "applies": {"position_embedding_type": "rope"},
+        },
     )
     attention_patterns: list[str] = field(
         default_factory=list,
@@ -52,14 +54,6 @@ class AdaptationArguments:
         default_factory=list,
         metadata={"help": "attention patterns used in training only, such as shifted:size=512; default: the same"},
     )
-
-    def __post_init__(self) -> None:
-        if self.position_embedding_type and self.position_extension:
-            raise UserError(
-                "--position_extension: a new --position_embedding_type has no trained context to extend; leave it out"
-            )
-        if self.rope_theta is not None and self.position_embedding_type != "rope":
-            raise UserError("--rope_theta: is the base of a new rope scheme; add --position_embedding_type rope")
 
     def patterns(self) -> dict[str, list[dict]]:
         """Return the attention patterns that were given, as fields of the config."""

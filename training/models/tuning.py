@@ -24,16 +24,33 @@ class TuningArguments:
             "whole, embeddings and norms; positions: only the position table, and of an extended one only the new rows"
         },
     )
-    lora_r: int = field(default=8, metadata={"help": "rank of the LoRA updates", "within": "[1, inf)"})
+    lora_r: int = field(
+        default=8,
+        metadata={
+            "help": "rank of the LoRA updates",
+            "within": "[1, inf)",
+            "applies": {"tuning": ("lora", "longlora")},
+        },
+    )
     lora_alpha: int = field(
-        default=16, metadata={"help": "the LoRA updates are scaled by lora_alpha / lora_r", "within": "[1, inf)"}
+        default=16,
+        metadata={
+            "help": "the LoRA updates are scaled by lora_alpha / lora_r",
+            "within": "[1, inf)",
+            "applies": {"tuning": ("lora", "longlora")},
+        },
     )
     lora_dropout: float = field(
-        default=0.0, metadata={"help": "dropout of the input of the LoRA updates", "within": "[0, 1)"}
+        default=0.0,
+        metadata={
+            "help": "dropout of the input of the LoRA updates",
+            "within": "[0, 1)",
+            "applies": {"tuning": ("lora", "longlora")},
+        },
     )
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
-        metadata={"help": "names of the linear layers that LoRA updates"},
+        metadata={"help": "names of the linear layers that LoRA updates", "applies": {"tuning": ("lora", "longlora")}},
     )
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from common.conditions import GIVEN, Not
 from training.data.modality_features import FeatureBatch, FeatureBatches, FeatureSource, PackedFeatures, read_features
 from training.data.packing import PackedTexts
 from training.data.pair_batches import PairBatch
@@ -38,15 +39,21 @@ class FeatureArguments:
         },
     )
     feature_weight: float = field(
-        default=0.05, metadata={"help": "weight of the second task's loss; 0: no second task"}
+        default=0.05,
+        metadata={"help": "weight of the second task's loss; 0: no second task", "applies": {"feature_data": GIVEN}},
     )
     feature_temperature: float = field(
-        default=0.07, metadata={"help": "similarities of the second task are divided by the temperature"}
+        default=0.07,
+        metadata={
+            "help": "similarities of the second task are divided by the temperature",
+            "applies": {"feature_data": GIVEN, "feature_weight": Not(0.0)},
+        },
     )
     per_device_feature_batch_size: int = field(
         default=48,
         metadata={
-            "help": "number of rows of features of a batch on each process; each is paired with another of its label"
+            "help": "number of rows of features of a batch on each process; each is paired with another of its label",
+            "applies": {"feature_data": GIVEN, "feature_weight": Not(0.0)},
         },
     )
 

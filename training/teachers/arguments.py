@@ -9,6 +9,7 @@ information.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.conditions import GIVEN, Not
 from common.errors import UserError
 from training.objectives.contrastive.arguments import check_range
 
@@ -32,20 +33,33 @@ class TeachingArguments:
         default="mse",
         metadata={
             "help": "loss against the structural teacher; max_margin_mse also increases the distance from its vectors "
-            "of the other documents of the batch"
+            "of the other documents of the batch",
+            "applies": {"structural_teacher": GIVEN},
         },
     )
-    structural_weight: float = field(default=1.0, metadata={"help": "weight of the structural loss"})
-    structural_gamma: float = field(default=1.0, metadata={"help": "weight of the other documents in max_margin_mse"})
+    structural_weight: float = field(
+        default=1.0, metadata={"help": "weight of the structural loss", "applies": {"structural_teacher": GIVEN}}
+    )
+    structural_gamma: float = field(
+        default=1.0,
+        metadata={
+            "help": "weight of the other documents in max_margin_mse",
+            "applies": {"structural_loss": "max_margin_mse"},
+        },
+    )
     structural_mask: bool = field(
         default=False,
-        metadata={"help": "leave texts out of the structural loss that are longer than the teacher's window"},
+        metadata={
+            "help": "leave texts out of the structural loss that are longer than the teacher's window",
+            "applies": {"structural_teacher": GIVEN},
+        },
     )
     structural_head_dims: list[int] = field(
         default_factory=list,
         metadata={
             "help": "widths of hidden layers between the student's vector and the structural loss; default: a linear "
-            "projection if the teacher has another width, else nothing"
+            "projection if the teacher has another width, else nothing",
+            "applies": {"structural_teacher": GIVEN},
         },
     )
     contextual_teacher: str | None = field(
@@ -56,33 +70,59 @@ class TeachingArguments:
         default="soft_cca",
         metadata={
             "help": "loss against the contextual teacher; soft_cca and dcca compare the vectors up to a projection of "
-            "both"
+            "both",
+            "applies": {"contextual_teacher": GIVEN},
         },
     )
-    contextual_weight: float = field(default=1.0, metadata={"help": "weight of the contextual loss"})
+    contextual_weight: float = field(
+        default=1.0, metadata={"help": "weight of the contextual loss", "applies": {"contextual_teacher": GIVEN}}
+    )
     contextual_head_dims: list[int] = field(
-        default_factory=list, metadata={"help": "as --structural_head_dims, for the contextual loss"}
+        default_factory=list,
+        metadata={
+            "help": "as --structural_head_dims, for the contextual loss",
+            "applies": {"contextual_teacher": GIVEN},
+        },
     )
     contextual_teacher_head_dims: list[int] = field(
         default_factory=list,
-        metadata={"help": "widths of hidden layers between the teacher's vector and soft_cca or dcca"},
+        metadata={
+            "help": "widths of hidden layers between the teacher's vector and soft_cca or dcca",
+            "applies": {"contextual_loss": ("soft_cca", "dcca")},
+        },
     )
     contextual_width: int | None = field(
         default=None,
         metadata={
             "help": "width of both projections of soft_cca and dcca; default: the teacher's width, for dcca each "
-            "model's own"
+            "model's own",
+            "applies": {"contextual_loss": ("soft_cca", "dcca")},
         },
     )
     sdl_momentum: float = field(
-        default=0.95, metadata={"help": "decay of the running covariance of earlier batches in soft_cca"}
+        default=0.95,
+        metadata={
+            "help": "decay of the running covariance of earlier batches in soft_cca",
+            "applies": {"contextual_loss": "soft_cca", "sdl_weight": Not(0.0)},
+        },
     )
-    sdl_weight: float = field(default=0.03, metadata={"help": "weight of the decorrelation of dimensions in soft_cca"})
+    sdl_weight: float = field(
+        default=0.03,
+        metadata={
+            "help": "weight of the decorrelation of dimensions in soft_cca",
+            "applies": {"contextual_loss": "soft_cca"},
+        },
+    )
     dcca_regularization: float = field(
-        default=1e-3, metadata={"help": "number added to the variances of dcca, which are 1"}
+        default=1e-3,
+        metadata={"help": "number added to the variances of dcca, which are 1", "applies": {"contextual_loss": "dcca"}},
     )
     dcca_components: int | None = field(
-        default=None, metadata={"help": "number of canonical correlations in the loss of dcca; default: all"}
+        default=None,
+        metadata={
+            "help": "number of canonical correlations in the loss of dcca; default: all",
+            "applies": {"contextual_loss": "dcca"},
+        },
     )
     score_teacher: str | None = field(
         default=None,
@@ -99,28 +139,55 @@ class TeachingArguments:
         default="kl",
         metadata={
             "help": "loss against the scores. kl: divergence between the distributions over candidates; margin_mse: "
-            "squared error of the differences between the first candidate's score and the others'"
+            "squared error of the differences between the first candidate's score and the others'",
+            "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}],
         },
     )
-    score_weight: float = field(default=1.0, metadata={"help": "weight of the score loss"})
-    score_scale: float = field(default=20.0, metadata={"help": "factor between a cosine of the student and its score"})
-    score_temperature: float = field(
-        default=1.0, metadata={"help": "temperature of kl, which divides the scores of teacher and student"}
+    score_weight: float = field(
+        default=1.0,
+        metadata={"help": "weight of the score loss", "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}]},
     )
-    normalize_teacher: bool = field(default=True, metadata={"help": "scale the teachers' vectors to unit length"})
+    score_scale: float = field(
+        default=20.0,
+        metadata={
+            "help": "factor between a cosine of the student and its score",
+            "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}],
+        },
+    )
+    score_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "temperature of kl, which divides the scores of teacher and student",
+            "applies": {"score_loss": "kl"},
+        },
+    )
+    normalize_teacher: bool = field(
+        default=True,
+        metadata={
+            "help": "scale the teachers' vectors to unit length",
+            "applies": [{"structural_teacher": GIVEN}, {"contextual_teacher": GIVEN}],
+        },
+    )
     normalize_student: bool = field(
         default=True,
         metadata={
-            "help": "scale the student's vectors to unit length, behind the head, in all losses but soft_cca and dcca"
+            "help": "scale the student's vectors to unit length, behind the head, in all losses but soft_cca and dcca",
+            "applies": [{"structural_teacher": GIVEN}, {"contextual_loss": ("mse", "cosine")}],
         },
     )
     teacher_precision: Literal["float32", "bfloat16", "auto"] = field(
         default="float32",
-        metadata={"help": "precision of embedding teachers; auto: bfloat16 where the device is fast at it"},
+        metadata={
+            "help": "precision of embedding teachers; auto: bfloat16 where the device is fast at it",
+            "applies": [{"structural_teacher": GIVEN}, {"contextual_teacher": GIVEN}],
+        },
     )
     teacher_cache: str | None = field(
         default=None,
-        metadata={"help": "file that caches the teachers' vectors; default: teachers.sqlite in --output_dir"},
+        metadata={
+            "help": "file that caches the teachers' vectors; default: teachers.sqlite in --output_dir",
+            "applies": [{"structural_teacher": GIVEN}, {"contextual_teacher": GIVEN}, {"score_teacher": GIVEN}],
+        },
     )
 
     def __post_init__(self) -> None:

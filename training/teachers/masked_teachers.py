@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase
 
-from common.conditions import GIVEN
+from common.conditions import GIVEN, Not
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM
 from training.data.masked_batches import MaskedChunk
@@ -41,10 +41,18 @@ class MaskedTeacherArguments:
         },
     )
     teacher_temperature: float = field(
-        default=2.0, metadata={"help": "temperature that the logits of teachers and student are divided by"}
+        default=2.0,
+        metadata={
+            "help": "temperature that the logits of teachers and student are divided by",
+            "applies": {"masked_teachers": GIVEN, "soft_weight": Not(0.0)},
+        },
     )
     soft_weight: float = field(
-        default=5.0, metadata={"help": "weight of the divergence from the teachers' distributions"}
+        default=5.0,
+        metadata={
+            "help": "weight of the divergence from the teachers' distributions",
+            "applies": {"masked_teachers": GIVEN},
+        },
     )
     restrict_ce_to_mask: bool = field(
         default=False,
@@ -55,13 +63,18 @@ class MaskedTeacherArguments:
         },
     )
     hard_weight: float = field(
-        default=2.0, metadata={"help": "weight of the masked-language-model loss if there are teachers"}
+        default=2.0,
+        metadata={
+            "help": "weight of the masked-language-model loss if there are teachers",
+            "applies": {"masked_teachers": GIVEN},
+        },
     )
     hidden_weight: float = field(
         default=1.0,
         metadata={
             "help": "weight of the cosine distance between last hidden states; needs a single teacher of the student's "
-            "width"
+            "width",
+            "applies": {"masked_teachers": GIVEN},
         },
     )
 

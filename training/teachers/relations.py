@@ -50,6 +50,7 @@ class RelationArguments:
         metadata={
             "help": "number of relation heads of minilmv2; divides the attention width of both models",
             "within": "[1, inf)",
+            "applies": {"relation_objective": "minilmv2"},
         },
     )
     teacher_layer: int | None = field(
@@ -58,13 +59,25 @@ class RelationArguments:
     )
     attention_weight: float = field(
         default=1.0,
-        metadata={"help": "weight of the attention distributions in minilm; 0: not computed", "within": "[0, inf)"},
+        metadata={
+            "help": "weight of the attention distributions in minilm; 0: not computed",
+            "within": "[0, inf)",
+            "applies": {"relation_objective": "minilm"},
+        },
     )
     query_weight: float = field(
-        default=1.0, metadata={"help": "weight of the query relations in minilmv2; 0: not computed"}
+        default=1.0,
+        metadata={
+            "help": "weight of the query relations in minilmv2; 0: not computed",
+            "applies": {"relation_objective": "minilmv2"},
+        },
     )
     key_weight: float = field(
-        default=1.0, metadata={"help": "weight of the key relations in minilmv2; 0: not computed"}
+        default=1.0,
+        metadata={
+            "help": "weight of the key relations in minilmv2; 0: not computed",
+            "applies": {"relation_objective": "minilmv2"},
+        },
     )
     value_weight: float = field(default=1.0, metadata={"help": "weight of the value relations; 0: not computed"})
     hidden_mse_weight: float = field(
