@@ -8,10 +8,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from unittest.mock import patch
 
 import pytest
+import yaml
 
 from common import arguments
 from common.conditions import GIVEN, NOT_GIVEN, Not, Options, conditions_of, default_of
 from common.errors import UserError
+from experiments.findings import Finding
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -150,6 +152,17 @@ def test_a_recipe_sets_what_applies(recipe):
     if recipe.parent.name == "distillation" and not any("_teacher" in word for word in argv) and "score_" not in text:
         argv += ["--structural_teacher", "teacher"]
     arguments.parse(*types, argv=argv)
+
+
+def test_the_rows_of_the_findings_set_what_applies(tmp_path):
+    types = dataclasses_of(Path("training/contrastive.py"))
+    names = {option.name for one in types for option in dataclasses.fields(one)}
+    start = ["--model_name_or_path", "model", "--train_data", "data.jsonl", "--output_dir", "out"]
+    for file in sorted((ROOT / "experiments" / "findings").glob("*.yaml")):
+        for row in Finding.read(file).rows:
+            recipe = tmp_path / f"{file.stem}-{row.name}.yaml"
+            recipe.write_text(yaml.safe_dump({name: row.recipe[name] for name in row.recipe.keys() & names}))
+            arguments.parse(*types, argv=["--config", str(recipe), *start])
 
 
 def test_options_that_were_ignored_are_refused():

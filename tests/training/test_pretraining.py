@@ -292,7 +292,7 @@ def test_patterns_may_reach_as_far_as_the_new_context(pretrain, save_bert, tmp_p
     ("options", "complaint"),
     [
         ("--sequence_length 129", r"--sequence_length 129: is more than the model's context of 128 tokens"),
-        ("--eval_sequence_length 129", r"--eval_sequence_length 129: is more than"),
+        ("--eval_sequence_length 129 --eval_data held-out.jsonl", r"--eval_sequence_length 129: is more than"),
         ("--sequence_length 16:0.5", r"--sequence_length 16:0.5: the shares of the steps must sum to 1"),
         ("--mask_rate 2", r"--mask_rate 2: write a fraction"),
         ("--mask_unit letter", r"--mask_unit.*invalid choice"),

@@ -247,7 +247,6 @@ def test_a_resumed_run_keeps_its_teachers_and_what_they_ask_for(train_script, mo
         ("--contextual_loss mse", "contextual_loss"),
         ("--structural_weight 0.5", "structural_weight"),
         ("--no_normalize_teacher", "normalize_teacher"),
-        ("--score_loss margin_mse", "score_loss"),
         ("--text_columns text text", "text_columns"),
     ):
         with pytest.raises(
