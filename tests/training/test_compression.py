@@ -42,7 +42,7 @@ def compress(teacher, documents_file, tmp_path):
         output = tmp_path / name
         given = f"--model_name_or_path {teacher} --train_data {documents_file} --output_dir {output} "
         given += "--per_device_train_tokens 400 --sequence_length 40 --batch_tokens 200 "
-        given += "" if "--relation_objective minilm " in f"{options} " else "--relation_heads 8 "
+        given += "" if re.search(r"--relation_objective minilm( |$)|/minilm\.yaml", options) else "--relation_heads 8 "
         given += "--max_steps 3 --logging_steps 1 --dataloader_num_workers 0 --report_to none "
         AcceleratorState._reset_state(reset_partial_state=True)
         compression.main((given + options).split())
