@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers.configuration_utils import ALLOWED_LAYER_TYPES
@@ -236,14 +235,16 @@ def refuse_other_layouts(name_or_path: str, **hub):
     Raises:
         ValueError: the folder is an adapter, keeps its encoder in a subfolder, or needs code of its own.
     """
-    if (text := read_text(name_or_path, "adapter_config.json", **hub)) is not None:
-        base = json.loads(text).get("base_model_name_or_path")
+    config = read_text(name_or_path, "config.json", **hub)
+    # An adapter has no config.json; and offline the cache of a whole encoder does not say that it has no adapter.
+    asked = config is None or Path(name_or_path).is_dir()
+    if asked and (adapter := read_text(name_or_path, "adapter_config.json", **hub)) is not None:
+        base = json.loads(adapter).get("base_model_name_or_path")
         raise ValueError(
             f"{name_or_path} is an adapter of {base}, not a whole encoder: load it on that model, merge it with "
             "merge_and_unload() and save it, then convert the folder"
         )
-    text = read_text(name_or_path, "config.json", **hub)
-    if text is None:
+    if config is None:
         modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
         if inner := [module["path"] for module in modules if module.get("path", "").startswith("0_")]:
             raise ValueError(
@@ -251,10 +252,10 @@ def refuse_other_layouts(name_or_path: str, **hub):
                 "it with SentenceTransformer and save it again, then convert the new folder"
             )
         return
-    config = json.loads(text)
-    if "auto_map" in config and config.get("model_type") not in FAMILIES:
+    fields = json.loads(config)
+    if "auto_map" in fields and fields.get("model_type") not in FAMILIES:
         raise ValueError(
-            f"this checkpoint cannot be converted: it runs code of its own ({config.get('model_type')!r}), and "
+            f"this checkpoint cannot be converted: it runs code of its own ({fields.get('model_type')!r}), and "
             f"LongEmbed reads {', '.join(FAMILIES)}"
         )
 
@@ -335,7 +336,11 @@ def convert_encoder(
         original_model, loading = auto.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **hub
         )
-    except SafetensorError as error:
+    except Exception as error:
+        if (
+            type(error).__name__ != "SafetensorError"
+        ):  # by name: the loader of remote code lets nothing else be imported
+            raise
         raise ValueError(
             f"the weights of {name_or_path} are damaged ({error}): cut short, or a git-lfs pointer that git lfs pull "
             "replaces; copy or download them again"
