@@ -56,7 +56,7 @@ def _checked(kind: Any, interval: str | None) -> Any:
         if kind is str and not word.strip():
             raise argparse.ArgumentTypeError("is empty; give a value, or leave the argument out")
         value = kind(word)
-        if kind is float and not math.isfinite(value):
+        if kind is float and not math.isfinite(value) and not (interval and contains(interval, value)):
             raise argparse.ArgumentTypeError(f"{word} is no finite number")
         if kind is int and abs(value) >= 1 << 63:
             raise argparse.ArgumentTypeError(f"{word[:40]} is too large")

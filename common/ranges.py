@@ -2,7 +2,8 @@
 
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's first beta", "within": "[0, 1)"})
 
-A bracket includes its end, a parenthesis does not, and `inf` is no end: `(0, inf)` holds the positive numbers.
+A bracket includes its end, a parenthesis does not: `(0, inf)` holds the positive numbers, `[-inf, inf)` all numbers and
+minus infinity.
 """
 
 import re

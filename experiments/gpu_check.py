@@ -67,7 +67,7 @@ PARTS = {
     "foreign": Part(check_foreign, 60),
     "compilation": Part(check_compilation, 150),
     "flex": Part(check_flex, 150),
-    "device": Part(check_device, 60),
+    "device": Part(check_device, 150),
     "speed": Part(check_speed, 50, measures=True),
     "memory": Part(check_memory, 40, measures=True),
 }

@@ -8,7 +8,7 @@ close over nothing but the mask; the tokens, the bias and the blocks are their a
 from collections.abc import Callable
 from functools import cache
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,13 +53,13 @@ class Tokens(NamedTuple):
 
     Attributes:
         document: int64, number of the document.
-        index: int64, place in the document.
+        token_index: int64, place in the document.
         length: int64, length of the document.
         is_global: bool, whether the token is global.
     """
 
     document: Tensor
-    index: Tensor
+    token_index: Tensor
     length: Tensor
     is_global: Tensor
 
@@ -95,18 +95,18 @@ def _programs(mask: FlexMask) -> tuple[Callable, Callable]:
     """Return the two programs of a mask: one finds the blocks of visible pairs, the other computes attention."""
 
     def visible_pairs(tokens: Tokens) -> Callable:
-        places = Places(tokens.index, tokens.length, tokens.is_global)
+        places = Places(tokens.token_index, tokens.length, tokens.is_global)
 
         def mask_mod(batch, head, query, key):
             visible = mask.pattern.visible(places.at(query), places.at(key), head + mask.first_head, mask.model_heads)
             visible = visible & (tokens.document[query] == tokens.document[key])
-            return visible & (tokens.index[key] <= tokens.index[query]) if mask.causal else visible
+            return visible & (tokens.token_index[key] <= tokens.token_index[query]) if mask.causal else visible
 
         return mask_mod
 
     def find_blocks(tokens: Tokens) -> tuple[Tensor, ...]:
-        rows, heads = len(tokens.index), mask.heads if mask.pattern.per_head else None
-        found = create_block_mask(visible_pairs(tokens), None, heads, rows, rows, tokens.index.device, BLOCK_SIZE)
+        rows, heads = len(tokens.token_index), mask.heads if mask.pattern.per_head else None
+        found = create_block_mask(visible_pairs(tokens), None, heads, rows, rows, tokens.token_index.device, BLOCK_SIZE)
         return tuple(getattr(found, name) for name in BLOCKS)
 
     def attend(
@@ -118,13 +118,14 @@ def _programs(mask: FlexMask) -> tuple[Callable, Callable]:
         bias: ScoreBias | None,
     ) -> Tensor:
         def score_mod(score, batch, head, query, key):
-            return score + bias.values(tokens.index[key] - tokens.index[query], head)
+            return score + bias.values(tokens.token_index[key] - tokens.token_index[query], head)
 
         size = (BLOCK_SIZE, BLOCK_SIZE)
-        block_mask = BlockMask((len(query), len(key)), *blocks, BLOCK_SIZE=size, mask_mod=visible_pairs(tokens))
-        batched = (x.transpose(0, 1)[None] for x in (query, key, value))
-        context = flex_attention(
-            *batched, score_mod=None if bias is None else score_mod, block_mask=block_mask, scale=mask.scaling
+        named: dict[str, Any] = dict(zip(BLOCKS, blocks, strict=True))
+        block_mask = BlockMask((len(query), len(key)), BLOCK_SIZE=size, mask_mod=visible_pairs(tokens), **named)
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        context: Any = flex_attention(
+            query, key, value, score_mod=None if bias is None else score_mod, block_mask=block_mask, scale=mask.scaling
         )
         return context[0].transpose(0, 1)
 
@@ -134,8 +135,9 @@ def _programs(mask: FlexMask) -> tuple[Callable, Callable]:
 @cache
 def _compiled_programs(mask: FlexMask, backend: str) -> tuple[Callable, Callable]:
     """Compile the programs of a mask, each for any number of tokens; one block alone is a program of its own."""
-    options = {"backend": backend, "dynamic": True, "fullgraph": True}
-    find_blocks, attend = (torch.compile(_own_code(program), **options) for program in _programs(mask))
+    find_blocks, attend = (
+        torch.compile(_own_code(program), backend=backend, dynamic=True, fullgraph=True) for program in _programs(mask)
+    )
     return find_blocks, attend
 
 

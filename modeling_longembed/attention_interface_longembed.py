@@ -6,7 +6,7 @@ which keys a query sees without a tensor of S x S elements.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ class PackedMask:
     def _pack(self, batch: int, length: int, device: torch.device) -> PackedRows:
         padding = torch.ones(batch, length, dtype=torch.bool) if self.padding is None else self.padding
         documents = PackedDocuments.from_attention_mask(padding.to(device))
-        index = documents.padded_index
+        index: Any = documents.padded_index
         if self.sequences is not None:
             numbers = self.sequences.to(device)
             numbers = (numbers + torch.arange(batch, device=device)[:, None] * (numbers.max() + 1)).flatten()[index]
@@ -305,7 +305,7 @@ def rows_of_packed(
 
 
 def band_attention(
-    packed: list[Tensor], documents: PackedDocuments, mask: PackedMask, scaling: float, dropout: float
+    packed: Sequence[Tensor], documents: PackedDocuments, mask: PackedMask, scaling: float, dropout: float
 ) -> Tensor:
     """Compute full or causal attention, or a window.
 
@@ -319,20 +319,21 @@ def band_attention(
     Returns:
         `(T, H, D)`.
     """
-    cu_seqlens, longest, causal = documents.cu_seqlens, documents.max_seqlen, mask.ahead == 0
+    (query, key, value), cu_seqlens, longest = packed, documents.cu_seqlens, documents.max_seqlen
+    causal = mask.ahead == 0
     if mask.back is None or mask.back >= longest:
-        return segment_attention(*packed, cu_seqlens, longest, scaling, dropout, causal=causal)
-    if varlen_kernel_applies(packed[0], dropout):
-        return varlen_kernel(*packed, cu_seqlens, longest, scaling, mask.back, causal)
+        return segment_attention(query, key, value, cu_seqlens, longest, scaling, dropout, causal=causal)
+    if varlen_kernel_applies(query, dropout):
+        return varlen_kernel(query, key, value, cu_seqlens, longest, scaling, mask.back, causal)
     parts = [
-        window_attention(*(x[start:end] for x in packed), mask.back, scaling, dropout, causal=causal)
+        window_attention(query[start:end], key[start:end], value[start:end], mask.back, scaling, dropout, causal=causal)
         for start, end in documents.bounds
     ]
-    return torch.cat(parts) if parts else torch.zeros_like(packed[2])
+    return torch.cat(parts) if parts else torch.zeros_like(value)
 
 
 def masked_attention(
-    packed: list[Tensor], rows: PackedRows, mask: PackedMask, scaling: float, dropout: float, softcap: float | None
+    packed: Sequence[Tensor], rows: PackedRows, mask: PackedMask, scaling: float, dropout: float, softcap: float | None
 ) -> Tensor:
     """Compute attention under any mask, and capped scores, by an online softmax.
 
@@ -356,8 +357,8 @@ def masked_attention(
             query, key = places[query_index][None, :, None], places[key_index][None, None, :]
             return mask.sees(batch, head, query, key) & ((query >= 0) & (key >= 0))
 
-        states = (x[start:end] for x in packed)
-        parts.append(online_attention(*states, scaling, dropout, mask=visible, softcap=softcap))
+        query, key, value = (x[start:end] for x in packed)
+        parts.append(online_attention(query, key, value, scaling, dropout, mask=visible, softcap=softcap))
     return torch.cat(parts) if parts else torch.zeros_like(packed[2])
 
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 # Fields that have the same name in every architecture and here.
 SIZES = (
@@ -86,7 +87,7 @@ def refuse(condition: bool, feature: str):
 
 
 # Values that switch a feature off.
-OFF = (None, False, 0, "", [], {})
+OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
 # Fields of a config.json that no output depends on, whatever their values: heads, training, generation, bookkeeping.
 INERT_FIELDS = re.compile(
     r"_.*|.*(dropout|_pdrop|_token_ids?|version|_checkpointing)|(pooler|classifier|summary|output|task|sparse)_.*"

@@ -57,7 +57,7 @@ POOLING = {
 NORMALIZE = dict.fromkeys(("module_input_name", "module_output_name"), ("sentence_embedding",))
 DROPOUT = {"dropout": ANY}  # it has no effect outside of training
 # The modules that a checkpoint may have behind Transformer and Pooling, with the keys of their files.
-LATER_MODULES = {"Normalize": NORMALIZE, "Dropout": DROPOUT}
+LATER_MODULES: dict[str, dict] = {"Normalize": NORMALIZE, "Dropout": DROPOUT}
 
 
 def read_text(name_or_path: str, file: str, errors: str = "strict", **hub) -> str | None:

@@ -6,7 +6,7 @@ window is encoded, a thread tokenises the next.
 
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain
@@ -87,7 +87,7 @@ def tokenize_texts(model: HubModel, texts: list[str], prompt: str = "", overflow
     return [ids.tolist() for window in windows for ids in window]
 
 
-def read_windows(model: HubModel, windows: Iterator[list[str]], prompt: str, overflow: str) -> Iterator[list[array]]:
+def read_windows(model: HubModel, windows: Iterator[list[str]], prompt: str, overflow: str) -> Generator[list[array]]:
     """Tokenize windows of texts, each while the caller works on the one before.
 
     The texts are read from `windows` in the thread of the caller, and tokenized in another.
@@ -233,7 +233,7 @@ def encode_texts(
     texts = [texts] if isinstance(texts, str) else texts
     convert = Tensor.numpy if output == "numpy" else Tensor.detach
     width = truncate_dim or model.config.hidden_size
-    with Progress(show_progress_bar, len(texts) if hasattr(texts, "__len__") else None) as progress:
+    with Progress(show_progress_bar, len(texts) if isinstance(texts, Sized) else None) as progress:
         windows = encode_windows(
             model,
             texts,

@@ -16,7 +16,7 @@ from transformers.utils.hub import (
 )
 
 # The base class of all errors of the library with which huggingface_hub sends requests; releases differ in the library.
-CLIENT_ERROR = HfHubHTTPError.__bases__[0]
+CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 # The options of `from_pretrained` that say where the files of a model are.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 # The files of a tokenizer that transformers saves, and all from which it builds one.

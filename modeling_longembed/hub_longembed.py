@@ -95,13 +95,13 @@ def find_saving_sentence_transformer() -> Any | None:
     It writes all files but those of the encoder itself, and calls `save_pretrained` of the encoder as any other caller
     would, so that only the stack tells.
     """
-    frame = sys._getframe()
+    frame: Any = sys._getframe()
     while frame is not None:
         model = frame.f_locals.get("self")
         is_theirs = str(frame.f_globals.get("__name__", "")).startswith("sentence_transformers.")
         if is_theirs and frame.f_code.co_name == "save" and hasattr(model, "prompts"):
             return model
-        frame = frame.f_back  # type: ignore[assignment]  # None above the first frame
+        frame = frame.f_back  # None above the first frame
     return None
 
 
@@ -334,7 +334,7 @@ class HubModel(PreTrainedModel):
 
     def _adapter_card(self, title: str) -> str:
         adapter = self.peft_config[self.active_adapters()[0]]
-        kind, base = str(adapter.peft_type.value).lower(), adapter.base_model_name_or_path or ""
+        kind, base = str(adapter.peft_type.value).lower(), str(adapter.base_model_name_or_path or "")
         metadata = ["library_name: peft", "tags:", "- longembed", f"- {kind}"]
         if base.count("/") == 1 and not Path(base).exists():  # the id of a model on the Hub
             metadata += [f"base_model: {base}", "base_model_relation: adapter"]

@@ -7,6 +7,7 @@ sentence-transformers alone, also where the model has an `encode` of its own, wh
 
 import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,11 @@ class Encoder:
     @torch.inference_mode()
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
         """Return a matrix `(1, d)` for each text."""
-        ways = {"query": self.model.encode_query, "document": self.model.encode_document, None: self.model.encode}
+        ways: dict[PromptType | None, Callable[..., Any]] = {
+            "query": self.model.encode_query,
+            "document": self.model.encode_document,
+            None: self.model.encode,
+        }
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
         for batch in budget_batches(self._count_tokens(texts), self.batch_tokens, padded=True):
             with self._autocast():
@@ -178,7 +183,7 @@ class ChunkEncoder(Encoder):
             tokens = features["attention_mask"].sum(1, keepdim=True)
             features = {key: value.to(self.model.device) for key, value in features.items()}
             if prompt:
-                features["prompt_length"] = lead + len(prompt)
+                features["prompt_length"] = lead + len(prompt)  # type: ignore[assignment]  # the one that is no tensor
             with self._autocast():
                 pooled = self.model(features)["sentence_embedding"][:, : self.dimension]
             rows[batch] = (pooled.float().cpu() * tokens).numpy()

@@ -42,9 +42,9 @@ def describe_environment(device: str) -> str:
     elif Path("/proc/cpuinfo").exists():
         found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
         name = found[1] if found else name
-    found = computed_by(*CODE, libraries=("torch", "transformers", "flash-attn"))
-    code = found.pop("code")
-    return ", ".join([name, *(f"{library} {version}" for library, version in found.items()), f"code {code[:12]}"])
+    versions = computed_by(*CODE, libraries=("torch", "transformers", "flash-attn"))
+    code = versions.pop("code")
+    return ", ".join([name, *(f"{library} {version}" for library, version in versions.items()), f"code {code[:12]}"])
 
 
 def run_case(case: Case, limit: float) -> dict[str, Any]:

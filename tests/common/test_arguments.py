@@ -1,5 +1,6 @@
 """`common.arguments.parse`: the command line takes precedence over the recipe, and errors name the place."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from common.arguments import parse
 from common.errors import UserError
+from training.objectives.contrastive.arguments import ObjectiveArguments
 
 
 @dataclass
@@ -121,3 +123,11 @@ def test_recipe_that_cannot_be_read(tmp_path):
     assert str(tmp_path) in refusal("--config", str(tmp_path))
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     assert "binary.yaml" in refusal("--config", str(tmp_path / "binary.yaml"))
+
+
+@pytest.mark.parametrize("word", ["nan", "inf"])
+def test_minus_infinity_is_a_number_where_a_range_includes_it(word):
+    (arguments,) = parse(ObjectiveArguments, argv=["--negative_weight=-inf"])
+    assert arguments.negative_weight == -math.inf
+    with pytest.raises(UserError, match=f"{word} is no finite number"):
+        parse(ObjectiveArguments, argv=[f"--negative_weight={word}"])

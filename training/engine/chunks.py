@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -35,7 +36,7 @@ def parts_of_batch(model: nn.Module, count: int) -> Iterator[None]:
 def coupling_pattern(model: nn.Module) -> str | None:
     """Return the type of a pattern under which documents see each other in the model's present mode; None if none."""
     for module in model.modules():
-        pattern = getattr(module, "training_pattern", None)
+        pattern: Any = getattr(module, "training_pattern", None)
         # Code in a model's folder may be older than the attribute.
         if module.training and getattr(pattern, "couples_documents", False):
             return pattern.type

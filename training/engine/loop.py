@@ -360,9 +360,9 @@ class Loop:
                 progress.window.clear()
             if training.evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
                 with throughput.paused():
-                    values = self._evaluate(state.model, training.evaluate)
-                    log.write(step, values)
-                    self._adapt(state.scheduler, values)
+                    evaluation = self._evaluate(state.model, training.evaluate)
+                    log.write(step, evaluation)
+                    self._adapt(state.scheduler, evaluation)
             if step % arguments.save_steps == 0 or is_last:
                 with throughput.paused():
                     self._save(state, progress)

@@ -56,7 +56,7 @@ class ObjectiveArguments:
         metadata={
             "help": "logarithm of the weight of a row's own hard negatives, added to their scores; 0 is neutral, "
             "--negative_weight=-inf leaves them out",
-            "within": "[0, inf)",
+            "within": "[-inf, inf)",
             "applies": {"objective": "info_nce"},
         },
     )
