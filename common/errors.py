@@ -74,7 +74,8 @@ def reading(what: str, path: str | Path | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        known = isinstance(error, (*_REFUSED, *_STUMBLED)) or type(error).__name__ == "SafetensorError"
+        # The libraries in Rust raise a class of their own, or `Exception` itself.
+        known = isinstance(error, (*_REFUSED, *_STUMBLED)) or type(error).__name__ in ("SafetensorError", "Exception")
         if isinstance(error, UserError) or not known:
             raise
         if pointers := _lfs_pointers(path):

@@ -120,6 +120,7 @@ def main() -> None:
     (arguments,) = parse(Arguments)
     with reading(f"--tokenizer {arguments.tokenizer}: there is no tokenizer", arguments.tokenizer):
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        tokenizer("a text")  # its settings may be damaged too
     haystack = read_haystack(arguments.haystack) if arguments.haystack else None
     for kind in arguments.tasks:
         folder = Path(arguments.output_dir, kind.capitalize())

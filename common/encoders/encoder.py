@@ -41,6 +41,8 @@ class Encoder:
             model of one vector per text, or `max_length` exceeds its context.
     """
 
+    pads = True  # whether batches are padded with the tokenizer's padding token
+
     def __init__(
         self,
         folder: ModelFolder,
@@ -58,6 +60,14 @@ class Encoder:
         check_one_vector(folder)
         with reading(f"the model in {folder.path} does not load", folder.path):
             self.model = SentenceTransformer(str(folder.path), trust_remote_code=trust_remote_code).eval()
+        if wrong := [name for name, prompt in self.model.prompts.items() if not isinstance(prompt, str)]:
+            raise UserError(f"the model in {folder.path} has a prompt {wrong[0]} that is no text; correct its settings")
+        tokenizer = self.model.tokenizer
+        if self.pads and isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.pad_token is None:
+            raise UserError(
+                f"the tokenizer in {folder.path} has no padding token; name one of its tokens as pad_token in "
+                "tokenizer_config.json"
+            )
         if precision == "int8":
             int8_weights(self.model.to("cpu"))
         self.folder, self.precision, self.batch_tokens, self.normalize = folder, precision, batch_tokens, normalize
@@ -147,6 +157,8 @@ class ChunkEncoder(Encoder):
     Raises:
         UserError: as for `Encoder`, or the first module of the folder does not read token ids alone.
     """
+
+    pads = False
 
     def __init__(self, folder: ModelFolder, *args: Any, **kwargs: Any):
         super().__init__(folder, *args, **kwargs)

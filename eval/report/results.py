@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -164,17 +164,11 @@ def read_scores(results_dir: str | Path) -> list[Score]:
     """
     newest: dict[tuple[tuple[str, str], str, str], tuple[float, float]] = {}
     for meta_file in sorted(Path(results_dir).rglob("model_meta.json")):
-        meta = read_result(meta_file)
-        model = meta["name"]
-        if settings := meta.get("experiment_kwargs"):
-            model += f" ({', '.join(f'{key}={value}' for key, value in sorted(settings.items()))})"
         for file in meta_file.parent.glob("*.json"):
             if file != meta_file:
-                result = read_result(file)
-                for split, subsets in result["scores"].items():
-                    entry = (result["date"] or 0.0, 100 * subsets[0]["main_score"])
-                    key = ((model, str(meta.get("revision") or "")), result["task_name"], split)
-                    newest[key] = max(newest.get(key, entry), entry)
+                with reading(f"{meta_file} or {file.name} is no result of MTEB; remove both, and evaluate again"):
+                    for key, entry in read_result(meta_file, file):
+                        newest[key] = max(newest.get(key, entry), entry)
     if not newest:
         raise UserError(
             f"{results_dir} holds no results (model_meta.json next to <Task>.json); run eval/mteb_long.py first"
@@ -185,18 +179,23 @@ def read_scores(results_dir: str | Path) -> list[Score]:
     return sorted(scores, key=lambda score: (score.model, score.task, score.length or 0))
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """Read one JSON object of the results.
+def read_result(meta_file: Path, file: Path) -> Iterator[tuple[tuple[tuple[str, str], str, str], tuple[float, float]]]:
+    """Read the main scores of one model on one task.
 
-    Raises:
-        UserError: the file is damaged.
+    Args:
+        meta_file: MTEB's description of the model.
+        file: its results.
+
+    Yields:
+        For each split ((name and revision of the model, task, split), (date, score times 100)).
     """
-    with reading(f"{path} is no result of MTEB; remove it, and the evaluation writes it again"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("experiment_kwargs", "scores"):
-            if not isinstance(found.get(name) or {}, dict):
-                raise TypeError(name)
-        return found
+    meta, result = (json.loads(path.read_text(encoding="utf-8")) for path in (meta_file, file))
+    model = str(meta["name"])
+    if settings := meta.get("experiment_kwargs"):
+        model += f" ({', '.join(f'{key}={value}' for key, value in sorted(settings.items()))})"
+    for split, subsets in result["scores"].items():
+        entry = (float(result["date"] or 0.0), 100 * float(subsets[0]["main_score"]))
+        yield ((model, str(meta.get("revision") or "")), str(result["task_name"]), split), entry
 
 
 def distinct_names(models: Sequence[tuple[str, str]]) -> list[str]:

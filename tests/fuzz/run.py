@@ -26,7 +26,7 @@ MEMORY = 6 << 30
 # Python's own words about our code: a message with one of them was not written for a reader.
 OURS = re.compile(
     r"NoneType|has no attribute|unexpected keyword|list index|not subscriptable|KeyError|TypeError|IndexError|"
-    r"Traceback|object is not|unhashable|positional argument|maximum recursion|stack smashing|core dumped"
+    r"Traceback|object is not|unhashable type|positional argument|maximum recursion|stack smashing|core dumped"
 )
 
 

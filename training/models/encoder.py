@@ -71,6 +71,7 @@ def load_encoder(arguments: ModelArguments) -> tuple[PreTrainedModel, PreTrained
         model = AutoModel.from_pretrained(name, dtype=torch.float32, **options, **arguments.dropouts())
         # As `encode` cuts off: at the end, whatever the folder says.
         tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="right", **options)
+        tokenizer("a text")  # its settings may be damaged too
         check_tokenizer(tokenizer, model.config.vocab_size)
         return model, tokenizer
 

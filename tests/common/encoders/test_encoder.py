@@ -138,3 +138,21 @@ def test_a_length_beyond_the_context_is_refused(tiny_sentence_transformer, tiny_
         assert Encoder(found, context).max_length == context
         with pytest.raises(UserError, match=f"{context + 1} tokens are more than the context .* at most {context}"):
             Encoder(found, context + 1)
+
+
+def test_a_tokenizer_without_a_padding_token_serves_chunks_alone(tiny_sentence_transformer, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_sentence_transformer, folder)
+    whole = ChunkEncoder(ModelFolder.find(str(folder)), 16)(random_texts(5, 60), "document")
+    for file in folder.rglob("tokenizer_config.json"):
+        settings = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": None}
+        file.write_text(json.dumps(settings))
+    for file in folder.rglob("special_tokens_map.json"):
+        file.unlink()
+    found = ModelFolder.find(str(folder))
+    with pytest.raises(UserError, match="has no padding token; name one"):
+        Encoder(found)
+    encoder = ChunkEncoder(found, 16)
+    assert encoder.model.tokenizer.pad_token is None
+    for one, two in zip(encoder(random_texts(5, 60), "document"), whole, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)

@@ -214,3 +214,14 @@ def test_a_folder_without_results_is_told(tmp_path):
         read_scores(tmp_path)
     with pytest.raises(UserError, match="no scores to draw"):
         draw_scores([], tmp_path / "report.png")
+
+
+@pytest.mark.parametrize("content", [b"{}", b"[]", b"\xff", b"{", b"[" * 100_000])
+def test_a_damaged_result_is_named(tmp_path, content):
+    for damaged, whole in (("model_meta.json", "Task.json"), ("Task.json", "model_meta.json")):
+        (tmp_path / whole).write_text('{"name": "m", "scores": {}, "date": 0, "task_name": "Task"}')
+        (tmp_path / damaged).write_bytes(content)
+        with pytest.raises(UserError, match="is no result of MTEB; remove both") as refused:
+            if not read_scores(tmp_path):
+                pytest.fail("read")
+        assert "\n" not in str(refused.value)
