@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from common.conditions import NOT_GIVEN
 from common.errors import UserError
 from common.jsonl import read_jsonl
-from training.data.sources import Source
+from training.data.sources import Source, text_id
 
 SHINGLE_WORDS, LEAK_WORDS, PERMUTATIONS = 5, 13, 128
 WORD = re.compile(r"\w+")
@@ -29,7 +29,8 @@ class FilterArguments:
         default=0.0,
         metadata={
             "help": "leave out documents (the positives of pairs) whose shingles of 5 words have a Jaccard similarity "
-            "of more than this, such as 0.7, with those of an earlier one; 0: none",
+            "of more than this, such as 0.7, with those of an earlier one (several queries of one document stay); "
+            "0: none",
             "within": "[0, 1)",
             "applies": {"streaming": NOT_GIVEN},
         },
@@ -45,8 +46,8 @@ class FilterArguments:
     check_leakage: str | None = field(
         default=None,
         metadata={
-            "help": "folder of evaluation data in JSON lines: count its rows that share 13 consecutive words with the "
-            "training data",
+            "help": "file or folder of evaluation data in JSON lines: count its rows that share 13 consecutive words "
+            "with the training data",
             "applies": {"streaming": NOT_GIVEN},
         },
     )
@@ -56,6 +57,8 @@ def filtered(
     sources: list[Source], arguments: FilterArguments, tokenizer: PreTrainedTokenizerBase, log: Log
 ) -> list[Source]:
     """Leave out short documents, then those that nearly repeat an earlier one of any source.
+
+    The rows of one document, pairs with several queries, stay or go together.
 
     Args:
         sources: documents, or pairs, of which the positive is compared.
@@ -79,9 +82,18 @@ def filtered(
     if arguments.near_duplicates:
         filters.append(("are near-duplicates of an earlier document", NearDuplicates(arguments.near_duplicates)))
     for reason, keeps in filters:
-        left = []
+        left: list[Source] = []
+        fates: dict[int, bool] = {}  # of the documents of pairs, by `text_id`
         for source in sources:
-            kept = [row for row, text in enumerate(_documents(source)) if keeps(text)]
+            kept = []
+            for row, text in enumerate(_documents(source)):
+                if len(set(source.columns)) == 1:
+                    keep = keeps(text)
+                else:  # several queries may have one document: it is no duplicate of itself
+                    number = text_id(text)
+                    keep = fates[number] if number in fates else fates.setdefault(number, keeps(text))
+                if keep:
+                    kept.append(row)
             if not kept:
                 raise UserError(f"{source.name}: all {len(source.rows)} documents {reason}; give other data")
             if len(kept) < len(source.rows):
@@ -147,16 +159,19 @@ def report_leakage(folder: str, sources: list[Source], log: Log) -> None:
     """Count the rows of evaluation data that share 13 consecutive words with the training data.
 
     Args:
-        folder: evaluation data: all its files of JSON lines, in which every text of at least 13 words is looked at.
+        folder: evaluation data: a file of JSON lines, or a folder of such files, at any depth, in which every text of
+            at least 13 words is looked at.
         sources: the training data.
         log: called with a line for each file.
 
     Raises:
-        UserError: the folder has no such files, or one of them cannot be read.
+        UserError: there are no such files, or one of them cannot be read.
     """
-    files = sorted(file for file in Path(folder).rglob("*") if file.name.endswith((".jsonl", ".jsonl.gz")))
+    root = Path(folder)
+    files = [file for file in sorted([root, *root.rglob("*")]) if file.name.endswith((".jsonl", ".jsonl.gz"))]
+    files = [file for file in files if file.is_file()]
     if not files:
-        raise UserError(f"--check_leakage {folder}: no .jsonl or .jsonl.gz file in it")
+        raise UserError(f"--check_leakage {folder}: no .jsonl or .jsonl.gz file there")
     owners: dict[int, list[tuple[int, int]]] = {}
     rows = [0] * len(files)
     for number, file in enumerate(files):

@@ -202,9 +202,11 @@ def read_pairs(
     if strategy is not None:
         sources = [with_token_offsets(source, tokenize.tokenizer) for source in sources]
     sources = [distinct(source, log) for source in sources]
-    sources = filtered(sources, arguments, tokenize.tokenizer, log)
     if strategy is not None:
         sources = [long_enough(source, strategy, tokenize.tokenizer, log) for source in sources]
+    # Before rows are held out, so that no near-duplicate of a held-out document is trained on; after documents that
+    # make no pair are gone, so that none is left out for being like one of those.
+    sources = filtered(sources, arguments, tokenize.tokenizer, log)
     sources, held_out = hold_out(sources, arguments, log)
     if arguments.check_leakage is not None:
         report_leakage(arguments.check_leakage, sources, log)

@@ -1,6 +1,7 @@
 """Filters: near-duplicates against exact Jaccard similarities, short documents, and leakage."""
 
 import random
+import sys
 
 import datasets
 import pytest
@@ -9,6 +10,7 @@ from common.errors import UserError
 from tests.training.tiny_training import random_documents, write_jsonl
 from training.data.filters import FilterArguments, NearDuplicates, filtered, report_leakage
 from training.data.sources import Source
+from training.objectives import pair_data
 
 
 def source(texts: list[str]) -> Source:
@@ -79,3 +81,92 @@ def test_leakage_counts_the_rows_that_share_thirteen_words(tmp_path):
     assert logged == [f"{path}: {expected}"]
     with pytest.raises(UserError, match="--check_leakage"):
         report_leakage(str(tmp_path / "nowhere"), [], logged.append)
+    report_leakage(str(path), [], logged.append)  # a file by itself
+    assert logged[-1] == f"{path}: 0 of 2 rows of 13 words or more share 13 words with the training data"
+
+
+def similar_pairs() -> list[dict[str, str]]:
+    """Pairs whose documents have 16 shingles each, but for the last; what they share with the first is known."""
+    words = [f"w{number}" for number in range(20)]
+    last, middle = [*words[:19], "other"], [*words[:9], "other", *words[10:]]
+    others = [[f"{letter}{number}" for number in range(20)] for letter in "xyz"]
+    documents = [
+        words,
+        words,  # another query of the same document: it stays
+        last,  # 15 of 17 shingles in common: 0.88
+        middle,  # 11 of 21: 0.52
+        *others,
+        words[:5],  # 1 of 16, and 5 tokens
+    ]
+    return [{"anchor": f"query {row}", "positive": " ".join(text)} for row, text in enumerate(documents)]
+
+
+@pytest.fixture
+def trained_on(train_contrastive, tmp_path, monkeypatch):
+    """Train on `similar_pairs` with some options; returns the numbers of the rows that are trained on, from 0."""
+    rows, seen, whole = write_jsonl(tmp_path / "similar.jsonl", similar_pairs()), [], pair_data.PairBatches
+
+    def batches(sources, *args, **kwargs):
+        seen.append({int(text.split()[1]) for text in sources[0].rows["anchor"][:]})
+        return whole(sources, *args, **kwargs)
+
+    monkeypatch.setattr(pair_data, "PairBatches", batches)
+
+    def run(options: str) -> set[int]:
+        given = f"--train_data {rows} --max_steps 1 --per_device_train_batch_size 2 "
+        train_contrastive(given + options, output=f"out{len(seen)}")
+        return seen[-1]
+
+    return run
+
+
+def test_the_script_leaves_out_and_counts(trained_on, tmp_path, capsys):
+    pytest.importorskip("datasketch")
+    words = {"text": similar_pairs()[0]["positive"]}
+    leak = write_jsonl(tmp_path / "task.jsonl", [words, {"text": " ".join(["new"] * 20)}])
+    given = f"--near_duplicates 0.7 --min_tokens 6 --check_leakage {leak}"
+    assert trained_on(given) == {0, 1, 3, 4, 5, 6}
+    said, name = capsys.readouterr().err, tmp_path / "similar.jsonl"
+    assert f"{name}: 1 of 8 documents have fewer than 6 tokens: left out\n" in said
+    assert f"{name}: 1 of 7 documents are near-duplicates of an earlier document: left out\n" in said
+    shared = "1 of 2 rows of 13 words or more share 13 words with the training data, the first of them row 1"
+    assert f"{leak}: {shared}\n" in said
+    assert trained_on("--near_duplicates 0.5 --min_tokens 5") == {0, 1, 4, 5, 6, 7}
+    assert trained_on("--near_duplicates 0.9") == set(range(8))
+
+
+def test_no_near_duplicate_of_a_held_out_document_is_trained_on(trained_on):
+    pytest.importorskip("datasketch")
+    for seed in range(3):  # row 2 is in neither part, wherever rows 0 and 1 are
+        left = trained_on(f"--near_duplicates 0.7 --eval_split 0.4 --eval_split_seed {seed}")
+        assert 2 not in left
+        assert 0 < len(left) < 7
+        assert (0 in left) == (1 in left)
+
+
+def test_a_resumed_run_has_the_same_filters(trained_on, tmp_path):
+    assert 7 not in trained_on("--min_tokens 6 --max_steps 2 --save_steps 1")
+    with pytest.raises(UserError, match="min_tokens"):
+        trained_on(f"--min_tokens 5 --max_steps 2 --resume_from_checkpoint {tmp_path}/out0/checkpoints/step-1")
+
+
+def test_without_datasketch_it_is_said_what_to_install(trained_on, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(UserError, match=r"^--near_duplicates needs datasketch: pip install -e .\[dedup\]$"):
+        trained_on("--near_duplicates 0.7")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ("--streaming --near_duplicates 0.7", "--near_duplicates.* without --streaming"),
+        ("--streaming --min_tokens 6", "--min_tokens.* without --streaming"),
+        ("--streaming --check_leakage .", "--check_leakage.* without --streaming"),
+        ("--near_duplicates 1", "near-duplicates: 1: must be"),
+        ("--min_tokens -1", "min-tokens: -1: must be"),
+        ("--check_leakage nowhere", "--check_leakage nowhere: no .jsonl"),
+    ],
+)
+def test_a_filter_that_cannot_work_is_refused(trained_on, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        trained_on(options)
