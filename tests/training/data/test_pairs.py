@@ -229,9 +229,8 @@ def test_training_on_real_documents(train_script, tmp_path, pairs):
     sources = [inspect.getsource(member).split() for member in members if inspect.isfunction(member)]
     rows = [{"text": in_known_words(words)} for words in sources]
     data = write_jsonl(tmp_path / "documents.jsonl", rows)
-    options = (
-        f"--train_data {data} --pairs {pairs} --pair_window 24 --segment_step 8 --learning_rate 3e-3 --max_steps 30 "
-    )
+    windows = {"twins": "", "segments": "--pair_window 24 --segment_step 8"}.get(pairs, "--pair_window 24")
+    options = f"--train_data {data} --pairs {pairs} {windows} --learning_rate 3e-3 --max_steps 30 "
     options += "--logging_steps 10 --save_steps 10 --save_total_limit 9 --temperature 0.1 "
     whole = losses(train_script("contrastive", options))
     assert whole[-1][1] < whole[0][1]
