@@ -45,13 +45,15 @@ def machine_fault(error: BaseException | None) -> str | None:
         # safetensors writes in Rust, and has the number of the error in its message alone.
         told = re.search(r"os error (\d+)", str(error)) if type(error).__name__ == "SafetensorError" else None
         number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-        name = getattr(error, "filename", None)
+        # A copy names two files, and the second is the one that is written.
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None)
         place = f"{os.fsdecode(name)}: " if isinstance(name, str | bytes) else ""
         if number in _FULL:
             return f"{place}the disk is full ({os.strerror(number)}); make room, and start the same command again"
         if number in _PLACE:
             return f"{place or 'a file '}cannot be used ({os.strerror(number)}); give a place that can be written to"
-        error = error.__cause__
+        # torch's writer raises its own error while it handles that of the file.
+        error = error.__cause__ or (error.__context__ if "inline_container" in str(error) else None)
     return None
 
 

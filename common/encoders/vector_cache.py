@@ -39,7 +39,9 @@ class VectorCache:
                     "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, k INTEGER NOT NULL, data BLOB NOT NULL)"
                 )
         except sqlite3.Error as error:
-            raise UserError(f"cannot use {self.path} as the cache of vectors ({error}); delete it") from None
+            # An operational error is one of the place, any other one of the file.
+            remedy = "make room, or name another place" if isinstance(error, sqlite3.OperationalError) else "delete it"
+            raise UserError(f"cannot use {self.path} as the cache of vectors ({error}); {remedy}") from None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Return the matrices of those keys that are in the cache, each float32 `(k, d)`.

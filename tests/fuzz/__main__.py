@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from datetime import datetime, timezone
+from itertools import chain, count
 from pathlib import Path
 
 import torch
@@ -54,36 +55,24 @@ def main() -> None:
     options = {script: options_of(script) for script in arguments.scripts}
 
     path, start = folder / "results.jsonl", time.monotonic()
-    done = {row["key"]: row for row in read_rows(path)}
-    done = {key: row for key, row in done.items() if row["kind"] != "fault" and key not in (arguments.only or ())}
-    number = 0
-    draws = 400 if arguments.only else 10_000
-    for number in range(draws):
-        for case in collect(inputs, options, number, PER_DRAW):
-            left = arguments.only is None and len(done) < arguments.count
-            if case.key in done or (arguments.only and case.key not in arguments.only):
-                continue
-            if not (left or arguments.only) or time.monotonic() - start > 60 * arguments.minutes:
-                break
-            outcome = run_case(case, inputs, folder / f"case-{os.getpid()}")
-            if outcome.kind == "void":
-                continue
-            row = {
-                "key": case.key,
-                "kind": outcome.kind,
-                "detail": outcome.detail,
-                "seconds": round(outcome.seconds, 2),
-            }
-            row |= {"script": case.script, "case": repr(case)[:2000]}
-            done[case.key] = row
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if outcome.kind in ("fault", "unfinished") or arguments.only:
-                print(f"{outcome.kind} {case.key}: {case.script}: {shown(case)}\n    {outcome.detail}", flush=True)
-        else:
-            if not arguments.only or not set(arguments.only) <= set(done):
-                continue
-        break
+    rows = {row["key"]: row for row in read_rows(path)}
+    done = {key: row for key, row in rows.items() if row["kind"] != "fault" and key not in (arguments.only or ())}
+    again = [Case.from_text(row["case"]) for key, row in rows.items() if key not in done]  # what was a fault
+    drawn = (case for number in count() for case in collect(inputs, options, number, PER_DRAW))
+    for case in [case for case in again if case.key in arguments.only] if arguments.only else chain(again, drawn):
+        if (len(done) >= arguments.count and not arguments.only) or time.monotonic() - start > 60 * arguments.minutes:
+            break
+        if case.key in done:
+            continue
+        outcome = run_case(case, inputs, folder / f"case-{os.getpid()}")
+        if outcome.kind == "void":
+            continue
+        row = {"key": case.key, "kind": outcome.kind, "detail": outcome.detail, "seconds": round(outcome.seconds, 2)}
+        done[case.key] = row | {"script": case.script, "case": case.as_text()}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(done[case.key]) + "\n")
+        if outcome.kind in ("fault", "unfinished") or arguments.only:
+            print(f"{outcome.kind} {case.key}: {case.script}: {shown(case)}\n    {outcome.detail}", flush=True)
     summary = {
         **Counter(row["kind"] for row in done.values()),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -1,5 +1,6 @@
 """Hypothesis strategies of bad inputs: a command line, and what is done to the files that it names."""
 
+import ast
 import hashlib
 import json
 import shutil
@@ -100,7 +101,17 @@ class Case:
     @property
     def key(self) -> str:
         """A name that is the same in every run."""
-        return hashlib.blake2b(repr(self).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+        return hashlib.blake2b(self.as_text().encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+
+    def as_text(self) -> str:
+        """Return it as a Python literal, which `from_text` reads."""
+        return repr((self.script, self.words, tuple((edit.path, edit.kind, edit.values) for edit in self.edits)))
+
+    @classmethod
+    def from_text(cls, text: str) -> "Case":
+        """Return the case that `as_text` wrote."""
+        script, words, edits = ast.literal_eval(text)
+        return cls(script, words, tuple(Edit(*edit) for edit in edits))
 
 
 def edit_content(path: Path, content: bytes) -> None:

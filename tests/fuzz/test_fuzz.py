@@ -33,6 +33,7 @@ def test_the_same_number_draws_the_same_cases(inputs):
     options = {"eval.questions": run.options_of("eval.questions")}
     one, two, other = (collect(inputs, options, number, count=5) for number in (1, 1, 2))
     assert one == two != other
+    assert [Case.from_text(case.as_text()) for case in one] == one
 
 
 def crash():

@@ -343,32 +343,32 @@ class Loop:
         throughput = Throughput(self.device)
         stream = self._stream(batches, progress.step * accumulation, total * accumulation)
         bar = tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=not self.is_main)
-        for step in range(progress.step + 1, total + 1):
-            learning_rate = state.scheduler.get_last_lr()[0]
-            metrics, progress.bookmark = self.train_step(step, state, training.gradient, stream)
-            throughput.add(metrics)
-            progress.window.append(metrics)
-            progress.step = step
-            progress.epoch, progress.offset = divmod(step * accumulation, len(batches))
-            progress.ended = training.ends_after is not None and training.ends_after(step)
-            is_last = step == total or progress.ended
-            bar.update()
-            bar.set_postfix(loss=f"{metrics['loss']:.4f}")
-            if step % arguments.logging_steps == 0 or is_last:
-                values = {"epoch": step * accumulation / len(batches), "learning_rate": learning_rate}
-                log.write(step, values | _mean(progress.window) | throughput.read())
-                progress.window.clear()
-            if training.evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
-                with throughput.paused():
-                    evaluation = self._evaluate(state.model, training.evaluate)
-                    log.write(step, evaluation)
-                    self._adapt(state.scheduler, evaluation)
-            if step % arguments.save_steps == 0 or is_last:
-                with throughput.paused():
-                    self._save(state, progress)
-            if is_last:
-                break
-        bar.close()
+        with bar:  # closed before an error is told
+            for step in range(progress.step + 1, total + 1):
+                learning_rate = state.scheduler.get_last_lr()[0]
+                metrics, progress.bookmark = self.train_step(step, state, training.gradient, stream)
+                throughput.add(metrics)
+                progress.window.append(metrics)
+                progress.step = step
+                progress.epoch, progress.offset = divmod(step * accumulation, len(batches))
+                progress.ended = training.ends_after is not None and training.ends_after(step)
+                is_last = step == total or progress.ended
+                bar.update()
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}")
+                if step % arguments.logging_steps == 0 or is_last:
+                    values = {"epoch": step * accumulation / len(batches), "learning_rate": learning_rate}
+                    log.write(step, values | _mean(progress.window) | throughput.read())
+                    progress.window.clear()
+                if training.evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
+                    with throughput.paused():
+                        evaluation = self._evaluate(state.model, training.evaluate)
+                        log.write(step, evaluation)
+                        self._adapt(state.scheduler, evaluation)
+                if step % arguments.save_steps == 0 or is_last:
+                    with throughput.paused():
+                        self._save(state, progress)
+                if is_last:
+                    break
         trained = self._final_model(state, training)
         self.accelerator.end_training()
         return trained
