@@ -16,7 +16,7 @@ def words_of_range(interval: str) -> str:
     opening, low, high, closing = _parts(interval)
     words = [] if low == "-inf" else [f"{'at least' if opening == '[' else 'more than'} {low}"]
     words += [] if high == "inf" else [f"{'at most' if closing == ']' else 'less than'} {high}"]
-    return " and ".join(words)
+    return " and ".join(words or ["less than infinity"])  # `[-inf, inf)`, which refuses inf and NaN
 
 
 def contains(interval: str, value: float) -> bool:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from common.arguments import parse
 from common.errors import UserError
+from common.ranges import words_of_range
 from training.objectives.contrastive.arguments import ObjectiveArguments
 
 
@@ -131,3 +132,7 @@ def test_minus_infinity_is_a_number_where_a_range_includes_it(word):
     assert arguments.negative_weight == -math.inf
     with pytest.raises(UserError, match=f"{word} is no finite number"):
         parse(ObjectiveArguments, argv=[f"--negative_weight={word}"])
+
+
+def test_a_range_that_holds_all_numbers_has_words_too():
+    assert words_of_range("[-inf, inf)") == "less than infinity"

@@ -128,7 +128,7 @@ def test_the_first_snippet_of_the_readme_runs_as_it_stands(minilm, tmp_path):
     (snippet, _), *_ = blocks(ROOT / "README.md", "python")
     environment = CleanEnvironment(tmp_path, ["torch", "transformers", "safetensors"])
     (environment.packages / "modeling_longembed").symlink_to(ROOT / "modeling_longembed")  # what `pip install .` gives
-    fake_hub(tmp_path / "hf", ENCODER, {"0" * 40: minilm})
+    fake_hub(tmp_path / "hf", ENCODER, {"0" * 40: minilm}, listed=True)
     process = environment.run(snippet)
     assert process.returncode == 0, process.stderr
     scores = re.findall(r"\[ *(\S+) +(\S+?) *\]", process.stdout)

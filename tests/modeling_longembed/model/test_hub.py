@@ -64,8 +64,12 @@ def succeed(process) -> dict:
     return json.loads(line)
 
 
-def fake_hub(home: Path, name: str, revisions: dict[str, Path]):
-    """The cache that a download leaves, with commits from folders; `main` is the last one."""
+def fake_hub(home: Path, name: str, revisions: dict[str, Path], listed: bool = False):
+    """The cache that a download leaves, with commits from folders; `main` is the last one.
+
+    With `listed` it is that of `snapshot_download`, which also keeps the listing of the repository: the cache then
+    knows which files there are not.
+    """
     repository = home / "hub" / f"models--{name.replace('/', '--')}"
     (repository / "blobs").mkdir(parents=True)
     (repository / "refs").mkdir()
@@ -76,6 +80,14 @@ def fake_hub(home: Path, name: str, revisions: dict[str, Path]):
             link = repository / "snapshots" / commit / file.relative_to(folder)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(blob)
+        if listed:
+            tree_cache = pytest.importorskip("huggingface_hub._tree_cache", reason="an older release keeps no listing")
+            files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+            entries = {
+                file: tree_cache.TreeCacheEntry(size=path.stat().st_size, blob_id="0" * 40)
+                for file, path in files.items()
+            }
+            tree_cache.write_tree_cache(str(repository), commit, entries)
         (repository / "refs" / "main").write_text(commit)
 
 
