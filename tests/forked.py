@@ -45,6 +45,8 @@ def run_forked(work: Callable[[], None], seconds: float, log: Path, memory: int 
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    for file in (log, log.with_suffix(".err")):
+        file.write_bytes(b"")  # here, because the process may be killed before it opens them
     start = time.monotonic()
     child = os.fork()
     if child == 0:

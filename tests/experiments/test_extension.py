@@ -166,6 +166,6 @@ def test_unknown_rows_and_missing_recipes_are_refused_before_training(extension_
 @pytest.mark.parametrize("name", sorted({row.recipe for row in extension.ROWS.values() if row.recipe}))
 def test_every_recipe_is_one_that_the_training_understands(name, tmp_path):
     argv = ["--config", str(extension.RECIPES / f"{name}.yaml"), "--model_name_or_path", str(tmp_path / "none")]
-    argv += ["--train_data", "none.jsonl", "--output_dir", str(tmp_path / "out")]
+    argv += ["--train_data", "none.jsonl", "--eval_data", "none.jsonl", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(UserError, match="--model_name_or_path"):  # the first thing that is wrong
         pretraining.main(argv)

@@ -14,24 +14,24 @@ SAMPLE = ("training.contrastive", "eval.questions", "eval.synthetic")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def good_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz") / "inputs"
     write_inputs(folder)
     return folder
 
 
-def test_bad_inputs_end_with_one_sentence(inputs, tmp_path):
+def test_bad_inputs_end_with_one_sentence(good_inputs, tmp_path):
     options = {script: run.options_of(script) for script in SAMPLE}
-    cases = collect(inputs, options, number=0, count=8)
+    cases = collect(good_inputs, options, number=0, count=8)
     assert len(cases) >= 4
-    ends = {case: run.run_case(case, inputs, tmp_path / case.key) for case in cases[:4]}
+    ends = {case: run.run_case(case, good_inputs, tmp_path / case.key) for case in cases[:4]}
     assert not {case: end for case, end in ends.items() if end.kind not in ("refused", "accepted", "void")}
     assert "refused" in {end.kind for end in ends.values()}
 
 
-def test_the_same_number_draws_the_same_cases(inputs):
+def test_the_same_number_draws_the_same_cases(good_inputs):
     options = {"eval.questions": run.options_of("eval.questions")}
-    one, two, other = (collect(inputs, options, number, count=5) for number in (1, 1, 2))
+    one, two, other = (collect(good_inputs, options, number, count=5) for number in (1, 1, 2))
     assert one == two != other
     assert [Case.from_text(case.as_text()) for case in one] == one
 
@@ -74,10 +74,10 @@ def print_twice():
         (lambda: time.sleep(60), "unfinished", ""),
     ],
 )
-def test_what_is_a_fault(monkeypatch, inputs, tmp_path, main, kind, words):
+def test_what_is_a_fault(monkeypatch, good_inputs, tmp_path, main, kind, words):
     monkeypatch.setattr(run, "main_of", lambda script: SimpleNamespace(main=main).main)
     case = Case("eval.questions", (), (Edit("in/questions.jsonl", "gone"),))
-    outcome = run.run_case(case, inputs, tmp_path / "case", seconds=1.0 if kind == "unfinished" else 30.0)
+    outcome = run.run_case(case, good_inputs, tmp_path / "case", seconds=1.0 if kind == "unfinished" else 30.0)
     assert outcome.kind == kind
     assert words in outcome.detail
     assert not (tmp_path / "case").exists()

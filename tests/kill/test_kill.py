@@ -4,23 +4,32 @@ import dataclasses
 
 import pytest
 
+from tests.forked import run_forked
 from tests.kill.run import kill_and_go_on, left_alone
 from tests.tiny_inputs import write_inputs
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs_of_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kill") / "inputs"
     write_inputs(folder)
     return folder
 
 
 @pytest.mark.parametrize("workload", ["questions", pytest.param("contrastive", marks=pytest.mark.slow)])
-def test_killed_runs_end_like_those_left_alone(workload, inputs, tmp_path):
-    reference = left_alone(workload, inputs, tmp_path / "alone")
-    killed, different = kill_and_go_on(workload, reference, 2, "sample", inputs, tmp_path / "killed")
+def test_killed_runs_end_like_those_left_alone(workload, inputs_of_runs, tmp_path):
+    reference = left_alone(workload, inputs_of_runs, tmp_path / "alone")
+    killed, different = kill_and_go_on(workload, reference, 2, "sample", inputs_of_runs, tmp_path / "killed")
     assert killed
     assert not different
     name = next(iter(reference.content))
     other = dataclasses.replace(reference, content=reference.content | {name: "another", "more": ""})
-    assert kill_and_go_on(workload, other, 0, "sample", inputs, tmp_path / "other") == (0, sorted((name, "more")))
+    assert kill_and_go_on(workload, other, 0, "sample", inputs_of_runs, tmp_path / "other") == (
+        0,
+        sorted((name, "more")),
+    )
+
+
+def test_a_process_that_is_killed_before_it_writes_has_said_nothing(tmp_path):
+    ended = run_forked(lambda: None, 0, tmp_path / "log")
+    assert (ended.code, ended.stderr) in [(-9, ""), (0, "")]  # it may have ended before

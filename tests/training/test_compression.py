@@ -169,6 +169,7 @@ def test_a_student_with_another_tokenizer_is_refused_with_the_reason(compress, t
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer.add_tokens(["another"])
     model.tokenizer = tokenizer
+    model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(folder)
     with pytest.raises(UserError, match=r"has another tokenizer than the teacher, and relations .* token for token"):
         compress(f"--student_name_or_path {folder}")

@@ -17,7 +17,7 @@ from training import contrastive
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def small_inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("disk") / "in"
     write_inputs(folder)
     return folder
@@ -25,8 +25,8 @@ def inputs(tmp_path_factory):
 
 # The cache of the data, the weights of a checkpoint, its training state.
 @pytest.mark.parametrize("largest", [1_000, 30_000, 110_000])
-def test_training_stops_with_one_sentence(inputs, tmp_path, largest):
-    shutil.copytree(inputs, tmp_path / "in")
+def test_training_stops_with_one_sentence(small_inputs, tmp_path, largest):
+    shutil.copytree(small_inputs, tmp_path / "in")
 
     def work():
         os.chdir(tmp_path)

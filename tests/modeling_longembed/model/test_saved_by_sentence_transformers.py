@@ -90,7 +90,7 @@ def test_the_encoder_alone_adopts_what_its_config_can_name_and_says_what_it_cann
     settings = {"prompts": THEIRS, "default_prompt_name": "title", "similarity_fn_name": "dot"}
     model = st.SentenceTransformer(modules=[load(published)[0], pooling], device="cpu", **settings)
     model.save(str(tmp_path / "named"))
-    assert not caplog.records
+    assert not [record for record in caplog.records if not record.name.startswith("sentence_transformers")]
     encoder = LongEmbedModel.from_pretrained(tmp_path / "named")
     assert encoder.config.similarity_fn_name == "dot"
     for prompt_name in (None, "query", "title"):

@@ -115,6 +115,7 @@ def test_every_objective_is_trained():
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_read(recipe):
     given = ["--config", str(recipe), "--model_name_or_path", "m", "--train_data", "d", "--output_dir", "o"]
+    given += ["--feature_data", "f"] if recipe.stem == "non_linguistic" else []
     objective, *_ = parse(
         ObjectiveArguments, ModelArguments, ContrastiveArguments, FeatureArguments, LoopArguments, argv=given
     )
