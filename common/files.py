@@ -40,10 +40,26 @@ def check_output(path: str | Path, option: str, kind: str = "folder") -> None:
         existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
         if not existing.is_dir():
             raise UserError(f"{place}: {existing} is no folder; name another place")
-        (trial := _temporary(existing / path.name)).mkdir()
-        trial.rmdir()
+        _try_writing(existing)
     except OSError as error:
         raise UserError(f"{place}: cannot be written ({error.strerror}); name another place") from None
+
+
+def _try_writing(folder: Path) -> None:
+    """Create a file in a folder that no longer exists when this returns or the process is killed.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY, 0o600))  # a file without a name
+    except (AttributeError, OSError) as error:
+        # Systems other than Linux and some file systems have no such files.
+        if isinstance(error, OSError) and error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+        trial = _temporary(folder / "trial")
+        trial.mkdir()
+        trial.rmdir()
 
 
 def _check_regular(path: Path) -> None:

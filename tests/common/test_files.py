@@ -1,5 +1,6 @@
 """`common.files`: a file or folder has the old content or the new, even after SIGKILL."""
 
+import errno
 import gzip
 import hashlib
 import os
@@ -14,7 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.files import atomic_folder, atomic_write, sha256_file, write_jsonl
+from common.errors import UserError
+from common.files import atomic_folder, atomic_write, check_output, sha256_file, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +75,7 @@ def test_error_in_the_block_keeps_the_old_folder(tmp_path):
 # (the profiler sees every call of a C function, `write` on an open file too).
 WRITER = """
 import os, signal, sys
+from common.errors import UserError
 from common.files import atomic_folder, atomic_write
 
 def write(generation):
@@ -149,3 +152,24 @@ def test_json_lines_are_whole_or_as_they_were(tmp_path, monkeypatch, name):
     monkeypatch.setattr(gzip.time, "time", lambda: 0.0)  # another day
     write_jsonl(tmp_path / "other" / name, rows)
     assert (tmp_path / "other" / name).read_bytes() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="this system has no files without a name")
+@pytest.mark.parametrize(("kind", "name"), [("folder", "out"), ("folder", "deep/er/out"), ("file", "out.json")])
+def test_trying_an_output_makes_nothing_that_a_kill_could_leave(tmp_path, monkeypatch, kind, name):
+    """A trial folder in the parent would stay for ever: the next run tries the output folder itself."""
+    monkeypatch.setattr(os, "mkdir", lambda *_, **__: pytest.fail("a folder is made"))
+    check_output(tmp_path / name, "output", kind)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_is_tried_also_where_files_need_names(tmp_path, monkeypatch):
+    def without_nameless_files(path, flags, *mode):
+        raise OSError(errno.EOPNOTSUPP, "not supported", str(path))
+
+    monkeypatch.setattr(os, "open", without_nameless_files)
+    check_output(tmp_path / "out", "output")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(os, "mkdir", lambda path, *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read only", path)))
+    with pytest.raises(UserError, match=r"^--output .*out: cannot be written \(read only\); name another place$"):
+        check_output(tmp_path / "out", "output")
