@@ -100,6 +100,7 @@ def _atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)  # first: a process that is killed here has not written, and the next one comes by again
     temporary = _temporary(path)
     try:
         yield temporary
@@ -108,7 +109,6 @@ def _atomic_file(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync(path.parent)
-    _remove_leftovers(path)
 
 
 @contextmanager
@@ -126,6 +126,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path)
     temporary = _temporary(path)
     temporary.mkdir()
     try:
@@ -142,7 +143,6 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
     _fsync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-    _remove_leftovers(path)
 
 
 def sha256_file(path: str | Path) -> str:
