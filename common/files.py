@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
@@ -100,7 +101,7 @@ def _atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)  # first: a process that is killed here has not written, and the next one comes by again
+    remove_leftovers(path.parent)  # first: a process that is killed here has not written, and the next one comes by
     temporary = _temporary(path)
     try:
         yield temporary
@@ -126,7 +127,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path.parent)
     temporary = _temporary(path)
     temporary.mkdir()
     try:
@@ -154,6 +155,10 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+# The names that `_temporary` gives.
+_TEMPORARY = re.compile(r"\..+\.tmp-(?P<node>.+)-(?P<process>\d+)-(?P<start>\d+)-[0-9a-f]{8}", re.DOTALL)
+
+
 def _temporary(path: Path) -> Path:
     """Return a new name next to `path` (renames are atomic within one file system only) that names the process."""
     owner = f"{os.getpid()}-{_start_of(os.getpid())}"
@@ -173,13 +178,18 @@ def _start_of(process: int) -> str:
         return "0"
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes of this machine left while they wrote `path`, but not what a live one is writing."""
-    prefix = f".{path.name}.tmp-{platform.node()}-"
-    for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
-        process, start, *_ = leftover.name.removeprefix(prefix).split("-")
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this machine left while they wrote into a folder, but not what live ones write.
+
+    Every write of this module does so first. A folder that may be complete, so that nothing is written into it again,
+    needs a call of its own.
+    """
+    for leftover in [entry for entry in folder.iterdir() if ".tmp-" in entry.name]:
+        match = _TEMPORARY.fullmatch(leftover.name)
+        if match is None or match["node"] != platform.node():
+            continue
         try:
-            alive = _start_of(int(process)) == start
+            alive = _start_of(int(match["process"])) == match["start"]
         except ProcessLookupError:
             alive = False
         except PermissionError:

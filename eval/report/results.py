@@ -15,7 +15,7 @@ from mteb.results import TaskResult
 from rich.table import Table
 
 from common.errors import UserError, reading
-from common.files import atomic_write, write_jsonl
+from common.files import atomic_write, remove_leftovers, write_jsonl
 from common.jsonl import read_jsonl
 from eval.report.markdown import markdown_table
 
@@ -79,6 +79,9 @@ class AtomicResultCache(ResultCache):
 
     def is_complete(self, task: AbsTask, meta: ModelMeta) -> bool:
         """Return whether there are results of all splits of the task that are current."""
+        folder = self.get_task_result_path(task.metadata.name, meta).parent
+        if folder.is_dir():
+            remove_leftovers(folder)  # MTEB writes a result more than once, and the first time may have been enough
         result = self.load_task_result(task.metadata.name, meta)
         return self.is_current(task, meta) and result is not None and not result.get_missing_evaluations(task)
 

@@ -16,7 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from common.files import atomic_folder, atomic_write, check_output, sha256_file, write_jsonl
+from common.files import (
+    _temporary,
+    atomic_folder,
+    atomic_write,
+    check_output,
+    remove_leftovers,
+    sha256_file,
+    write_jsonl,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,3 +181,19 @@ def test_an_output_is_tried_also_where_files_need_names(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "mkdir", lambda path, *_: (_ for _ in ()).throw(OSError(errno.EROFS, "read only", path)))
     with pytest.raises(UserError, match=r"^--output .*out: cannot be written \(read only\); name another place$"):
         check_output(tmp_path / "out", "output")
+
+
+def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
+    """Whatever they were to become; a kill of the second of two writes leaves one beside a file that is whole."""
+    child = os.fork()
+    if child == 0:
+        _temporary(tmp_path / "file").touch()
+        _temporary(tmp_path / "a\nfolder").mkdir()
+        os._exit(0)
+    os.waitpid(child, 0)
+    own = _temporary(tmp_path / "file")
+    own.touch()
+    (tmp_path / ".file.tmp-of-a-user").touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {own.name, ".file.tmp-of-a-user"}
