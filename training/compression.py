@@ -9,10 +9,10 @@ from typing import Any
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.data.curriculum import RateSchedule
-from training.data.documents import DocumentArguments, sequence_lengths
-from training.data.masking import NoMasking
-from training.data.sequences import SequenceReader, Sequences, SpecialTokens
+from training.data.documents.curriculum import RateSchedule
+from training.data.documents.masking import NoMasking
+from training.data.documents.reading import DocumentArguments, sequence_lengths
+from training.data.documents.sequences import SequenceReader, Sequences, SpecialTokens
 from training.engine.held_out import by_source
 from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.data.pair_batches import PairTokenizer
+from training.data.pairs.batches import PairTokenizer
 from training.data.sources import Columns, Source, read_sources
 from training.engine.held_out import by_source
 from training.engine.loop import Loop, Training

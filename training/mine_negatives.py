@@ -23,7 +23,7 @@ from common.encoders.precision import resolve_precision
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError, run
 from common.files import write_jsonl
-from training.data.ranking import load_ranker
+from training.data.pairs.ranking import load_ranker
 from training.data.sources import PAIRS, PARQUET_SUFFIX, TEXTS, data_files, json_rows, read_sources
 
 

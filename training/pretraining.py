@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import parse
 from common.errors import UserError, run
-from training.data.curriculum import RateSchedule
-from training.data.documents import DocumentArguments, sequence_lengths
-from training.data.masking import Masking, MaskingArguments
-from training.data.next_sentence import NextSentenceHead
-from training.data.sequences import SequenceReader, SpecialTokens
+from training.data.documents.curriculum import RateSchedule
+from training.data.documents.masking import Masking, MaskingArguments
+from training.data.documents.next_sentence import NextSentenceHead
+from training.data.documents.reading import DocumentArguments, sequence_lengths
+from training.data.documents.sequences import SequenceReader, SpecialTokens
 from training.engine.held_out import by_source
 from training.engine.loop import Loop, Training
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training

@@ -27,7 +27,7 @@ from common.errors import UserError, run
 from common.provenance import computed_by, device_kind
 from common.records import Records
 from modeling_longembed.layout_registry_longembed import layers_of
-from training.data.pair_batches import PairTokenizer
+from training.data.pairs.batches import PairTokenizer
 from training.data.sources import PAIRS, read_sources
 from training.engine.saving import save
 from training.models.encoder import ModelArguments, load_encoder, text_length

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.arguments import parse
 from common.errors import UserError, run
+from training.data.documents.token_store import tokenize_documents
 from training.data.sources import Columns, read_sources
-from training.data.token_store import tokenize_documents
 from training.engine.saving import save
 from training.models.encoder import ModelArguments, load_encoder
 

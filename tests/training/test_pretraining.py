@@ -22,10 +22,10 @@ from transformers import (
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from tests.training.tiny_training import SPECIALS, tiny_config, write_jsonl
-from training.data.masked_batches import mask_batch, pack_masked
-from training.data.masking import Masking
-from training.data.next_sentence import NextSentenceHead
-from training.data.sequences import MaskedText
+from training.data.documents.batches import mask_batch, pack_masked
+from training.data.documents.masking import Masking
+from training.data.documents.next_sentence import NextSentenceHead
+from training.data.documents.sequences import MaskedText
 from training.engine.checkpoints import find_checkpoint
 from training.engine.saving import WHOLE_WEIGHTS, load_adapter
 from training.objectives.masked_lm import MaskedLanguageModel, masked_gradient

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import UserError, one_line
 from common.jsonl import read_jsonl
 from common.provenance import code_hash, content_hashes
-from training.data.pair_makers import Document, PairStrategy, longest_pairs
+from training.data.document import Document, PairStrategy
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
 PARQUET_SUFFIX = ".parquet"
@@ -151,7 +151,9 @@ class Source:
                 lengths = lengths.take(self.rows._indices.column(0))
             rows = pyarrow.compute.array_sort_indices(lengths, order="descending")[:count].to_pylist()
             if self.strategy is not None:
-                return longest_pairs(self.strategy, self.documents(rows, tokenizer))
+                documents = self.documents(rows, tokenizer)
+                spans = [document.span(0, self.strategy.longest(len(document))) for document in documents]
+                return [spans, spans]
             columns.append(self.rows[rows][column])
         return columns
 

@@ -3,11 +3,11 @@
 from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
-from training.data.curriculum import Curriculum, LengthSchedule, RateSchedule
-from training.data.documents import DocumentArguments, read_documents
-from training.data.masked_batches import MaskedBatches, epoch_batches
-from training.data.sequences import SequenceReader
-from training.data.token_store import TokenizedDocuments
+from training.data.documents.batches import MaskedBatches, epoch_batches
+from training.data.documents.curriculum import Curriculum, LengthSchedule, RateSchedule
+from training.data.documents.reading import DocumentArguments, read_documents
+from training.data.documents.sequences import SequenceReader
+from training.data.documents.token_store import TokenizedDocuments
 from training.engine.loop import Loop
 
 

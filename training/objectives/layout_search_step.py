@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import atomic_write
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.engine.loop import AccumulateGradient
 from training.engine.optimizer import parameter_groups
 from training.models.supernet import KINDS, Supernet

@@ -10,10 +10,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from training.data.masked_batches import MaskedBatch, MaskedChunk, mask_batch
-from training.data.next_sentence import NextSentenceHead
-from training.data.sequences import SequenceReader, Sequences
-from training.data.token_store import TokenizedDocuments
+from training.data.documents.batches import MaskedBatch, MaskedChunk, mask_batch
+from training.data.documents.next_sentence import NextSentenceHead
+from training.data.documents.sequences import SequenceReader, Sequences
+from training.data.documents.token_store import TokenizedDocuments
 from training.engine.distributed import mean_over_processes
 from training.engine.loop import AccumulateGradient
 from training.objectives.chunked_loss import (

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from common.errors import UserError
-from training.data.pair_batches import PairBatches, PairTokenizer
-from training.data.pairs import PairArguments, read_pairs, stream_pairs
+from training.data.pairs.batches import PairBatches, PairTokenizer
+from training.data.pairs.reading import PairArguments, read_pairs, stream_pairs
+from training.data.pairs.streams import StreamedBatches
 from training.data.sources import PAIRS, Source, read_sources
-from training.data.streams import StreamedBatches
 from training.engine.held_out import by_source
 from training.engine.loop import Loop
 from training.models.encoder import text_length

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from common.alignment import alignment, uniformity
 from training.data.packing import PackedTexts, pack
-from training.data.pair_batches import PairTokenizer
+from training.data.pairs.batches import PairTokenizer
 from training.data.sources import Source
 from training.engine.distributed import own_share
 from training.objectives.losses.contrastive import info_nce

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import AccumulateGradient

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from common.conditions import GIVEN, Not
 from training.data.modality_features import FeatureBatch, FeatureBatches, FeatureSource, PackedFeatures, read_features
 from training.data.packing import PackedTexts
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import AccumulateGradient, AnyModel, Batches, Loop, Stream, Training

@@ -16,7 +16,7 @@ from common.encoders.text_vectors import PromptType, cache_keys, stream
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
 from common.provenance import code_hash
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.data.sources import Source
 from training.engine.distributed import own_share
 from training.teachers.paragraph_vector import ParagraphVector

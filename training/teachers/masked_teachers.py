@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from common.conditions import GIVEN, Not
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM
-from training.data.masked_batches import MaskedChunk
+from training.data.documents.batches import MaskedChunk
 from training.models.adaptation import AdaptationArguments, load_masked_lm
 from training.models.encoder import ModelArguments
 from training.models.identity import tokenizer_identity

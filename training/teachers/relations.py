@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError
-from training.data.masked_batches import MaskedBatch, MaskedChunk
+from training.data.documents.batches import MaskedBatch, MaskedChunk
+from training.data.documents.sequences import Sequences, SpecialTokens
 from training.data.packing import PackedTexts, pack
-from training.data.sequences import Sequences, SpecialTokens
 from training.engine.distributed import mean_over_processes
 from training.engine.loop import AccumulateGradient
 from training.objectives.chunked_loss import (

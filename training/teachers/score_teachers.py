@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.encoders.model_folder import ModelFolder
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.data.sources import Source, check_numbers
 from training.engine.distributed import own_share
 

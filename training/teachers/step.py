@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from training.data.packing import PackedTexts
-from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
+from training.data.pairs.batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
 from training.data.sources import Source
 from training.engine.distributed import gather_rows, own_share
 from training.engine.gradient_cache import cached_backward

@@ -12,8 +12,8 @@ import pytest
 
 from common.errors import UserError
 from tests.training.tiny_training import WORDS, random_pairs, write_jsonl
+from training.data.pairs.streams import Reader, open_streams
 from training.data.sources import PAIRS, TEXTS, Columns, read_sources
-from training.data.streams import Reader, open_streams
 
 PAIR = {"anchor": "a", "positive": "b"}
 

@@ -16,7 +16,7 @@ from common.memory import is_out_of_memory, machine_memory
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import losses, random_pairs, write_jsonl
 from training.data.packing import cut_to_fill, pack
-from training.data.pair_batches import PairBatches, PairTokenizer
+from training.data.pairs.batches import PairBatches, PairTokenizer
 from training.data.sources import read_sources
 from training.engine.rehearsal import Probe, largest_that_fits, run_probe
 

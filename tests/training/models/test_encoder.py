@@ -4,7 +4,7 @@ import json
 import shutil
 
 from tests.training.tiny_training import WORDS
-from training.data.pair_batches import PairTokenizer
+from training.data.pairs.batches import PairTokenizer
 from training.models.encoder import ModelArguments, load_encoder
 
 

@@ -5,7 +5,7 @@ import torch
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import build_objective

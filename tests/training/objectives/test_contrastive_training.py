@@ -21,7 +21,7 @@ from modeling_longembed import LongEmbedModel
 from tests.training.objectives.objective_cases import CASES
 from tests.training.tiny_training import tiny_config, write_jsonl
 from training.contrastive import main
-from training.data.pair_batches import PairTokenizer
+from training.data.pairs.batches import PairTokenizer
 from training.data.sources import read_sources
 from training.engine.checkpoints import WEIGHTS
 from training.engine.loop import LoopArguments

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
 from tests.training.tiny_training import WORDS
-from training.data.pair_batches import PairTokenizer
+from training.data.pairs.batches import PairTokenizer
 from training.data.sources import Source
 from training.objectives.pair_retrieval import PairRetrieval
 

@@ -18,7 +18,7 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import losses, random_pairs, tiny_config, write_jsonl
 from training import contrastive
 from training.data.modality_features import FeatureBatches
-from training.data.pair_batches import PairTokenizer, collate_pairs
+from training.data.pairs.batches import PairTokenizer, collate_pairs
 from training.engine.checkpoints import WEIGHTS
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective

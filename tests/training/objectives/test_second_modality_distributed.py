@@ -14,7 +14,7 @@ from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from tests.two_processes import PROCESSES, in_two_processes
 from training.data.modality_features import FeatureBatches
 from training.data.packing import pack
-from training.data.pair_batches import PairBatch, text_id
+from training.data.pairs.batches import PairBatch, text_id
 from training.engine.distributed import average_gradients, settle
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective

@@ -13,7 +13,7 @@ from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from tests.two_processes import in_two_processes
 from training.contrastive import main
 from training.data.packing import pack
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.info_nce import InfoNCE

@@ -16,7 +16,7 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_documents, tiny_config, write_jsonl
 from training import distillation
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.data.sources import TEXTS, Source, read_sources
 from training.teachers.embedding_teachers import Teacher
 

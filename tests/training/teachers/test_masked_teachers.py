@@ -17,9 +17,9 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM
 from tests.training.tiny_training import SPECIALS, WORDS, losses, tiny_config
 from training import pretraining
-from training.data.masked_batches import MaskedBatch, mask_batch
-from training.data.next_sentence import NextSentenceHead
-from training.data.sequences import MaskedText
+from training.data.documents.batches import MaskedBatch, mask_batch
+from training.data.documents.next_sentence import NextSentenceHead
+from training.data.documents.sequences import MaskedText
 from training.objectives.masked_lm import MaskedLanguageModel, masked_gradient
 from training.teachers import masked_teachers
 from training.teachers.masked_teachers import MaskedTeacherArguments, MaskedTeachers, load_masked_teachers

@@ -14,7 +14,7 @@ from tests.training.tiny_training import random_documents, tiny_config, write_js
 from tests.two_processes import PROCESSES, in_two_processes
 from training import distillation, pretraining
 from training.data.packing import pack
-from training.data.pair_batches import PairBatch, PairTokenizer
+from training.data.pairs.batches import PairBatch, PairTokenizer
 from training.data.sources import Source
 from training.objectives.embed import pool
 from training.objectives.losses.correlation import SoftCCA, dcca

@@ -14,7 +14,7 @@ from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from training import distillation
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.data.sources import Columns, Source, read_sources
 from training.objectives.losses.soft_targets import margin_mse, soft_targets
 from training.teachers.arguments import TeachingArguments

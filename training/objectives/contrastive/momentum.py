@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from training.data.packing import PackedTexts
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.data.sources import Columns
 from training.engine.chunks import parts_of_batch
 from training.objectives.contrastive.arguments import ObjectiveArguments

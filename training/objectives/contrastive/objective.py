@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common.errors import UserError
 from training.data.packing import PackedTexts
-from training.data.pair_batches import PairBatch
+from training.data.pairs.batches import PairBatch
 from training.data.sources import PAIRS, Columns
 from training.objectives.contrastive.arguments import GROUP_COLUMN, ObjectiveArguments
 from training.objectives.losses.matryoshka import matryoshka

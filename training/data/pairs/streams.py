@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 from common.errors import UserError, one_line
 from common.jsonl import parse_row
-from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer
-from training.data.pair_makers import Document, PairStrategy
+from training.data.document import Document, PairStrategy
+from training.data.pairs.batches import PairBatch, PairBatches, PairTokenizer
 from training.data.sources import (
     PARQUET_SUFFIX,
     Columns,

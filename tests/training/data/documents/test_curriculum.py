@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from training.data.curriculum import Curriculum, LengthSchedule, RateSchedule
+from training.data.documents.curriculum import Curriculum, LengthSchedule, RateSchedule
 
 
 @pytest.mark.promise("M3")

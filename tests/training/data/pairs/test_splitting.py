@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from tests.training.tiny_training import losses, random_documents, write_jsonl
-from training.data.pair_batches import PairTokenizer
-from training.data.pairs import PairArguments, read_pairs
+from training.data.pairs.batches import PairTokenizer
+from training.data.pairs.reading import PairArguments, read_pairs
+from training.data.pairs.splitting import SplitArguments, hold_out
 from training.data.sources import PAIRS, Source
-from training.data.splitting import SplitArguments, hold_out
 
 NAMES = ("anchor", "positive", "negative")
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from tests.training.data.numbered_documents import READ, READ_PAIRS, numbered_documents
-from training.data.curriculum import Curriculum, LengthSchedule, RateSchedule
-from training.data.masked_batches import MaskedBatches, epoch_batches, pack_masked
-from training.data.sequences import Sequences
+from tests.training.data.documents.numbered_documents import READ, READ_PAIRS, numbered_documents
+from training.data.documents.batches import MaskedBatches, epoch_batches, pack_masked
+from training.data.documents.curriculum import Curriculum, LengthSchedule, RateSchedule
+from training.data.documents.sequences import Sequences
 
 
 def batches(sources, schedule="16", batch_size=64, read=READ, steps=10, **options) -> MaskedBatches:

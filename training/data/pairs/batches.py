@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from common.errors import UserError
 from modeling_longembed.encoding_tokens_longembed import cut_off, special_tokens_around, tokenize_beginnings
 from training.data.packing import PackedTexts, cut_to_fill, pack
-from training.data.pair_makers import make_pairs
+from training.data.pairs.makers import make_pairs
 from training.data.row_order import RowOrder
 from training.data.sources import Source, text_id
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.provenance import computed_by
-from training.data.next_sentence import Segment
-from training.data.pair_makers import Document
+from training.data.document import Document
+from training.data.documents.next_sentence import Segment
 from training.data.sources import OFFSET_COLUMNS, Source, fingerprint
 from training.models.identity import tokenizer_identity
 
-CODE = ("training.data.token_store", "training.data.pair_makers")  # what turns a text into tokens
+CODE = ("training.data.documents.token_store", "training.data.document")  # what turns a text into tokens
 ID_COLUMNS = {"input_ids": "int32", "starts_word": "bool"}
 
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from tests.training.tiny_training import losses, random_documents, random_pairs, write_jsonl
-from training.data import streams
-from training.data.pair_batches import PairTokenizer
-from training.data.pairs import PairArguments, stream_pairs
+from training.data.pairs import streams
+from training.data.pairs.batches import PairTokenizer
+from training.data.pairs.reading import PairArguments, stream_pairs
+from training.data.pairs.streams import Reader, Shard, StreamedBatches, open_streams
 from training.data.sources import PAIRS
-from training.data.streams import Reader, Shard, StreamedBatches, open_streams
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
 from tests.training.tiny_training import SPECIALS, WORDS, write_jsonl
-from training.data.next_sentence import Segment
+from training.data.documents.next_sentence import Segment
+from training.data.documents.token_store import tokenize_documents, with_token_offsets, word_starts
 from training.data.sources import OFFSET_COLUMNS, TEXTS, Source, read_sources
-from training.data.token_store import tokenize_documents, with_token_offsets, word_starts
 
 TEXT = ["river stone", " night. paper", "cloud " * 200]
 
@@ -68,7 +68,7 @@ def test_tokens_of_other_code_or_another_version_are_not_taken(
     tokenize(texts, word_tokenizer)
     monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", None)  # would fail
     tokenize(texts, word_tokenizer)
-    edit_code("training.data.pair_makers")
+    edit_code("training.data.document")
     with pytest.raises(TypeError):
         tokenize(texts, word_tokenizer)
 

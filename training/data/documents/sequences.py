@@ -7,9 +7,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from modeling_longembed.encoding_tokens_longembed import special_tokens_around
-from training.data.masking import Masking
-from training.data.next_sentence import Segment, draw_pair
-from training.data.token_store import TokenizedDocuments
+from training.data.documents.masking import Masking
+from training.data.documents.next_sentence import Segment, draw_pair
+from training.data.documents.token_store import TokenizedDocuments
 
 
 @dataclass(frozen=True)

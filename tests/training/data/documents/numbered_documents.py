@@ -3,9 +3,9 @@
 import datasets
 import numpy as np
 
-from training.data.masking import Masking
-from training.data.sequences import SequenceReader, SpecialTokens
-from training.data.token_store import TokenizedDocuments
+from training.data.documents.masking import Masking
+from training.data.documents.sequences import SequenceReader, SpecialTokens
+from training.data.documents.token_store import TokenizedDocuments
 
 SPECIAL = SpecialTokens((2,), (3,))
 MASKING = Masking(4, tuple(range(5)), 31)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from tests.training.tiny_training import WORDS, losses, random_documents, random_pairs, write_jsonl
-from training.data.pair_batches import PairBatches, PairTokenizer
-from training.data.pairs import PairArguments, read_pairs
+from training.data.pairs.batches import PairBatches, PairTokenizer
+from training.data.pairs.reading import PairArguments, read_pairs
 from training.data.sources import PAIRS
 
 MADE = ["crops", "inverse_cloze", "neighbours", "segments"]

@@ -12,7 +12,7 @@ import pytest
 from common.encoders.model_spec import ModelSpec
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from training.data.ranking import VectorRanker, WordRanker, load_ranker
+from training.data.pairs.ranking import VectorRanker, WordRanker, load_ranker
 
 
 class Random:
@@ -76,7 +76,7 @@ def test_the_nearest_documents_are_those_of_brute_force(queries, documents, k, e
 
 
 def test_more_queries_than_one_search_takes(monkeypatch):
-    monkeypatch.setattr("training.data.ranking._QUERIES_AT_ONCE", 4)
+    monkeypatch.setattr("training.data.pairs.ranking._QUERIES_AT_ONCE", 4)
     queries, documents = ([f"2 {i}" for i in range(n)] for n in (11, 9))
     _, found = VectorRanker(Random(), queries, documents, VectorCache(":memory:")).nearest(3)
     np.testing.assert_array_equal(found, np.argsort(-brute_force(queries, documents, False, "cosine"), axis=1)[:, :3])

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.errors import UserError
-from training.data.curriculum import Curriculum
+from training.data.documents.curriculum import Curriculum
+from training.data.documents.sequences import MaskedText, SequenceReader, Sequences
+from training.data.documents.token_store import TokenizedDocuments
 from training.data.packing import PackedTexts, pack
-from training.data.sequences import MaskedText, SequenceReader, Sequences
-from training.data.token_store import TokenizedDocuments
 
 
 @dataclass(frozen=True)

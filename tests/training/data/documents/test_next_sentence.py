@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, BertForNextSentencePrediction
 
-from training.data.next_sentence import IS_NEXT, NOT_NEXT, NextSentenceHead, Segment, draw_pair
-from training.data.sequences import SpecialTokens
+from training.data.documents.next_sentence import IS_NEXT, NOT_NEXT, NextSentenceHead, Segment, draw_pair
+from training.data.documents.sequences import SpecialTokens
 
 lengths = st.lists(st.integers(1, 60), min_size=2, max_size=6)
 

@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from common.conditions import GIVEN, Not
 from common.errors import UserError
 from common.provenance import code_hash
-from training.data.filters import FilterArguments, filtered, report_leakage
-from training.data.pair_batches import PairTokenizer
-from training.data.pair_makers import Crops, InverseCloze, Neighbours, PairStrategy, Segments, make_pairs
+from training.data.document import PairStrategy
+from training.data.documents.token_store import with_token_offsets
+from training.data.pairs.batches import PairTokenizer
+from training.data.pairs.filters import FilterArguments, filtered, report_leakage
+from training.data.pairs.makers import Crops, InverseCloze, Neighbours, Segments, make_pairs
+from training.data.pairs.splitting import SplitArguments, hold_out
+from training.data.pairs.streams import Stream, open_streams
 from training.data.sources import Columns, Source, fingerprint, read_sources
-from training.data.splitting import SplitArguments, hold_out
-from training.data.streams import Stream, open_streams
-from training.data.token_store import with_token_offsets
 
 REALM_WINDOW = 288  # tokens of a segment, as in REALM and ORQA
 LABELS = {"entailment": "entailment", "0": "entailment", "contradiction": "contradiction", "2": "contradiction"}
@@ -358,7 +359,9 @@ def long_enough(source: Source, strategy: PairStrategy, tokenizer: PreTrainedTok
         with_indices=True,
         batched=True,
         batch_size=64,
-        new_fingerprint=fingerprint(source.rows._fingerprint, str(strategy), code_hash("training.data.pair_makers")),
+        new_fingerprint=fingerprint(
+            source.rows._fingerprint, str(strategy), code_hash("training.data.document", "training.data.pairs.makers")
+        ),
         desc=f"looking through {source.name}",
     )
     if not len(rows):

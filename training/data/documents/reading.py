@@ -6,9 +6,9 @@ from transformers import PreTrainedTokenizerBase
 
 from common.conditions import GIVEN
 from common.errors import UserError
-from training.data.curriculum import LengthSchedule
+from training.data.documents.curriculum import LengthSchedule
+from training.data.documents.token_store import TokenizedDocuments, tokenize_documents
 from training.data.sources import Columns, read_sources
-from training.data.token_store import TokenizedDocuments, tokenize_documents
 
 
 @dataclass(kw_only=True)

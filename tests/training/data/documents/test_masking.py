@@ -9,7 +9,7 @@ from transformers import DataCollatorForLanguageModeling
 
 from common.errors import UserError
 from tests.training.tiny_training import SPECIALS
-from training.data.masking import Masking, MaskingArguments, span_lengths
+from training.data.documents.masking import Masking, MaskingArguments, span_lengths
 
 VOCABULARY, MASK = 1000, 4
 SPECIAL = tuple(range(len(SPECIALS)))

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from training.data.pair_makers import Crops, Document, InverseCloze, Neighbours, Segments, make_pairs
+from training.data.document import Document
+from training.data.pairs.makers import Crops, InverseCloze, Neighbours, Segments, make_pairs
 
 pytestmark = pytest.mark.promise("C4")
 seeds = st.integers(0, 2**32)

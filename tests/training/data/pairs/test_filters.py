@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from tests.training.tiny_training import random_documents, write_jsonl
-from training.data.filters import FilterArguments, NearDuplicates, filtered, report_leakage
+from training.data.pairs.filters import FilterArguments, NearDuplicates, filtered, report_leakage
 from training.data.sources import Source
 from training.objectives import pair_data
 

@@ -7,8 +7,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.training.data.numbered_documents import READ, READ_PAIRS, SPECIAL, numbered_documents
-from training.data.sequences import Sequences, SpecialTokens
+from tests.training.data.documents.numbered_documents import READ, READ_PAIRS, SPECIAL, numbered_documents
+from training.data.documents.sequences import Sequences, SpecialTokens
 
 many = st.lists(st.integers(1, 70), min_size=2, max_size=12)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from training.data.packing import pack
-from training.data.pair_batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
+from training.data.pairs.batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
 from training.data.sources import Source
 
 sizes = st.lists(st.integers(8, 40), min_size=1, max_size=3)
