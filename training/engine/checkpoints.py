@@ -29,8 +29,8 @@ class Progress:
 
     Attributes:
         step: number of optimiser steps done.
-        epoch: number of whole epochs done.
-        offset: number of batches of the current epoch done.
+        batches: number of batches done, whose gradients may have been accumulated over other numbers of them; None: an
+            earlier version has written the checkpoint, which accumulated over one number from the first step on.
         world_size: number of processes.
         settings: `Settings.values` of the run; None: an earlier version has written the checkpoint.
         window: metrics of the steps since the last logged one.
@@ -39,13 +39,22 @@ class Progress:
     """
 
     step: int
-    epoch: int
-    offset: int
+    batches: int | None
     world_size: int
     settings: dict[str, Any] | None
     window: list[dict[str, float]] = field(default_factory=list)
     ended: bool = False
     bookmark: dict[str, Any] | None = None
+
+    def batches_done(self, accumulation: int) -> int:
+        """Return `batches`, or what it was in the run of an earlier version.
+
+        Args:
+            accumulation: batches per step, if the checkpoint does not record them.
+        """
+        if self.batches is not None:
+            return self.batches
+        return self.step * (self.settings or {}).get("gradient_accumulation_steps", accumulation)
 
 
 @dataclass
@@ -61,10 +70,8 @@ class Checkpoint:
         return load_file(self.path / WEIGHTS), state
 
 
-def save_checkpoint(
-    folder: Path, progress: Progress, tensors: Mapping[str, Tensor], state: dict[str, Any], keep: int | None
-) -> None:
-    """Write the checkpoint `folder/step-N` atomically, and then remove the oldest ones.
+def save_checkpoint(folder: Path, progress: Progress, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Write the checkpoint `folder/step-N` atomically.
 
     Args:
         folder: where the checkpoints are.
@@ -72,7 +79,6 @@ def save_checkpoint(
         tensors: the parameters that train and the buffers, by name.
         state: state of optimiser, schedule and random generators: tensors, numbers and containers of these, because
             no class is unpickled on loading.
-        keep: number of checkpoints to keep; None: all.
     """
     with atomic_folder(folder / f"step-{progress.step}") as temporary:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, temporary / WEIGHTS)
@@ -85,19 +91,34 @@ def save_checkpoint(
         }
         # Written last: a folder without it, such as a half-made copy, is not taken for a checkpoint.
         (temporary / COMPLETE).write_text(json.dumps(complete, indent=2))
-    remove_old(folder, keep)
 
 
-def remove_old(folder: Path, keep: int | None) -> None:
+def remove_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps, before a run that has come from `step` writes its next one.
+
+    They are damaged, or of a course that the run has not taken. Counted among those to keep they would displace those
+    of the run, and one of them would be taken for the last.
+
+    Args:
+        folder: where the checkpoints are.
+        step: the step of the run's newest checkpoint.
+    """
+    for number, path in _step_folders(folder).items():
+        if number > step:
+            shutil.rmtree(path)
+
+
+def remove_old(folder: Path, step: int, keep: int | None) -> None:
     """Remove the oldest checkpoints, and what is left of one that a killed process was removing.
 
     Args:
         folder: where the checkpoints are.
+        step: the step of the run's newest checkpoint. Later ones, which the run has not read, are not counted.
         keep: number of checkpoints to keep; None: all.
     """
-    if keep is not None:
-        for path in _step_folders(folder)[keep:]:
-            shutil.rmtree(path)
+    own = [path for number, path in _step_folders(folder).items() if number <= step]
+    for path in own[keep:] if keep is not None else ():
+        shutil.rmtree(path)
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -120,7 +141,7 @@ def find_checkpoint(folder: Path, choice: str) -> Checkpoint | None:
     """
     if choice != "last":
         return _open(Path(choice))
-    for path in _step_folders(folder):
+    for path in _step_folders(folder).values():
         try:
             return _open(path)
         except UserError as error:
@@ -128,12 +149,12 @@ def find_checkpoint(folder: Path, choice: str) -> Checkpoint | None:
     return None
 
 
-def _step_folders(folder: Path) -> list[Path]:
-    """Return the folders of checkpoints, the newest first."""
+def _step_folders(folder: Path) -> dict[int, Path]:
+    """Return the folders of checkpoints by step, the newest first."""
     found = [
         (int(match[1]), path) for path in folder.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))
     ]
-    return [path for _, path in sorted(found, reverse=True)]
+    return dict(sorted(found, reverse=True))
 
 
 def _open(path: Path) -> Checkpoint:
@@ -143,6 +164,9 @@ def _open(path: Path) -> Checkpoint:
         complete.pop("versions")
         complete.pop("data", None)  # earlier versions: some of the settings, under other names
         complete.setdefault("settings", None)
+        for name in ("epoch", "offset"):  # earlier versions: the batches done, by the length of an epoch
+            complete.pop(name, None)
+        complete.setdefault("batches", None)
         progress = Progress(**complete)
     except FileNotFoundError as error:
         raise UserError(f"{path}: is no complete checkpoint, {Path(error.filename).name} is missing") from None

@@ -31,6 +31,7 @@ from training.engine.checkpoints import (
     Progress,
     find_checkpoint,
     has_checkpoints,
+    remove_later,
     remove_old,
     save_checkpoint,
 )
@@ -255,6 +256,11 @@ class Loop:
     Args:
         arguments: parsed command-line options.
 
+    Attributes:
+        checkpoint: what the run goes on from; None: from the start.
+        done: numbers of steps and of batches that it has made.
+        saved: the step of the run's newest checkpoint.
+
     Raises:
         UserError: the output folder holds checkpoints of another run, or the launcher asks for what the loop cannot do.
     """
@@ -281,6 +287,11 @@ class Loop:
             raise UserError(f"mixed precision {self.accelerator.mixed_precision} is not supported; use --bf16 or none")
         set_seed(arguments.seed, device_specific=True)  # each process draws its own dropout masks
         self.checkpoint = self._choose_checkpoint()
+        progress = self.checkpoint.progress if self.checkpoint else None
+        self.done = (
+            (progress.step, progress.batches_done(arguments.gradient_accumulation_steps)) if progress else (0, 0)
+        )
+        self.saved = self.done[0]
 
     @property
     def is_main(self) -> bool:
@@ -294,10 +305,17 @@ class Loop:
 
     def total_steps(self, batches: Sized) -> int:
         """Return the number of optimiser steps of the whole run; `len(batches)` are the batches of an epoch."""
-        arguments = self.arguments
+        arguments, accumulation = self.arguments, self.arguments.gradient_accumulation_steps
         if arguments.max_steps > 0:
             return arguments.max_steps
-        return max(1, round(arguments.num_train_epochs * len(batches) / arguments.gradient_accumulation_steps))
+        step, done = self.done
+        # A checkpoint's steps may have taken another number of batches each.
+        return max(1, round((arguments.num_train_epochs * len(batches) + step * accumulation - done) / accumulation))
+
+    def total_batches(self, total_steps: int) -> int:
+        """Return the number of batches of a run of `total_steps` steps, with those of the run that it goes on with."""
+        step, done = self.done
+        return done + (total_steps - step) * self.arguments.gradient_accumulation_steps
 
     def run(
         self,
@@ -318,7 +336,7 @@ class Loop:
         Raises:
             UserError: the run cannot be resumed from its checkpoint, or the loss diverges.
         """
-        arguments, batches, accumulation = self.arguments, training.batches, self.arguments.gradient_accumulation_steps
+        arguments, batches = self.arguments, training.batches
         total = self.total_steps(batches)
         if arguments.lr_scheduler_type == PLATEAU and not (training.evaluate and arguments.eval_steps):
             raise UserError(
@@ -341,7 +359,7 @@ class Loop:
 
         log = MetricsLog(self.accelerator, self.output_dir, progress.step)
         throughput = Throughput(self.device)
-        stream = self._stream(batches, progress.step * accumulation, total * accumulation)
+        stream = self._stream(batches, self.done[1], self.total_batches(total))
         bar = tqdm(total=total, initial=progress.step, desc="training", unit="step", disable=not self.is_main)
         with bar:  # closed before an error is told
             for step in range(progress.step + 1, total + 1):
@@ -349,14 +367,13 @@ class Loop:
                 metrics, progress.bookmark = self.train_step(step, state, training.gradient, stream)
                 throughput.add(metrics)
                 progress.window.append(metrics)
-                progress.step = step
-                progress.epoch, progress.offset = divmod(step * accumulation, len(batches))
+                progress.step, progress.batches = step, self.total_batches(step)
                 progress.ended = training.ends_after is not None and training.ends_after(step)
                 is_last = step == total or progress.ended
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}")
                 if step % arguments.logging_steps == 0 or is_last:
-                    values = {"epoch": step * accumulation / len(batches), "learning_rate": learning_rate}
+                    values = {"epoch": progress.batches / len(batches), "learning_rate": learning_rate}
                     log.write(step, values | _mean(progress.window) | throughput.read())
                     progress.window.clear()
                 if training.evaluate and (is_last or (arguments.eval_steps and step % arguments.eval_steps == 0)):
@@ -369,6 +386,8 @@ class Loop:
                         self._save(state, progress)
                 if is_last:
                     break
+        if self.is_main:  # once more: the process may have been killed between its last checkpoint and this
+            remove_old(self.output_dir / "checkpoints", progress.step, arguments.save_total_limit)
         trained = self._final_model(state, training)
         self.accelerator.end_training()
         return trained
@@ -500,7 +519,7 @@ class Loop:
         settings.values = gather_object([settings.values])[0]
         settings.check_names(arguments.change_settings)
         if self.checkpoint is None:
-            return Progress(step=0, epoch=0, offset=0, world_size=world_size, settings=settings.values)
+            return Progress(step=0, batches=0, world_size=world_size, settings=settings.values)
         path, progress = self.checkpoint.path, self.checkpoint.progress
         changed = settings.changes(progress.settings, path, arguments.change_settings)
         if progress.settings is None and self.is_main:
@@ -518,8 +537,6 @@ class Loop:
                 "start anew in another --output_dir"
             )
         tensors, stored = self.checkpoint.load()
-        if self.is_main and arguments.resume_from_checkpoint == "last":
-            remove_old(self.output_dir / "checkpoints", arguments.save_total_limit)
         _check_tensors(state.tensors, tensors, path)
         with torch.no_grad():
             for name, tensor in state.tensors.items():
@@ -549,8 +566,11 @@ class Loop:
             "random": gather_object([get_random_state()]),
         }
         if self.is_main:
-            keep = self.arguments.save_total_limit
-            save_checkpoint(self.output_dir / "checkpoints", progress, tensors, stored, keep)
+            folder = self.output_dir / "checkpoints"
+            remove_later(folder, self.saved)
+            save_checkpoint(folder, progress, tensors, stored)
+            remove_old(folder, progress.step, self.arguments.save_total_limit)
+        self.saved = progress.step
         self.accelerator.wait_for_everyone()
 
     def _final_model(self, state: _State, training: Training[AnyModel, AnyBatch]) -> AnyModel:

@@ -120,7 +120,7 @@ def pair_batches(
         if loop.arguments.max_steps <= 0:
             raise UserError("--streaming: how long an epoch is is not known; give --max_steps")
         streams = stream_pairs(arguments.train_data, pair_arguments, columns, tokenize)
-        length = loop.arguments.max_steps * loop.arguments.gradient_accumulation_steps
+        length = loop.total_batches(loop.arguments.max_steps)
         return StreamedBatches(streams, tokenize, length=length, buffer=arguments.shuffle_buffer, **options), []
     with loop.accelerator.main_process_first():  # the other processes find its tokenised data in the cache
         sources, held_out = read_pairs(arguments.train_data, pair_arguments, columns, tokenize, log)

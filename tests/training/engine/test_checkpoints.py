@@ -6,14 +6,21 @@ import pytest
 import torch
 
 from common.errors import UserError
-from training.engine.checkpoints import COMPLETE, STATE, WEIGHTS, Progress, find_checkpoint, save_checkpoint
+from training.engine.checkpoints import (
+    COMPLETE,
+    STATE,
+    WEIGHTS,
+    Progress,
+    find_checkpoint,
+    remove_later,
+    remove_old,
+    save_checkpoint,
+)
 
 
-def save(folder, step: int, keep: int | None = None) -> None:
-    progress = Progress(
-        step=step, epoch=0, offset=step, world_size=1, settings={"seed": 1}, window=[{"loss": 0.1 + step}]
-    )
-    save_checkpoint(folder, progress, {"weight": torch.full((2, 3), float(step))}, {"random": [1, (2, None)]}, keep)
+def save(folder, step: int) -> None:
+    progress = Progress(step=step, batches=2 * step, world_size=1, settings={"seed": 1}, window=[{"loss": 0.1 + step}])
+    save_checkpoint(folder, progress, {"weight": torch.full((2, 3), float(step))}, {"random": [1, (2, None)]})
 
 
 def test_comes_back_as_it_was(tmp_path):
@@ -25,14 +32,31 @@ def test_comes_back_as_it_was(tmp_path):
     assert checkpoint.progress.window == [{"loss": 3.1}]
     complete = json.loads((checkpoint.path / COMPLETE).read_text())
     assert torch.__version__.startswith(complete["versions"]["torch"])  # the package's own has no "+cu128"
-    assert {"step", "epoch", "offset", "world_size", "settings", "sha256"} <= complete.keys()
+    assert {"step", "batches", "world_size", "settings", "sha256"} <= complete.keys()
 
 
 def test_the_newest_is_taken_by_number_and_older_ones_go(tmp_path):
     for step in (9, 10, 100):
-        save(tmp_path, step, keep=2)
+        save(tmp_path, step)
+        remove_old(tmp_path, step, keep=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-100"]
     assert find_checkpoint(tmp_path, "last").progress.step == 100
+    remove_old(tmp_path, 100, keep=None)
+    remove_old(tmp_path, 10, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-100"]
+    remove_later(tmp_path, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-10"]
+
+
+def test_an_earlier_version_counted_batches_by_epochs(tmp_path):
+    save(tmp_path, 3)
+    file = tmp_path / "step-3" / COMPLETE
+    complete = json.loads(file.read_text())
+    assert find_checkpoint(tmp_path, "last").progress.batches_done(5) == 6
+    del complete["batches"]
+    for settings, batches in ((None, 15), ({"gradient_accumulation_steps": 4}, 12)):
+        file.write_text(json.dumps(complete | {"epoch": 1, "offset": 2, "settings": settings}))
+        assert find_checkpoint(tmp_path, "last").progress.batches_done(5) == batches
 
 
 def truncate(path):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,6 +17,8 @@ from common.conditions import default_of
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import SCRIPTS, random_pairs, tiny_config, write_jsonl
+from training.data.pairs.batches import PairBatches
+from training.data.pairs.streams import StreamedBatches
 from training.engine import loop
 from training.engine.checkpoints import COMPLETE, WEIGHTS
 from training.engine.resuming import EVALUATION, MAY_CHANGE, ONLY_AT_START, PLATEAU, Settings
@@ -238,3 +241,64 @@ def test_a_stream_goes_on_with_its_own_data_only(train_contrastive, tmp_path):
         train_contrastive(more)
     with pytest.raises(UserError, match=r"^--change_settings train_data: the place in a stream where .* stopped"):
         train_contrastive(more + " train_data")
+
+
+def names_in(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def test_the_checkpoint_that_a_run_resumes_from_stays_until_it_has_one_of_its_own(train_contrastive):
+    """The newest one is damaged: counted among those to keep, it would displace the good one, and then the new one."""
+    options = "--save_steps 1 --save_total_limit 9 --resume_from_checkpoint last "
+    output = train_contrastive(options + "--max_steps 3")
+    (output / "checkpoints" / "step-3" / WEIGHTS).write_bytes(b"cut short")
+    options += "--save_total_limit 1 --change_settings max_steps "
+    with pytest.raises(SystemExit):
+        train_contrastive(options + "--rehearse only --max_steps 4")
+    assert names_in(output) == ["step-1", "step-2", "step-3"]
+    shutil.rmtree(output / "checkpoints" / "step-2")
+    train_contrastive(options + "--save_steps 2 --max_steps 2")  # step 2 is written while a later one lies there
+    assert names_in(output) == ["step-2"]
+
+
+def test_a_run_that_has_no_step_left_keeps_later_checkpoints(train_contrastive):
+    output = train_contrastive("--save_steps 1 --save_total_limit 9 --max_steps 3")
+    first = output / "checkpoints" / "step-1"
+    train_contrastive(
+        f"--max_steps 1 --save_total_limit 1 --resume_from_checkpoint {first} --change_settings max_steps"
+    )
+    assert names_in(output) == ["step-1", "step-2", "step-3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_accumulation_goes_on_at_the_next_batch(train_contrastive, monkeypatch, streaming):
+    """Two steps of two batches, and then two of three: each batch once, and each another one."""
+    batches = StreamedBatches if streaming else PairBatches
+    read, original = [], batches.__getitem__
+
+    def recorded(self, index):
+        batch = original(self, index)
+        read.append((index, batch.rows if batch.bookmark is None else batch.bookmark["index"]))
+        return batch
+
+    monkeypatch.setattr(batches, "__getitem__", recorded)
+    options = "--rehearse never " + "--streaming --shuffle_buffer 16 " * streaming
+    train_contrastive(f"{options} --max_steps 2 --gradient_accumulation_steps 2")
+    options += "--max_steps 4 --resume_from_checkpoint last --change_settings gradient_accumulation_steps max_steps "
+    output = train_contrastive(f"{options} --gradient_accumulation_steps 3")
+    assert [index for index, _ in read] == list(range(10))
+    assert len({place for _, place in read[-6:]}) == 6
+    assert json.loads((output / "checkpoints" / "step-4" / COMPLETE).read_text())["batches"] == 10
+
+
+def test_other_accumulation_ends_after_the_same_epochs(train_contrastive):
+    """Two epochs of six batches: after four batches eight are left, in two steps of four."""
+    options = "--max_steps -1 --num_train_epochs 2 --gradient_accumulation_steps 2 --save_steps 2 --save_total_limit 9 "
+    output = train_contrastive(options)
+    assert names_in(output) == ["step-2", "step-4", "step-6"]
+    second = output / "checkpoints" / "step-2"
+    options += f"--resume_from_checkpoint {second} --change_settings gradient_accumulation_steps "
+    output = train_contrastive(options + "--gradient_accumulation_steps 4", output="other")
+    assert names_in(output) == ["step-4"]
+    (last,) = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()][-1:]
+    assert (last["step"], last["epoch"]) == (4, 2.0)
