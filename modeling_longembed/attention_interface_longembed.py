@@ -55,7 +55,7 @@ class PackedMask:
         predicate: transformers' function of batch, head, query and key, where `back` and `ahead` do not say it all.
         padding: `(B, S)` bool, true on real tokens; None: there is no padding.
         sequences: `(B, S)` int64, numbers of the sequences that are packed into a row; None: a row is one sequence.
-        cache: the packed rows, which all layers share.
+        cache: the packed rows by device, and by the lengths that a caller packed with, which all layers share.
     """
 
     back: int | None = None
@@ -63,7 +63,7 @@ class PackedMask:
     predicate: Callable | None = None
     padding: Tensor | None = None
     sequences: Tensor | None = None
-    cache: dict[str, PackedRows] = field(default_factory=dict)
+    cache: dict[Any, Any] = field(default_factory=dict)
 
     def rows(self, batch: int, length: int, device: torch.device) -> PackedRows:
         """Return the packed rows of a batch.
@@ -259,6 +259,8 @@ def longembed_varlen(
             f"longembed_varlen: {length} queries and {key.shape[2]} keys; it computes neither a cache of keys nor "
             f"cross-attention; {INSTEAD}, or pass use_cache=False"
         )
+    if is_cross_attention(module):  # its mask pads the keys alone, and may have as many of them as there are queries
+        raise ValueError(f"longembed_varlen does not compute cross-attention ({type(module).__name__}); {INSTEAD}")
     if isinstance(attention_mask, PackedMask):
         mask = attention_mask
     else:
@@ -267,8 +269,9 @@ def longembed_varlen(
     if cu_seq_lens_q is not None:
         rows = rows_of_packed(cu_seq_lens_q, cu_seq_lens_k, mask, rows)
 
-    key, value = (x.repeat_interleave(heads // key_heads, dim=1) for x in (key, value))
     packed = [rows.documents.pack(x.transpose(1, 2)) for x in (query, key, value)]
+    if key_heads != heads:
+        packed[1:] = [x.repeat_interleave(heads // key_heads, dim=1) for x in packed[1:]]
     scaling = width**-0.5 if scaling is None else scaling
     same_width = value.shape[-1] == width
     if mask.is_band and softcap is None and same_width and not (rows.has_gaps and mask.back is not None):
@@ -278,10 +281,22 @@ def longembed_varlen(
     return rows.documents.unpack(context), None
 
 
+def is_cross_attention(module: Any) -> bool:
+    """Return whether an attention module declares that its keys are of other tokens than its queries.
+
+    GPT-2 has a flag, the models after BERT a class, and those after BART a decoder's attention that is not causal.
+    """
+    return (
+        bool(getattr(module, "is_cross_attention", False))
+        or "CrossAttention" in type(module).__name__
+        or (getattr(module, "is_decoder", False) is True and getattr(module, "is_causal", None) is False)
+    )
+
+
 def rows_of_packed(
     cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor | None, mask: PackedMask, rows: PackedRows
 ) -> PackedRows:
-    """Return the rows of sequences that the caller packed.
+    """Return the rows of sequences that the caller packed, derived once for all layers that share the mask.
 
     Args:
         cu_seq_lens_q: `(N + 1,)` int32, cumulative lengths of the queries.
@@ -290,8 +305,18 @@ def rows_of_packed(
         rows: of the one row of the batch.
 
     Raises:
-        ValueError: there is padding too, the keys have other lengths, or the mask counts places in the whole row.
+        ValueError: there is padding too, the keys have other lengths, or the mask is a predicate, which counts places
+            in the whole row.
     """
+    lengths = cu_seq_lens_q, cu_seq_lens_k
+    key = tuple(map(id, lengths))
+    if key in mask.cache:
+        return mask.cache[key][0]
+    if mask.predicate is not None:
+        raise ValueError(
+            "longembed_varlen: the mask of this model counts places in the whole row and not in the sequences of "
+            "cu_seq_lens_q; leave that out and give position_ids, which begin anew with each sequence"
+        )
     if mask.padding is not None and not bool(mask.padding.all()):
         raise ValueError("longembed_varlen: give either cu_seq_lens_q or a mask with padding, not both")
     if (
@@ -301,7 +326,9 @@ def rows_of_packed(
     ):
         raise ValueError(f"longembed_varlen: cu_seq_lens_q and cu_seq_lens_k differ; {INSTEAD}")
     documents = PackedDocuments(cu_seq_lens_q.to(torch.int32), int(cu_seq_lens_q.diff().max()))
-    return rows._replace(documents=documents, has_gaps=False)
+    rows = rows._replace(documents=documents, has_gaps=False)
+    mask.cache[key] = rows, lengths  # they are kept with it, so that no other tensor gets their ids
+    return rows
 
 
 def band_attention(

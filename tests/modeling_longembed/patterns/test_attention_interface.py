@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import masking_utils
+from transformers import AutoConfig, AutoModel, masking_utils
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -19,6 +19,7 @@ from transformers.masking_utils import (
 )
 
 from experiments.gpu.foreign import COMMON, FOREIGN, check_foreign, foreign_model, padded_batch, states_and_gradient
+from modeling_longembed import attention_interface_longembed as attention_interface
 from modeling_longembed.attention_interface_longembed import (
     REFUSED,
     PackedMask,
@@ -96,6 +97,65 @@ def test_packed_sequences_are_computed_as_each_alone(name, given):
     eager = foreign_model(name, "eager")
     for states, ids in zip(packed, input_ids.split(lengths, dim=1), strict=True):
         torch.testing.assert_close(states, eager(ids).last_hidden_state[0], **CLOSE)
+
+
+def test_the_lengths_of_packed_sequences_are_read_once_for_all_layers(monkeypatch):
+    model, made = foreign_model("llama", "longembed_varlen"), []
+    original = attention_interface.PackedDocuments
+
+    class Counted(original):
+        def __init__(self, *arguments, **options):
+            made.append(arguments)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(attention_interface, "PackedDocuments", Counted)
+    cu_seqlens = torch.tensor([0, 9, 10, 40], dtype=torch.int32)
+    lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
+    model(torch.randint(3, 200, (1, 40)), use_cache=False, **lengths)
+    assert COMMON["num_hidden_layers"] == 3
+    assert len([arguments for arguments in made if arguments and arguments[0] is cu_seqlens]) == 1
+
+
+def test_another_packing_under_the_same_mask_is_not_taken_for_the_first():
+    mask, states = packed_mask(mask_function=causal_mask_function), [x[:1] for x in random_states()]
+    for first in range(1, LENGTH):
+        lengths = torch.tensor([0, first, LENGTH], dtype=torch.int32)  # the allocator may give it the place of the last
+        found, _ = longembed_varlen(None, *states, mask, cu_seq_lens_q=lengths)
+        numbers = (torch.arange(LENGTH) >= first).long()
+        pairs = (numbers[:, None] == numbers) & (torch.arange(LENGTH)[:, None] >= torch.arange(LENGTH))
+        torch.testing.assert_close(found, dense(*states, pairs.expand(1, 4, -1, -1)))
+
+
+def cross_attending_model(name, kernel):
+    torch.manual_seed(0)
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    if name == "bart":
+        layers = {f"{side}_{part}": 2 for side in ("encoder", "decoder") for part in ("layers", "attention_heads")}
+        fields = {"d_model": 32, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, **layers}
+    else:
+        fields = {key: COMMON[key] for key in COMMON if key != "vocab_size"} | {"is_decoder": True}
+        fields |= {"add_cross_attention": True}
+    config = AutoConfig.for_model(name, vocab_size=200, **ids, **fields)
+    return AutoModel.from_config(config, attn_implementation=kernel).eval()
+
+
+@pytest.mark.parametrize("name", ["bart", "bert", "gpt2"])
+def test_cross_attention_is_refused_also_with_as_many_keys_as_queries(name):
+    """Its mask pads keys, which are no queries: the same place of the other side would be left out."""
+    model, tokens = cross_attending_model(name, "longembed_varlen"), torch.randint(3, 200, (2, 7))
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, 4:] = 0
+    if name == "bart":
+        inputs = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens}
+    else:
+        width = model.config.hidden_size
+        inputs = {
+            "input_ids": tokens,
+            "encoder_hidden_states": torch.randn(2, 7, width),
+            "encoder_attention_mask": mask,
+        }
+    with pytest.raises(ValueError, match=r"^longembed_varlen does not compute cross-attention \(\w+\); load the model"):
+        model(**inputs, use_cache=False)
 
 
 def test_attention_dropout_is_applied_in_training_alone():
@@ -221,6 +281,28 @@ def test_packed_places_are_those_in_the_sequence():
     torch.testing.assert_close(found, dense(*states, visible_pairs(function, everything)), atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["chunks", "blocks"])
+def test_a_mask_of_places_in_the_row_is_refused_for_packed_sequences(name):
+    """In transformers each sequence has chunks of its own; its predicate would count them from the row's beginning."""
+    function, lengths = FUNCTIONS[name][0], (10, 4, 9)
+    states = [x[:1] for x in random_states()]
+    mask, cu_seqlens = packed_mask(mask_function=function), torch.tensor([0, 10, 14, LENGTH], dtype=torch.int32)
+    alone = [x.split(lengths, dim=2) for x in states]
+    expected = []
+    for query, key, value in zip(*alone, strict=True):
+        index = torch.arange(query.shape[2])
+        pairs = function(torch.tensor(0), torch.tensor(0), index[:, None], index).expand(1, 4, -1, -1)
+        expected.append(dense(query, key, value, pairs))
+    for _ in range(2):  # no layer finds in the cache what was refused
+        with pytest.raises(ValueError, match=r"counts places in the whole row .* leave that out and give position_ids"):
+            longembed_varlen(None, *states, mask, cu_seq_lens_q=cu_seqlens)
+    if not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+        return  # what the error advises gives other chunks in this transformers, in its eager attention too
+    advised = masking_utils.packed_sequence_compatibility_function(function, PLACES[:1], SEQUENCES[:1])
+    found, _ = longembed_varlen(None, *states, packed_mask(mask_function=advised))
+    torch.testing.assert_close(found, torch.cat(expected, dim=1))
+
+
 def test_the_packed_rows_are_found_once_for_all_layers():
     mask = packed_mask(mask_function=causal_mask_function, attention_mask=masks())
     assert mask.rows(BATCH, LENGTH, torch.device("cpu")) is mask.rows(BATCH, LENGTH, torch.device("cpu"))
@@ -239,6 +321,20 @@ def test_scaling_and_a_soft_cap_are_those_of_the_caller():
     scores = 1.5 * torch.tanh(0.7 * query @ key.transpose(2, 3) / 1.5)
     expected = torch.softmax(scores.masked_fill(~pairs, -1e30), dim=-1) @ value
     torch.testing.assert_close(found[masks()], expected.transpose(1, 2)[masks()])
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_keys_and_values_are_copied_for_grouped_heads_alone_and_without_the_padding(key_heads, monkeypatch):
+    states, mask = random_states(key_heads=key_heads), packed_mask(attention_mask=masks())
+    expected = dense(*states, visible_pairs(causal_mask_function, masks()))
+    copied, repeat = [], torch.Tensor.repeat_interleave
+    monkeypatch.setattr(
+        torch.Tensor, "repeat_interleave", lambda x, *a, **k: copied.append(x.shape) or repeat(x, *a, **k)
+    )
+    found, _ = longembed_varlen(None, *states, mask)
+    assert copied == ([] if key_heads == 4 else [(int(masks().sum()), key_heads, 8)] * 2)
+    monkeypatch.undo()
+    torch.testing.assert_close(found[masks()], expected[masks()])
 
 
 def test_values_may_have_another_width():
