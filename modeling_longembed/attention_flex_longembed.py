@@ -64,8 +64,11 @@ class Tokens(NamedTuple):
     is_global: Tensor
 
 
-def attend_by_flex(inputs: AttentionInputs) -> Tensor:
-    """Compute attention under any predicate and bias by distance; return the context `(T, H, D)`.
+def attend_by_flex(inputs: AttentionInputs) -> tuple[Tensor, None]:
+    """Compute attention under any predicate and bias by distance.
+
+    Returns:
+        The context `(T, H, D)`, and None for the weights.
 
     Raises:
         ValueError: the call needs dropout, or a backward pass on a CPU, which FlexAttention does not support.
@@ -88,7 +91,7 @@ def attend_by_flex(inputs: AttentionInputs) -> Tensor:
     backend = None if torch.compiler.is_compiling() else BACKENDS.get(query.device.type)
     find_blocks, attend = _programs(mask) if backend is None else _compiled_programs(mask, backend)
     blocks = documents.once(("flex", mask), lambda: find_blocks(tokens))
-    return attend(query, inputs.key, inputs.value, tokens, blocks, inputs.bias)
+    return attend(query, inputs.key, inputs.value, tokens, blocks, inputs.bias), None
 
 
 def _programs(mask: FlexMask) -> tuple[Callable, Callable]:

@@ -124,11 +124,6 @@ def flash_attention(inputs: AttentionInputs) -> tuple[Tensor, None]:
     return context, None
 
 
-def flex_attention_kernel(inputs: AttentionInputs) -> tuple[Tensor, None]:
-    """Compute FlexAttention (Dong et al. 2024), with the predicate as `mask_mod` and the bias as `score_mod`."""
-    return attend_by_flex(inputs), None
-
-
 class Kernel(NamedTuple):
     """One implementation of attention, and the features that it supports in addition to a mask.
 
@@ -154,7 +149,7 @@ KERNELS = {
     "longembed_chunked": Kernel(memory_efficient_attention),
     "longembed_padded": Kernel(padded_attention, query_bias=False, grouped=False),
     "flash_attention_2": Kernel(flash_attention, bias=False, query_bias=False, grouped=False),
-    "flex_attention": Kernel(flex_attention_kernel, query_bias=False, grouped=False),
+    "flex_attention": Kernel(attend_by_flex, query_bias=False, grouped=False),
 }
 DEFAULT_KERNEL = "longembed_varlen"
 

@@ -1,6 +1,10 @@
-"""Vectors in a file of NumPy's format that grows while they are computed, and that is read memory-mapped."""
+"""Vectors in a file of NumPy's format that grows while they are computed, and that is read memory-mapped.
+
+The format is written here because the files of this folder import only torch, transformers and the standard library.
+"""
 
 import os
+import secrets
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
@@ -21,10 +25,10 @@ class VectorFile:
 
     def __init__(self, path: str | PathLike, width: int) -> None:
         self.path, self.width, self.count = Path(path), width, 0
-        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(8)}.tmp")
 
     def __enter__(self) -> "VectorFile":
-        self.file: BinaryIO = open(self.temporary, "wb")  # closed in __exit__
+        self.file: BinaryIO = open(self.temporary, "xb")  # closed in __exit__
         self.file.write(self._header())
         return self
 
@@ -35,17 +39,16 @@ class VectorFile:
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         try:
+            with self.file:  # closing it writes what is buffered, which fails on a full disk
+                if kind is None:
+                    self.file.seek(0)
+                    self.file.write(self._header())
+                    self.file.flush()
+                    os.fsync(self.file.fileno())
             if kind is None:
-                self.file.seek(0)
-                self.file.write(self._header())
-                self.file.flush()
-                os.fsync(self.file.fileno())
+                os.replace(self.temporary, self.path)
         finally:
-            self.file.close()
-            if kind is not None:
-                self.temporary.unlink(missing_ok=True)
-        if kind is None:
-            os.replace(self.temporary, self.path)
+            self.temporary.unlink(missing_ok=True)
 
     def _header(self) -> bytes:
         text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({self.count}, {self.width}), }}"

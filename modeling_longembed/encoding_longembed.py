@@ -120,7 +120,7 @@ def read_windows(model: HubModel, windows: Iterator[list[str]], prompt: str, ove
                     f"encode: text {number} holds half a character, a surrogate such as \\ud83d without the other half"
                 )
         beginnings = tokenize_beginnings(tokenizer, texts, limit, prompt)
-        for number, (text, (_, ids)) in enumerate(zip(texts, beginnings, strict=True), first):
+        for number, (text, ids) in enumerate(zip(texts, beginnings, strict=True), first):
             if len(ids) > limit:
                 if overflow == "error":
                     raise ValueError(
@@ -222,16 +222,13 @@ def encode_texts(
         ValueError: an argument has a value that is not allowed, a text is no string, or a text is too long and
             `overflow` is `error`.
     """
-    if output not in ("numpy", "torch"):
-        raise ValueError(f"encode: output={output!r}; choose from 'numpy', 'torch'")
-    single = isinstance(texts, str)
+    convert, single = converter(output), isinstance(texts, str)
     if output_file is not None and (single or late_chunk_tokens is not None):
         raise ValueError(
             "encode: output_file takes one vector for each of several texts; leave it out for one string and with "
             "late_chunk_tokens"
         )
     texts = [texts] if isinstance(texts, str) else texts
-    convert = Tensor.numpy if output == "numpy" else Tensor.detach
     width = truncate_dim or model.config.hidden_size
     with Progress(show_progress_bar, len(texts) if isinstance(texts, Sized) else None) as progress:
         windows = encode_windows(
@@ -292,9 +289,9 @@ def encode_stream(
     Raises:
         ValueError: as in `encode_texts`; about a text, when it is read.
     """
-    if isinstance(texts, str) or output not in ("numpy", "torch"):
-        raise ValueError("encode: a stream takes several texts, and output is 'numpy' or 'torch'")
-    convert = Tensor.numpy if output == "numpy" else Tensor.detach
+    convert = converter(output)
+    if isinstance(texts, str):
+        raise ValueError("encode: a stream takes several texts, and this is one string; give [text], or call encode")
     windows = encode_windows(
         model, texts, prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, precision
     )
@@ -306,6 +303,20 @@ def encode_stream(
                     yield convert(part if late_chunk_tokens else part[0])
 
     return vectors()
+
+
+def converter(output: str) -> Callable[[Tensor], Any]:
+    """Return the function that makes of a tensor what `encode` returns.
+
+    Args:
+        output: `numpy` or `torch`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if output not in ("numpy", "torch"):
+        raise ValueError(f"encode: output={output!r}; choose from 'numpy', 'torch'")
+    return Tensor.numpy if output == "numpy" else Tensor.detach
 
 
 def encode_windows(
@@ -434,7 +445,8 @@ class Progress:
     """
 
     def __init__(self, show: bool | None, total: int | None) -> None:
-        self.show, self.total, self.batches, self.done = show, total, 0, 0
+        # What the bar shows is counted here: where transformers' bars are off, theirs has no numbers.
+        self.show, self.total, self.batches, self.waiting = show, total, 0, 0
         self.bar: Any = None
 
     def __enter__(self) -> "Progress":
@@ -446,11 +458,12 @@ class Progress:
 
     def update(self, count: int) -> None:
         """Note that a batch of `count` texts is done."""
-        self.batches, self.done = self.batches + 1, self.done + count
+        self.batches, self.waiting = self.batches + 1, self.waiting + count
         if self.bar is None and (self.show or (self.show is None and self.batches > 1)):
             self.bar = logging.tqdm(total=self.total, unit="text", desc="encode")
         if self.bar is not None:
-            self.bar.update(self.done - self.bar.n)
+            self.bar.update(self.waiting)
+            self.waiting = 0
 
 
 def finish_vectors(vectors: Tensor, normalize: bool, truncate_dim: int | None) -> Tensor:

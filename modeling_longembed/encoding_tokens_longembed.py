@@ -72,9 +72,7 @@ def _parts(component: Any) -> list[dict[str, Any]]:
     return found
 
 
-def tokenize_beginnings(
-    tokenizer: Any, texts: Sequence[str], limit: int, prompt: str = ""
-) -> Iterator[tuple[str, array]]:
+def tokenize_beginnings(tokenizer: Any, texts: Sequence[str], limit: int, prompt: str = "") -> Iterator[array]:
     """Tokenise the texts, or as much of each as has more than `limit` tokens.
 
     Args:
@@ -84,22 +82,23 @@ def tokenize_beginnings(
         prompt: text that is put in front of every text.
 
     Yields:
-        For each text what was tokenised of it, and its token ids with special tokens: those of the whole text, or more
-        than `limit`, of which all but the special tokens at the end are the first ones of the whole text.
+        The token ids of each text with special tokens: those of the whole text, or more than `limit`, of which all but
+        the special tokens at the end are the first ones of the whole text.
     """
-    sizes = [CHARACTERS_PER_TOKEN * limit if is_local(tokenizer) else len(text) for text in texts]
+    may_cut = is_local(tokenizer)
+    sizes = [CHARACTERS_PER_TOKEN * limit if may_cut else len(text) for text in texts]
     start = 0
     while start < len(texts):
         stop, total = start, 0
         while stop == start or (stop < len(texts) and total < CHARACTERS_PER_CALL):
             total += min(len(texts[stop]), sizes[stop])
             stop += 1
-        done: dict[int, tuple[str, array]] = {}
+        done: dict[int, array] = {}
         while waiting := [index for index in range(start, stop) if index not in done]:
             parts = [_up_to_a_word_end(texts[index], sizes[index]) for index in waiting]
             for index, part, ids in zip(waiting, parts, _tokenize(tokenizer, parts, prompt), strict=True):
                 if len(ids) > limit or len(part) == len(texts[index]):
-                    done[index] = part, ids
+                    done[index] = ids
                 sizes[index] *= 2
         for index in range(start, stop):
             yield done.pop(index)

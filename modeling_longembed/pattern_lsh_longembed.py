@@ -22,15 +22,13 @@ class Rounds(NamedTuple):
     place: Tensor  # (H, R, C, M) int64, place in the document; L and more are padding
     bucket: Tensor  # (H, R, C, M) int64; no two rounds share a number
 
-    def of_tokens(self, length: int) -> tuple[Tensor, Tensor]:
-        """Return the chunk and the bucket of each of the L tokens of the document in each round, `(H, R, L)` int64."""
-        rank = self.rank[..., :length]
+    def of_tokens(self, rank: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the chunk and the bucket of tokens in each round, `(H, R, L)` int64, given their `ranks`."""
         return rank // self.place.shape[-1], self.bucket.flatten(2).gather(-1, rank)
 
-    @property
-    def rank(self) -> Tensor:
-        """The rank of each place of the document in the sorted order, `(H, R, C * M)`."""
-        return self.place.flatten(2).argsort(dim=-1)
+    def ranks(self, length: int) -> Tensor:
+        """Return the rank of each of the L tokens of the document in the sorted order of each round, `(H, R, L)`."""
+        return self.place.flatten(2).argsort(dim=-1)[..., :length]
 
     def seen(self) -> "Rounds":
         """Return what the tokens of each chunk may see: their own chunk and the chunk before, `(H, R, C, 2M)`.
@@ -220,11 +218,11 @@ class LshAttention(AttentionPattern):
         """
         heads, length, _ = query.shape
         rounds, key = self.rounds(inputs, query), unit(key)
-        seen, size = rounds.seen(), rounds.place.shape[-1]
+        seen, size, ranks = rounds.seen(), rounds.place.shape[-1], rounds.ranks(length)
         head = torch.arange(heads, device=query.device).view(-1, 1, 1, 1)
         codes = None  # nothing to count with one round
         if not self.allow_duplicates and rounds.place.shape[1] > 1:
-            codes = self.codes(rounds, length)
+            codes = self.codes(rounds, ranks)
 
         def some_chunks(query, key, value, query_place, key_place, query_bucket, key_bucket):
             """Compute the context `(H, c, M, D)` and log-sum-exp `(H, c, M)` of c chunks of one round."""
@@ -253,7 +251,7 @@ class LshAttention(AttentionPattern):
 
         step = max(1, MAX_UNFUSED_SCORES // (heads * size * 2 * size))
         contexts, totals = [], []
-        for number, rank in enumerate(rounds.rank.unbind(1)):
+        for number, rank in enumerate(ranks.unbind(1)):
             indices = [x[:, number] for x in (rounds.place, seen.place, rounds.bucket, seen.bucket)]
             query_place, key_place = (x.clamp(max=length - 1) for x in indices[:2])
             sorted_states = take(query, query_place), take(key, key_place), take(value, key_place)
@@ -262,32 +260,32 @@ class LshAttention(AttentionPattern):
                 for part in zip(*(x.split(step, dim=1) for x in (*sorted_states, *indices)), strict=True)
             ]
             context, total = (torch.cat(part, dim=1).flatten(1, 2) for part in zip(*parts, strict=True))
-            contexts.append(take(context, rank[:, :length]))
-            totals.append(total.gather(1, rank[:, :length]))
+            contexts.append(take(context, rank))
+            totals.append(total.gather(1, rank))
         shares = torch.stack(totals).softmax(dim=0)[..., None].to(value.dtype).unbind(0)  # (H, L, 1) each
         mixed = contexts[0] * shares[0]
         for context, share in zip(contexts[1:], shares[1:], strict=True):
             mixed = torch.addcmul(mixed, context, share)
         return mixed.transpose(0, 1)
 
-    def codes(self, rounds: Rounds, length: int) -> tuple[Tensor, Tensor]:
+    def codes(self, rounds: Rounds, ranks: Tensor) -> tuple[Tensor, Tensor]:
         """Number the places of the L tokens so that a query sees a key in a round where their numbers are equal.
 
         Args:
             rounds: the sorted document, R > 1 rounds.
-            length: L.
+            ranks: `(H, R, L)`, what `rounds.ranks` returns.
 
         Returns:
             A number for each query and round, `(H, L, R)`, and the K numbers at which it sees the key, `(H, L, K * R)`:
             the key's own chunk, the next chunk, and across buckets the first chunk of the next round after the last.
         """
-        chunk, bucket = rounds.of_tokens(length)
+        chunk, bucket = rounds.of_tokens(ranks)
         chunks = rounds.place.shape[2]
         code = chunk if self.across_buckets else bucket * (chunks + 1) + chunk  # + 1: no chunk follows the last
         seen = [code, code + 1]
         if self.across_buckets:
             seen.append(torch.where(chunk.roll(1, dims=1) == chunks - 1, 0, -1))
-        largest = rounds.place.shape[1] * (math.prod(self.hash_sizes(length)) + 1) * (chunks + 1)
+        largest = rounds.place.shape[1] * (math.prod(self.hash_sizes(ranks.shape[-1])) + 1) * (chunks + 1)
         dtype = torch.int32 if largest < 2**31 else torch.int64
         of_query, of_key = code.to(dtype), torch.cat(seen, dim=1).to(dtype)
         return of_query.transpose(1, 2).contiguous(), of_key.transpose(1, 2).contiguous()
@@ -311,7 +309,7 @@ class LshAttention(AttentionPattern):
     def meetings(self, rounds: Rounds, length: int) -> Tensor:
         """Return how often each token sees each other in each round of a document of L tokens, int64 `(H, R, L, L)`."""
         _, count, chunks, _ = rounds.place.shape
-        chunk, bucket = rounds.of_tokens(length)
+        chunk, bucket = rounds.of_tokens(rounds.ranks(length))
 
         def same_bucket(first: int, second: int) -> Tensor:
             same = bucket[:, first, :, None] == bucket[:, second, None]

@@ -6,9 +6,11 @@ import threading
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging
 
 from modeling_longembed import LongEmbedModel
 from modeling_longembed import encoding_longembed as encoding
+from modeling_longembed.encoding_file_longembed import VectorFile
 from tests.modeling_longembed.tiny_checkpoints import CONTEXT, random_text, save_checkpoint
 
 LIMIT = 3 * CONTEXT
@@ -111,8 +113,11 @@ def test_errors_reach_the_caller_after_what_came_before(model, expected, small_w
         model.encode([*TEXTS[:40], random_text(2 * LIMIT)], overflow="error", **SMALL)
     with pytest.raises(ValueError, match="prompt_name='title'"):
         model.encode_stream(TEXTS, prompt_name="title")  # before anything is read
-    with pytest.raises(ValueError, match="a stream takes several texts"):
+    with pytest.raises(ValueError, match="a stream takes several texts, and this is one string"):
         model.encode_stream("w1")
+    for encode in (model.encode_stream, model.encode):
+        with pytest.raises(ValueError, match=r"^encode: output='list'; choose from 'numpy', 'torch'$"):
+            encode(TEXTS, output="list")
 
 
 def test_the_model_may_train_between_two_vectors(model, expected, small_windows):
@@ -131,6 +136,18 @@ def test_what_is_cut_off_is_said_once(model, small_windows, caplog):
     assert f"2 of 22 texts are longer than the context of {LIMIT} tokens" in record.message
 
 
+@pytest.mark.parametrize("show", [None, True, False])
+@pytest.mark.parametrize("bars", [True, False])
+def test_progress_counts_the_texts_that_are_done(show, bars, model, expected, small_windows, capsys):
+    logging.enable_progress_bar() if bars else logging.disable_progress_bar()
+    try:
+        found = model.encode(TEXTS[:40], show_progress_bar=show, **SMALL)
+    finally:
+        logging.enable_progress_bar()
+    np.testing.assert_allclose(found, expected[:40], atol=1e-6)
+    assert ("40/40" in capsys.readouterr().err) == (bars and show is not False)
+
+
 # --- into a file ----------------------------------------------------------------------------------------------------
 
 
@@ -147,6 +164,55 @@ def test_the_file_is_numpys_and_is_read_from_the_disk(model, expected, small_win
     narrow = model.encode(TEXTS[:count], output_file=str(path), output="torch", truncate_dim=5, **SMALL)
     assert torch.equal(narrow, torch.from_numpy(np.load(path)))
     assert narrow.shape == (count, 5)
+
+
+def test_texts_for_a_file_are_read_as_for_a_stream(model, small_windows, tmp_path, monkeypatch):
+    """At most two windows ahead of what is in the file."""
+    read, written, write = [], [], VectorFile.write
+
+    def checked(file, vectors):
+        assert len(read) <= file.count + 2 * 7
+        written.append(len(vectors))
+        write(file, vectors)
+
+    monkeypatch.setattr(VectorFile, "write", checked)
+    model.encode(counted(TEXTS, read), output_file=tmp_path / "vectors.npy", **SMALL)
+    assert read == TEXTS
+    assert sum(written) == len(TEXTS)
+    assert max(written) <= 7
+
+
+@pytest.mark.parametrize("count", [2, 4000])  # buffered to the end, and written before
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(count, tmp_path):
+    resource, path = pytest.importorskip("resource"), tmp_path / "vectors.npy"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError, match="File too large"):  # the error of a limit, which comes where that of a disk does
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+            with VectorFile(path, 32) as file:
+                file.write(torch.ones(count, 32))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_place_that_is_taken_meanwhile_leaves_nothing_else(tmp_path):
+    path = tmp_path / "vectors.npy"
+    with pytest.raises(IsADirectoryError), VectorFile(path, 2):
+        path.mkdir()
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_two_writers_of_one_file_do_not_share_a_temporary_file(tmp_path):
+    path = tmp_path / "vectors.npy"
+    with VectorFile(path, 2) as one:
+        with VectorFile(path, 2) as other:
+            one.write(torch.ones(3, 2))
+            other.write(torch.zeros(1, 2))
+        np.testing.assert_array_equal(np.load(path), np.zeros((1, 2)))
+    np.testing.assert_array_equal(np.load(path), np.ones((3, 2)))
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(model, small_windows, tmp_path):

@@ -81,6 +81,17 @@ def build(name: str) -> PreTrainedTokenizerFast:
     return _built[name]
 
 
+class Recording:
+    """A tokenizer that notes the texts of its calls."""
+
+    def __init__(self, tokenizer, read: list[str]):
+        self.tokenizer, self.read, self.backend_tokenizer = tokenizer, read, tokenizer.backend_tokenizer
+
+    def __call__(self, texts, **choices):
+        self.read.extend(texts)
+        return self.tokenizer(texts, **choices)
+
+
 # Words, anything that Unicode has, special tokens, and spaces of all kinds between them.
 pieces = st.one_of(
     st.sampled_from(WORDS),
@@ -103,7 +114,7 @@ def test_the_tokens_are_those_of_the_whole_text(name, texts, limit, characters):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoding_tokens_longembed, "CHARACTERS_PER_TOKEN", characters)
         for prompt in ("", "fox the "):
-            found = [ids for _, ids in tokenize_beginnings(tokenizer, texts, limit, prompt)]
+            found = tokenize_beginnings(tokenizer, texts, limit, prompt)
             expected = tokenizer([prompt + text for text in texts], truncation=True, max_length=limit)["input_ids"]
             assert [cut_off(ids, limit, closing).tolist() for ids in found] == expected
     tokenizer.backend_tokenizer.no_truncation()
@@ -112,14 +123,15 @@ def test_the_tokens_are_those_of_the_whole_text(name, texts, limit, characters):
 @pytest.mark.parametrize("name", [*TOKENIZERS, *OTHERS])
 def test_a_long_text_is_read_as_far_as_it_counts(name):
     tokenizer, text = build(name), " ".join(WORDS * 3000)
-    ((part, ids),) = tokenize_beginnings(tokenizer, [text], 100)
-    assert text.startswith(part)
+    read: list[str] = []
+    (ids,) = tokenize_beginnings(Recording(tokenizer, read), [text], 100)
+    assert all(text.startswith(part) for part in read)
     assert is_local(tokenizer) == (name in TOKENIZERS)
     if name in TOKENIZERS:
-        assert len(part) < 2000
+        assert sum(map(len, read)) < 4000
         assert 100 < len(ids) < 1000
     else:
-        assert part == text
+        assert read == [text]
 
 
 def test_tokenizers_of_which_nothing_is_known_read_whole_texts(minilm_tokenizer):
@@ -138,16 +150,25 @@ def test_tokenizers_of_which_nothing_is_known_read_whole_texts(minilm_tokenizer)
 
 def test_a_call_of_the_tokenizer_gets_so_many_characters(monkeypatch):
     """What it returns takes many times the memory of the text."""
-    tokenizer, calls = tiny_tokenizer(0), []
+    tokenizer, read = tiny_tokenizer(0), []
+    calls, recording = [], Recording(tokenizer, read)
     monkeypatch.setattr("modeling_longembed.encoding_tokens_longembed.CHARACTERS_PER_CALL", 500)
     assert CHARACTERS_PER_CALL > 500
 
-    def tokenize(texts, **choices):
-        calls.append(sum(map(len, texts)))
-        return tokenizer(texts, **choices)
-
-    tokenize.backend_tokenizer = tokenizer.backend_tokenizer
     texts = [random_text(n % 40, seed=n) for n in range(200)]
-    found = [ids.tolist() for _, ids in tokenize_beginnings(tokenize, texts, 1000)]
+    found = []
+    for ids in tokenize_beginnings(recording, texts, 1000):
+        found.append(ids.tolist())
+        calls += [sum(map(len, read))] if read else []
+        read.clear()
     assert found == tokenizer(texts)["input_ids"]
     assert max(calls) < 500 + max(map(len, texts))
+
+
+def test_the_parts_of_a_tokenizer_are_read_once_for_all_texts_of_a_call(monkeypatch):
+    """They are described as JSON each time, which takes longer than to tokenise a short text."""
+    calls = []
+    monkeypatch.setattr(encoding_tokens_longembed, "is_local", lambda tokenizer: calls.append(tokenizer) or True)
+    tokenizer, texts = tiny_tokenizer(0), [random_text(5, seed=n) for n in range(20)]
+    assert [ids.tolist() for ids in tokenize_beginnings(tokenizer, texts, 9)] == tokenizer(texts)["input_ids"]
+    assert calls == [tokenizer]

@@ -424,6 +424,14 @@ def test_another_encoder_cannot_be_converted_to_it(cls, tmp_path):
 # What it costs --------------------------------------------------------------------------------------------------------
 
 
+def test_a_document_is_sorted_once_and_its_order_inverted_once(monkeypatch):
+    """Sorting is what hashing costs beside the scores."""
+    inputs, calls, argsort = make_inputs((60,), LshAttention(chunk=8, hashes=3)), [], torch.Tensor.argsort
+    monkeypatch.setattr(torch.Tensor, "argsort", lambda x, *a, **k: calls.append(x.shape) or argsort(x, *a, **k))
+    run(inputs, "longembed_varlen")
+    assert calls == [(HEADS, 3, 64)] * 2
+
+
 @pytest.mark.parametrize("buckets", [0, 1])
 def test_memory_grows_with_the_length_and_not_its_square(buckets):
     """Forward and backward at 16,384 tokens: what is allocated on the way, and what is kept for the backward pass."""

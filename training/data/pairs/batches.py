@@ -39,7 +39,7 @@ class PairTokenizer:
         """Return the token ids of texts of one kind, `query` or `document`."""
         limit, (_, closing) = self.limit(kind), special_tokens_around(self.tokenizer)
         beginnings = tokenize_beginnings(self.tokenizer, texts, limit, self.prompts.get(kind, ""))
-        return [cut_off(ids, limit, closing).tolist() for _, ids in beginnings]
+        return [cut_off(ids, limit, closing).tolist() for ids in beginnings]
 
     def limit(self, kind: str) -> int:
         """Return the number of tokens at which texts of a kind are cut off."""
