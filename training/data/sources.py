@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,6 +72,7 @@ class Source:
         classes: columns that name the class of a row.
         strategy: how pairs are made, if the rows are documents; `rows` then may have the `OFFSET_COLUMNS`.
         anchor_kind: whether anchors are read as `query` or as `document`.
+        ids: the `text_ids` that were asked for so far, by the fingerprint of their rows and the column.
     """
 
     name: str
@@ -81,10 +82,16 @@ class Source:
     classes: tuple[str, ...] = ()
     strategy: PairStrategy | None = None
     anchor_kind: str = "query"
+    ids: dict[tuple[str, str], np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def select(self, rows: np.ndarray) -> "Source":
         """Return the source with some of its rows only, given by their places in it, in that order."""
-        return self if len(rows) == len(self.rows) else replace(self, rows=self.rows.select(rows))
+        if len(rows) == len(self.rows):
+            return self
+        chosen = self.rows.select(rows)
+        known = {column: ids for (of, column), ids in self.ids.items() if of == self.rows._fingerprint}
+        ids = {(chosen._fingerprint, column): own[rows] for column, own in known.items()}
+        return replace(self, rows=chosen, ids=ids)
 
     def numbers(self, rows: list[int]) -> tuple[int, ...]:
         """Return the numbers of rows as a user counts them: from 1, with the rows that were left out."""
@@ -114,12 +121,17 @@ class Source:
         return {column: [str(name) for name in selected[column]] for column in self.classes}
 
     def text_ids(self, columns: Collection[str]) -> np.ndarray:
-        """Return a number for each text, equal where the texts are equal: `(rows, columns)` int64."""
-        texts, portions = self.rows.select_columns(list(dict.fromkeys(columns))), []
-        for start in range(0, len(texts), 1000):
-            selected = texts[start : start + 1000]
-            portions.append(np.array([[text_id(str(text)) for text in selected[column]] for column in columns]).T)
-        return np.concatenate(portions)
+        """Return a number for each text, equal where the texts are equal: `(rows, columns)` int64.
+
+        The texts are read once: the numbers stay with the source, and with what is selected from it.
+        """
+        of = self.rows._fingerprint
+        for column in columns:
+            if (of, column) not in self.ids:
+                batches = self.rows.select_columns([column]).iter(1000)
+                numbers = (text_id(str(text)) for batch in batches for text in batch[column])
+                self.ids[of, column] = np.fromiter(numbers, np.int64, len(self.rows))
+        return np.stack([self.ids[of, column] for column in columns], axis=1)
 
     def content(self, text_ids: np.ndarray) -> str:
         """Return a hash of all that is read of the rows, and their number.

@@ -1,13 +1,18 @@
 """Collectives: a differentiable all-gather of rows, means over processes, and what DDP and FSDP need around them."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import UserError
+
+T = TypeVar("T")
 
 
 class _GatherWithGradient(torch.autograd.Function):
@@ -36,6 +41,32 @@ class _GatherWithGradient(torch.autograd.Function):
 def world_size() -> int:
     """Return the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_main_process(compute: Callable[[], T]) -> T:
+    """Compute a value on the main process alone, and return it on all processes.
+
+    Args:
+        compute: called on the main process; its value is pickled for the others, so it should be small.
+
+    Returns:
+        The value.
+
+    Raises:
+        UserError: the one that `compute` raised, on all processes, of which otherwise the others would wait for ever.
+    """
+    if world_size() == 1:
+        return compute()
+    sent: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            sent = [compute()]
+        except UserError as error:
+            sent = [error]
+    dist.broadcast_object_list(sent, src=0)
+    if isinstance(sent[0], UserError):
+        raise sent[0]
+    return sent[0]
 
 
 def gather_rows(rows: Tensor) -> Tensor:

@@ -122,8 +122,8 @@ def pair_batches(
         streams = stream_pairs(arguments.train_data, pair_arguments, columns, tokenize)
         length = loop.total_batches(loop.arguments.max_steps)
         return StreamedBatches(streams, tokenize, length=length, buffer=arguments.shuffle_buffer, **options), []
-    with loop.accelerator.main_process_first():  # the other processes find its tokenised data in the cache
-        sources, held_out = read_pairs(arguments.train_data, pair_arguments, columns, tokenize, log)
+    main_first = loop.accelerator.main_process_first()
+    sources, held_out = read_pairs(arguments.train_data, pair_arguments, columns, tokenize, log, main_first)
     return PairBatches(sources, tokenize, **options), held_out
 
 

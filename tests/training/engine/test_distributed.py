@@ -7,11 +7,12 @@ import torch.nn.functional as F
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from torch.nn.parallel import DistributedDataParallel
 
+from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from tests.two_processes import PROCESSES, in_two_processes
 from training.data.packing import pack
-from training.engine.distributed import gather_rows, own_rows, settle
+from training.engine.distributed import from_main_process, gather_rows, own_rows, settle
 from training.engine.gradient_cache import cached_backward
 from training.engine.sharding import Sharding, whole
 from training.objectives.embed import embed
@@ -106,6 +107,19 @@ def of_one_process(rank: int) -> dict:
     results["uneven_chunks"] = len(uneven)
     results["uneven_gradients"] = {key: p.grad / 2 for key, p in wrapped.module.named_parameters()}
 
+    called: list[int] = []
+
+    def refused() -> None:
+        called.append(rank)
+        raise UserError("the data are wrong")
+
+    results["from_main"] = from_main_process(lambda: {"rank": rank})
+    try:
+        from_main_process(refused)
+    except UserError as error:
+        results["refused"] = str(error)
+    results["called"] = called
+
     results["sharded"] = _sharded(rank, chunks, uneven)
 
     torch.manual_seed(0)
@@ -186,6 +200,12 @@ def test_a_sharded_process_has_its_share_of_the_weights(two_processes):
     for results in two_processes:
         assert results["sharded"]["share"] == pytest.approx(1 / PROCESSES, abs=0.02)
         assert results["sharded"]["share_after"] == results["sharded"]["share"]
+
+
+def test_what_the_main_process_finds_or_refuses_all_do(two_processes):
+    assert [process["from_main"] for process in two_processes] == [{"rank": 0}] * 2
+    assert [process["refused"] for process in two_processes] == ["the data are wrong"] * 2
+    assert [process["called"] for process in two_processes] == [[0], []]
 
 
 @pytest.mark.promise("C9")

@@ -168,7 +168,7 @@ class PairBatches(Dataset):
         world_size: int = 1,
         keep_texts: bool = False,
     ) -> None:
-        self.sources, self.tokenize, self.batch_tokens, self.seed = sources, tokenize, batch_tokens, seed
+        self.tokenize, self.batch_tokens, self.seed = tokenize, batch_tokens, seed
         self.batch_size, self.rank, self.global_batch_size = batch_size, rank, batch_size * world_size
         self.keep_texts = keep_texts
         for source in sources:
@@ -184,6 +184,8 @@ class PairBatches(Dataset):
         text_ids = [source.text_ids(source.columns) for source in sources]
         self.contents = [source.content(ids) for source, ids in zip(sources, text_ids, strict=True)]
         self.orders = [RowOrder(ids, self.global_batch_size, seed, 1 + number) for number, ids in enumerate(text_ids)]
+        # The numbers of all texts are not needed any more, and every worker would have a copy of them.
+        self.sources = [replace(source, ids={}) for source in sources]
 
     def __len__(self) -> int:
         return int(self.first_batch_of_source[-1])

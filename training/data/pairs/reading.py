@@ -1,7 +1,9 @@
 """Pairs to train on: the options that say what a pair is, and the sources or streams that these make of the data."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import datasets
@@ -14,11 +16,12 @@ from common.provenance import code_hash
 from training.data.document import PairStrategy
 from training.data.documents.token_store import with_token_offsets
 from training.data.pairs.batches import PairTokenizer
-from training.data.pairs.filters import FilterArguments, filtered, report_leakage
+from training.data.pairs.filters import FilterArguments, filtered, leakage_files, report_leakage
 from training.data.pairs.makers import Crops, InverseCloze, Neighbours, Segments, make_pairs
 from training.data.pairs.splitting import SplitArguments, hold_out
 from training.data.pairs.streams import Stream, open_streams
 from training.data.sources import Columns, Source, fingerprint, read_sources
+from training.engine.distributed import from_main_process
 
 REALM_WINDOW = 288  # tokens of a segment, as in REALM and ORQA
 LABELS = {"entailment": "entailment", "0": "entailment", "contradiction": "contradiction", "2": "contradiction"}
@@ -177,9 +180,16 @@ class PairArguments(SplitArguments, FilterArguments):
 
 
 def read_pairs(
-    specifications: list[str], arguments: PairArguments, columns: Columns, tokenize: PairTokenizer, log: Log
+    specifications: list[str],
+    arguments: PairArguments,
+    columns: Columns,
+    tokenize: PairTokenizer,
+    log: Log,
+    main_first: AbstractContextManager[None] | None = None,
 ) -> tuple[list[Source], list[Source]]:
     """Read training data as sources of pairs, and hold out a part of it with `--eval_split`.
+
+    Which rows are left out or held out the main process finds, for all.
 
     Args:
         specifications: the sources, in the format of `read_sources`.
@@ -187,36 +197,51 @@ def read_pairs(
         columns: the columns of pairs that the objective needs.
         tokenize: tokenizer of the pairs.
         log: called with one line about everything that is left out or looks like a mistake.
+        main_first: with several processes, a context that the main one enters and leaves before the others.
 
     Returns:
         One source per specification, and the held-out pairs, as pairs of texts.
 
     Raises:
-        UserError: a source cannot be read, or nothing of it is left.
+        UserError: a source cannot be read, or nothing of it is left; or there is nothing for `--check_leakage`.
     """
-    sources = read_sources(specifications, arguments.columns(columns))
-    if arguments.pairs == "nli":
-        sources = [triplets(source, log) for source in sources]
-    elif arguments.pairs == "twins":
-        sources = [replace(source, anchor_kind="document") for source in sources]
-    strategy = arguments.strategy(tokenize)
-    if strategy is not None:
-        sources = [with_token_offsets(source, tokenize.tokenizer) for source in sources]
-    sources = [distinct(source, log) for source in sources]
-    if strategy is not None:
-        sources = [long_enough(source, strategy, tokenize.tokenizer, log) for source in sources]
+    leaks = [] if arguments.check_leakage is None else leakage_files(arguments.check_leakage)
+    with main_first or nullcontext():  # the others find the texts and their tokens in the cache
+        sources = read_sources(specifications, arguments.columns(columns))
+        if arguments.pairs == "nli":
+            sources = [triplets(source, log) for source in sources]
+        elif arguments.pairs == "twins":
+            sources = [replace(source, anchor_kind="document") for source in sources]
+        strategy = arguments.strategy(tokenize)
+        if strategy is not None:
+            sources = [with_token_offsets(source, tokenize.tokenizer) for source in sources]
+            sources = [long_enough(source, strategy, tokenize.tokenizer, log) for source in sources]
+    parts = from_main_process(lambda: _divided(sources, arguments, tokenize.tokenizer, leaks, log))
+    train = [source.select(rows) for source, (rows, _) in zip(sources, parts, strict=True)]
+    held_out = [source.select(rows) for source, (_, rows) in zip(sources, parts, strict=True) if len(rows)]
+    seed = arguments.eval_split_seed
+    return mixed(train, arguments.mixing_temperature), [held_out_pairs(s, tokenize.tokenizer, seed) for s in held_out]
+
+
+def _divided(
+    sources: list[Source], arguments: PairArguments, tokenizer: PreTrainedTokenizerBase, leaks: list[Path], log: Log
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the rows of each source to train on, and those that are held out; the files `leaks` are checked."""
+    rows = [distinct(source, log) for source in sources]
     # Before rows are held out, so that no near-duplicate of a held-out document is trained on; after documents that
     # make no pair are gone, so that none is left out for being like one of those.
-    sources = filtered(sources, arguments, tokenize.tokenizer, log)
-    sources, held_out = hold_out(sources, arguments, log)
-    if arguments.check_leakage is not None:
-        report_leakage(arguments.check_leakage, sources, log)
-    seed = arguments.eval_split_seed
-    return mixed(sources, arguments.mixing_temperature), [held_out_pairs(s, tokenize.tokenizer, seed) for s in held_out]
+    kept = filtered([source.select(own) for source, own in zip(sources, rows, strict=True)], arguments, tokenizer, log)
+    rows = [own[places] for own, places in zip(rows, kept, strict=True)]
+    parts = hold_out([source.select(own) for source, own in zip(sources, rows, strict=True)], arguments, log)
+    divided = [(own[train], own[held]) for own, (train, held) in zip(rows, parts, strict=True)]
+    if leaks:
+        trained_on = [source.select(train) for source, (train, _) in zip(sources, divided, strict=True)]
+        report_leakage(leaks, trained_on, log)
+    return divided
 
 
 def held_out_pairs(source: Source, tokenizer: PreTrainedTokenizerBase, seed: int) -> Source:
-    """Return held-out rows as pairs of texts; those of a document are the same in every run.
+    """Return held-out rows as pairs of texts without negatives; those of a document are the same in every run.
 
     Args:
         source: pairs, or documents from which they are made.
@@ -226,6 +251,7 @@ def held_out_pairs(source: Source, tokenizer: PreTrainedTokenizerBase, seed: int
     Raises:
         UserError: the rows have a single text.
     """
+    source = replace(source, name=f"{source.name}/held_out", columns=source.columns[:2])
     if source.strategy is None:
         if len(source.columns) < 2:
             raise UserError("--eval_split: the rows of this objective are no pairs; give --eval_data with pairs")
@@ -309,7 +335,7 @@ def triplets(source: Source, log: Log) -> Source:
     return replace(source, rows=datasets.Dataset.from_dict(texts), columns=columns, classes=())
 
 
-def distinct(source: Source, log: Log) -> Source:
+def distinct(source: Source, log: Log) -> np.ndarray:
     """Leave out rows that repeat another row.
 
     Args:
@@ -317,7 +343,7 @@ def distinct(source: Source, log: Log) -> Source:
         log: called with a line about repeated rows, and about pairs of a text and itself, from which nothing is learnt.
 
     Returns:
-        The source with the first of equal rows.
+        The rows that are left: the first of equal rows.
     """
     columns = list(dict.fromkeys((*source.columns, *source.classes)))
     ids = source.text_ids(columns)
@@ -330,7 +356,7 @@ def distinct(source: Source, log: Log) -> Source:
             f"{source.name}: in {same} of {len(kept)} rows {columns[0]} and {columns[1]} are the same text: from these "
             "a model learns nothing"
         )
-    return source.select(kept)
+    return kept
 
 
 def long_enough(source: Source, strategy: PairStrategy, tokenizer: PreTrainedTokenizerBase, log: Log) -> Source:

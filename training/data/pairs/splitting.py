@@ -1,7 +1,7 @@
 """Held-out rows of the training data: drawn with a seed, and without a text in common with the rows that are left."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,12 +37,12 @@ class SplitArguments:
 
 def hold_out(
     sources: list[Source], arguments: SplitArguments, log: Callable[[str], None]
-) -> tuple[list[Source], list[Source]]:
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Divide sources into rows to train on and held-out rows, whose texts are nowhere in the others.
 
     Rows that share their first or second text (the anchor, the positive, or the document) are held out together or not
-    at all. Rows that have a held-out text in another column, as a negative, are left out of the training, and the
-    held-out rows have no negatives. What is held out depends on the texts and the seed, not on the order of the rows.
+    at all. Rows that have a held-out text in another column, as a negative, are left out of the training; the negatives
+    of held-out rows do not count. What is held out depends on the texts and the seed, not on the order of the rows.
 
     Args:
         sources: texts in at least one column.
@@ -50,18 +50,18 @@ def hold_out(
         log: called with a line about the rows that are held out and left out.
 
     Returns:
-        The training sources, and the held-out parts of those sources that have any.
+        For each source the rows to train on, and those that are held out.
 
     Raises:
         UserError: nothing can be held out, or a source has no other rows.
     """
     if not arguments.eval_split:
-        return sources, []
+        return [(np.arange(len(source.rows)), np.empty(0, np.int64)) for source in sources]
     ids = [source.text_ids(source.columns) for source in sources]
     groups = _groups(np.concatenate([texts[:, :2][:, [0, -1]] for texts in ids]))
     is_held = np.split(_drawn(groups, arguments), np.cumsum([len(texts) for texts in ids])[:-1])
     texts_held = np.concatenate([texts[held, :2].ravel() for texts, held in zip(ids, is_held, strict=True)])
-    train, held_out = [], []
+    parts = []
     for source, texts, held in zip(sources, ids, is_held, strict=True):
         left = ~np.isin(texts, texts_held).any(axis=1)
         log(
@@ -70,11 +70,8 @@ def hold_out(
         )
         if not left.any():
             raise UserError(f"{source.name}: --eval_split {arguments.eval_split} leaves no row to train on; lower it")
-        train.append(source.select(np.flatnonzero(left)))
-        if held.any():
-            part = source.select(np.flatnonzero(held))
-            held_out.append(replace(part, name=f"{source.name}/held_out", columns=source.columns[:2]))
-    return train, held_out
+        parts.append((np.flatnonzero(left), np.flatnonzero(held)))
+    return parts
 
 
 def _drawn(groups: np.ndarray, arguments: SplitArguments) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import random
 import sys
+import tracemalloc
 
 import datasets
 import pytest
 
 from common.errors import UserError
 from tests.training.tiny_training import random_documents, write_jsonl
-from training.data.pairs.filters import FilterArguments, NearDuplicates, filtered, report_leakage
+from training.data.pairs.filters import FilterArguments, NearDuplicates, filtered, leakage_files, report_leakage
 from training.data.sources import Source
 from training.objectives import pair_data
 
@@ -50,14 +51,36 @@ def test_near_duplicates_are_those_of_the_exact_similarity(seed):
     assert 12 < len(kept) < len(texts)
 
 
+def test_what_is_kept_of_a_document_is_a_number_a_shingle():
+    pytest.importorskip("datasketch")
+    draw = random.Random(0)
+    text = " ".join(str(draw.randrange(10**6)) for _ in range(20000))
+    is_new = NearDuplicates(0.7)
+    is_new("what is imported and prepared does not count")
+    tracemalloc.start()
+    try:
+        assert is_new(text)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 12 * 20000  # bytes; a set of Python's integers takes 70 a shingle
+
+
 def test_what_is_left_out_is_counted(word_tokenizer):
     pytest.importorskip("datasketch")
     logged: list[str] = []
     long = [row["text"] for row in random_documents(30) if len(row["text"].split()) >= 20]
     texts = ["river stone", *long, long[0] + " river"]
     arguments = FilterArguments(near_duplicates=0.7, min_tokens=20)
-    (left,) = filtered([source(texts)], arguments, word_tokenizer, logged.append)
-    assert left.rows["text"][:] == long
+    calls = []
+
+    def tokenizer(texts, **options):
+        calls.append(len(texts))
+        return word_tokenizer(texts, **options)
+
+    (left,) = filtered([source(texts)], arguments, tokenizer, logged.append)
+    assert calls == [len(texts)]  # at once
+    assert [texts[row] for row in left] == long
     assert logged == [
         f"documents: 1 of {len(texts)} documents have fewer than 20 tokens: left out",
         f"documents: 1 of {len(texts) - 1} documents are near-duplicates of an earlier document: left out",
@@ -76,12 +99,12 @@ def test_leakage_counts_the_rows_that_share_thirteen_words(tmp_path):
     (tmp_path / "task").mkdir()
     path = write_jsonl(tmp_path / "task" / "corpus.jsonl", rows)
     logged: list[str] = []
-    report_leakage(str(tmp_path), [source([" ".join(words), "nothing else"])], logged.append)
+    report_leakage(leakage_files(str(tmp_path)), [source([" ".join(words), "nothing else"])], logged.append)
     expected = "1 of 2 rows of 13 words or more share 13 words with the training data, the first of them row 2"
     assert logged == [f"{path}: {expected}"]
     with pytest.raises(UserError, match="--check_leakage"):
-        report_leakage(str(tmp_path / "nowhere"), [], logged.append)
-    report_leakage(str(path), [], logged.append)  # a file by itself
+        leakage_files(str(tmp_path / "nowhere"))
+    report_leakage(leakage_files(str(path)), [], logged.append)  # a file by itself
     assert logged[-1] == f"{path}: 0 of 2 rows of 13 words or more share 13 words with the training data"
 
 

@@ -26,8 +26,10 @@ def rows_of(sources) -> list[tuple]:
 
 def split(sources, share=0.2, seed=0):
     logged: list[str] = []
-    train, held_out = hold_out(sources, SplitArguments(eval_split=share, eval_split_seed=seed), logged.append)
-    return rows_of(train), rows_of(held_out), logged
+    parts = hold_out(sources, SplitArguments(eval_split=share, eval_split_seed=seed), logged.append)
+    train = [source.select(rows) for source, (rows, _) in zip(sources, parts, strict=True)]
+    held_out = [source.select(rows) for source, (_, rows) in zip(sources, parts, strict=True)]
+    return rows_of(train), [row[:2] for row in rows_of(held_out)], logged
 
 
 texts = st.integers(0, 300).map(str)
