@@ -89,8 +89,8 @@ documents = model.encode(["a long document ..."], prompt_name="document")
 """
 
 
-def find_saving_sentence_transformer() -> Any | None:
-    """Return the model of sentence-transformers whose `save` is running, or None.
+def find_saving_sentence_transformer(encoder: torch.nn.Module) -> Any | None:
+    """Return the model of sentence-transformers that is saving an encoder, which its first module holds, or None.
 
     It writes all files but those of the encoder itself, and calls `save_pretrained` of the encoder as any other caller
     would, so that only the stack tells.
@@ -99,7 +99,8 @@ def find_saving_sentence_transformer() -> Any | None:
     while frame is not None:
         model = frame.f_locals.get("self")
         is_theirs = str(frame.f_globals.get("__name__", "")).startswith("sentence_transformers.")
-        if is_theirs and frame.f_code.co_name == "save" and hasattr(model, "prompts"):
+        is_saving = is_theirs and frame.f_code.co_name == "save" and hasattr(model, "prompts")
+        if is_saving and any(module is encoder for module in model[0].modules()):
             return model
         frame = frame.f_back  # None above the first frame
     return None
@@ -232,7 +233,8 @@ class HubModel(PreTrainedModel):
         """Return whether a tokenizer was set or is in the model's folder."""
         if self._tokenizer is not None or not self.name_or_path:
             return self._tokenizer is not None
-        return find_file(self.name_or_path, "tokenizer_config.json", **(self._tokenizer_source or {})) is not None
+        options = self._tokenizer_source or {}
+        return any(find_file(self.name_or_path, file, **options) is not None for file in SAVED_TOKENIZER_FILES)
 
     def save_pretrained(  # type: ignore[override]  # `title` is an additional option
         self, save_directory, is_main_process: bool = True, title: str | None = None, **kwargs
@@ -242,7 +244,7 @@ class HubModel(PreTrainedModel):
         If peft's adapters are on the model, transformers saves the active adapter alone; beside it goes its card.
 
         When sentence-transformers saves, it writes the tokenizer, its own files and the card itself, from settings that
-        this model does not know: these are left to it, and the config adopts what it can name of them.
+        this model does not know: these are left to it, and the config in the folder adopts what it can name of them.
 
         Args:
             save_directory: the folder.
@@ -252,6 +254,7 @@ class HubModel(PreTrainedModel):
 
         Raises:
             ValueError: layers of peft are in the model, and transformers does not know of them.
+            OSError: whether the model has a tokenizer could not be found out; nothing is written then.
         """
         if not self._hf_peft_config_loaded and any(".base_layer." in name for name, _ in self.named_parameters()):
             raise ValueError(
@@ -260,17 +263,29 @@ class HubModel(PreTrainedModel):
             )
         # Register all three classes, so that the folder loads as an encoder and as a masked language model.
         self.config.auto_map = dict(AUTO_MAP)
-        saving = find_saving_sentence_transformer()
-        if saving is not None:
-            adopt_settings(self.config, saving)
-        if self._hf_peft_config_loaded:
-            with self._saving_no_code():
-                super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        else:
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        saving = find_saving_sentence_transformer(self)
         is_first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        if is_main_process and is_first and saving is None:
+        writes_companions = is_main_process and is_first and saving is None
+        if writes_companions and not self._hf_peft_config_loaded and self.has_tokenizer():
+            _ = self.tokenizer  # it may have to be fetched, which fails before anything is written or not at all
+        with self._saving_no_code() if self._hf_peft_config_loaded else self._saving_settings_of(saving):
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if writes_companions:
             self._write_companions(Path(save_directory), title)
+
+    @contextmanager
+    def _saving_settings_of(self, saving: Any | None) -> Iterator[None]:
+        """Have a config that adopts the settings of a model of sentence-transformers, if one is saving this model."""
+        if saving is None:
+            yield
+            return
+        own = self.config
+        self.config = copy.deepcopy(own)
+        try:
+            adopt_settings(self.config, saving)
+            yield
+        finally:
+            self.config = own
 
     @contextmanager
     def _saving_no_code(self) -> Iterator[None]:

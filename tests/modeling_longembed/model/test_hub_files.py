@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from modeling_longembed import LongEmbedModel
-from modeling_longembed.hub_files_longembed import TOKENIZER_FILES, find_file
+from modeling_longembed.conversion_settings_longembed import TRANSFORMER_FILES
+from modeling_longembed.hub_files_longembed import SAVED_TOKENIZER_FILES, TOKENIZER_FILES, find_file
 from tests.fake_hub import COMMIT, fake_hub
 from tests.modeling_longembed.tiny_checkpoints import save_checkpoint
 
@@ -14,19 +15,23 @@ from tests.modeling_longembed.tiny_checkpoints import save_checkpoint
 OPTIONAL = [
     "modules.json",
     "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "sentence_roberta_config.json",
+    *TRANSFORMER_FILES,
     "1_Pooling/config.json",
+    "2_Normalize/config.json",
+    "3_Dropout/config.json",
     "README.md",
     *TOKENIZER_FILES,
 ]
+# The files without which there is no checkpoint, and what transformers asks for by itself: a listing, a template that no
+# encoder reads, and the config of an adapter, which a repository with a config.json is not.
+OTHERS = {"config.json", "model.safetensors", "", "chat_template.jinja", "adapter_config.json"}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     save_checkpoint(folder, "bert")
-    rows = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    rows = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"), ("3_Dropout", "Dropout")]
     modules = [{"name": path, "path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in rows]
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "1_Pooling").mkdir()
@@ -55,7 +60,7 @@ def test_a_conversion_from_the_hub_is_that_of_the_folder(checkpoint, tmp_path, m
         model = LongEmbedModel.from_encoder("org/name")
         asked = {path.partition("/resolve/main/")[2] for _, path in hub.requests}
     assert model.config.pooling == "cls"
-    assert set(OPTIONAL) <= asked  # what is tested below is what a conversion asks for
+    assert asked - OTHERS == set(OPTIONAL)  # what is tested below is what a conversion asks for
 
 
 @pytest.mark.parametrize("file", OPTIONAL)
@@ -112,3 +117,32 @@ def test_a_local_folder_answers_by_its_listing(checkpoint, tmp_path):
     (folder / "modules.json").symlink_to(tmp_path / "gone")
     with pytest.raises(OSError, match=r"modules\.json is a link to a file that is not there"):
         LongEmbedModel.from_encoder(folder)
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint, tmp_path_factory):
+    """A folder of ours."""
+    folder = tmp_path_factory.mktemp("ours")
+    LongEmbedModel.from_encoder(checkpoint).save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_without_its_config_is_one(ours, tmp_path):
+    folder = shutil.copytree(ours, tmp_path / "copy")
+    (folder / "tokenizer_config.json").unlink()
+    model = LongEmbedModel.from_pretrained(folder)
+    assert model.has_tokenizer()
+    model.save_pretrained(tmp_path / "again")
+    tokenizer = LongEmbedModel.from_pretrained(tmp_path / "again").tokenizer
+    assert tokenizer("w1 w2 w3")["input_ids"] == model.tokenizer("w1 w2 w3")["input_ids"]
+    (folder / "tokenizer.json").unlink()
+    assert not LongEmbedModel.from_pretrained(folder).has_tokenizer()
+
+
+@pytest.mark.parametrize("file", SAVED_TOKENIZER_FILES)
+def test_nothing_is_saved_where_the_hub_does_not_give_the_tokenizer(file, ours, tmp_path, monkeypatch):
+    with fake_hub(monkeypatch, tmp_path, serving(ours, [file])):
+        model = LongEmbedModel.from_pretrained("org/name")
+        with pytest.raises(OSError, match=rf"org/name has a file {file} could not be found out"):
+            model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -102,6 +102,36 @@ def test_the_encoder_alone_adopts_what_its_config_can_name_and_says_what_it_cann
     assert "does not know of Dense, truncate_dim=24; load this folder with SentenceTransformer" in caplog.text
 
 
+def test_saving_leaves_the_model_what_it_was(published, tmp_path):
+    """What is read of the encoder afterwards, and a save of its own, are of its own settings."""
+    model = build(published)
+    encoder = model[0].auto_model
+    before, vectors = encoder.config.to_dict(), encoder.encode(TEXTS, prompt_name="query", precision="float32")
+    for folder in ("one", "two"):
+        model.save(str(tmp_path / folder))
+        assert encoder.config.to_dict() == before
+    np.testing.assert_array_equal(encoder.encode(TEXTS, prompt_name="query", precision="float32"), vectors)
+    assert LongEmbedModel.from_pretrained(tmp_path / "one").config.prompts == THEIRS
+    encoder.save_pretrained(tmp_path / "own")
+    assert LongEmbedModel.from_pretrained(tmp_path / "own").config.prompts == OURS
+
+
+def test_another_encoder_that_is_saved_meanwhile_keeps_its_settings(published, tmp_path):
+    """Such as one that a later module has beside the first: it is saved as by any other caller."""
+    model, other = load(published, prompts=THEIRS), LongEmbedModel.from_pretrained(published)
+
+    class WithAnother(st.sentence_transformer.modules.Normalize):
+        def save(self, folder, *arguments, **options):
+            other.save_pretrained(tmp_path / "other")
+            super().save(folder, *arguments, **options)
+
+    model.append(WithAnother())
+    model.save(str(tmp_path / "saved"))
+    assert LongEmbedModel.from_pretrained(tmp_path / "saved").config.prompts == THEIRS
+    assert LongEmbedModel.from_pretrained(tmp_path / "other").config.prompts == OURS
+    assert (tmp_path / "other" / "modules.json").exists()
+
+
 def test_a_fine_tune_without_new_settings_equals_the_encoder_alone(published, tmp_path):
     model = load(published)
     change_weights(model[0].auto_model)
