@@ -22,11 +22,11 @@ TEXTS = [random_text(20), random_text(7, seed=1), "w5", "W5 w7"]
 PROMPTS = {"query": "w1 w2 ", "document": "w9 ", "passage": "w3 "}
 MODEL, TRANSFORMER = "config_sentence_transformers.json", "sentence_bert_config.json"
 POOLING, NORMALIZE = "1_Pooling/config.json", "2_Normalize/config.json"
-# For each file a value of each field that differs from the default, and whether it has an effect on some vector.
+# For each file a value of each field that is not that of the original below; some of them have an effect on a vector.
 VALUES = {
     MODEL: {
         "model_type": "SparseEncoder",
-        "prompts": PROMPTS,
+        "prompts": {"query": "w4 ", "document": "w8 w9 ", "title": "w1 "},
         "default_prompt_name": "query",
         "similarity_fn_name": "dot",
         "truncate_dim": 8,
@@ -53,8 +53,8 @@ VALUES = {
         "tokenizer_name_or_path": "org/other",
     },
     POOLING: {
-        "embedding_dimension": 32,
-        "word_embedding_dimension": 32,
+        "embedding_dimension": 48,
+        "word_embedding_dimension": 48,
         "pooling_mode": "cls",
         "include_prompt": False,
         "pooling_mode_cls_token": True,
@@ -119,13 +119,15 @@ def copy(original, tmp_path):
     return shutil.copytree(original, tmp_path / "copy")
 
 
-def reference_vectors(folder, name=None):
-    reference = st.SentenceTransformer(str(folder), device="cpu")
+def reference_vectors(reference):
     return {name: reference.encode(TEXTS, prompt_name=name) for name in (None, *reference.prompts)}
 
 
 def check_same_vectors(folder, model):
-    for name, expected in reference_vectors(folder).items():
+    reference = st.SentenceTransformer(str(folder), device="cpu")
+    assert model.config.similarity_fn_name == reference.similarity_fn_name
+    assert model.config.default_prompt_name == reference.default_prompt_name
+    for name, expected in reference_vectors(reference).items():
         np.testing.assert_allclose(model.encode(TEXTS, prompt_name=name, precision="float32"), expected, atol=1e-5)
 
 
@@ -140,6 +142,27 @@ def refused(folder, *named):
 @pytest.mark.parametrize("file", VALUES)
 def test_every_field_of_the_installed_release_has_a_value_here(file):
     assert known_fields()[file] <= set(VALUES[file])
+
+
+@pytest.mark.parametrize("file", VALUES)
+def test_every_value_here_is_another_one_than_that_of_the_original(file, original):
+    settings = json.loads((original / file).read_text())
+    assert not [field for field, value in VALUES[file].items() if field in settings and settings[field] == value]
+
+
+def test_every_field_of_modules_json_is_read(copy, tmp_path):
+    """`kwargs` is refused below; a release writes the others, of which `path` and `type` say what to load."""
+    st.SentenceTransformer(modules=[modules.Normalize()], device="cpu").save(str(tmp_path / "saved"))
+    written = json.loads((tmp_path / "saved" / "modules.json").read_text())
+    assert {*written[0]} <= {"idx", "name", "path", "type"}
+    rows = json.loads((copy / "modules.json").read_text())
+    edit(copy / POOLING, pooling_mode="cls")
+    (copy / "1_Pooling").rename(copy / "moved")
+    rows = [row | {"idx": row["idx"] + 7, "name": f"{row['idx']}_other"} for row in rows]
+    write(copy / "modules.json", [rows[0], rows[1] | {"path": "moved"}, rows[2]])
+    model = LongEmbedModel.from_encoder(copy)
+    assert model.config.pooling == "cls"
+    check_same_vectors(copy, model)
 
 
 @pytest.mark.parametrize(("file", "field"), [(file, field) for file, fields in VALUES.items() for field in fields])
@@ -201,7 +224,7 @@ def test_what_is_saved_is_served_as_the_original_was(copy, tmp_path):
     edit(copy / MODEL, default_prompt_name="passage", similarity_fn_name="dot")
     edit(copy / TRANSFORMER, do_lower_case=True)
     edit(copy / POOLING, pooling_mode="cls")
-    expected = reference_vectors(copy)
+    expected = reference_vectors(st.SentenceTransformer(str(copy), device="cpu"))
     assert set(expected) == {None, "query", "document", "passage"}
     assert min(np.abs(np.linalg.norm(vectors, axis=1) - 1).min() for vectors in expected.values()) > 0.1
     LongEmbedModel.from_encoder(copy).save_pretrained(tmp_path / "ours")
@@ -269,10 +292,37 @@ def test_a_tokenizer_in_lower_case_already_stays_what_it_is(normalizer, copy):
     check_same_vectors(copy, model)
 
 
-@pytest.mark.parametrize(("field", "value"), [("truncation_side", "left")])
-def test_a_tokenizer_that_reads_otherwise_is_refused(field, value, copy):
+def test_a_tokenizer_that_reads_otherwise_is_refused(copy):
+    edit(copy / "tokenizer_config.json", truncation_side="left")
+    refused(copy, "truncation_side='left'", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model_max_length", 9),  # sentence-transformers takes max_seq_length of its own file
+        ("do_lower_case", True),
+        ("strip_accents", True),
+        ("add_prefix_space", True),
+        ("clean_up_tokenization_spaces", True),
+        ("extra_special_tokens", ["w5"]),
+        ("cls_token", "w1"),
+        ("pad_token", "[UNK]"),
+        ("model_input_names", ["input_ids", "attention_mask"]),
+        ("tokenizer_class", "BertTokenizerFast"),
+    ],
+)
+def test_a_setting_of_the_tokenizer_is_taken_over(field, value, copy):
     edit(copy / "tokenizer_config.json", **{field: value})
-    refused(copy, f"{field}='{value}'", "tokenizer_config.json")
+    check_same_vectors(copy, LongEmbedModel.from_encoder(copy))
+
+
+def test_a_text_is_encoded_as_by_itself_where_the_original_pads_on_the_left(copy):
+    """In a batch the positions of the original begin at the padding, so that its vectors depend on the other texts."""
+    edit(copy / "tokenizer_config.json", padding_side="left")
+    alone = st.SentenceTransformer(str(copy), device="cpu").encode(TEXTS, batch_size=1)
+    ours = LongEmbedModel.from_encoder(copy).encode(TEXTS, precision="float32")
+    np.testing.assert_allclose(ours, alone, atol=1e-5)
 
 
 def test_a_tokenizer_that_gives_other_segments_is_refused(copy):

@@ -22,8 +22,8 @@ OPTIONAL = [
     "README.md",
     *TOKENIZER_FILES,
 ]
-# The files without which there is no checkpoint, and what transformers asks for by itself: a listing, a template that no
-# encoder reads, and the config of an adapter, which a repository with a config.json is not.
+# The files without which there is no checkpoint, and what transformers asks for by itself: a listing, a template that
+# no encoder reads, and the config of an adapter, which a repository with a config.json is not.
 OTHERS = {"config.json", "model.safetensors", "", "chat_template.jinja", "adapter_config.json"}
 
 
