@@ -1,6 +1,7 @@
 """Rows of features: the files they come from, what is refused, and the batches."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,27 @@ def test_rows_come_back_as_they_were_written(tmp_path, suffix):
         np.testing.assert_array_equal(source.features(number), np.array(row["features"], dtype=np.float32))
     names = [row["label"] for row in written]
     assert (source.label[:, None] == source.label).tolist() == [[one == other for other in names] for one in names]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_another_file_of_the_same_size_and_time_is_read(tmp_path, suffix):
+    path = tmp_path / f"features.{suffix}"
+
+    def read(first: float) -> tuple[int, list, str]:
+        written = [{"features": [[first, 2.5]], "label": number % 2} for number in range(4)]
+        if suffix == "jsonl":
+            write_jsonl(path, written)
+        else:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(written), path)
+        os.utime(path, ns=(10**18, 10**18))
+        source = read_features(str(path), longest=5)
+        return path.stat().st_size, source.features(3).tolist(), source.content()
+
+    (size, one, name), (other_size, another, other_name) = read(1.5), read(3.5)
+    assert size == other_size
+    assert (one, another) == ([[1.5, 2.5]], [[3.5, 2.5]])
+    assert name != other_name
+    assert read(1.5) == (size, one, name)  # the first content is still there
 
 
 def test_a_single_vector_is_a_row_of_one(tmp_path):

@@ -133,8 +133,8 @@ class Stream:
         shards: rows as `_read_shards` or the Hub yields them.
         read_columns: the columns that are read of a row.
         columns: those of them that are texts, in the order in which they are read.
-        content: what tells its data from other data: a hash of the places and the ends of its shards, or on the Hub its
-            name and its number of shards.
+        content: what tells its data from other data: the size of its files and a hash of samples of them, the
+            beginning of every 16 MiB and the end; or on the Hub its name and its number of shards.
         weight: share of the batches, in proportion to the weights of the other streams.
         strategy: how pairs are made, if the rows are documents.
         anchor_kind: whether anchors are read as `query` or as `document`.
@@ -204,7 +204,7 @@ def next_row(name: str, rows: Iterator[dict[str, Any]]) -> dict[str, Any] | None
     try:
         return next(rows, None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
-        raise UserError(f"{name}: cannot be read any further: {one_line(error)}") from None
+        raise UserError(f"{name}: the next row cannot be read: {one_line(error)}") from None
 
 
 def _open_shards(name: str) -> Any:

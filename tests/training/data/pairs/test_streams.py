@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections import Counter
 from itertools import chain
 
@@ -243,12 +244,45 @@ def test_the_shard_of_a_mistake_is_named(tmp_path, small_shards):
             next(reader)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz", "parquet"])
+def test_another_file_of_the_same_size_and_time_is_other_data(tmp_path, small_shards, suffix):
+    path, rows = tmp_path / f"a.{suffix}", random_pairs(40)
+
+    def content(changed: int | None) -> tuple[int, str]:
+        own = [row | {"positive": row["positive"][::-1]} if n == changed else row for n, row in enumerate(rows)]
+        if suffix == "parquet":
+            plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(own), path, **plain)
+        else:
+            lines = write_jsonl(path, own).read_bytes()
+            path.write_bytes(gzip.compress(lines, 0, mtime=0) if suffix.endswith("gz") else lines)
+        os.utime(path, ns=(10**18, 10**18))
+        return path.stat().st_size, open_streams([str(path)], PAIRS)[0].content
+
+    size, first = content(None)
+    others = [content(row) for row in (0, 20, 39)]
+    assert {own for own, _ in others} == {size}
+    assert len({first, *(name for _, name in others)}) == 4
+    assert content(None) == (size, first)
+
+
+def test_a_first_row_that_cannot_be_read_is_no_later_one(tmp_path, monkeypatch):
+    def broken(*args):
+        raise OSError("the network is down")
+        yield
+
+    shards = datasets.IterableDataset.from_generator(broken)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: shards)
+    with pytest.raises(UserError, match=r"^org/name: the next row cannot be read: the network is down$"):
+        open_streams(["org/name"], PAIRS)
+
+
 def test_what_a_stream_cannot_do(train_script, pairs_file):
     for options, complaint in [
         ("--max_steps 0", "give --max_steps"),
         ("--pairs nli", "--streaming: --pairs nli"),
-        ("--mixing_temperature 2", "--streaming: the sizes"),
-        ("--shuffle_buffer 0", "--shuffle_buffer 0"),
+        ("--mixing_temperature 2", "--mixing_temperature: applies only without --streaming"),
+        ("--shuffle_buffer 0", "shuffle-buffer: 0: must be at least 1"),
         ("--train_data nowhere.jsonl", "no such file"),
     ]:
         with pytest.raises(UserError, match=complaint):
