@@ -10,12 +10,10 @@ Needs `pip install -e .[train,eval,search]`. docs/guides/pairs.md says which set
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 
 from common.arguments import parse
 from common.encoders.model_spec import ModelSpec
@@ -24,7 +22,9 @@ from common.encoders.vector_cache import VectorCache
 from common.errors import UserError, run
 from common.files import write_jsonl
 from training.data.pairs.ranking import load_ranker
-from training.data.sources import PAIRS, PARQUET_SUFFIX, TEXTS, data_files, json_rows, read_sources
+from training.data.sources import PAIRS, TEXTS, read_sources
+
+CORPUS = replace(TEXTS, refused=("title",))  # an evaluation puts titles in front of the texts; mining would drop them
 
 
 @dataclass
@@ -56,7 +56,12 @@ class Thresholds:
         default="top", metadata={"help": "take the nearest of the documents that are left, or random ones"}
     )
     seed: int = field(
-        default=0, metadata={"help": "random seed of --sampling random", "applies": {"sampling": "random"}}
+        default=0,
+        metadata={
+            "help": "random seed of --sampling random",
+            "within": "[0, 4294967295]",
+            "applies": {"sampling": "random"},
+        },
     )
 
     def __post_init__(self) -> None:
@@ -163,8 +168,7 @@ class PairTexts:
         self.queries: Sequence[str] = self._rows.select(query_rows)["anchor"]
         parts = [_texts(self._rows.select(document_rows), "positive")]
         if corpus is not None:
-            _refuse_titles(corpus)
-            (more,) = read_sources([corpus], TEXTS)
+            (more,) = read_sources([corpus], CORPUS)
             more_ids, _, more_rows = _unique(more.text_ids(["text"])[:, 0])
             new = ~np.isin(more_ids, document_ids)
             document_ids = np.concatenate([document_ids, more_ids[new]])
@@ -254,21 +258,6 @@ def mine(arguments: Arguments, thresholds: Thresholds) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Mine with the command-line options `argv`; None: those of the process."""
     print(mine(*parse(Arguments, Thresholds, argv=argv)))
-
-
-def _refuse_titles(corpus: str) -> None:
-    """Refuse a corpus with titles, which an evaluation puts in front of the texts and mining would drop.
-
-    Raises:
-        UserError: its first row has one.
-    """
-    if not Path(corpus).exists():  # a dataset on the Hub
-        return
-    first = data_files(Path(corpus))[0]
-    parquet = first.name.endswith(PARQUET_SUFFIX)
-    columns = pyarrow.parquet.read_schema(first).names if parquet else next(json_rows(first, TEXTS))[1]
-    if "title" in columns:
-        raise UserError(f"--corpus {first}, row 1: the column title is not read; put it in front of the text")
 
 
 def _unique(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 
+import datasets
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -271,14 +272,26 @@ def test_negatives_that_some_rows_have_already_do_not_matter(tmp_path):
     assert (list(pairs.queries), list(pairs.documents)) == (["a", "c"], ["b", "d"])
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_titles_of_a_corpus_are_not_dropped(tmp_path, suffix):
+@pytest.mark.parametrize("form", ["jsonl", "a later row", "a later file", "parquet", "a later parquet", "hub"])
+def test_titles_of_a_corpus_are_not_dropped(tmp_path, monkeypatch, form):
     data = write_jsonl(tmp_path / "pairs.jsonl", [{"anchor": "a", "positive": "b"}])
-    corpus = tmp_path / f"corpus{suffix}"
-    rows = [{"doc_id": "1", "title": "", "text": "c"}]
-    if suffix == ".parquet":
-        Dataset.from_list(rows).to_parquet(corpus)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    plain, titled = [{"doc_id": "0", "text": "b"}], [{"doc_id": "1", "title": "", "text": "c"}]
+    if "parquet" in form:
+        Dataset.from_list(plain if "later" in form else titled).to_parquet(corpus / "0.parquet")
+        Dataset.from_list(titled).to_parquet(corpus / "1.parquet")
     else:
-        write_jsonl(corpus, rows)
-    with pytest.raises(UserError, match=r"corpus\.\w+, row 1: the column title is not read; put it in front"):
-        PairTexts(str(data), str(corpus))
+        files = {"jsonl": [titled], "a later row": [plain + titled], "a later file": [plain, titled]}.get(form, [])
+        for number, rows in enumerate(files):
+            write_jsonl(corpus / f"{number}.jsonl", rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_list(titled))
+    with pytest.raises(UserError, match=r"the column title is not read; put it in front") as caught:
+        PairTexts(str(data), "org/corpus" if form == "hub" else str(corpus))
+    assert str(caught.value).startswith("org/corpus" if form == "hub" else str(corpus))
+    assert form != "a later row" or "0.jsonl, row 2:" in str(caught.value)
+
+
+def test_a_seed_below_zero_is_refused(tmp_path):
+    with pytest.raises(UserError, match="seed: -1: must be at least 0 and at most 4294967295"):
+        mine_negatives.main(f"--model bm25 --data x --output {tmp_path}/o.jsonl --sampling random --seed -1".split())

@@ -37,6 +37,7 @@ class Columns:
         rows: plural noun for the rows in errors, such as `pairs`.
         classes: required columns whose integers or texts name the class of a row.
         numbers: required columns of lists of numbers.
+        refused: columns that no row may have, because what they say would be lost.
     """
 
     required: tuple[str, ...]
@@ -44,11 +45,26 @@ class Columns:
     rows: str
     classes: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def every(self) -> tuple[str, ...]:
         """All required columns."""
         return self.required + self.classes + self.numbers
+
+    def refuse(self, place: str, present: Collection[str]) -> None:
+        """Refuse columns of which nothing would be read.
+
+        Args:
+            place: the file, or the file and the row, for errors.
+            present: the columns that are there.
+
+        Raises:
+            UserError: one of them is in `refused`.
+        """
+        for column in self.refused:
+            if column in present:
+                raise UserError(f"{place}: the column {column} is not read; put it in front of the text")
 
     def __str__(self) -> str:
         return " and ".join(self.every)
@@ -349,8 +365,9 @@ def checked_row(
         The columns that are read; classes as texts.
 
     Raises:
-        UserError: a column is missing, only begins in this row, or has a value of the wrong type.
+        UserError: a column is missing, refused, only begins in this row, or has a value of the wrong type.
     """
+    columns.refuse(f"{path}, row {number}", row)
     for column in texts:
         if column not in row:
             remedy = "" if column in columns.required else f", which the first row has; {_same_columns(columns)}"
@@ -417,11 +434,12 @@ def text_columns(name: str, present: Collection[str], columns: Columns) -> tuple
         The required columns and those with the prefix.
 
     Raises:
-        UserError: a required column is missing.
+        UserError: a required column is missing, or a refused one is there.
     """
     for column in columns.every:
         if column not in present:
             raise UserError(f"{name}: the column {column} is missing; it has {', '.join(present) or 'none'}")
+    columns.refuse(name, present)
     more = () if columns.prefix is None else (column for column in present if column.startswith(columns.prefix))
     return (*columns.required, *more)
 
