@@ -23,11 +23,7 @@ from training.teachers.paragraph_vector import SETTING_NAMES, ParagraphVector, g
 
 @dataclass
 class ParagraphVectorArguments:
-    """The documents and the model.
-
-    Raises:
-        UserError: a number is out of range.
-    """
+    """The documents and the model."""
 
     train_data: list[str] = field(
         metadata={
@@ -44,34 +40,42 @@ class ParagraphVectorArguments:
     architecture: Literal["dm", "dbow", "both"] = field(
         default="dbow", metadata={"help": "dm: distributed memory; dbow: bag of words; both: concatenated"}
     )
-    vector_size: int = field(default=100, metadata={"help": "dimensions of the vectors of one architecture"})
+    vector_size: int = field(
+        default=100, metadata={"help": "dimensions of the vectors of one architecture", "within": "[1, inf)"}
+    )
     window: int = field(
         default=5,
         metadata={
             "help": "context words on either side",
+            "within": "[1, inf)",
             "applies": [{"architecture": ("dm", "both")}, {"dbow_words": True}],
         },
     )
-    min_count: int = field(default=2, metadata={"help": "occurrences that a word needs to be used"})
-    negative: int = field(default=5, metadata={"help": "noise words per word (negative sampling)"})
-    epochs: int = field(
-        default=10, metadata={"help": "passes through the documents, and through a text whose vector is inferred"}
+    min_count: int = field(
+        default=2, metadata={"help": "occurrences that a word needs to be used", "within": "[1, inf)"}
     )
-    learning_rate: float = field(default=0.025, metadata={"help": "initial learning rate; it decreases to 0.0001"})
+    negative: int = field(
+        default=5, metadata={"help": "noise words per word (negative sampling)", "within": "[1, inf)"}
+    )
+    epochs: int = field(
+        default=10,
+        metadata={
+            "help": "passes through the documents, and through a text whose vector is inferred",
+            "within": "[1, inf)",
+        },
+    )
+    learning_rate: float = field(
+        default=0.025, metadata={"help": "initial learning rate; it decreases to 0.0001", "within": "(0, inf)"}
+    )
     dbow_words: bool = field(
         default=True,
         metadata={"help": "let dbow train word vectors too (skip-gram)", "applies": {"architecture": ("dbow", "both")}},
     )
     lowercase: bool = field(default=True, metadata={"help": "convert words to lower case"})
-    workers: int = field(default=1, metadata={"help": "threads; with more than one, runs are not reproducible"})
-    seed: int = field(default=42, metadata={"help": "random seed"})
-
-    def __post_init__(self) -> None:
-        for name in ("vector_size", "window", "min_count", "negative", "epochs", "workers", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed}: must be from 0 to {2**32 - 1}")
+    workers: int = field(
+        default=1, metadata={"help": "threads; with more than one, runs are not reproducible", "within": "[1, inf)"}
+    )
+    seed: int = field(default=42, metadata={"help": "random seed", "within": "[0, 4294967295]"})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -182,9 +182,12 @@ def test_mistakes_are_sentences(trained_model, tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", [{"text": "one two one two"}])
     with pytest.raises(UserError, match="no word occurs so often"):
         paragraph_vector.main(f"--train_data {data} --min_count 50 --output_dir {tmp_path}".split())
-    for seed in (-1, 2**32):
-        with pytest.raises(UserError, match=f"--seed {seed}: must be from 0 to 4294967295"):
-            paragraph_vector.main(f"--train_data {data} --seed {seed} --output_dir {tmp_path}".split())
+    for option in (
+        *("seed -1", f"seed {2**32}", "vector_size 0", "min_count 0", "negative 0", "epochs 0", "workers 0"),
+        *("learning_rate 0", "architecture dm --window 0"),
+    ):
+        with pytest.raises(UserError, match=f"{option.split()[-1]}: must be "):
+            paragraph_vector.main(f"--train_data {data} --{option} --output_dir {tmp_path}".split())
     damaged = shutil.copytree(trained_model[0] / "final", tmp_path / "damaged")
     for settings in ("[1, 2]", '{"architectures": ["dbow"]}', '"words"', "{"):
         (damaged / "paragraph_vector.json").write_text(settings)

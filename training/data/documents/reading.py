@@ -13,11 +13,7 @@ from training.data.sources import Columns, read_sources
 
 @dataclass(kw_only=True)
 class DocumentArguments:
-    """The documents, and how they are batched.
-
-    Raises:
-        UserError: a number of tokens is not positive.
-    """
+    """The documents, and how they are batched."""
 
     train_data: list[str] = field(
         metadata={
@@ -44,16 +40,13 @@ class DocumentArguments:
         },
     )
     per_device_train_tokens: int = field(
-        default=65536, metadata={"help": "tokens per batch and process, whatever the sequence length"}
+        default=65536,
+        metadata={"help": "tokens per batch and process, whatever the sequence length", "within": "[1, inf)"},
     )
     batch_tokens: int = field(
-        default=16384, metadata={"help": "tokens per forward pass, whose activations are in memory at once"}
+        default=16384,
+        metadata={"help": "tokens per forward pass, whose activations are in memory at once", "within": "[1, inf)"},
     )
-
-    def __post_init__(self) -> None:
-        for name in ("per_device_train_tokens", "batch_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
 
 
 def sequence_lengths(arguments: DocumentArguments, context: int, remedy: str) -> LengthSchedule:

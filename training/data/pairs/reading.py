@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from common.conditions import GIVEN, Not
+from common.conditions import GIVEN, NOT_GIVEN, Not
 from common.errors import UserError
 from common.provenance import code_hash
 from training.data.document import PairStrategy
@@ -35,7 +35,7 @@ class PairArguments(SplitArguments, FilterArguments):
     """What a pair is.
 
     Raises:
-        UserError: a number is out of range, or options exclude each other.
+        UserError: options exclude each other.
     """
 
     pairs: Literal["columns", "nli", "twins", "crops", "inverse_cloze", "neighbours", "segments"] = field(
@@ -73,6 +73,7 @@ class PairArguments(SplitArguments, FilterArguments):
         metadata={
             "help": "length in tokens of the span of a document that crops are taken from, of the passage of "
             "inverse_cloze, and of each neighbour or segment; by default what the model can read, 288 for segments",
+            "within": "[2, inf)",
             "applies": {"pairs": ("crops", "inverse_cloze", "neighbours", "segments")},
         },
     )
@@ -80,23 +81,33 @@ class PairArguments(SplitArguments, FilterArguments):
         default_factory=lambda: [0.25, 0.5],
         metadata={
             "help": "smallest and largest fraction of the window in a crop (Contriever: 0.05 0.5 of 256)",
+            "within": "(0, 1]",
             "applies": {"pairs": "crops"},
         },
     )
     word_deletion: float = field(
         default=0.1,
-        metadata={"help": "fraction of the words that are deleted from a crop", "applies": {"pairs": "crops"}},
+        metadata={
+            "help": "fraction of the words that are deleted from a crop",
+            "within": "[0, 1)",
+            "applies": {"pairs": "crops"},
+        },
     )
     sentence_removal: float = field(
         default=0.9,
         metadata={
             "help": "fraction of the pairs of inverse_cloze whose passage lacks the sentence",
+            "within": "[0, 1]",
             "applies": {"pairs": "inverse_cloze"},
         },
     )
     segment_step: int = field(
         default=64,
-        metadata={"help": "tokens from the start of a segment to that of the next", "applies": {"pairs": "segments"}},
+        metadata={
+            "help": "tokens from the start of a segment to that of the next",
+            "within": "[1, inf)",
+            "applies": {"pairs": "segments"},
+        },
     )
     segment_gap: int = field(
         default=0,
@@ -110,7 +121,8 @@ class PairArguments(SplitArguments, FilterArguments):
         metadata={
             "help": "the share of a source in an epoch is proportional to its weight times its size to the power of "
             "1 / temperature",
-            "applies": {"streaming": False},
+            "within": "(0, inf)",
+            "applies": {"streaming": NOT_GIVEN},
         },
     )
 
@@ -122,34 +134,26 @@ class PairArguments(SplitArguments, FilterArguments):
         },
     )
     shuffle_buffer: int = field(
-        default=2048, metadata={"help": "rows of a stream that are shuffled together", "applies": {"streaming": True}}
+        default=2048,
+        metadata={
+            "help": "rows of a stream that are shuffled together",
+            "within": "[1, inf)",
+            "applies": {"streaming": True},
+        },
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        smallest, largest = (*self.crop_ratio, 0.0, 0.0)[:2]
-        if len(self.crop_ratio) != 2 or not 0 < smallest <= largest <= 1:
-            raise UserError("--crop_ratio: must be two numbers, 0 < smallest <= largest <= 1")
-        if not 0 <= self.word_deletion < 1:
-            raise UserError(f"--word_deletion {self.word_deletion}: must be at least 0 and less than 1")
-        if not 0 <= self.sentence_removal <= 1:
-            raise UserError(f"--sentence_removal {self.sentence_removal}: must be from 0 to 1")
-        if self.pair_window is not None and self.pair_window < 2:
-            raise UserError(f"--pair_window {self.pair_window}: must be at least 2")
-        if self.pairs == "segments" and not 1 <= self.segment_step <= (self.pair_window or REALM_WINDOW):
+        window = self.pair_window or REALM_WINDOW
+        if len(self.crop_ratio) != 2 or self.crop_ratio[0] > self.crop_ratio[1]:
+            raise UserError("--crop_ratio: must be two numbers, of which the first is not the larger")
+        if self.pairs == "segments" and self.segment_step > window:
             raise UserError(f"--segment_step {self.segment_step}: must be from 1 to --pair_window")
-        if self.segment_gap <= -(self.pair_window or REALM_WINDOW):
+        if self.segment_gap <= -window:
             raise UserError(f"--segment_gap {self.segment_gap}: two segments cannot share more tokens than one has")
-        if self.mixing_temperature <= 0:
-            raise UserError(f"--mixing_temperature {self.mixing_temperature}: must be more than 0")
-        if self.shuffle_buffer < 1:
-            raise UserError(f"--shuffle_buffer {self.shuffle_buffer}: must be at least 1")
         if self.streaming and self.pairs == "nli":
             raise UserError("--streaming: --pairs nli has to see all rows of a premise; leave out one of them")
         if self.pairs == "twins" and self.eval_split:
             raise UserError("--eval_split: a text is found by itself, which tells nothing; give --eval_data with pairs")
-        if self.streaming and self.mixing_temperature != 1:
-            raise UserError("--streaming: the sizes for --mixing_temperature are not known; give weights, as path:2")
 
     def columns(self, columns: Columns) -> Columns:
         """Return the columns of the data from which pairs with the given columns can be made."""

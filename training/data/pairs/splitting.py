@@ -12,27 +12,24 @@ from training.data.sources import Source
 
 @dataclass(kw_only=True)
 class SplitArguments:
-    """Which part of the training data is held out.
-
-    Raises:
-        UserError: the fraction is out of range.
-    """
+    """Which part of the training data is held out."""
 
     eval_split: float = field(
         default=0.0,
         metadata={
             "help": "fraction of the training rows that is held out for evaluation; they share no text with the others",
+            "within": "[0, 1)",
             "applies": {"streaming": NOT_GIVEN},
         },
     )
     eval_split_seed: int = field(
         default=42,
-        metadata={"help": "random seed of --eval_split, whatever --seed is", "applies": {"eval_split": GIVEN}},
+        metadata={
+            "help": "random seed of --eval_split, whatever --seed is",
+            "within": "[0, 4294967295]",
+            "applies": {"eval_split": GIVEN},
+        },
     )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.eval_split < 1:
-            raise UserError(f"--eval_split {self.eval_split}: must be at least 0 and less than 1, such as 0.05")
 
 
 def hold_out(

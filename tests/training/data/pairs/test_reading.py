@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.arguments import parse
 from common.errors import UserError
 from tests.training.tiny_training import WORDS, losses, random_documents, random_pairs, write_jsonl
 from training.data.pairs.batches import PairBatches, PairTokenizer
@@ -202,18 +203,33 @@ def test_sources_are_mixed_by_temperature(word_tokenizer, tmp_path_factory, size
     [
         ({"crop_ratio": [0.5]}, "--crop_ratio"),
         ({"crop_ratio": [0.5, 0.4]}, "--crop_ratio"),
-        ({"crop_ratio": [0.0, 0.4]}, "--crop_ratio"),
-        ({"word_deletion": 1.0}, "--word_deletion 1.0"),
-        ({"sentence_removal": -0.1}, "--sentence_removal -0.1"),
-        ({"pair_window": 1}, "--pair_window 1"),
         ({"pairs": "segments", "segment_step": 289}, "--segment_step 289"),
         ({"pairs": "segments", "segment_gap": -288}, "--segment_gap -288"),
-        ({"mixing_temperature": 0.0}, "--mixing_temperature 0.0"),
     ],
 )
-def test_options_out_of_range(options, complaint):
+def test_options_that_contradict_each_other(options, complaint):
     with pytest.raises(UserError, match=complaint):
         PairArguments(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--pairs crops --crop_ratio 0.0 0.4",
+        "--pairs crops --crop_ratio 0.4 1.1",
+        "--pairs crops --word_deletion 1.0",
+        "--pairs inverse_cloze --sentence_removal -0.1",
+        "--pairs segments --pair_window 1",
+        "--pairs segments --segment_step 0",
+        "--mixing_temperature 0",
+        "--streaming --shuffle_buffer 0",
+        "--eval_split 1",
+        "--eval_split 0.1 --eval_split_seed -1",
+    ],
+)
+def test_options_out_of_range(options):
+    with pytest.raises(UserError, match=r"must be (at least|more than)"):
+        parse(PairArguments, argv=options.split())
 
 
 def in_known_words(words: list[str]) -> str:
