@@ -13,9 +13,10 @@ from training.data.documents.curriculum import RateSchedule
 from training.data.documents.masking import NoMasking
 from training.data.documents.reading import DocumentArguments, sequence_lengths
 from training.data.documents.sequences import SequenceReader, Sequences, SpecialTokens
-from training.engine.held_out import by_source
-from training.engine.loop import Loop, Training
+from training.engine.held_out import Evaluation
+from training.engine.loop import Loop
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.engine.training import Training
 from training.models.encoder import ModelArguments, load_encoder
 from training.models.identity import model_identity
 from training.models.students import StudentArguments, make_student
@@ -56,9 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = load_encoder(model_args)
     student = make_student(student_args, model_args, model, tokenizer)
     relation_args.check(model.config, student.config)
-    settings = {"model_name_or_path": model_identity(model, tokenizer)}
-    if student_args.student_name_or_path is not None:
-        settings["student_name_or_path"] = model_identity(student, tokenizer)
+    settings = {}
+    if loop.is_main:  # of the others it is not asked
+        settings["model_name_or_path"] = model_identity(model, tokenizer)
+        if student_args.student_name_or_path is not None:
+            settings["student_name_or_path"] = model_identity(student, tokenizer)
     student.config.layerdrop = 0.0  # the teacher may have been trained with it
     encoders: tuple[Any, Any] = (model, student)
     for encoder in encoders:
@@ -84,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=RelationStudent(select_parameters(student, tuning_args), relation_args),
         batches=batches,
         gradient=relation_gradient(teacher, relation_args),
-        evaluate=by_source(evaluations, lambda of_source, model: of_source(model, loop.device)),
+        evaluate=Evaluation(
+            evaluations,
+            lambda of_source, model: of_source(model, loop.device),
+            lambda: [source.content() for source in held_out],
+        ),
         options=options,
         settings=settings,
         export=lambda trained: trained.model,

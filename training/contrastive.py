@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from common.arguments import parse
 from common.errors import run
-from training.engine.loop import Loop, Training
+from training.engine.loop import Loop
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.engine.training import Training
 from training.models.encoder import ModelArguments, load_encoder
 from training.models.identity import model_identity
 from training.models.tuning import TuningArguments, select_parameters
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The encoder, the pairs that it reads, and which of its parameters train.
     encoder, tokenizer = load_encoder(model_args)
-    settings = {"model_name_or_path": model_identity(encoder, tokenizer)}
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer) if loop.is_main else ""}
     tokenize = pair_tokenizer(data_args, encoder, tokenizer)
     batches, held_out = pair_batches(data_args, objective_args, tokenize, loop)
     model = select_parameters(encoder, tuning_args)

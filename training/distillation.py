@@ -12,10 +12,11 @@ from common.arguments import parse
 from common.errors import UserError, run
 from training.data.pairs.batches import PairTokenizer
 from training.data.sources import Columns, Source, read_sources
-from training.engine.held_out import by_source
-from training.engine.loop import Loop, Training
+from training.engine.held_out import Evaluation
+from training.engine.loop import Loop
 from training.engine.optimizer import parameter_groups
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.engine.training import Training
 from training.models.encoder import ModelArguments, load_encoder, text_length
 from training.models.identity import model_identity
 from training.models.layer_choice import LayerArguments
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The student, and the texts that it reads.
     encoder, tokenizer = load_encoder(model_args)
-    identity = model_identity(encoder, tokenizer)
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer) if loop.is_main else ""}
     layer_args.apply(encoder)
     length = text_length("max_length", data_args.max_length, encoder, tokenizer)
     tokenize = PairTokenizer(tokenizer, length, length, encoder.config.prompts)
@@ -143,19 +144,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for source in held_out
     }
+    for role, teacher in teachers.items():  # the scores of the data have no teacher
+        settings["score_column" if teaching_args.score_column else f"{role}_teacher"] = teacher.identity
     decay = run_args.weight_decay
     training = Training(
         model=student,
         batches=batches,
         gradient=teaching_gradient(objective, teachers),
-        evaluate=by_source(
-            evaluations, lambda of_source, model: of_source(lambda chunk: pool(model, chunk), loop.device)
+        evaluate=Evaluation(
+            evaluations,
+            lambda of_source, model: of_source(lambda chunk: pool(model, chunk), loop.device),
+            lambda: [source.content(source.text_ids(source.columns)) for source in held_out],
         ),
         groups=[*parameter_groups(student, decay), *parameter_groups(objective, decay)],
         auxiliary=objective,
         options=options,
-        settings={"model_name_or_path": identity}
-        | {f"{role}_teacher": teacher.identity for role, teacher in teachers.items()},
+        settings=settings,
         tuning=tuning_args.tuning,
     )
     run_training(training, loop, run_args)

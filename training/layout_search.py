@@ -20,8 +20,9 @@ from pathlib import Path
 from common.arguments import parse
 from common.errors import UserError, run
 from modeling_longembed import LongEmbedModel
-from training.engine.loop import Loop, Training
+from training.engine.loop import Loop
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.engine.training import Training
 from training.models.encoder import ModelArguments, load_encoder
 from training.models.identity import model_identity
 from training.models.supernet import Supernet
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The encoder, the pairs that it reads, and the supernet that starts from it.
     encoder, tokenizer = load_encoder(model_args)
-    settings = {"model_name_or_path": model_identity(encoder, tokenizer)}
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer) if loop.is_main else ""}
     if not isinstance(encoder, LongEmbedModel):
         raise UserError("--trust_remote_code: the sublayers that are tried are of our own code; leave it out")
     tokenize = pair_tokenizer(data_args, encoder, tokenizer)

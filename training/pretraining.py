@@ -18,9 +18,10 @@ from training.data.documents.masking import Masking, MaskingArguments
 from training.data.documents.next_sentence import NextSentenceHead
 from training.data.documents.reading import DocumentArguments, sequence_lengths
 from training.data.documents.sequences import SequenceReader, SpecialTokens
-from training.engine.held_out import by_source
-from training.engine.loop import Loop, Training
+from training.engine.held_out import Evaluation
+from training.engine.loop import Loop
 from training.engine.run import HOW_TO_RESUME, RunArguments, find_batch_tokens, run_training
+from training.engine.training import Training
 from training.models.adaptation import AdaptationArguments, load_masked_lm, train_new_head
 from training.models.encoder import ModelArguments
 from training.models.identity import model_identity
@@ -63,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The model, with the positions, the patterns and the layers that it is to have.
     model, head_is_new = load_masked_lm(model_args, adaptation_args)
-    settings: dict[str, Any] = {"model_name_or_path": model_identity(model, model.tokenizer)}
+    settings: dict[str, Any] = {}
+    if loop.is_main:  # of the others it is not asked
+        new = "head." if head_is_new else None  # whose weights are those of the seed
+        settings["model_name_or_path"] = model_identity(model, model.tokenizer, without=new)
     layer_args.apply(model)
 
     # The documents, in sequences, masked.
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if data_args.next_sentence:
         next_sentence = NextSentenceHead(model.config.hidden_size, model.config.initializer_range)
     teachers = load_masked_teachers(teacher_args, model, model.tokenizer, max(lengths.lengths))
-    if teachers is not None:
+    if teachers is not None and loop.is_main:
         settings["masked_teachers"] = [model_identity(teacher, teacher.tokenizer) for teacher in teachers.models]
     with_heads = MaskedLanguageModel(selected, next_sentence, teachers)
 
@@ -103,7 +107,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         model=with_heads,
         batches=batches,
         gradient=masked_gradient(span_penalty(model, span_args), teacher_args.weights, teachers),
-        evaluate=by_source(evaluations, lambda of_source, model: of_source(model, loop.device)),
+        evaluate=Evaluation(
+            evaluations,
+            lambda of_source, model: of_source(model, loop.device),
+            lambda: [source.content() for source in held_out],
+        ),
         groups=span_groups(with_heads, span_args, run_args.weight_decay),
         options=options,
         settings=settings,

@@ -20,7 +20,9 @@ from modeling_longembed import LongEmbedConfig, LongEmbedModel
 from tests.training.double_precision import double_precision
 from tests.training.tiny_training import losses, tiny_config
 from training import layout_search
-from training.engine.loop import Loop, LoopArguments, Training
+from training.engine.loop import Loop
+from training.engine.loop_arguments import LoopArguments
+from training.engine.training import Training
 from training.layout_search import main
 from training.models.supernet import KINDS, MixedSublayer, Supernet
 from training.objectives.layout_search_step import SearchArguments, alternate, cycle_end, search_groups

@@ -10,7 +10,9 @@ import torch
 
 from common.errors import UserError
 from common.memory import is_out_of_memory, machine_memory
-from training.engine.loop import Loop, PackedTokens, Training
+from training.engine.loop import Loop
+from training.engine.resuming import change_settings
+from training.engine.training import PackedTokens, Training
 
 GIB = 2**30
 CPU_SHARE = 0.9  # of the machine's memory that a run on the CPU may take if no limit is given
@@ -85,7 +87,7 @@ class Memory:
         names = ["batch_tokens"]
         if longest > half:  # one text fills the chunk, which a smaller budget does not change
             names = [self.training.length_option] + names * (batch_tokens > half)
-        permission = [f"--change_settings {' '.join(names)}"] if self.resumed else []
+        permission = [change_settings(self.options.change_settings, names)] if self.resumed else []
         remedies.append(" with ".join([f"--{name} {half}" for name in names] + permission))
         if self.training.tuning == "full" and not self.resumed:
             remedies.append("--tuning lora")

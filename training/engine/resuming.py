@@ -2,18 +2,23 @@
 
 A checkpoint records the settings of its run: the value of every option, and where an option only names something (a
 model, data) or counts per process, what it stands for. A setting may differ if it is in `MAY_CHANGE`, or if
-`--change_settings` names it, unless it is in `ONLY_AT_START`. An option that is in neither list is compared.
+`--change_settings` names it, unless it is in `ONLY_AT_START`, or the place in a stream depends on it. An option that is
+in neither list is compared.
 """
 
 import json
+import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
-from common.conditions import default_of
+from accelerate.utils import gather_object
+
+from common.conditions import Options, default_of
 from common.errors import UserError
-from training.engine.optimizer import PLATEAU
+from training.engine.checkpoints import Checkpoint, Progress, find_checkpoint, has_checkpoints
+from training.engine.schedule import PLATEAU
 
 # Options that change no number of a training. Of names of models and data it is the content that is compared.
 MAY_CHANGE = frozenset(
@@ -59,6 +64,9 @@ ONLY_AT_START = frozenset(
         "max_position_embeddings",
         "position_extension",
         "position_embedding_type",
+        "rope_theta",
+        "attention_patterns",
+        "training_attention_patterns",
         "student_layers",
         "student_hidden_size",
         "student_num_hidden_layers",
@@ -80,6 +88,50 @@ ONLY_AT_START = frozenset(
         "next_sentence",
     }
 )
+# Those of them that change a model before it trains, so that the hash of the model differs too.
+ADAPTING = ONLY_AT_START & {
+    "max_position_embeddings",
+    "position_extension",
+    "position_embedding_type",
+    "rope_theta",
+    "attention_patterns",
+    "training_attention_patterns",
+}
+
+
+def choose_checkpoint(folder: Path, chosen: str | None, is_main: bool) -> Checkpoint | None:
+    """Return the checkpoint that a run goes on from; a collective.
+
+    Args:
+        folder: where the run's checkpoints are.
+        chosen: `--resume_from_checkpoint`.
+        is_main: whether this is the process that checks hashes and prints; all others use what it found.
+
+    Returns:
+        The checkpoint; None: the run starts anew.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged, or there are some and none was chosen.
+    """
+    if chosen is None:
+        if has_checkpoints(folder):
+            raise UserError(
+                f"{folder} holds checkpoints of an earlier run; go on with --resume_from_checkpoint last, or choose "
+                "another --output_dir"
+            )
+        return None
+    checkpoint = gather_object([find_checkpoint(folder, chosen) if is_main else None])[0]
+    if is_main:
+        if checkpoint:
+            print(f"going on from {checkpoint.path}", file=sys.stderr)
+        else:
+            print(f"no checkpoint in {folder} yet: from the start", file=sys.stderr)
+    return checkpoint
+
+
+def change_settings(given: Sequence[str], more: Sequence[str]) -> str:
+    """Return `--change_settings` with more names than were given: the option counts once, the last time."""
+    return f"--change_settings {' '.join(dict.fromkeys([*given, *more]))}"
 
 
 class Settings:
@@ -87,21 +139,23 @@ class Settings:
 
     Args:
         options: the parsed dataclasses of the script, all of them.
-        described: what options stand for, by the name of the option, such as the hash of the texts of `train_data`.
+        described: what options stand for, by the name of the option, such as the hash of a model.
+        data: the same of the training data and its batches.
 
     Attributes:
         values: values of JSON types by option; those that may change are left out.
     """
 
-    def __init__(self, options: Sequence[Any], described: Mapping[str, Any]) -> None:
-        known = {option.name: (instance, option) for instance in options for option in fields(instance) if option.init}
-        # vars: a value, whatever the dataclass makes of reading it.
-        given = {name: vars(instance)[name] for name, (instance, _) in known.items()}
-        free = MAY_CHANGE - EVALUATION if given.get("lr_scheduler_type") == PLATEAU else MAY_CHANGE
-        values = {name: value for name, value in given.items() if name not in free} | dict(described)
-        self.values: dict[str, Any] = json.loads(json.dumps(values))
-        self.defaults = {name: default_of(option) for name, (_, option) in known.items()}
-        self._only_at_start = ONLY_AT_START | ({"temperature"} if given.get("learnable_temperature") else set())
+    def __init__(
+        self, options: Sequence[Any], described: Mapping[str, Any], data: Mapping[str, Any] | None = None
+    ) -> None:
+        known, of_data = Options(options), dict(data or {})
+        free = MAY_CHANGE - EVALUATION if known.values.get("lr_scheduler_type") == PLATEAU else MAY_CHANGE
+        given = {name: value for name, value in known.values.items() if name not in free}
+        self.values: dict[str, Any] = json.loads(json.dumps(given | of_data | dict(described)))
+        self.defaults = {name: default_of(option) for name, option in known.fields.items()}
+        self._data = frozenset(of_data)
+        self._only_at_start = ONLY_AT_START | ({"temperature"} if known.values.get("learnable_temperature") else set())
 
     def check_names(self, names: Collection[str]) -> None:
         """Check what `--change_settings` names.
@@ -123,35 +177,51 @@ class Settings:
             if name not in self.values:
                 raise UserError(f"--change_settings {name}: is no option of this script; --help lists them")
 
-    def changes(self, before: Mapping[str, Any] | None, path: Path, allowed: Collection[str]) -> set[str]:
+    def changes(self, progress: Progress, path: Path, allowed: Sequence[str]) -> set[str]:
         """Return the settings that differ from those of the run that is resumed.
 
         Args:
-            before: the settings that its checkpoint records; None: an earlier version has made it, which recorded none.
-            path: the checkpoint.
+            progress: where that run was, with its settings; without them, as of an earlier version, none is compared.
+            path: its checkpoint.
             allowed: names of settings that may differ.
 
         Raises:
-            UserError: another setting differs; the message names the old and the new values.
+            UserError: another setting differs, or one that cannot change; the message names old and new values.
         """
-        if before is None:
+        if (before := progress.settings) is None:
             return set(allowed)
         found = {
-            name: (before[name] if name in before else self._default(name), now)
+            name: (old, now)
             for name, now in self.values.items()
-            if (before[name] if name in before else self._default(name)) != now
+            if (old := before[name] if name in before else self._default(name)) != now
         }
-        refused = [name for name in found if name not in allowed]
+        fixed = self._fixed(progress, found)
+        if fixed.keys() & ADAPTING:  # the hash is of the adapted model
+            found.pop("model_name_or_path", None)
+        refused = [name for name in found if name not in allowed or name in fixed]
         if not refused:
             return set(found)
         differences = ", and ".join(
             f"with {_words(name, found[name][0])}, now it is {_value(found[name][1])}" for name in refused
         )
         remedy = "use the same, or start anew in another --output_dir"
-        if not self._only_at_start & set(refused):
+        if reasons := list(dict.fromkeys(fixed[name] for name in refused if name in fixed)):
+            remedy += f" ({'; '.join(reasons)})"
+        else:
             new = "value" if len(refused) == 1 else "values"
-            remedy += f", or go on with the new {new} on purpose: add --change_settings {' '.join(refused)}"
+            remedy += f", or go on with the new {new} on purpose: add {change_settings(allowed, refused)}"
         raise UserError(f"{path}: was made {differences}; {remedy}")
+
+    def _fixed(self, progress: Progress, found: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
+        """Return which of the differing settings cannot change, each with the reason."""
+        fixed = dict.fromkeys(self._only_at_start & found.keys(), "a training starts from it")
+        if progress.bookmark is not None:
+            place = "the place in the stream where the checkpoint stopped would be another"
+            fixed |= dict.fromkeys((self._data & found.keys()) - fixed.keys(), place)
+        if PLATEAU in found.get("lr_scheduler_type", ()):
+            reason = f"{PLATEAU} counts evaluations and the other schedules count steps: none goes on with another"
+            fixed["lr_scheduler_type"] = reason
+        return fixed
 
     def _default(self, name: str) -> Any:
         """Return the default of an option that a checkpoint does not know: it was added later."""

@@ -13,10 +13,12 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import atomic_write
-from training.engine.loop import AnyBatch, AnyModel, Loop, LoopArguments, Training
+from training.engine.loop import Loop
+from training.engine.loop_arguments import LoopArguments
 from training.engine.memory import Memory, MemoryArguments
 from training.engine.rehearsal import Probe, largest_that_fits, rehearse, run_probe
 from training.engine.saving import HubArguments, push, save
+from training.engine.training import AnyBatch, AnyModel, Training
 
 FOUND = "batch_tokens.json"
 HOW_TO_RESUME = "with --resume_from_checkpoint last the same command goes on from the newest checkpoint"

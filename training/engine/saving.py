@@ -99,7 +99,8 @@ def failure(error: Exception) -> str:
         403: "your token may not write there: log in with one that may",
         404: "there is no such repository for you: look at its name and your token",
         409: "somebody else changes the repository at this moment: try again",
-        413: "the Hub takes no upload as large as this one: split the weights with max_shard_size",
+        413: "the Hub takes no file as large as the largest here: load the model, and save it in smaller ones with "
+        "save_pretrained(..., max_shard_size='1GB')",
         429: "too many requests: wait a few minutes",
     }
     return f"the Hub answered {status}: {helps.get(status) or one_line(error)}"

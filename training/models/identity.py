@@ -28,11 +28,19 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     return json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None})
 
 
-def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all that an embedding depends on: weights, config and tokenizer."""
+def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, without: str | None = None) -> str:
+    """Return a hash of all that an embedding depends on: weights, config and tokenizer.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        without: what the names of weights begin with that are left out, such as those of a new head.
+    """
     config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(tokenizer_identity(tokenizer).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if without is not None and name.startswith(without):
+            continue
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:40]

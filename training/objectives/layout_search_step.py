@@ -24,8 +24,8 @@ from tqdm import tqdm
 from common.errors import UserError
 from common.files import atomic_write
 from training.data.pairs.batches import PairBatch
-from training.engine.loop import AccumulateGradient
 from training.engine.optimizer import parameter_groups
+from training.engine.training import AccumulateGradient
 from training.models.supernet import KINDS, Supernet
 
 

@@ -15,7 +15,7 @@ from training.data.documents.next_sentence import NextSentenceHead
 from training.data.documents.sequences import SequenceReader, Sequences
 from training.data.documents.token_store import TokenizedDocuments
 from training.engine.distributed import mean_over_processes
-from training.engine.loop import AccumulateGradient
+from training.engine.training import AccumulateGradient
 from training.objectives.chunked_loss import (
     LossModule,
     add_detached,
@@ -88,15 +88,15 @@ class MaskedLanguageModel(LossModule):
         if auxiliary is not None and auxiliary.needs_hidden_states:
             inputs["output_hidden_states"] = True
         everywhere = auxiliary is not None and auxiliary.needs_all_logits
-        if everywhere:
-            del inputs["labels"], inputs["only_predicted"]
-        output = self.model(**inputs)
         chosen = chunk.labels >= 0
         labels = chunk.labels[chosen]
+        # The model's loss is then a sum, which is 0 where nothing is predicted, with all parameters in its graph.
+        inputs["num_items_in_batch"] = 1
+        if everywhere:
+            inputs["only_predicted"] = False
+        output = self.model(**inputs)
         logits = output.logits[chosen] if everywhere else output.logits
-        # The mean over no predictions is not a number; every parameter must take part in the graph nevertheless.
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum") if len(labels) else output.logits.sum() * 0.0
-        sums = {"masked_lm_loss": loss, "accuracy": (logits.argmax(dim=-1) == labels).sum()}
+        sums = {"masked_lm_loss": output.loss, "accuracy": (logits.argmax(dim=-1) == labels).sum()}
         if self.next_sentence is not None:
             first = output.hidden_states[-1][0, chunk.texts.cu_seq_lens_q[:-1].long()]
             scores = self.next_sentence(first).float()

@@ -1,7 +1,6 @@
 """Pairs for contrastive training, as scripts use them: options, batches and the evaluation on held-out pairs."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +12,7 @@ from training.data.pairs.batches import PairBatches, PairTokenizer
 from training.data.pairs.reading import PairArguments, read_pairs, stream_pairs
 from training.data.pairs.streams import StreamedBatches
 from training.data.sources import PAIRS, Source, read_sources
-from training.engine.held_out import by_source
+from training.engine.held_out import Evaluation
 from training.engine.loop import Loop
 from training.models.encoder import text_length
 from training.objectives.contrastive.arguments import ObjectiveArguments, check_range
@@ -133,7 +132,7 @@ def pair_retrieval(
     batches: PairBatches | StreamedBatches,
     held_out: list[Source],
     loop: Loop,
-) -> Callable[[nn.Module], dict[str, float]] | None:
+) -> Evaluation[PairRetrieval]:
     """Build the evaluation of a model on each source of `--eval_data`, and on what `--eval_split` held out.
 
     Its loss is InfoNCE at the temperature of the objective, whatever the objective is.
@@ -146,17 +145,21 @@ def pair_retrieval(
         loop: the training loop.
 
     Returns:
-        A function from a model to metrics; None without `--eval_data` and `--eval_split`.
+        The evaluation; without `--eval_data` and `--eval_split` on nothing.
     """
+    sources = [*read_sources(arguments.eval_data, arguments.renamed(PAIRS)), *held_out]
     retrievals = {
         source.name: PairRetrieval(
             source, batches.tokenize, batch_size=batches.global_batch_size, batch_tokens=arguments.batch_tokens
         )
-        for source in [*read_sources(arguments.eval_data, arguments.renamed(PAIRS)), *held_out]
+        for source in sources
     }
 
     def evaluate(retrieval: PairRetrieval, model: nn.Module) -> dict[str, float]:
         device = loop.accelerator.device
         return retrieval(lambda chunk: embed(model, chunk.to(device)), float(objective.temperature()))
 
-    return by_source(retrievals, evaluate)
+    def contents() -> list[str]:
+        return [source.content(source.text_ids(source.columns)) for source in sources]
+
+    return Evaluation(retrievals, evaluate, contents)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from training.data.pairs.batches import PairBatch
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
-from training.engine.loop import AccumulateGradient
+from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective
 from training.objectives.embed import pool
 from training.objectives.guide import Guide

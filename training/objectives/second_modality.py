@@ -19,8 +19,9 @@ from training.data.packing import PackedTexts
 from training.data.pairs.batches import PairBatch
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
-from training.engine.loop import AccumulateGradient, AnyModel, Batches, Loop, Stream, Training
+from training.engine.loop import Loop
 from training.engine.optimizer import parameter_groups
+from training.engine.training import AccumulateGradient, AnyModel, Batches, Stream, Training
 from training.objectives.contrastive.arguments import check_range
 from training.objectives.contrastive.objective import Metrics
 from training.objectives.losses.supcon import sup_con

@@ -59,7 +59,7 @@ class MaskedTeacherArguments:
         metadata={
             "help": "compare distributions at the masked tokens only, which takes less memory; by default at all "
             "tokens, as in DistilBERT's code",
-            "applies": {"masked_teachers": GIVEN},
+            "applies": {"masked_teachers": GIVEN, "soft_weight": Not(0.0)},
         },
     )
     hard_weight: float = field(
@@ -102,6 +102,7 @@ class MaskedTeachers:
         models: the teachers.
         temperature: temperature of the soft targets.
         hidden: whether last hidden states are compared as well.
+        soft: whether distributions are compared.
         masked_only: whether distributions are compared at the predicted tokens only, and not at all of them.
 
     Attributes:
@@ -112,10 +113,16 @@ class MaskedTeachers:
     """
 
     def __init__(
-        self, models: list[LongEmbedForMaskedLM], temperature: float, hidden: bool, masked_only: bool = False
+        self,
+        models: list[LongEmbedForMaskedLM],
+        temperature: float,
+        hidden: bool,
+        masked_only: bool = False,
+        soft: bool = True,
     ) -> None:
         self.models = [model.eval().requires_grad_(False) for model in models]
-        self.temperature, self.needs_hidden_states, self.needs_all_logits = temperature, hidden, not masked_only
+        self.temperature, self.soft, self.needs_hidden_states = temperature, soft, hidden
+        self.needs_all_logits = soft and not masked_only
         self.denominators: Mapping[str, str] = {
             "soft_target_loss": "prediction_count" if masked_only else "token_count",
             "hidden_state_loss": "token_count",
@@ -137,7 +144,7 @@ class MaskedTeachers:
 
         Returns:
             Sums over the chunk: `soft_target_loss` over all tokens or over the predicted ones, `hidden_state_loss` over
-            all tokens.
+            all tokens, of what is compared.
         """
         inputs: dict[str, Any] = {"input_ids": chunk.texts.input_ids, "token_type_ids": chunk.token_type_ids}
         inputs |= {"cu_seq_lens_q": chunk.texts.cu_seq_lens_q, "max_length_q": chunk.texts.max_length_q}
@@ -147,7 +154,10 @@ class MaskedTeachers:
             inputs["output_hidden_states"] = True
         with torch.no_grad():
             outputs = [model.to(logits.device)(**inputs) for model in self.models]
-        sums = {"soft_target_loss": self.soft_target_sum(logits, [output.logits.flatten(0, -2) for output in outputs])}
+        sums = Metrics()
+        if self.soft:
+            of_teachers = [output.logits.flatten(0, -2) for output in outputs]
+            sums["soft_target_loss"] = self.soft_target_sum(logits, of_teachers)
         if hidden_states is not None:
             cosine = F.cosine_similarity(hidden_states[0].float(), outputs[0].hidden_states[-1][0].float(), dim=-1)
             sums["hidden_state_loss"] = (1 - cosine).sum()
@@ -223,5 +233,9 @@ def load_masked_teachers(
     if not teachers:
         return None
     return MaskedTeachers(
-        teachers, arguments.teacher_temperature, arguments.hidden_weight > 0, arguments.restrict_ce_to_mask
+        teachers,
+        arguments.teacher_temperature,
+        arguments.hidden_weight > 0,
+        arguments.restrict_ce_to_mask,
+        arguments.soft_weight > 0,
     )

@@ -16,7 +16,7 @@ from training.data.documents.batches import MaskedBatch, MaskedChunk
 from training.data.documents.sequences import Sequences, SpecialTokens
 from training.data.packing import PackedTexts, pack
 from training.engine.distributed import mean_over_processes
-from training.engine.loop import AccumulateGradient
+from training.engine.training import AccumulateGradient
 from training.objectives.chunked_loss import (
     LossModule,
     add_detached,

@@ -21,7 +21,7 @@ def memory(
     training = SimpleNamespace(
         batches=SimpleNamespace(batch_tokens=batch_tokens), tuning=tuning, length_option="sequence_length"
     )
-    options = SimpleNamespace(gradient_checkpointing=checkpointing)
+    options = SimpleNamespace(gradient_checkpointing=checkpointing, change_settings=["max_steps"])
     checkpoint = SimpleNamespace() if resumed else None
     loop = SimpleNamespace(arguments=options, device=torch.device("cpu"), checkpoint=checkpoint)
     return Memory(training, loop, MemoryArguments(memory_limit_gib=limit))
@@ -58,7 +58,9 @@ def test_the_answer_names_the_sizes_the_peak_and_what_is_left_to_change():
 def test_a_resumed_run_is_told_what_it_may_change():
     found = memory(resumed=True)
     found.note(chunk(90, 60))
-    changes = "--sequence_length 45 with --batch_tokens 45 with --change_settings sequence_length batch_tokens"
+    changes = (
+        "--sequence_length 45 with --batch_tokens 45 with --change_settings max_steps sequence_length batch_tokens"
+    )
     assert found.answer().endswith(f"; use --gradient_checkpointing or {changes}")
 
 

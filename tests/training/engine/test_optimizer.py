@@ -1,18 +1,21 @@
 """Which parameters decay, and how the learning rate goes over a run."""
 
 import json
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from transformers import optimization
+from transformers import SchedulerType, optimization
 
 from common.arguments import parse
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
-from training.engine.optimizer import OptimizerArguments, make_optimizer, make_scheduler, parameter_groups
+from training.engine.held_out import Evaluation
+from training.engine.optimizer import OptimizerArguments, make_optimizer, parameter_groups
+from training.engine.schedule import check_metric, make_scheduler
 
 
 def test_decay_is_for_matrices_alone():
@@ -107,6 +110,10 @@ def test_schedules_are_those_of_transformers(kind, settings, schedule):
         ("warmup_stable_decay", [], "warmup_stable_decay needs num_decay_steps"),
         ("warmup_stable_decay", ["num_decay_steps=4", "decay_type=steep"], "Unknown decay type: steep"),
         ("warmup_stable_decay", ["num_decay_steps=13"], "0 steps of warm-up and 13 after it are more than the 12 of"),
+        ("cosine", ["num_cycles=half"], "num_cycles=half: cosine: "),
+        ("polynomial", ["power=x"], "power=x: polynomial: "),
+        ("polynomial", ["power=-1"], "power=-1: polynomial: "),
+        ("inverse_sqrt", ["timescale=0"], "timescale=0: inverse_sqrt: "),
         ("reduce_lr_on_plateau", ["factor=1"], "Factor should be < 1.0"),
         ("reduce_lr_on_plateau", ["factor=half"], "--lr_scheduler_kwargs factor=half"),
         ("reduce_lr_on_plateau", ["factor=nan"], "must be a finite number"),
@@ -127,7 +134,8 @@ def test_a_schedule_without_a_warm_up_refuses_one(kind, warmup):
 
 
 @pytest.mark.parametrize(
-    ("metric", "mode"), [("eval_loss", "min"), ("eval_perplexity/a", "min"), ("eval_mrr", "max"), ("eval_mrr/b", "max")]
+    ("metric", "mode"),
+    [("eval_loss", "min"), ("eval_perplexity/a", "min"), ("eval_mrr", "max"), ("eval_mrr/glossary", "max")],
 )
 def test_a_metric_improves_in_its_own_direction(metric, mode):
     options = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_metric": metric}
@@ -174,6 +182,34 @@ def test_a_run_waits_for_its_evaluations_as_the_scheduler_of_torch_does_and_resu
     ):
         with pytest.raises(UserError, match=complaint):
             train_contrastive(given, output=complaint.replace(" ", "_"))
+
+
+def test_all_schedules_of_transformers_are_offered_but_one():
+    """`greedy` is told the loss after each step; a name that is new in transformers is seen here."""
+    offered = set(get_args(get_type_hints(OptimizerArguments)["lr_scheduler_type"]))
+    assert {kind.value for kind in SchedulerType} - {"greedy"} == offered
+
+
+@pytest.mark.parametrize(
+    ("sources", "metric", "complaint"),
+    [
+        (["a", "loss/b"], "eval_loss", "several held-out sources; write eval_loss/a or eval_loss/loss/b$"),
+        (["a", "loss/b"], "eval_loss/c", "write eval_loss/a or"),
+        (["a", "loss/b"], "eval_loss/loss/b", None),
+        (["a"], "eval_loss/a", "one held-out source; write eval_loss$"),
+        (["a"], "eval_loss", None),
+        ([], "eval_loss", "waits for a metric of evaluations"),
+    ],
+)
+def test_the_metric_that_a_schedule_waits_for_is_named_before_the_first_step(sources, metric, complaint):
+    arguments = OptimizerArguments(lr_scheduler_type="reduce_lr_on_plateau", lr_scheduler_metric=metric)
+    evaluation = Evaluation(dict.fromkeys(sources, 0.5), lambda value, model: {"eval_loss": value}, list)
+    if complaint is None:
+        check_metric(arguments, evaluation, 1)
+        assert metric in evaluation(nn.Linear(1, 1))
+        return
+    with pytest.raises(UserError, match=complaint):
+        check_metric(arguments, evaluation, 1)
 
 
 def test_a_group_keeps_its_own_settings():

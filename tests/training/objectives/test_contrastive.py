@@ -22,7 +22,7 @@ from tests.training.objectives.objective_cases import (
 )
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
-from training.engine.loop import _enable_gradient_checkpointing
+from training.engine.state import enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives import pair_step
 from training.objectives.contrastive import objective as objective_module
@@ -283,7 +283,7 @@ def test_the_cached_gradient_is_the_plain_one(case, tuning, dropout, monkeypatch
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # it starts at zero, at which A has no gradient
                 torch.nn.init.normal_(parameter, std=0.1)
-        _enable_gradient_checkpointing(adapted)
+        enable_gradient_checkpointing(adapted)
         return adapted
 
     cached = two_steps(case, encoder(), budget=60)

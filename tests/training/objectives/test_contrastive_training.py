@@ -24,7 +24,7 @@ from training.contrastive import main
 from training.data.pairs.batches import PairTokenizer
 from training.data.sources import read_sources
 from training.engine.checkpoints import WEIGHTS
-from training.engine.loop import LoopArguments
+from training.engine.loop_arguments import LoopArguments
 from training.models.encoder import ModelArguments
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import OBJECTIVES
