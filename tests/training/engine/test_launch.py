@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from common.files import sha256_file
+from tests.training.double_precision import double_precision
 from tests.training.tiny_training import SCRIPTS
 from training.engine.checkpoints import WEIGHTS
 
@@ -163,19 +164,25 @@ def test_two_processes_go_on_to_the_same_bytes(config, finished):
         assert sha256_file(finished(config, config) / name) == sha256_file(finished(config) / name)
 
 
+def go_on_as_one_process(options: list[str]) -> None:
+    """Run the script in this process with the weights of `launched_runs`; it is refused before it trains."""
+    with double_precision():
+        SCRIPTS["contrastive"].main(options)
+
+
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 @pytest.mark.slow
-def test_another_number_of_processes_has_to_be_allowed(config, finished, train_script):
-    checkpoint = finished(config) / "checkpoints" / "step-2"
+def test_another_number_of_processes_has_to_be_allowed(config, finished, options_of, tmp_path):
+    more = f"--resume_from_checkpoint {finished(config) / 'checkpoints' / 'step-2'}"
     sentence = "step-2: was made by 2 processes, now there are 1; launch as before, or add --allow_reshard"
     with pytest.raises(UserError, match=sentence):
-        train_script("contrastive", f"{OPTIONS['contrastive']} --resume_from_checkpoint {checkpoint}")
+        go_on_as_one_process(options_of("single", "contrastive", tmp_path, more))
 
 
 @pytest.mark.slow
-def test_another_batch_is_refused_however_many_processes(finished, train_script):
+def test_another_batch_is_refused_however_many_processes(finished, options_of, tmp_path):
     """The processes may change, the pairs of a whole batch may not."""
-    checkpoint = finished("ddp") / "checkpoints" / "step-2"
-    options = f"{OPTIONS['contrastive']} --resume_from_checkpoint {checkpoint} --allow_reshard"
-    with pytest.raises(UserError, match="was made with pairs a batch = 8, now it is 4"):
-        train_script("contrastive", f"{options} --per_device_train_batch_size 4")
+    more = f"--resume_from_checkpoint {finished('ddp') / 'checkpoints' / 'step-2'} --allow_reshard"
+    sentence = "step-2: was made with --per_device_train_batch_size 8 over all processes, now it is 4 over all"
+    with pytest.raises(UserError, match=sentence):
+        go_on_as_one_process(options_of("single", "contrastive", tmp_path, f"{more} --per_device_train_batch_size 4"))
