@@ -36,7 +36,7 @@ PER_DRAW = 300
 def main() -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=1000, help="inputs to run in all")
+    parser.add_argument("--count", type=int, default=1000, help="inputs that have to be refused")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after this time, to go on later")
     parser.add_argument("--folder", type=Path, default=Path("runs/fuzz"), help="of results.jsonl and summary.json")
     parser.add_argument("--scripts", nargs="+", default=list(COMMANDS), help="modules to try")
@@ -60,7 +60,8 @@ def main() -> None:
     again = [Case.from_text(row["case"]) for key, row in rows.items() if key not in done]  # what was a fault
     drawn = (case for number in count() for case in collect(inputs, options, number, PER_DRAW))
     for case in [case for case in again if case.key in arguments.only] if arguments.only else chain(again, drawn):
-        if (len(done) >= arguments.count and not arguments.only) or time.monotonic() - start > 60 * arguments.minutes:
+        refused = sum(row["kind"] == "refused" for row in done.values())  # what is accepted was legal after all
+        if (refused >= arguments.count and not arguments.only) or time.monotonic() - start > 60 * arguments.minutes:
             break
         if case.key in done:
             continue
@@ -82,7 +83,7 @@ def main() -> None:
     }
     atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary))
-    sys.exit(1 if summary.get("fault") else 0)
+    sys.exit(1 if summary.get("fault") or summary.get("unfinished") else 0)
 
 
 def check_good_commands(scripts: list[str], inputs: Path, folder: Path) -> None:
@@ -116,9 +117,12 @@ def check_good_commands(scripts: list[str], inputs: Path, folder: Path) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Read the results of an earlier run, but for a line that a kill has cut."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Read the results of an earlier run, and cut off the half of a line that a kill has left."""
+    text = path.read_bytes() if path.exists() else b""
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole))  # the next line would be appended to it
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def shown(case: Case) -> str:

@@ -1,6 +1,7 @@
 """Run bad inputs, each in a forked process, and judge how it ends."""
 
 import argparse
+import hashlib
 import importlib
 import json
 import os
@@ -81,8 +82,15 @@ def run_case(case: Case, inputs: Path, folder: Path, seconds: float = 30.0) -> O
     try:
         if not prepare(case, inputs, work):
             return Outcome("void", "an edit was not possible", 0.0)
+        before = hashes(work / "in")
         ended = run_forked(script, seconds, folder / "log", MEMORY)
         kind, detail = judge(ended.code, ended.killed, ended.stderr)
+        # A case may name an input as the place to write to.
+        after = hashes(work / "in")
+        changed = [name for name, digest in before.items() if after.get(name) != digest]
+        if changed := [name for name in changed if not any(f"in/{name}" in word for word in case.words)]:
+            kind, detail = "fault", f"inputs changed: {', '.join(changed)}"
+        # A process that was stopped may leave temporary files, which the next one removes.
         if kind != "unfinished" and (wrong := half_written(work)):
             kind, detail = "fault", f"half-written: {', '.join(wrong)}"
         return Outcome(kind, detail, ended.seconds)
@@ -90,18 +98,24 @@ def run_case(case: Case, inputs: Path, folder: Path, seconds: float = 30.0) -> O
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """Return a hash of each file below a folder, by its name there; special files are left out."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def judge(code: int, killed: bool, stderr: str) -> tuple[str, str]:
     """Return the kind of an outcome and its detail, from the exit code and what is on stderr."""
     lines = stderr.splitlines() or [""]
     if killed:
         return "unfinished", lines[-1][-200:]
+    if "Traceback (most recent call last)" in stderr:
+        return "fault", f"a traceback: {last_frames(stderr)}"
     if code == 0:
         return "accepted", ""
     told = [line for line in lines if line.startswith("error: ")]
     if code != 2:
         return "fault", f"exit code {code}: {last_frames(stderr)}"
-    if "Traceback (most recent call last)" in stderr:
-        return "fault", f"a traceback: {last_frames(stderr)}"
     if len(told) != 1 or lines[-1] != told[0]:
         return "fault", f"exit code 2 without one sentence: {stderr[-1000:]}"
     if found := OURS.search(told[0]):

@@ -1,12 +1,14 @@
 """A sample of `make fuzz`, and what it would not forgive."""
 
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from common.errors import UserError
 from tests.fuzz import run
+from tests.fuzz.__main__ import read_rows
 from tests.fuzz.cases import Case, Edit, collect
 from tests.tiny_inputs import write_inputs
 
@@ -54,6 +56,23 @@ def refuse_in_python():
     raise UserError("'NoneType' object has no attribute 'x'")
 
 
+def change_an_input():
+    with open("in/pairs.jsonl", "a") as file:
+        file.write("more")
+    refuse()
+
+
+def remove_an_input():
+    Path("in/pairs.jsonl").unlink()
+    refuse()
+
+
+def print_a_traceback():
+    import sys
+
+    print("Traceback (most recent call last)", file=sys.stderr)
+
+
 def print_twice():
     print("error: one")
     import sys
@@ -71,6 +90,9 @@ def print_twice():
         (leave_half, "fault", "half-written: half.json"),
         (refuse_in_python, "fault", "'NoneType' is not for a reader"),
         (print_twice, "fault", "without one sentence"),
+        (change_an_input, "fault", "inputs changed: pairs.jsonl"),
+        (remove_an_input, "fault", "inputs changed: pairs.jsonl"),
+        (print_a_traceback, "fault", "a traceback"),
         (lambda: time.sleep(60), "unfinished", ""),
     ],
 )
@@ -81,3 +103,12 @@ def test_what_is_a_fault(monkeypatch, good_inputs, tmp_path, main, kind, words):
     assert outcome.kind == kind
     assert words in outcome.detail
     assert not (tmp_path / "case").exists()
+
+
+def test_a_run_that_was_killed_in_a_line_goes_on_twice(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"key": 1}\n{"ke')
+    assert read_rows(path) == [{"key": 1}]
+    with open(path, "a") as file:
+        file.write('{"key": 2}\n')
+    assert read_rows(path) == read_rows(path) == [{"key": 1}, {"key": 2}]

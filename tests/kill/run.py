@@ -152,6 +152,8 @@ def kill_and_go_on(
         by_time = draw.random() < 0.5
         seconds = draw.uniform(0.0, reference.seconds) if by_time else LIMIT
         ended = start(workload, folder, seconds, None if by_time else draw.randint(1, reference.writes))
+        if ended.killed and not by_time:
+            return killed, [f"after {killed} kills it hangs"]
         if ended.code == -signal.SIGKILL:
             killed += 1
         elif ended.code:
