@@ -83,7 +83,8 @@ def reading(what: str, path: str | Path | None = None) -> Iterator[None]:
         if pointers := _lfs_pointers(path):
             reason = f"{pointers[0]} is a git-lfs pointer instead of the file; fetch it with git lfs pull"
         elif isinstance(error, _STUMBLED):
-            reason = "one of its files is damaged or has another format; copy or download it again"
+            told = f"{type(error).__name__}: {one_line(error)}"
+            reason = f"one of its files is damaged or has another format ({told}); copy or download it again"
         else:
             reason = one_line(error)
         raise UserError(f"{what}: {reason}") from error

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def _atomic_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     _check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent)  # first: a process that is killed here has not written, and the next one comes by
+    remove_leftovers(path.parent)  # before writing: after a kill in between, the next run writes and removes again
     temporary = _temporary(path)
     try:
         yield temporary
@@ -195,7 +195,9 @@ def remove_leftovers(folder: Path) -> None:
         except PermissionError:
             alive = True  # it belongs to another user
         if not alive:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            # Another process may remove it at the same time, and what cannot be removed must not stop a write.
+            with suppress(OSError):
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
 
 
 def _fsync(path: Path) -> None:

@@ -99,7 +99,8 @@ class Encoder:
     def identity(self) -> str:
         """A string of the files and settings that the vectors depend on besides the text, its type and the prompts."""
         length = "" if self.normalize else ":not normalized"
-        return f"{self.folder.revision}:{self.max_length}:{self.precision}{length}"
+        end = ":last tokens" if getattr(self.model.tokenizer, "truncation_side", "right") == "left" else ""
+        return f"{self.folder.revision}:{self.max_length}:{self.precision}{length}{end}"
 
     @property
     def dimension(self) -> int:
@@ -214,7 +215,12 @@ def encoder_computed_by(folder: ModelFolder, precision: str, trust_remote_code: 
     Returns:
         As `common.provenance.computed_by`.
     """
-    code = ("common.encoders.encoder", "common.encoders.quantization", "modeling_longembed.encoding_longembed")
+    code = (
+        "common.encoders.encoder",
+        "common.encoders.quantization",
+        "modeling_longembed.encoding_longembed",
+        "modeling_longembed.encoding_tokens_longembed",
+    )
     return folder.computed_by(*code, precision=precision, trust_remote_code=trust_remote_code)
 
 

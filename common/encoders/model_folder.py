@@ -18,6 +18,8 @@ from common.files import sha256_file
 from common.provenance import computed_by, device_kind
 from modeling_longembed.hub_files_longembed import CLIENT_ERROR, find_file
 
+# What a model is loaded from: a dense layer may be a .bin, a vocabulary a .tiktoken.
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*/pytorch_model.bin", "*.py"]
 # Files without which sentence-transformers builds another model from the same weights.
 SETTINGS = ("modules.json", "config_sentence_transformers.json")
 
@@ -53,9 +55,7 @@ class ModelFolder:
         if path.is_dir():
             return cls._local(path)
         try:
-            snapshot = Path(
-                snapshot_download(name_or_path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.py"])
-            )
+            snapshot = Path(snapshot_download(name_or_path, allow_patterns=FILES))
             for file in SETTINGS:  # offline, a snapshot may be a part of the repository: what else it has is not known
                 if not (snapshot / file).exists():
                     find_file(name_or_path, file, revision=snapshot.name)

@@ -39,8 +39,9 @@ class VectorCache:
                     "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, k INTEGER NOT NULL, data BLOB NOT NULL)"
                 )
         except sqlite3.Error as error:
-            # An operational error is one of the place, any other one of the file.
+            # An operational error is one of the place or of another process, any other one of the file.
             remedy = "make room, or name another place" if isinstance(error, sqlite3.OperationalError) else "delete it"
+            remedy = "another process is writing; start again when it has ended" if "locked" in str(error) else remedy
             raise UserError(f"cannot use {self.path} as the cache of vectors ({error}); {remedy}") from None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:

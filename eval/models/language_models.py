@@ -67,7 +67,10 @@ class LanguageModel:
             model.config.use_cache = False  # each call reads a whole text, so that no past keys and values are needed
         self.precision, self.context = precision, context_length(model)
         self.computed_by = self.folder.computed_by(
-            __name__, trust_remote_code=trust_remote_code, device=self.model.device.type
+            __name__,
+            "modeling_longembed.encoding_tokens_longembed",
+            trust_remote_code=trust_remote_code,
+            device=self.model.device.type,
         )
         self.lead, self.closing = special_tokens_around(self.tokenizer)
 

@@ -169,7 +169,7 @@ def read_scores(results_dir: str | Path) -> list[Score]:
     for meta_file in sorted(Path(results_dir).rglob("model_meta.json")):
         for file in meta_file.parent.glob("*.json"):
             if file != meta_file:
-                with reading(f"{meta_file} or {file.name} is no result of MTEB; remove both, and evaluate again"):
+                with reading(f"{meta_file} or {file.name} is no result of MTEB, which an evaluation writes again"):
                     for key, entry in read_result(meta_file, file):
                         newest[key] = max(newest.get(key, entry), entry)
     if not newest:

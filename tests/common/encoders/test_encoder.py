@@ -98,6 +98,20 @@ def test_max_length_cuts_what_a_model_of_ours_reads(tiny_longembed, minilm_token
     np.testing.assert_allclose(np.concatenate(encoder(texts, "document")), expected, atol=1e-5)
 
 
+def test_vectors_of_first_and_of_last_tokens_have_different_keys(tiny_sentence_transformer, tmp_path):
+    """A model that cuts off beginnings reads other tokens than the same model with a limit, be it the same number."""
+    folder = tmp_path / "left"
+    shutil.copytree(tiny_sentence_transformer, folder)
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"truncation_side": "left"}))
+    for path, same in ((tiny_sentence_transformer, True), (folder, False)):
+        plain = Encoder(ModelFolder.find(str(path)), batch_tokens=200)
+        limited = Encoder(ModelFolder.find(str(path)), max_length=plain.max_length, batch_tokens=200)
+        text = [" ".join(random_texts(1, 100))]
+        assert np.array_equal(plain(text, "document")[0], limited(text, "document")[0]) == same
+        assert (plain.identity == limited.identity) == same
+
+
 @pytest.mark.parametrize("name", ["tiny_sentence_transformer", "tiny_longembed"])
 @pytest.mark.parametrize("kind", ["truncate", "chunk-mean"])
 def test_the_first_tokens_are_read_whatever_side_the_folder_cuts_off(request, name, kind, minilm_tokenizer, tmp_path):

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 from huggingface_hub import hf_hub_download
+from huggingface_hub.utils import filter_repo_objects
 from transformers import BertConfig
 
 from common.encoders.encoder import Encoder
-from common.encoders.model_folder import ModelFolder
+from common.encoders.model_folder import FILES, ModelFolder
 from common.errors import UserError
 from tests.fake_hub import COMMIT, fake_hub
 
@@ -43,6 +44,13 @@ def test_the_revision_of_a_folder_changes_with_what_shapes_a_vector(tiny_sentenc
     settings = copy / "config.json"
     settings.write_text(settings.read_text().replace('"layer_norm_eps": 1e-12', '"layer_norm_eps": 1e-5'))
     assert ModelFolder.find(str(copy)).revision != original
+
+
+def test_all_that_a_model_is_loaded_from_is_downloaded_and_no_more():
+    needed = {"config.json", "model.safetensors", "vocab.txt", "spiece.model", "qwen.tiktoken", "modeling.py"}
+    needed |= {"1_Pooling/config.json", "2_Dense/pytorch_model.bin", "2_Dense/model.safetensors"}
+    other = {"pytorch_model.bin", "tf_model.h5", "README.md", "onnx/model.onnx", "flax_model.msgpack"}
+    assert set(filter_repo_objects(needed | other, allow_patterns=FILES)) == needed
 
 
 def test_a_part_of_a_snapshot_is_not_taken_for_the_model(tiny_longembed, tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """The cache of vectors: a put is stored whole or not at all, and a damaged file is reported in one sentence."""
 
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 
@@ -54,6 +56,15 @@ def test_a_file_that_is_no_cache_is_reported(tmp_path):
     (tmp_path / "v.sqlite").write_text("not a database" * 100)
     with pytest.raises(UserError, match=r"cannot use .*v.sqlite as the cache"):
         VectorCache(tmp_path / "v.sqlite")
+
+
+def test_a_cache_that_another_process_keeps_writing_is_not_to_be_deleted(tmp_path, monkeypatch):
+    connect = sqlite3.connect
+    with contextlib.closing(connect(tmp_path / "v.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", lambda path, timeout: connect(path, timeout=0))
+        with pytest.raises(UserError, match=r"v.sqlite .*locked\); another process is writing; start again"):
+            VectorCache(tmp_path / "v.sqlite")
 
 
 def test_a_cache_that_cannot_be_made_or_read_is_reported(tmp_path):
