@@ -83,7 +83,11 @@ class Arguments:
     """Options of the script."""
 
     output: str = field(
-        default="docs/images/attention_patterns.png", metadata={"help": "the PNG file, written whole or not at all"}
+        default="docs/images/attention_patterns.png",
+        metadata={
+            "help": "the PNG file, written whole or not at all",
+            "output": "file",
+        },
     )
 
 

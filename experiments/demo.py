@@ -60,7 +60,13 @@ class Settings:
 class Arguments:
     """Options of the script."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "folder of data, models, results and report"})
+    output_dir: str = field(
+        default="runs/demo",
+        metadata={
+            "help": "folder of data, models, results and report",
+            "output": "folder",
+        },
+    )
 
 
 def minilm() -> Path:

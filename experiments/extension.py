@@ -98,7 +98,12 @@ class Arguments:
     eval_data: str = field(
         metadata={"help": "held-out documents, as eval/perplexity.py reads them: .jsonl(.gz) with text fields, or .txt"}
     )
-    output_dir: str = field(metadata={"help": "folder of rows/, results.json, table.md and plot.png"})
+    output_dir: str = field(
+        metadata={
+            "help": "folder of rows/, results.json, table.md and plot.png",
+            "output": "folder",
+        }
+    )
     text_column: str = field(default="text", metadata={"help": "the column that holds the documents of --train_data"})
     task_data_dir: str | None = field(
         default=None, metadata={"help": "folder with one sub-folder for each retrieval task; default: no retrieval"}

@@ -144,8 +144,11 @@ def start_model(name: str, arguments: Arguments) -> Path:
     if name == "plain" and is_ours:
         return Path(given)
     stamp = folder.with_suffix(".json")
-    if not folder.exists():
+    made_from = {"model": ModelFolder.find(given).revision}
+    if not (folder.exists() and stamp.exists()):
         stamp.unlink(missing_ok=True)
+        check_stamp(stamp, made_from, folder)  # before the folder, which a kill would leave without one
+        shutil.rmtree(folder, ignore_errors=True)
         if name == "plain":
             model = LongEmbedModel.from_encoder(given)
         else:
@@ -153,7 +156,7 @@ def start_model(name: str, arguments: Arguments) -> Path:
             model.extend_context(65536, "restart", period=BLOCK["size"])
         with atomic_folder(folder) as temporary:
             model.eval().save_pretrained(temporary, title=name)
-    check_stamp(stamp, {"model": ModelFolder.find(given).revision})
+    check_stamp(stamp, made_from, folder)
     return folder
 
 

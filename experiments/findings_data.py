@@ -25,7 +25,12 @@ SENTENCE_WORDS = range(6, 41)  # words of a sentence that is trained on
 class DataArguments:
     """Files of the user. A finding needs only the data that its rows and its evaluations name."""
 
-    output_dir: str = field(metadata={"help": "folder with one sub-folder for each finding, and of plane.png"})
+    output_dir: str = field(
+        metadata={
+            "help": "folder with one sub-folder for each finding, and of plane.png",
+            "output": "folder",
+        }
+    )
     teacher: str | None = field(default=None, metadata={"help": "an encoder that guides and that mines hard negatives"})
     questions: str | None = field(default=None, metadata={"help": "JSON lines {question, long_answer, title}"})
     judge_from: int = field(
@@ -190,10 +195,13 @@ def data_file(name: str, arguments: DataArguments) -> Path:
         return arguments.given(name)
     path = arguments.data / f"{name}.jsonl"
     stamp = path.with_suffix(".made_by.json")
-    if not path.exists():
+    made_from = {option: _content(arguments, option) for option in MADE_FROM[name]}
+    if not (path.exists() and stamp.exists()):
+        path.unlink(missing_ok=True)
         stamp.unlink(missing_ok=True)
+        check_stamp(stamp, made_from, path)  # before the file, which a kill would leave without one
         DATA[name](arguments, path)
-    check_stamp(stamp, {option: _content(arguments, option) for option in MADE_FROM[name]})
+    check_stamp(stamp, made_from, path)
     return path
 
 

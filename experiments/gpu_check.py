@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.arguments import parse
+from common.conditions import NOT_GIVEN
 from common.errors import UserError, one_line, run
 from common.files import atomic_write
 from experiments.gpu.check import Check
@@ -77,16 +78,25 @@ PARTS = {
 class Arguments:
     """Options of the script."""
 
-    output: str = field(metadata={"help": "folder of checks.json"})
+    output: str = field(metadata={"help": "folder of checks.json", "output": "folder"})
     parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": "parts to run, in this order", "choices": list(PARTS)}
+        default_factory=lambda: list(PARTS),
+        metadata={"help": "parts to run, in this order", "choices": list(PARTS), "applies": {"part": NOT_GIVEN}},
     )
     budgets: list[str] = field(
         default_factory=list,
-        metadata={"help": "seconds of a part where they are not the default, such as flex=100 speed=60"},
+        metadata={
+            "help": "seconds of a part where they are not the default, such as flex=100 speed=60",
+            "applies": {"part": NOT_GIVEN},
+        },
     )
     part: str | None = field(
-        default=None, metadata={"help": "run this part in this process, without a budget", "choices": list(PARTS)}
+        default=None,
+        metadata={
+            "help": "run this part in this process, without a budget, and add its checks to checks.json; the exit code "
+            "is 0 whether they pass or not",
+            "choices": list(PARTS),
+        },
     )
 
 
@@ -231,9 +241,17 @@ def main() -> None:
         raise UserError("there is no CUDA device here, and this script checks nothing else; run it on a GPU")
     report = Report(Path(arguments.output, "checks.json").resolve())
     if arguments.part is not None:
+        if not report.path.exists():
+            report.begin(describe_environment())
         run_part(arguments.part, PARTS[arguments.part].checks("cuda"), report)
     else:
         run_all(arguments, budgets, report)
+
+
+def describe_environment() -> str:
+    """Return the names of the card and of the kernels, and torch's version."""
+    kernels = ", ".join(varlen_kernels())
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, kernels {kernels}, flex_attention"
 
 
 def run_all(arguments: Arguments, budgets: dict[str, float], report: Report) -> None:
@@ -247,8 +265,7 @@ def run_all(arguments: Arguments, budgets: dict[str, float], report: Report) -> 
     Raises:
         SystemExit: 1 if a check failed, or a part did not finish.
     """
-    kernels = ", ".join(varlen_kernels())
-    environment = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, kernels {kernels}, flex_attention"
+    environment = describe_environment()
     report.begin(environment)
     print(environment, flush=True)
     command = [sys.executable, "-m", "experiments.gpu_check", "--output", str(report.path.parent), "--part"]

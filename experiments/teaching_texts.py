@@ -39,7 +39,7 @@ class Arguments:
         }
     )
     questions: str = field(metadata={"help": "JSON lines of Natural Questions {question, long_answer}"})
-    output_dir: str = field(metadata={"help": "folder of the four files"})
+    output_dir: str = field(metadata={"help": "folder of the four files", "output": "folder"})
 
 
 def passages(text: str, count: int, generator: random.Random) -> list[str]:

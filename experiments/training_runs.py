@@ -15,22 +15,24 @@ from common.files import atomic_write
 from common.jsonl import read_jsonl
 
 
-def check_stamp(path: Path, made_by: dict[str, Any]) -> None:
-    """Write the stamp of a model, or check that an existing one is the same.
+def check_stamp(path: Path, made_by: dict[str, Any], made: Path | None = None) -> None:
+    """Write the stamp of what is made, or check that an existing one is the same.
 
     Args:
-        path: the stamp, in the folder of the model.
-        made_by: everything that the model depends on.
+        path: the stamp.
+        made_by: everything that what is made depends on.
+        made: the file or folder that is made; None: the folder of the stamp.
 
     Raises:
-        UserError: the existing model was made otherwise.
+        UserError: what exists was made otherwise.
     """
     stamp = json.dumps(made_by, indent=1, sort_keys=True)
     if not path.exists():
         atomic_write(path, stamp)
     elif path.read_text() != stamp:
         raise UserError(
-            f"{path.parent} was made from another model, recipe or data; remove it, or name another --output_dir"
+            f"{made or path.parent} was made from another model, recipe or data; remove it, or name another "
+            "--output_dir"
         )
 
 

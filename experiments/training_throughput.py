@@ -53,7 +53,12 @@ TEMPERATURE = 0.05
 class Arguments:
     """Options of the script."""
 
-    output_dir: str = field(metadata={"help": "folder of training.json, table.md and the models that are compared"})
+    output_dir: str = field(
+        metadata={
+            "help": "folder of training.json, table.md and the models that are compared",
+            "output": "folder",
+        }
+    )
     base_model: str = field(metadata={"help": "the encoder, a BERT; its position table is repeated for longer texts"})
     attention_patterns: list[str] = field(
         default_factory=lambda: ["full"], metadata={"help": "patterns, each used in all layers: full block:size=256"}

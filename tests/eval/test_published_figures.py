@@ -1,5 +1,6 @@
 """The ruler itself: known models on known documents give the figures that others have published or measured."""
 
+import json
 import os
 from pathlib import Path
 
@@ -38,3 +39,21 @@ def test_development_figures(minilm, tmp_path):
     values = [score.value for score in evaluate_retrieval(arguments)]
     assert values[0] == pytest.approx(94.9, abs=0.05)
     assert values[1] == pytest.approx(45.1, abs=0.2)
+
+
+def test_the_figures_of_the_gpu_are_those_of_its_run():
+    """Each row of docs/reports/attention-cost.md: tokens per second of both lengths, and peak and memory at 65,536."""
+    reports = Path(__file__).parents[2] / "docs" / "reports"
+    checks = json.loads((reports / "gpu_check.json").read_text())["checks"]
+    details = {check["name"]: check["detail"] for check in checks if check["name"].startswith("speed: ")}
+    page = (reports / "attention-cost.md").read_text().partition("## On a GPU")[2]
+    rows = [line.strip("| \n").split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    assert len(rows) == 3
+    for name, *cells in rows:
+        for mode, (short, long, peak, memory) in (("training", cells[:4]), ("forward", cells[4:])):
+            pattern = name.strip("`")
+            assert details[f"speed: {mode}, {pattern}, 16384 tokens"].startswith(f"{short} tokens a second, ")
+            expected = f"{long} tokens a second, {peak} of the peak, {memory} GB"
+            assert details[f"speed: {mode}, {pattern}, 65536 tokens"] == expected
+    assert f"All {len(checks)} checks" in " ".join(page.split())
+    assert all(check["passed"] for check in checks)
