@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.gpu import compilation
+from experiments.gpu import check, compilation
 from experiments.gpu.check import batch_of, tiny_model
 from experiments.gpu.compilation import check_compilation, check_device, compile_whole, one_graph_patterns
 from modeling_longembed.pattern_registry_longembed import PATTERNS, build_pattern
@@ -55,9 +55,10 @@ def test_every_setting_of_every_pattern_is_one_graph(as_on_cuda, entry):
     assert graphs <= 4
 
 
-def test_without_being_told_to_the_compiler_makes_one_graph_too(as_on_cuda):
+@pytest.mark.parametrize("pattern", ["full", "sliding"])
+def test_without_being_told_to_the_compiler_makes_one_graph_too(as_on_cuda, pattern):
     # `fullgraph=True` captures what a plain `torch.compile` breaks the graph for: a number asked of the device.
-    model, batch = one_layer("sliding"), batch_of((7, 12), "cpu")
+    model, batch = tiny_model(pattern, "cpu", torch.float32), batch_of((7, 12), "cpu")
     with torch.no_grad():
         report = torch._dynamo.explain(model)(**batch)
     assert report.graph_count == 1, report.break_reasons
@@ -87,6 +88,7 @@ def test_the_checks_of_the_gpu_pass_on_what_is_traced_here(as_on_cuda):
 
 def test_every_pattern_is_compared_with_the_cpu(monkeypatch):
     monkeypatch.setattr(compilation, "LENGTHS", (1, 67, 0, 130))
+    monkeypatch.setattr(check, "SIZES", check.SIZES | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96})
     checks = list(check_device("cpu"))
     assert [found.name for found in checks[::2]] == [f"device: {name} in inference" for name in PATTERNS]
     assert all(found.passed for found in checks)
@@ -98,5 +100,6 @@ def test_every_pattern_is_compared_with_the_cpu(monkeypatch):
 @needs_cuda
 @pytest.mark.parametrize("part", [check_compilation, check_device])
 def test_the_checks_pass_on_the_gpu(part):
-    for found in part("cuda"):
-        assert found.passed, found
+    checks = list(part("cuda"))
+    assert checks
+    assert all(found.passed for found in checks), checks

@@ -47,11 +47,13 @@ def test_the_utilisation_is_the_share_of_the_peak_of_a_device_that_is_known():
 @needs_cuda
 @pytest.mark.promise("A4")
 def test_twice_the_length_takes_no_more_than_the_ratio_on_the_gpu():
-    for found in check_memory("cuda"):
-        assert found.passed, found
+    checks = list(check_memory("cuda"))
+    assert checks
+    assert all(found.passed for found in checks), checks
 
 
 @needs_cuda
 def test_speed_can_be_measured_on_the_gpu():
-    for found in check_speed("cuda"):
-        assert found.passed, found
+    checks = list(check_speed("cuda"))
+    assert checks
+    assert all(found.passed for found in checks), checks

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from experiments.gpu import check, kernels
-from experiments.gpu.check import RULE, attention_inputs
-from experiments.gpu.kernels import check_flex, check_kernels, error_ratio, varlen_kernels
+from experiments.gpu.check import RULE, attention_inputs, ratio_of_errors
+from experiments.gpu.kernels import check_flex, check_kernels, error_ratio, outputs_and_gradients, varlen_kernels
 from modeling_longembed import attention_flex_longembed
 from modeling_longembed.attention_longembed import KERNELS
 from modeling_longembed.pattern_registry_longembed import build_pattern
@@ -27,7 +27,7 @@ def test_the_kernels_of_the_cpu_keep_the_rule(short):
 
 
 @pytest.mark.parametrize("spoiled", ["the context", "the gradient of the value"])
-def test_a_kernel_that_is_wrong_breaks_the_rule(spoiled):
+def test_a_kernel_that_is_wrong_breaks_the_rule(short, spoiled):
     def wrong(inputs):
         context, weights = KERNELS["eager"].function(inputs)
         if spoiled == "the context":
@@ -37,6 +37,16 @@ def test_a_kernel_that_is_wrong_breaks_the_rule(spoiled):
     with patch.dict(KERNELS, wrong=KERNELS["eager"]._replace(function=wrong)):
         inputs = attention_inputs(build_pattern("full"), "cpu", torch.bfloat16)
         assert error_ratio("wrong", inputs) > RULE
+        exact, dense, found = (
+            outputs_and_gradients(kernel, inputs, dtype)
+            for kernel, dtype in (("eager", torch.float64), ("eager", torch.bfloat16), ("wrong", torch.bfloat16))
+        )
+    ratios = [
+        ratio_of_errors(*parts) for parts in zip(*([[x] for x in xs] for xs in (found, dense, exact)), strict=True)
+    ]
+    context, _, _, value_gradient = ratios
+    assert (context > RULE) == (spoiled == "the context")
+    assert value_gradient > RULE
 
 
 @pytest.fixture
@@ -90,12 +100,14 @@ def test_masks_do_not_use_up_each_others_programs(compiled):
 @needs_cuda
 @pytest.mark.promise("A3")
 def test_the_kernels_of_the_gpu_keep_the_rule():
-    for found in check_kernels("cuda", varlen_kernels()):
-        assert found.passed, found
+    checks = list(check_kernels("cuda", varlen_kernels()))
+    assert len(checks) >= 3 * len(kernels.MASKS)
+    assert all(found.passed for found in checks), checks
 
 
 @needs_cuda
 @pytest.mark.promise("A3")
 def test_flex_attention_keeps_the_rule_and_compiles_once():
-    for found in check_flex("cuda"):
-        assert found.passed, found
+    checks = list(check_flex("cuda"))
+    assert len(checks) >= len(kernels.FLEX_MASKS)
+    assert all(found.passed for found in checks), checks
