@@ -25,15 +25,19 @@ SCHEMES = {
 }
 
 
-def entries(name: str, reach: int = 5) -> list[dict]:
-    """Config entries of a registered pattern: its smallest and about `reach`, its switches all off and all on."""
+def entries(name: str, reach: int = 6) -> list[dict]:
+    """Config entries of a registered pattern: its smallest and about `reach`, switches all off, all on, and one alone.
+
+    `reach` must be even: LSH attention has an even number of buckets.
+    """
     switches = [f.name for f in fields(PATTERNS[name]) if f.metadata["least"] is None]
     numbers = {f.name: f.metadata["least"] for f in fields(PATTERNS[name]) if f.name not in switches}
+    turned = [set(), *({switch} for switch in switches), set(switches)]
     settings = []
     for extra in (0, reach):
-        for value in (False, True):
+        for on in turned if extra else (turned[0], turned[-1]):
             sizes = {key: least + extra for key, least in numbers.items()}
-            settings.append({"type": name} | sizes | dict.fromkeys(switches, value))
+            settings.append({"type": name} | sizes | {switch: switch in on for switch in switches})
     return [entry for n, entry in enumerate(settings) if entry not in settings[:n]]
 
 

@@ -41,7 +41,7 @@ SCHEMES = ("absolute", "rope", "alibi", "buckets", "relative", "rope+group")
 # flash-attn needs a GPU: what is passed to it is tested with a stand-in below.
 CPU_KERNELS = [name for name in KERNELS if name != "flash_attention_2"]
 TRAINABLE_KERNELS = [name for name in CPU_KERNELS if name != "flex_attention"]
-LENGTHS = (0, 1, 2, 3, 7, 13, 61, 64, 65, 67, 131, 193)
+LENGTHS = (0, 1, 2, 3, 7, 13, 61, 64, 65, 67, 131)
 
 
 # The oracle -----------------------------------------------------------------------------------------------------------
@@ -253,7 +253,9 @@ def test_reach_is_as_far_as_the_predicate_sees(pattern):
 @pytest.mark.parametrize(("pattern", "scheme", "kernel", "causal"), COMBINATIONS)
 def test_equals_dense_attention(pattern, scheme, kernel, causal):
     with torch.set_grad_enabled(kernel in TRAINABLE_KERNELS):
-        problem = make_problem(pattern, scheme, [1, 67, 0, 2, 6, 131, 5, 4, 13], causal=causal)
+        # Blocks of one or two tokens take time by their number, and have nothing new to show in long documents.
+        medium, long = (17, 23) if getattr(pattern, "size", 64) <= 2 else (67, 131)
+        problem = make_problem(pattern, scheme, [1, medium, 0, 2, 6, long, 5, 4, 13], causal=causal)
         output, expected = problem.attend(kernel), dense_attention(problem)
     torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
     if kernel in TRAINABLE_KERNELS:
@@ -274,7 +276,9 @@ def cases(draw, name, scheme):
             entry[field.name] = draw(st.integers(least, least + (2 if field.name == "dilation" else 70)))
     sizes = [size for size in entry.values() if type(size) is int]
     around = [max(0, size * times + more) for size in sizes for times in (1, 2) for more in (-1, 0, 1)]
-    lengths = draw(st.lists(st.sampled_from([*LENGTHS, *around]), min_size=1, max_size=3).filter(any))
+    longest = 24 * entry.get("size", 64)  # the time of blocks goes by their number
+    lengths = [length for length in (*LENGTHS, *around) if length <= longest]
+    lengths = draw(st.lists(st.sampled_from(lengths), min_size=1, max_size=3).filter(any))
     is_global = None
     if may_be_global and draw(st.booleans()):
         is_global = torch.tensor(

@@ -1,5 +1,7 @@
 """A batch in several forward passes gives what one pass gives, for every pattern, position scheme and layout."""
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from modeling_longembed.layout_layerdrop_longembed import layers_drawn_once
+from modeling_longembed.layout_registry_longembed import expand_layout
 from modeling_longembed.pattern_registry_longembed import PATTERNS, build_pattern
 from tests.modeling_longembed.pattern_settings import SCHEMES, entries, refused
 from tests.training.tiny_training import tiny_config
@@ -21,12 +24,12 @@ from training.objectives.losses.contrastive import info_nce
 LENGTHS = [23, 5, 17, 12]  # two queries and their documents
 WHOLE = 10_000  # tokens of a chunk that holds every batch of these tests
 FOCUSED = {"type": "focused", "size": 8}
-LAYOUTS = ["sfsf", "ssff", "sffsf"]  # interleaved, sandwich(1), PAR(2.5)
+LAYOUTS = {name: expand_layout(name, 2) for name in ("interleaved", "sandwich(1)", "par(3)")}
 
 
 def build(entry: dict | str = "full", **fields) -> LongEmbedModel:
     torch.manual_seed(1)
-    layout = {"num_hidden_layers": None, "sublayer_pattern": LAYOUTS[0]}
+    layout = {"num_hidden_layers": None, "sublayer_pattern": LAYOUTS["interleaved"]}
     return LongEmbedModel(tiny_config(attention_patterns=entry, **(layout | fields))).double().train()
 
 
@@ -52,25 +55,49 @@ def assert_alike(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(ours[name], gradient, atol=1e-10 * scale, rtol=1e-9, msg=name)
 
 
+def settings_of(name: str) -> list[dict]:
+    """Settings of a pattern that divide documents of these lengths; the first and the last are in the fast cases."""
+    return entries(name, reach=2)
+
+
+FAST = [entry for name in PATTERNS for entry in (settings_of(name)[0], settings_of(name)[-1])]
+
+
 def cases() -> list:
-    """Every pattern with every scheme that it allows, in changing layouts; the fast ones have each of these once."""
+    """Every setting with every scheme that it allows, in changing layouts; of the fast ones, each with one scheme."""
     chosen = []
-    for number, name in enumerate(PATTERNS):
-        for place, (scheme, fields) in enumerate(SCHEMES.items()):
-            entry = next((entry for entry in reversed(entries(name, reach=5)) if not refused(entry, fields)), None)
-            if entry is not None:
-                fast = name == "full" or place == number % len(SCHEMES)
-                layout, layerdrop = LAYOUTS[(number + place) % len(LAYOUTS)], 0.4 * (place % 2)
-                identity = f"{name}-{scheme}-{layout}-layerdrop{layerdrop}"
-                marks = [] if fast else [pytest.mark.slow]
-                chosen.append(pytest.param(entry, scheme, layout, layerdrop, id=identity, marks=marks))
+    for number, entry in enumerate(entry for name in PATTERNS for entry in settings_of(name)):
+        allowed = [scheme for scheme, fields in SCHEMES.items() if not refused(entry, fields)]
+        for place, scheme in enumerate(allowed):
+            layout, layerdrop = list(LAYOUTS)[(number + place) % len(LAYOUTS)], 0.4 * (number % 2)
+            fast = entry["type"] == "full" or (entry in FAST and place == number % len(allowed))
+            identity = f"{build_pattern(entry)}-{scheme}-{layout}-layerdrop{layerdrop}"
+            marks = [] if fast else [pytest.mark.slow]
+            chosen.append(pytest.param(entry, scheme, layout, layerdrop, id=identity, marks=marks))
     return chosen
+
+
+def test_every_pattern_scheme_and_layout_occurs_among_the_fast_cases():
+    fast = [case.values for case in cases() if not case.marks]
+    patterns, schemes, layouts, rates = zip(*fast, strict=True)
+    assert {entry["type"] for entry in patterns} == set(PATTERNS)
+    assert all(entry in patterns for entry in FAST)
+    assert (set(schemes), set(layouts), len(set(rates))) == (set(SCHEMES), set(LAYOUTS), 2)
+    coupling = {build_pattern(entry).couples_documents for entry in patterns if entry["type"] == "focused"}
+    assert coupling == {False, True}  # with the segments of other documents, and with those of none
+
+
+def test_the_layouts_are_those_of_the_registry():
+    with pytest.raises(ValueError, match="give letters") as refusal:
+        expand_layout("no layout", 2)
+    named = re.findall(r"'(\w+)(?:\(\w\))?'", str(refusal.value).partition(", or ")[2])
+    assert named == [name.partition("(")[0] for name in LAYOUTS]
 
 
 @pytest.mark.promise("C8")
 @pytest.mark.parametrize(("entry", "scheme", "layout", "layerdrop"), cases())
 def test_the_budget_of_a_chunk_does_not_change_the_gradient(entry, scheme, layout, layerdrop):
-    model = build(entry, sublayer_pattern=layout, layerdrop=layerdrop, **SCHEMES[scheme])
+    model = build(entry, sublayer_pattern=LAYOUTS[layout], layerdrop=layerdrop, **SCHEMES[scheme])
     expected = contrastive_gradients(model, WHOLE)
     for budget in (1, 30):  # every text alone; two together
         if build_pattern(entry).couples_documents:
@@ -80,7 +107,7 @@ def test_the_budget_of_a_chunk_does_not_change_the_gradient(entry, scheme, layou
             assert_alike(contrastive_gradients(model, budget), expected)
 
 
-@pytest.mark.parametrize("entry", [entry for name in PATTERNS for entry in entries(name, reach=4)[-1:]], ids=str)
+@pytest.mark.parametrize("entry", FAST, ids=str)
 def test_the_registry_knows_which_documents_see_each_other(entry):
     """The vector of a document changes with its neighbours in training under these patterns, and under no others."""
     model = build(entry)
