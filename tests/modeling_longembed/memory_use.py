@@ -45,3 +45,15 @@ class KeptForBackward(saved_tensors_hooks):
     @property
     def largest(self):
         return max(self.storages.values(), default=0)
+
+
+def peak_bytes(computation):
+    """Return the largest number of bytes that the CPU tensors of `computation()` take at a time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        computation()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        taken += event.nbytes()  # negative where memory is given back
+        peak = max(peak, taken)
+    return peak
