@@ -25,6 +25,7 @@ from .export_onnx_longembed import export_onnx
 from .hub_longembed import HubModel
 from .layout_layerdrop_longembed import draw_layers, prune_to_layers, prune_to_sublayers, skip_layer
 from .output_pooling_longembed import pool, token_weights
+from .output_similarity_longembed import similarity
 from .packing_longembed import PackedDocuments
 from .pattern_adaptive_span_longembed import find_adaptive_spans, total_span_penalty
 from .pattern_base_longembed import TokenSequence
@@ -248,6 +249,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
     tokenize = tokenize_texts
     encode = encode_texts
     encode_stream = encode_stream
+    similarity = similarity
     to_onnx = export_onnx
 
     def __init__(self, config):
