@@ -27,11 +27,11 @@ def whole_softmax(query, key, value, mask, bias):
 
 
 @pytest.mark.promise("A2")
-@pytest.mark.parametrize("key_chunk", [1, 7, 16, 45])
-@pytest.mark.parametrize("query_chunk", [1, 7, 16, 45])
+@pytest.mark.parametrize("key_chunk", [1, 7, 19])
+@pytest.mark.parametrize("query_chunk", [1, 7, 19])
 @pytest.mark.parametrize("kind", ["plain", "causal", "band", "blind"])
 def test_any_chunks_give_the_whole_softmax(query_chunk, key_chunk, kind):
-    length = 45
+    length = 19
     inputs = problem(length)
     index = torch.arange(length)
     difference = index[:, None] - index
@@ -82,16 +82,16 @@ def test_scores_far_out_of_the_range_of_exp():
 
 def test_dropout_leaves_out_weights_and_keeps_their_mean():
     torch.manual_seed(0)
-    inputs = [x.detach() for x in problem(24)]
-    ones = [*inputs[:2], torch.ones_like(inputs[2])]
-    samples = torch.stack([online_attention(*ones, 0.4, 0.3, query_chunk=7, key_chunk=5) for _ in range(2000)])
+    query, key, _ = (x.detach().repeat(1, 200, 1) for x in problem(24))
+    inputs = query, key, torch.ones_like(query)
+    samples = torch.stack([online_attention(*inputs, 0.4, 0.3, query_chunk=7, key_chunk=5) for _ in range(10)])
     assert samples.std() > 0.01
     assert samples.mean().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.promise("A2")
 def test_neither_forward_nor_backward_holds_length_times_length_elements():
-    length, chunk = 1500, 50
+    length, chunk = 800, 50
     inputs = problem(length, torch.float32)
     with (
         KeptForBackward() as kept,
