@@ -101,6 +101,13 @@ class LongEmbedConfig(PretrainedConfig):
             content does not dominate rare content (see `token_weights` in `output_pooling_longembed`); or `none`.
         token_weighting_regularization: regularization strength of the token weights; the larger it is, the closer the
             weights are to those of plain pooling.
+        token_dim: width of the vectors of single tokens, for late interaction; None: the token states themselves, which
+            need no head.
+        token_head: what makes token vectors of states: `linear`, or `mlp`, two layers.
+        token_skip_punctuation: whether tokens of punctuation marks alone have no vector, as special tokens never have.
+        query_token_weights: what the vector of a query token is multiplied by, so that MaxSim counts it more or less:
+            `none`, `idf` (a table over the vocabulary that stays as it is), `table` (the same, trained) or `state` (the
+            trained table times `2 * sigmoid(w . h + b)` of the state).
         prompts: text that is put in front of an input, by the name of the prompt; evaluation and inference use the
             names `query` and `document`.
         default_prompt_name: name of the prompt that `encode` uses where none is asked for; None: no prompt.
@@ -156,6 +163,10 @@ class LongEmbedConfig(PretrainedConfig):
     pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
     token_weighting: Literal["none", "generalized_max"] = "none"
     token_weighting_regularization: float | int = 50.0
+    token_dim: int | None = None
+    token_head: Literal["linear", "mlp"] = "linear"
+    token_skip_punctuation: bool = False
+    query_token_weights: Literal["none", "idf", "table", "state"] = "none"
     prompts: dict | None = None
     default_prompt_name: str | None = None
     normalize: bool = True
@@ -322,6 +333,22 @@ class LongEmbedConfig(PretrainedConfig):
         if not 0 < self.token_weighting_regularization < float("inf"):
             raise ValueError(
                 f"token_weighting_regularization={self.token_weighting_regularization}; give a positive number"
+            )
+
+    def validate_token_vectors(self):
+        """Check that there is a head for each field that describes one.
+
+        Raises:
+            ValueError: the width of the token vectors is out of range, or there is no head.
+        """
+        if self.token_dim is not None and not 1 <= self.token_dim <= self.hidden_size:
+            raise ValueError(
+                f"token_dim={self.token_dim}; give at least 1 and at most hidden_size={self.hidden_size}, or leave it "
+                "out for the token states themselves"
+            )
+        if self.token_dim is None and self.token_head != "linear":
+            raise ValueError(
+                f"token_head={self.token_head!r} but token_dim is not set, so that there is no head; set token_dim"
             )
 
     def validate_positions(self):

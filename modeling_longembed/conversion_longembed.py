@@ -42,6 +42,10 @@ CHOICES = (
     "pooling",
     "token_weighting",
     "token_weighting_regularization",
+    "token_dim",
+    "token_head",
+    "token_skip_punctuation",
+    "query_token_weights",
     "prompts",
     "default_prompt_name",
     "normalize",
@@ -286,10 +290,11 @@ def convert_encoder(
             values (`global_projections` are copies, `adaptive` starts at its `initial_span`).
         attn_implementation: name of the attention kernel, as in `from_pretrained`.
         **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
-            `prompts`, `default_prompt_name`, `normalize`, `similarity_fn_name`,
-            `hidden_dropout_prob`, `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model` (a name for the
-            card); and the options of `from_pretrained` to find files: `revision`, `token`, `cache_dir`,
-            `local_files_only`.
+            `token_dim` and `token_head` (which start at random; `fit_token_head` of the model starts them at an optimum
+            instead), `token_skip_punctuation`, `query_token_weights` (all 1 at the start), `prompts`,
+            `default_prompt_name`, `normalize`, `similarity_fn_name`, `hidden_dropout_prob`, `attention_dropout`,
+            `layerdrop`, `layerdrop_unit`, `original_model` (a name for the card); and the options of `from_pretrained`
+            to find files: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Returns:
         The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
@@ -358,6 +363,8 @@ def convert_encoder(
         weights |= converted_head_weights(original_model, family, missing)
     absent, unexpected = model.load_state_dict(weights, strict=False)
     absent = [name for name in absent if name not in model.all_tied_weights_keys]
+    # No other encoder has weights of token vectors.
+    absent = [name for name in absent if "token_output." not in name]
     # The patterns' own weights depend on the choice of patterns, so that they may be missing or unused.
     new, unused = ([name for name in names if ".own." in name] for names in (absent, unexpected))
     if unmatched := [name for name in [*absent, *unexpected] if name not in (*new, *unused)]:

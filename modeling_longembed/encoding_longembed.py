@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .encoding_choices_longembed import EncodingChoices
 from .encoding_file_longembed import VectorFile, map_vectors
 from .encoding_tokens_longembed import cut_off, special_tokens_around, tokenize_beginnings
 from .hub_longembed import HubModel
@@ -192,8 +193,12 @@ def encode_texts(
     precision: str = "auto",
     show_progress_bar: bool | None = None,
     output_file: str | PathLike | None = None,
+    output_value: str = "vector",
+    is_query: bool | None = None,
+    token_dim: int | None = None,
+    token_precision: str = "float32",
 ):
-    """Encode texts of any length up to the context as vectors.
+    """Encode texts of any length up to the context as vectors, one a text, one a token, or both from one reading.
 
     Args:
         model: the encoder.
@@ -202,21 +207,30 @@ def encode_texts(
             the one that `config.default_prompt_name` names, which is none for most models.
         batch_tokens: largest number of tokens in one forward pass, which determines the memory. Texts are sorted by
             length within a window of about sixteen batches, and packed without padding.
-        normalize: scale vectors to unit length, after truncation; None: as `config.normalize` says.
+        normalize: scale vectors to unit length, after truncation; None: as `config.normalize` says. Token vectors
+            always have unit length, those of a query times their weights.
         truncate_dim: number of leading dimensions to keep (for models trained with Matryoshka losses); None: all.
         late_chunk_tokens: return one vector for each passage of this many tokens, pooled from states that have seen the
             whole document (late chunking, Günther et al. 2024, arXiv:2409.04701); None: one vector per text.
         overflow: if texts exceed the context, `warn` logs how many were cut off, `error` raises.
         output: `numpy` or `torch`.
-        precision: `float32`, `bfloat16` (matrix products in bfloat16 under autocast), or `auto`: bfloat16 where the
-            processor multiplies it in hardware.
+        precision: of the arithmetic: `float32`, `bfloat16` (matrix products in bfloat16 under autocast), or `auto`:
+            bfloat16 where the processor multiplies it in hardware.
         show_progress_bar: whether a progress bar is shown; None: if there is more than one batch.
         output_file: write the vectors to this file in NumPy's format (`vectors.npy`) as they come, and return them
             memory-mapped from there. The file appears under its name when it is whole.
+        output_value: `vector`; `tokens`, a vector for each token but those that are left out, to be compared by MaxSim
+            (`model.similarity`); or `both`.
+        is_query: whether token vectors are those of queries, which have weights (`config.query_token_weights`); None:
+            if the prompt is that of queries.
+        token_dim: number of leading dimensions of token vectors to keep (the head has them in the order of their
+            importance); None: all.
+        token_precision: of the token vectors that are returned: `float32` or `float16`.
 
     Returns:
         fp32 vectors `(len(texts), dim)` in the order of `texts`, or `(dim,)` for one string. With `late_chunk_tokens`,
-        a list of `(passages, dim)`, or `(passages, dim)` for one string.
+        a list of `(passages, dim)`, or `(passages, dim)` for one string. With `tokens`, a list of `(tokens, k)`, or
+        `(tokens, k)` for one string. With `both`, a pair of the two.
 
     Raises:
         ValueError: an argument has a value that is not allowed, a text is no string, or a text is too long and
@@ -228,32 +242,47 @@ def encode_texts(
             "encode: output_file takes one vector for each of several texts; leave it out for one string and with "
             "late_chunk_tokens"
         )
+    if output_file is not None and output_value != "vector":
+        raise ValueError(
+            f"encode: output_file takes one vector for each text, not output_value={output_value!r}; write what "
+            "encode_stream returns for each text, or index the texts"
+        )
     texts = [texts] if isinstance(texts, str) else texts
     width = truncate_dim or model.config.hidden_size
+    choices = EncodingChoices(
+        prompt_name,
+        batch_tokens,
+        normalize,
+        truncate_dim,
+        late_chunk_tokens,
+        overflow,
+        precision,
+        output_value,
+        is_query,
+        token_dim,
+        token_precision,
+    )
     with Progress(show_progress_bar, len(texts) if isinstance(texts, Sized) else None) as progress:
-        windows = encode_windows(
-            model,
-            texts,
-            prompt_name,
-            batch_tokens,
-            normalize,
-            truncate_dim,
-            late_chunk_tokens,
-            overflow,
-            precision,
-            progress.update,
-        )
+        windows = encode_windows(model, texts, choices, progress.update)
         with closing(windows):
             if output_file is not None:
                 with VectorFile(output_file, width) as file:
                     for window in windows:
-                        file.write(torch.cat(window))
+                        file.write(torch.cat([vectors for vectors, _ in window]))
                 return convert(map_vectors(output_file, file.count, width))
-            if late_chunk_tokens is not None:
-                parts = [convert(part) for window in windows for part in window]
-                return parts[0] if single else parts
-            stacked = convert(torch.cat([torch.zeros(0, width), *(torch.cat(window) for window in windows)]))
-    return stacked[0] if single else stacked
+            # Of a long stream a window is stacked at a time: a tensor a text would take more memory than its numbers.
+            stacked, passages, tokens = [torch.zeros(0, width)], [], []
+            for window in windows:
+                if choices.has_tokens:
+                    tokens += [convert(part) for _, part in window]
+                if choices.has_vectors and late_chunk_tokens is not None:
+                    passages += [convert(vectors) for vectors, _ in window]
+                elif choices.has_vectors:
+                    stacked.append(torch.cat([vectors for vectors, _ in window]))
+    vectors = passages if late_chunk_tokens is not None else convert(torch.cat(stacked))
+    if single:
+        vectors, tokens = (value[0] if len(value) else None for value in (vectors, tokens))
+    return {"vector": vectors, "tokens": tokens, "both": (vectors, tokens)}[output_value]
 
 
 def encode_stream(
@@ -267,6 +296,10 @@ def encode_stream(
     overflow: str = "warn",
     output: str = "numpy",
     precision: str = "auto",
+    output_value: str = "vector",
+    is_query: bool | None = None,
+    token_dim: int | None = None,
+    token_precision: str = "float32",
 ) -> Iterator[Any]:
     """Encode texts as they come, in memory that does not depend on their number.
 
@@ -279,12 +312,12 @@ def encode_stream(
     Args:
         model: the encoder.
         texts: any number of strings, which need not be in memory: a list, a column, a generator.
-        prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, output, precision: as in
-            `encode_texts`.
+        prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, output, precision,
+            output_value, is_query, token_dim, token_precision: as in `encode_texts`.
 
     Returns:
         An iterator over the vectors `encode` would return, in the order of `texts`: `(dim,)` for each text, with
-        `late_chunk_tokens` `(passages, dim)`.
+        `late_chunk_tokens` `(passages, dim)`; with `tokens` `(tokens, k)`, with `both` a pair.
 
     Raises:
         ValueError: as in `encode_texts`; about a text, when it is read.
@@ -292,15 +325,30 @@ def encode_stream(
     convert = converter(output)
     if isinstance(texts, str):
         raise ValueError("encode: a stream takes several texts, and this is one string; give [text], or call encode")
-    windows = encode_windows(
-        model, texts, prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, precision
+    choices = EncodingChoices(
+        prompt_name,
+        batch_tokens,
+        normalize,
+        truncate_dim,
+        late_chunk_tokens,
+        overflow,
+        precision,
+        output_value,
+        is_query,
+        token_dim,
+        token_precision,
     )
+    windows = encode_windows(model, texts, choices)
 
     def vectors() -> Iterator[Any]:
         with closing(windows):
             for window in windows:
-                for part in window:
-                    yield convert(part if late_chunk_tokens else part[0])
+                for part, tokens in window:
+                    if not choices.has_vectors:
+                        yield convert(tokens)
+                        continue
+                    vector = convert(part if late_chunk_tokens else part[0])
+                    yield (vector, convert(tokens)) if choices.has_tokens else vector
 
     return vectors()
 
@@ -322,97 +370,67 @@ def converter(output: str) -> Callable[[Tensor], Any]:
 def encode_windows(
     model: HubModel,
     texts: Iterable[str],
-    prompt_name: str | None,
-    batch_tokens: int,
-    normalize: bool | None,
-    truncate_dim: int | None,
-    late_chunk_tokens: int | None,
-    overflow: str,
-    precision: str,
+    choices: EncodingChoices,
     report: Callable[[int], None] = lambda count: None,
 ) -> Any:
-    """Check the choices of `encode_texts`, and return a generator of its vectors, window by window.
+    """Check the choices of `encode_texts`, and return a generator of what it computes, window by window.
 
     Args:
         model: the encoder.
         texts: any strings.
-        prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, precision: as in
-            `encode_texts`.
+        choices: as in `encode_texts`.
         report: is called after each forward pass with the number of its texts.
 
     Returns:
-        A generator of lists, with `(1, dim)` or `(passages, dim)` for each text of a window.
+        A generator of lists, with a pair for each text of a window: `(1, dim)` or `(passages, dim)`, and the token
+        vectors `(tokens, k)`; empty where it is not asked for.
 
     Raises:
         ValueError: a choice has a value that is not allowed.
     """
-    for name, value, allowed in (
-        ("overflow", overflow, ("warn", "error")),
-        ("precision", precision, ("auto", "float32", "bfloat16")),
-        ("prompt_name", prompt_name, (None, *model.config.prompts)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
-    for name, size, optional in (
-        ("batch_tokens", batch_tokens, False),
-        ("truncate_dim", truncate_dim, True),
-        ("late_chunk_tokens", late_chunk_tokens, True),
-    ):
-        if not (optional and size is None) and (not isinstance(size, int) or size < 1):
-            raise ValueError(f"encode: {name}={size!r}; give a whole number of at least 1")
-    if truncate_dim is not None and truncate_dim > model.config.hidden_size:
-        raise ValueError(
-            f"encode: truncate_dim={truncate_dim} is more than the {model.config.hidden_size} dimensions of the model"
-        )
-    prompt_name = model.config.default_prompt_name if prompt_name is None else prompt_name
-    prompt = "" if prompt_name is None else model.config.prompts[prompt_name]
-    unit_length = model.config.normalize if normalize is None else normalize
+    choices.check(model.config)
+    if choices.has_tokens:
+        model.left_out_tokens(model.device)  # a model without a tokenizer is told before a text is read
+    _, prompt = choices.prompt(model.config)
 
-    def compute() -> Iterator[list[Tensor]]:
-        windows = divide_into_windows(texts, CHARACTERS_PER_BATCH_TOKEN * batch_tokens)
+    def compute() -> Iterator[list[tuple[Tensor, Tensor]]]:
+        windows = divide_into_windows(texts, CHARACTERS_PER_BATCH_TOKEN * choices.batch_tokens)
         # Without texts no tokenizer is needed.
         first = next(windows, None)
         if first is None:
             return
-        with closing(read_windows(model, chain([first], windows), prompt, overflow)) as rows_of_windows:
+        with closing(read_windows(model, chain([first], windows), prompt, choices.overflow)) as rows_of_windows:
             for rows in rows_of_windows:
-                vectors = encode_rows(model, rows, batch_tokens, late_chunk_tokens, precision, report)
-                yield [finish_vectors(part, unit_length, truncate_dim) for part in vectors]
+                yield encode_rows(model, rows, choices, report)
 
     return compute()
 
 
 @torch.no_grad()
 def encode_rows(
-    model: HubModel,
-    rows: Sequence[array],
-    batch_tokens: int,
-    late_chunk_tokens: int | None,
-    precision: str,
-    report: Callable[[int], None],
-) -> list[Tensor]:
+    model: HubModel, rows: Sequence[array], choices: EncodingChoices, report: Callable[[int], None]
+) -> list[tuple[Tensor, Tensor]]:
     """Compute the vectors of tokenized documents; see `encode_texts`.
 
     Args:
         model: the encoder; it is in evaluation mode while it computes.
         rows: the token ids of each document.
-        batch_tokens: largest number of tokens in one forward pass.
-        late_chunk_tokens: number of tokens per passage, or None.
-        precision: `float32`, `bfloat16` or `auto`.
+        choices: as in `encode_texts`.
         report: is called after each forward pass with the number of its documents.
 
     Returns:
-        `(1, d)`, or `(passages, d)`, for each document, in the order of `rows`.
+        For each document, in the order of `rows`, `(1, d)` or `(passages, d)`, and its token vectors `(tokens, k)`.
     """
-    device = model.device
-    half = precision == "bfloat16" or (
-        precision == "auto" and model.dtype == torch.float32 and is_fast_in_bfloat16(device)
+    device, late_chunk_tokens = model.device, choices.late_chunk_tokens
+    half = choices.precision == "bfloat16" or (
+        choices.precision == "auto" and model.dtype == torch.float32 and is_fast_in_bfloat16(device)
     )
-    vectors: list[Tensor] = [torch.empty(0)] * len(rows)
+    side = choices.side(model.config)
+    outputs: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(rows)
     was_training = model.training
     model.eval()
     try:
-        for batch in budget_batches([len(row) for row in rows], batch_tokens):
+        for batch in budget_batches([len(row) for row in rows], choices.batch_tokens):
             lengths = torch.tensor([len(rows[index]) for index in batch], dtype=torch.int32)
             cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)).to(device)
             ids = array("i")
@@ -420,20 +438,34 @@ def encode_rows(
                 ids.extend(rows[index])
             input_ids = torch.tensor(ids, dtype=torch.long, device=device)[None]
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                states = model(input_ids, cu_seq_lens_q=cu_seqlens, max_length_q=int(lengths.max()), return_dict=True)
-            if late_chunk_tokens is None:
+                states = model(
+                    input_ids,
+                    cu_seq_lens_q=cu_seqlens,
+                    max_length_q=int(lengths.max()),
+                    token_vectors=side,
+                    return_dict=True,
+                )
+            parts = tokens = [torch.empty(0, 0)] * len(batch)
+            if choices.has_vectors and late_chunk_tokens is None:
                 parts = states.pooler_output.float().cpu().split(1)
-            else:
+            elif choices.has_vectors:
                 passages = split_documents(cu_seqlens, late_chunk_tokens)
                 counts = (lengths + late_chunk_tokens - 1) // late_chunk_tokens
                 pooled = pool(states.last_hidden_state[0], passages, model.config.pooling)
                 parts = pooled.float().cpu().split(counts.tolist())
-            for index, part in zip(batch, parts, strict=True):
-                vectors[index] = part
+            if choices.has_tokens:
+                rows_of_tokens = zip(
+                    states.token_vectors[0].split(lengths.tolist()),
+                    states.token_mask[0].split(lengths.tolist()),
+                    strict=True,
+                )
+                tokens = [choices.finish_tokens(vectors[mask]) for vectors, mask in rows_of_tokens]
+            for index, part, vectors in zip(batch, parts, tokens, strict=True):
+                outputs[index] = (choices.finish_vectors(part, model.config), vectors)
             report(len(batch))
     finally:
         model.train(was_training)
-    return vectors
+    return outputs
 
 
 class Progress:
@@ -464,9 +496,3 @@ class Progress:
         if self.bar is not None:
             self.bar.update(self.waiting)
             self.waiting = 0
-
-
-def finish_vectors(vectors: Tensor, normalize: bool, truncate_dim: int | None) -> Tensor:
-    """Return vectors `(n, d)` with the first `truncate_dim` dimensions, at unit length if `normalize` is set."""
-    vectors = vectors[:, :truncate_dim]
-    return torch.nn.functional.normalize(vectors, dim=-1) if normalize else vectors.clone()

@@ -37,8 +37,9 @@ def export_onnx(model: PreTrainedModel, path: str | os.PathLike) -> Path:
 
     The inputs of the graph are `input_ids` and `attention_mask`, and `token_type_ids` if the model has segments, all
     int64 `(B, S)` with any B and S, and with padding on any side. The outputs are `last_hidden_state` `(B, S, d)` and
-    `pooler_output` `(B, d)`. Only attention is computed on padding. All patterns are computed as masks, with S x S
-    scores per document. If onnxruntime is installed, the graph is run and compared with the model before it is kept.
+    `pooler_output` `(B, d)`; token vectors are not in the graph. Only attention is computed on padding. All patterns
+    are computed as masks, with S x S scores per document. If onnxruntime is installed, the graph is run and compared
+    with the model before it is kept.
 
     Args:
         model: the encoder, in float32.

@@ -26,6 +26,7 @@ from .hub_longembed import HubModel
 from .layout_layerdrop_longembed import draw_layers, prune_to_layers, prune_to_sublayers, skip_layer
 from .output_pooling_longembed import pool, token_weights
 from .output_similarity_longembed import similarity
+from .output_tokens_longembed import LongEmbedTokenOutput, check_side, left_out_ids
 from .packing_longembed import PackedDocuments
 from .pattern_adaptive_span_longembed import find_adaptive_spans, total_span_penalty
 from .pattern_base_longembed import TokenSequence
@@ -212,6 +213,8 @@ class LongEmbedPreTrainedModel(HubModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         self.config.position_scheme.initialize(module, std)
+        if isinstance(module, LongEmbedTokenOutput):
+            module.initialize()
         # Megatron (Shoeybi et al. 2019, section 5.1): divide by the square root of the number of residual additions.
         if self.config.scaled_initialization and isinstance(module, ResidualLinear):
             init.normal_(module.weight, std=std / len(self.config.sublayer_pattern) ** 0.5)
@@ -238,13 +241,15 @@ class LongEmbedPreTrainedModel(HubModel):
 
 @dataclass
 class LongEmbedModelOutput(BaseModelOutputWithPooling):
-    """The output of transformers with the memory of documents that are encoded in chunks."""
+    """The output of transformers, token vectors and their mask, and the memory of documents encoded in chunks."""
 
     memory: Memory | None = None
+    token_vectors: Tensor | None = None
+    token_mask: Tensor | None = None
 
 
 class LongEmbedModel(LongEmbedPreTrainedModel):
-    """A long-document encoder whose `pooler_output` is the embedding of each document."""
+    """A long-document encoder: `pooler_output` is the vector of each document, `token_vectors` those of its tokens."""
 
     tokenize = tokenize_texts
     encode = encode_texts
@@ -268,6 +273,8 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         if config.final_norm:
             self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
         self.token_weighting = config.token_weighting
+        self.token_output = LongEmbedTokenOutput(config)
+        self._left_out: tuple | None = None  # see `left_out_tokens`
         self.layers_of_batch: list[bool] | None = None  # set by `layers_drawn_once`
         self.post_init()
 
@@ -291,6 +298,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         memory: Memory | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        token_vectors: str | None = None,
         **kwargs,
     ) -> LongEmbedModelOutput:
         """Encode a padded batch, or packed documents.
@@ -311,16 +319,21 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             output_hidden_states: return the embeddings and the states after each SUBLAYER, `(B, S, d)`. In the layout
                 `sfsf...` every second entry corresponds to a layer of the original. The last entry is taken after the
                 final norm, if there is one.
+            token_vectors: return a vector a token too, as for texts that are a `query` or a `document`; None: do not.
             **kwargs: `return_dict=False` gives a tuple; everything else is ignored.
 
         Returns:
             `last_hidden_state` `(B, S, d)`, zeros at padding (packed: `(1, T, d)`), weighted by
             `config.token_weighting`, and `pooler_output` `(B, d)`, one vector per document by `config.pooling`, not
             normalised. With `memory`, `pooler_output` is the embedding of all chunks read so far, and `memory` is the
-            one to pass with the next chunk.
+            one to pass with the next chunk. With `token_vectors`, `token_vectors` `(B, S, k)` (packed: `(1, T, k)`),
+            fp32 or wider: unit vectors, for a query times the weights of `config.query_token_weights`; and
+            `token_mask` `(B, S)` bool (packed: `(1, T)`), False at padding and at tokens that are left out (special
+            tokens and, if `config.token_skip_punctuation`, punctuation), whose vectors are zero.
 
         Raises:
-            ValueError: the inputs contradict each other, or the kernel cannot compute this model.
+            ValueError: the inputs contradict each other, the kernel cannot compute this model, or token vectors are
+                asked for and there is no tokenizer to tell which tokens are left out.
         """
         config, inputs = self.config, inputs_embeds if input_ids is None else input_ids
         if inputs is None or (input_ids is not None and inputs_embeds is not None):
@@ -328,6 +341,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         self._check_pass(memory, position_ids, output_attentions)
+        check_side(token_vectors, input_ids is not None)
 
         documents = PackedDocuments.from_inputs(
             inputs, attention_mask, global_attention_mask, cu_seq_lens_q, max_length_q
@@ -361,7 +375,13 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         if self.final_norm is not None:
             all_hidden_states[-1] = hidden_states = self.final_norm(hidden_states)
 
-        hidden_states = self._weigh_tokens(sequence.of_tokens(hidden_states), documents)
+        hidden_states = sequence.of_tokens(hidden_states)  # (T, d)
+        vectors = token_mask = None
+        if token_vectors is not None:
+            left_out = self.left_out_tokens(hidden_states.device)
+            packed = self.token_output(hidden_states, documents.pack(inputs), left_out, token_vectors)
+            vectors, token_mask = map(documents.unpack, packed)
+        hidden_states = self._weigh_tokens(hidden_states, documents)
         if stream is None:
             pooled = pool(hidden_states, documents.cu_seqlens, config.pooling)
         else:
@@ -373,7 +393,38 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             memory=memory,
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
+            token_vectors=vectors,
+            token_mask=token_mask,
         )
+
+    def left_out_tokens(self, device: torch.device) -> Tensor:
+        """Return which ids of the vocabulary have no token vector, bool `(V,)`, as the model's tokenizer says.
+
+        This is read off the tokenizer, which every model folder has, and again when another tokenizer is set or gets
+        more tokens. It is no buffer: it would have to be computed anew after a model has been loaded.
+
+        Args:
+            device: where it is needed.
+
+        Raises:
+            ValueError: the model has no tokenizer.
+        """
+        tokenizer, config = self.tokenizer, self.config
+        state = (
+            tokenizer,
+            len(tokenizer),
+            tuple(tokenizer.all_special_ids),
+            config.token_skip_punctuation,
+            config.vocab_size,
+        )
+        if self._left_out is None or self._left_out[0] != state:
+            left_out = torch.zeros(config.vocab_size, dtype=torch.bool)
+            ids = left_out_ids(tokenizer, config.token_skip_punctuation)
+            left_out[[number for number in ids if number < config.vocab_size]] = True
+            self._left_out = (state, left_out)
+        if self._left_out[1].device != device:
+            self._left_out = (state, self._left_out[1].to(device))
+        return self._left_out[1]
 
     def new_memory(self, batch_size: int = 1) -> Memory:
         """Return the empty memory that `forward` takes with the first chunk of `batch_size` documents.

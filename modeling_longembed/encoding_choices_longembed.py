@@ -1,0 +1,108 @@
+"""The choices of `model.encode`, which are checked before a text is read, and what they make of a document's states."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .output_tokens_longembed import truncate_tokens
+
+TOKEN_PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EncodingChoices:
+    """What is computed of each text; the fields are the arguments of `encode_texts`."""
+
+    prompt_name: str | None = None
+    batch_tokens: int = 16_384
+    normalize: bool | None = None
+    truncate_dim: int | None = None
+    late_chunk_tokens: int | None = None
+    overflow: str = "warn"
+    precision: str = "auto"
+    output_value: str = "vector"
+    is_query: bool | None = None
+    token_dim: int | None = None
+    token_precision: str = "float32"
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether there is one vector a text, or one a passage."""
+        return self.output_value != "tokens"
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether there is a vector a token."""
+        return self.output_value != "vector"
+
+    def check(self, config: Any) -> None:
+        """Check the choices for a model with this config.
+
+        Raises:
+            ValueError: one has a value that is not allowed.
+        """
+        for name, allowed in (
+            ("overflow", ("warn", "error")),
+            ("precision", ("auto", "float32", "bfloat16")),
+            ("prompt_name", (None, *config.prompts)),
+            ("output_value", ("vector", "tokens", "both")),
+            ("is_query", (None, True, False)),
+            ("token_precision", tuple(TOKEN_PRECISIONS)),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
+        for name in ("batch_tokens", "truncate_dim", "late_chunk_tokens", "token_dim"):
+            size = getattr(self, name)
+            if not (name != "batch_tokens" and size is None) and (not isinstance(size, int) or size < 1):
+                raise ValueError(f"encode: {name}={size!r}; give a whole number of at least 1")
+        if self.truncate_dim is not None and self.truncate_dim > config.hidden_size:
+            raise ValueError(
+                f"encode: truncate_dim={self.truncate_dim} is more than the {config.hidden_size} dimensions of the "
+                "model"
+            )
+        for name, needs, met in (
+            ("token_dim", "tokens", self.has_tokens),
+            ("token_precision", "tokens", self.has_tokens),
+            ("is_query", "tokens", self.has_tokens),
+            ("truncate_dim", "vector", self.has_vectors),
+            ("late_chunk_tokens", "vector", self.has_vectors),
+        ):
+            if not met and getattr(self, name) != getattr(EncodingChoices, name):
+                raise ValueError(
+                    f"encode: {name}={getattr(self, name)!r} has no effect on output_value={self.output_value!r}; "
+                    f"leave it out, or ask for {needs!r} or 'both'"
+                )
+        if self.token_dim is not None and config.token_dim is None:
+            raise ValueError(
+                f"encode: token_dim={self.token_dim}, but this model has no token head, whose first dimensions matter "
+                "most; leave it out, or make a head with model.fit_token_head(documents)"
+            )
+        if self.token_dim is not None and self.token_dim > config.token_dim:
+            raise ValueError(
+                f"encode: token_dim={self.token_dim} is more than the {config.token_dim} dimensions of the token head"
+            )
+
+    def prompt(self, config: Any) -> tuple[str | None, str]:
+        """Return the name of the prompt and its text, `""` if there is none."""
+        name = config.default_prompt_name if self.prompt_name is None else self.prompt_name
+        return name, "" if name is None else config.prompts[name]
+
+    def side(self, config: Any) -> str | None:
+        """Return whether token vectors are those of a `query` or of a `document`; None: there are none."""
+        if not self.has_tokens:
+            return None
+        is_query = self.prompt(config)[0] == "query" if self.is_query is None else self.is_query
+        return "query" if is_query else "document"
+
+    def finish_vectors(self, vectors: Tensor, config: Any) -> Tensor:
+        """Return vectors `(n, d)` with the requested dimensions, and at unit length if that is asked for."""
+        vectors = vectors[:, : self.truncate_dim]
+        unit_length = config.normalize if self.normalize is None else self.normalize
+        return torch.nn.functional.normalize(vectors, dim=-1) if unit_length else vectors.clone()
+
+    def finish_tokens(self, vectors: Tensor) -> Tensor:
+        """Return the token vectors `(n, k)` of a text with the requested dimensions and precision, on the CPU."""
+        vectors = vectors if self.token_dim is None else truncate_tokens(vectors, self.token_dim)
+        return vectors.to("cpu", TOKEN_PRECISIONS[self.token_precision])
