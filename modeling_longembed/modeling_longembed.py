@@ -26,6 +26,7 @@ from .hub_longembed import HubModel
 from .layout_layerdrop_longembed import draw_layers, prune_to_layers, prune_to_sublayers, skip_layer
 from .output_pooling_longembed import pool, token_weights
 from .output_similarity_longembed import similarity
+from .output_token_fitting_longembed import fit_query_token_weights, fit_token_head
 from .output_tokens_longembed import LongEmbedTokenOutput, check_side, left_out_ids
 from .packing_longembed import PackedDocuments
 from .pattern_adaptive_span_longembed import find_adaptive_spans, total_span_penalty
@@ -232,6 +233,15 @@ class LongEmbedPreTrainedModel(HubModel):
             if isinstance(module, LongEmbedAttention):
                 module.pattern.initialize(module)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
+        """Resize the word embeddings as transformers does, and the query weights: a new token is as rare as any."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        output: LongEmbedTokenOutput = self.base_model.token_output
+        if output.query_table is not None:
+            table, rows = output.query_table.detach(), embeddings.num_embeddings
+            output.set_table(torch.cat([table[:rows], table.max().expand(max(0, rows - len(table)))]))
+        return embeddings
+
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Check the kernel; the default is the packed kernel, where transformers would choose padded SDPA."""
         name = requested_attention or DEFAULT_KERNEL
@@ -256,6 +266,8 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
     encode_stream = encode_stream
     similarity = similarity
     to_onnx = export_onnx
+    fit_token_head = fit_token_head
+    fit_query_token_weights = fit_query_token_weights
 
     def __init__(self, config):
         super().__init__(config)

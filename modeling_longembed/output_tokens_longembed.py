@@ -69,6 +69,11 @@ class LongEmbedTokenOutput(nn.Module):
             init.zeros_(self.query_gate.weight)
             init.zeros_(self.query_gate.bias)
 
+    def set_table(self, table: Tensor) -> None:
+        """Replace the table of query weights by `(V,)`; V may differ from that of the old one."""
+        table = table.to(self.query_table)
+        self.query_table = nn.Parameter(table) if isinstance(self.query_table, nn.Parameter) else table
+
     def query_weights(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
         """Return the weight of each query token, `(T,)`, at least 0, fp32 or wider.
 

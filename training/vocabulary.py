@@ -124,6 +124,8 @@ def trim_embeddings(model: Any, keep: np.ndarray) -> None:
     trimmed = nn.Embedding(len(keep), table.embedding_dim, padding_idx=config.pad_token_id)
     trimmed.weight.copy_(table.weight[places])
     model.set_input_embeddings(trimmed)
+    if model.token_output.query_table is not None:
+        model.token_output.set_table(model.token_output.query_table[places])
     config.vocab_size = len(keep)
 
 
