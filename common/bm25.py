@@ -38,3 +38,9 @@ class BM25Index:
         """Return the scores of all texts for one query, float32 `(texts,)`."""
         (words,) = bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
         return self._retriever.get_scores(words).astype(np.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the index: the scores of its words, and the words."""
+        arrays = [value for value in self._retriever.scores.values() if isinstance(value, np.ndarray)]
+        return sum(array.nbytes for array in arrays) + sum(len(word.encode()) for word in self._retriever.vocab_dict)

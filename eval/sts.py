@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
+from common.encoders.model_spec import ModelSpec
 from common.errors import UserError, run
 from common.files import atomic_write
 from eval.report.markdown import markdown_table
@@ -58,7 +59,7 @@ def evaluate_similarity(arguments: Arguments) -> str:
         UserError: a model has no single vector of a text, or `evaluate_tasks` raises.
     """
     for name in arguments.model:
-        if name == "bm25" or name.startswith("chunk-max:"):
+        if not ModelSpec.parse(name).has_one_vector:
             raise UserError(f"--model {name}: has no single vector of a text, and so no cosines; leave it out")
     tasks = get_tasks(arguments.tasks, arguments.data_dir)
     metrics = [METRICS[arguments.aggregation], "alignment", "uniformity"]

@@ -5,7 +5,6 @@ Modules, pooling, prompts, normalization, number of dimensions and length are re
 sentence-transformers alone, also where the model has an `encode` of its own, which knows nothing of these files.
 """
 
-import contextlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from common.encoders.model_folder import ModelFolder
+from common.encoders.precision import autocast
 from common.encoders.quantization import int8_weights
 from common.encoders.text_vectors import PromptType
 from common.errors import UserError, reading
@@ -129,7 +129,7 @@ class Encoder:
         }
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
         for batch in budget_batches(self._count_tokens(texts), self.batch_tokens, padded=True):
-            with self._autocast():
+            with autocast(self.model.device, self.precision):
                 encoded = ways[prompt_type]([texts[i] for i in batch], batch_size=len(batch), show_progress_bar=False)
             for i, vector in zip(batch, encoded, strict=True):
                 vectors[i] = vector[None]
@@ -140,11 +140,6 @@ class Encoder:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # of static word vectors, whose texts need little memory
             return [len(text) for text in texts]
         return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        if self.precision != "bfloat16":
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, torch.bfloat16)
 
 
 class ChunkEncoder(Encoder):
@@ -197,7 +192,7 @@ class ChunkEncoder(Encoder):
             features = {key: value.to(self.model.device) for key, value in features.items()}
             if prompt:
                 features["prompt_length"] = lead + len(prompt)  # type: ignore[assignment]  # the one that is no tensor
-            with self._autocast():
+            with autocast(self.model.device, self.precision):
                 pooled = self.model(features)["sentence_embedding"][:, : self.dimension]
             rows[batch] = (pooled.float().cpu() * tokens).numpy()
         owners = np.asarray(encoded["overflow_to_sample_mapping"])

@@ -104,13 +104,12 @@ class ModelFolder:
 
     def _code(self, trust_remote_code: bool) -> list[str | Path]:
         """Return what is imported for the model, unless it is a part of a library or, as a file, of the revision."""
-        config = self._json("config.json")
-        if config.get("model_type") == "longembed":
+        if self.model_type == "longembed":
             # transformers prefers classes that are registered, as ours are, to the code in a folder.
             return ["modeling_longembed"]
         if not trust_remote_code:
             return []
-        classes = [config.get("auto_map"), self._json("tokenizer_config.json").get("auto_map")]
+        classes = [self._json("config.json").get("auto_map"), self._json("tokenizer_config.json").get("auto_map")]
         named = re.findall(r"\"([\w.-]+/[\w.-]+)--", json.dumps(classes))  # code that lies in another repository
         files: list[str | Path] = []
         for repository in sorted(set(named)):
@@ -119,6 +118,18 @@ class ModelFolder:
             except (OSError, HFValidationError) as error:
                 raise UserError(f"{self.name}: its code in {repository} cannot be read: {one_line(error)}") from None
         return files
+
+    @property
+    def model_type(self) -> str | None:
+        """The `model_type` of config.json, `longembed` for our models."""
+        return self._json("config.json").get("model_type")
+
+    @property
+    def is_late_interaction(self) -> bool:
+        """Whether the folder was saved as a late-interaction model: by sentence-transformers, PyLate or ColBERT."""
+        saved_as = self._json("config_sentence_transformers.json").get("model_type")
+        architectures = self._json("config.json").get("architectures") or []
+        return saved_as in ("MultiVectorEncoder", "ColBERT") or "HF_ColBERT" in architectures
 
     def _json(self, name: str) -> dict[str, Any]:
         """Return the content of a file; empty if it is missing or malformed, which is reported where it is loaded."""

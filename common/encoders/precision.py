@@ -1,5 +1,6 @@
 """The precision in which a model computes vectors: the values of `--precision`."""
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -27,3 +28,13 @@ def resolve_precision(precision: str, choices: Sequence[str] = PRECISIONS) -> st
     if precision != "auto":
         return precision
     return "bfloat16" if is_fast_in_bfloat16(torch.device(device_kind())) else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """Return the context in which models compute: autocast for `bfloat16`, none for any other precision.
+
+    Args:
+        device: of the model.
+        precision: `float32`, `bfloat16` or `int8`.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()

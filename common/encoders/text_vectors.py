@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -13,7 +13,7 @@ from modeling_longembed.encoding_longembed import budget_batches
 
 PromptType = Literal["query", "document"]  # the values of MTEB's enum of this name
 # Characters in a window of texts per token of a batch: four times those of a token, so that a window holds batches.
-_CHARACTERS_PER_TOKEN = 16
+CHARACTERS_PER_TOKEN = 16
 
 
 class TextEncoder(Protocol):
@@ -42,15 +42,20 @@ class TextEncoder(Protocol):
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]: ...
 
 
-def cache_keys(texts: Iterable[str], encoder: TextEncoder, prompt_type: PromptType | None) -> list[bytes]:
+def cache_keys(
+    texts: Iterable[str], encoder: TextEncoder, prompt_type: PromptType | None, kept: str | None = None
+) -> list[bytes]:
     """Return the key in a `VectorCache` of each text: a hash of all that its vectors depend on.
 
     Args:
         texts: any strings.
         encoder: the encoder that computes the vectors.
         prompt_type: whether the texts are queries or documents; None if they are neither.
+        kept: what is made of the vectors before they are stored; None: nothing.
     """
-    parts = (encoder.identity, encoder.computed_by, prompt_type, encoder.prompts)
+    parts: tuple[Any, ...] = (encoder.identity, encoder.computed_by, prompt_type, encoder.prompts)
+    if kept is not None:
+        parts += (kept,)
     head = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).digest()
     return [hashlib.sha256(head + text.encode()).digest() for text in texts]
 
@@ -72,7 +77,7 @@ def stream(
     """
     keys, sizes = cache_keys(texts, encoder, prompt_type), [len(text) for text in texts]
     with tqdm(total=sum(sizes), desc=label, unit="char", unit_scale=True) as progress:
-        for window in budget_batches(sizes, _CHARACTERS_PER_TOKEN * encoder.batch_tokens):
+        for window in budget_batches(sizes, CHARACTERS_PER_TOKEN * encoder.batch_tokens):
             matrices = cache.get([keys[i] for i in window])
             missing = {keys[i]: texts[i] for i in window if keys[i] not in matrices}
             if missing:

@@ -12,7 +12,7 @@ _KEYS_PER_QUERY = 500  # SQLite takes at most 999 parameters in its oldest build
 
 
 class VectorCache:
-    """A SQLite file that maps a key (bytes) to the k >= 1 vectors of a text, a float32 matrix `(k, d)`.
+    """A SQLite file that maps a key (bytes) to the k vectors of a text, a float32 matrix `(k, d)`; `(0, 0)` for k = 0.
 
     With SQLite a `put` is stored whole or not at all if the process is killed, several processes may share the file,
     and only the rows that are read are in memory.
@@ -61,7 +61,7 @@ class VectorCache:
                     f"cannot read {self.path}, the cache of vectors ({error}); delete it, and the same command fills "
                     "it again"
                 ) from None
-            found |= {key: np.frombuffer(data, dtype=np.float32).reshape(k, -1) for key, k, data in rows}
+            found |= {key: np.frombuffer(data, np.float32).reshape(k, -1 if k else 0) for key, k, data in rows}
         return found
 
     def rows(self, keys: Sequence[bytes]) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Models and baselines behind MTEB's interfaces: everything that `--model` may name (common/encoders/model_spec.py)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -8,19 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from mteb._create_dataloaders import create_dataloader
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.similarity_functions import cos_sim
 from mteb.types import PromptType
 
-from common.bm25 import BM25Index
 from common.encoders.encoder import ChunkEncoder, Encoder
 from common.encoders.model_spec import ModelSpec
-from common.encoders.text_vectors import stream, vectors_of
+from common.encoders.text_vectors import vectors_of
+from common.encoders.token_store import TokenStore
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
+from eval.models.costs import Costs
 from eval.models.quantization import quantize
+from eval.models.search import ChunkScores, HybridScores, Scorer, Search, TokenScores, WordScores, WordSearch
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,12 @@ class EvaluatedModel(ModelSpec):
             vectors: `float32`, `int8` or `binary`.
 
         Raises:
-            UserError: the model has one vector per chunk, which cannot be stored so.
+            UserError: the model has several vectors per document, which are not stored so.
         """
-        if vectors != "float32" and self.kind == "chunk-max":
-            raise UserError(f"--vectors {vectors}: chunk-max has a vector a chunk; leave it out, or use chunk-mean")
+        if vectors != "float32" and self.kind == "tokens":
+            raise UserError(f"--vectors {vectors}: of token vectors, write PATH@tokens:precision=...")
+        if vectors != "float32" and self.kind in ("chunk-max", "chunks"):
+            raise UserError(f"--vectors {vectors}: {self.kind} has a vector a chunk; leave it out, or use chunk-mean")
         return replace(self, vectors=vectors)
 
     @cached_property
@@ -55,11 +58,17 @@ class EvaluatedModel(ModelSpec):
         if self.folder is None:
             name, revision, parameters = "baseline/bm25s", version("bm25s"), 0
         else:
-            suffix = "" if self.kind == "model" else f"-{self.kind}-{self.tokens}"
+            own = self.kind in ("model", "tokens")
+            suffix = "" if own else f"-{'late-' if self.kind == 'chunks' else ''}{self.kind}-{self.tokens}"
             name, revision, parameters = self.folder.name + suffix, self.folder.revision, self.folder.parameters
         settings: dict[str, Any] = {}
-        if self.kind == "model" and self.tokens is not None:
+        if self.kind in ("model", "tokens") and self.tokens is not None:
             settings["max_length"] = self.tokens
+        if self.token_settings is not None:
+            settings["output"] = "tokens"
+            settings |= {f"token_{name}": value for name, value in self.token_settings.differences.items()}
+        if self.hybrid is not None:
+            settings["hybrid_weight"] = self.hybrid
         if self.precision != "float32" and self.kind != "bm25":
             settings["precision"] = self.precision
         if self.vectors != "float32" and self.kind != "bm25":
@@ -79,13 +88,25 @@ class EvaluatedModel(ModelSpec):
             public_training_code=None,
             public_training_data=None,
             framework=[] if self.folder is None else ["Sentence Transformers", "PyTorch"],
-            similarity_fn_name=ScoringFunction("cosine") if self.folder else None,
+            similarity_fn_name=self._similarity,
             use_instructions=False,
             training_datasets=None,
             adapted_from=self.folder.name if self.folder and self.kind != "model" else None,
-            model_type=["sparse"] if self.kind == "bm25" else ["dense"],
+            model_type=self._types,
             experiment_kwargs=settings or None,
         )
+
+    @property
+    def _similarity(self) -> ScoringFunction | None:
+        if self.folder is None or self.hybrid is not None:
+            return None
+        return ScoringFunction.MAX_SIM if self.kind == "tokens" else ScoringFunction.COSINE
+
+    @property
+    def _types(self) -> list[str]:
+        if self.hybrid is not None:
+            return ["hybrid"]
+        return [{"bm25": "sparse", "tokens": "late-interaction"}.get(self.kind, "dense")]
 
     def load(self, cache: VectorCache, batch_tokens: int, trust_remote_code: bool) -> Any:
         """Load the model for `mteb.evaluate`.
@@ -101,8 +122,26 @@ class EvaluatedModel(ModelSpec):
         Raises:
             UserError: the model does not load, or its `tokens` are more than its context.
         """
+        loaded = replace(self, hybrid=None)._load(cache, batch_tokens, trust_remote_code)
+        if self.hybrid is None:
+            return loaded
+        scorer: Scorer = loaded.scorer if isinstance(loaded, Search) else loaded
+        details = {
+            name: getattr(loaded.mteb_model_meta, name) for name in ("embed_dim", "max_tokens", "use_instructions")
+        }
+        return Search(HybridScores(scorer, WordScores(), self.hybrid), self.meta.model_copy(update=details))
+
+    def _load(self, cache: VectorCache, batch_tokens: int, trust_remote_code: bool) -> Any:
+        """Load the model itself, as `load` does where it is not combined with BM25."""
         if self.folder is None:
-            return BM25(self.meta)
+            return WordSearch(self.meta)
+        if self.kind == "chunks":
+            chunks = self.load_chunk_encoder(batch_tokens)
+            return Search(ChunkScores(chunks, cache), self._described(chunks))
+        if self.token_settings is not None:
+            tokens = self.load_token_encoder(batch_tokens, trust_remote_code)
+            store = TokenStore(cache.path.parent / "tokens")
+            return Search(TokenScores(tokens, self.token_settings, cache, store), self._described(tokens))
         encoder = self.load_encoder(batch_tokens, trust_remote_code)
         meta = self.meta.model_copy(
             update={
@@ -115,8 +154,17 @@ class EvaluatedModel(ModelSpec):
             }
         )
         if self.kind == "chunk-max":
-            return ChunkMax(encoder, cache, meta)
+            return Search(ChunkScores(encoder, cache), meta)
         return OneVector(encoder, cache, meta, self.vectors)
+
+    def _described(self, encoder: Any) -> ModelMeta:
+        """Return MTEB's description of a model that is loaded as a vector a chunk or a token."""
+        details = {
+            "embed_dim": encoder.dimension,
+            "max_tokens": encoder.max_length,
+            "use_instructions": any(encoder.prompts.values()),
+        }
+        return self.meta.model_copy(update=details)
 
 
 class OneVector(AbsEncoder):
@@ -135,11 +183,37 @@ class OneVector(AbsEncoder):
 
     def __init__(self, encoder: Encoder, cache: VectorCache, meta: ModelMeta, vectors: str = "float32"):
         self.encoder, self.cache, self.mteb_model_meta, self.vectors = encoder, cache, meta, vectors
+        self.costs: dict[str, Costs] = {}
+        self._current = Costs()
 
-    def encode(self, inputs: Any, *, prompt_type: PromptType | None = None, **kwargs: Any) -> np.ndarray:
-        """Return vectors `(n, d)` of the n texts of MTEB's data loader."""
+    def encode(
+        self, inputs: Any, *, prompt_type: PromptType | None = None, hf_split: str = "", **kwargs: Any
+    ) -> np.ndarray:
+        """Encode texts as MTEB asks for it.
+
+        Args:
+            inputs: MTEB's data loader of n texts.
+            prompt_type: whether they are queries or documents; None if they are neither.
+            hf_split: name of the split, under which `costs` has what the search took.
+
+        Returns:
+            Vectors `(n, d)`.
+        """
+        texts = inputs.dataset["text"]
+        if prompt_type == PromptType.query:  # a search encodes the queries, then the corpus in parts, each compared
+            self._current = self.costs[hf_split] = Costs(queries=len(texts))
+        elif prompt_type == PromptType.document:
+            self._current.documents += len(texts)
+            self._current.bytes += len(texts) * self._bytes_per_document
+        return self._encode(texts, prompt_type)
+
+    @property
+    def _bytes_per_document(self) -> float:
+        return self.encoder.dimension * {"float32": 4, "int8": 1, "binary": 1 / 8}[self.vectors]
+
+    def _encode(self, texts: Sequence[str], prompt_type: PromptType | None) -> np.ndarray:
         kind = prompt_type.value if prompt_type else None
-        vectors = vectors_of(inputs.dataset["text"], self.encoder, kind, self.cache)
+        vectors = vectors_of(texts, self.encoder, kind, self.cache)
         if self.vectors == "float32" or prompt_type == PromptType.query:
             return vectors
         if isinstance(self.encoder, ChunkEncoder):  # their norms are numbers of tokens, which are not stored
@@ -149,93 +223,23 @@ class OneVector(AbsEncoder):
     def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
         """Return scores `(n, m)` of vectors `(n, d)` against `(m, d)`."""
         compare = cos_sim if isinstance(self.encoder, ChunkEncoder) else self.encoder.model.similarity
-        return compare(embeddings1, embeddings2)
+        with self._current.comparing():
+            return compare(embeddings1, embeddings2)
 
-
-class ChunkMax:
-    """A model that scores a document by its best chunk (MaxP, Dai & Callan 2019), behind MTEB's search protocol.
-
-    Args:
-        encoder: gives one row for each chunk.
-        cache: of vectors.
-        meta: MTEB's description of the model.
-    """
-
-    def __init__(self, encoder: Encoder, cache: VectorCache, meta: ModelMeta):
-        self.encoder, self.cache, self.mteb_model_meta = encoder, cache, meta
-
-    def index(self, corpus: Any, **kwargs: Any) -> None:
-        """Keep the corpus; it is encoded during the search, so that its chunk vectors are never all in memory."""
-        self.corpus = corpus
-
-    def search(self, queries: Any, *, task_metadata: Any, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
-        """Search the corpus, as MTEB asks for it.
+    def blocks(
+        self, queries: Sequence[str], documents: Sequence[str], costs: Costs
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Score documents, block by block, as `Scorer` says; all are one block.
 
         Args:
-            queries: MTEB's data set of queries.
-            task_metadata: MTEB's description of the task.
-            top_k: number of documents for each query.
+            queries: Q texts.
+            documents: any sequence of texts.
+            costs: what they take is added to it.
 
-        Returns:
-            Query id -> id of each of the `top_k` best documents -> score.
+        Yields:
+            Indices of n documents, and their scores `(Q, n)`.
         """
-        query_texts = _texts(queries, task_metadata, PromptType.query)
-        vectors = torch.nn.functional.normalize(
-            torch.from_numpy(vectors_of(query_texts, self.encoder, "query", self.cache))
-        )
-        best = torch.full((len(vectors), 0), -torch.inf)
-        indices = torch.zeros((len(vectors), 0), dtype=torch.long)
-        texts = _texts(self.corpus, task_metadata, PromptType.document)
-        for window, matrices in stream(texts, self.encoder, "document", self.cache, "documents"):
-            chunks = torch.nn.functional.normalize(torch.from_numpy(np.concatenate(matrices)))
-            nearest = [s.amax(1) for s in (vectors @ chunks.T).split([len(m) for m in matrices], dim=1)]
-            best = torch.cat([best, torch.stack(nearest, dim=1)], dim=1)
-            indices = torch.cat([indices, torch.tensor(window).expand(len(vectors), -1)], dim=1)
-            best, order = best.topk(min(top_k, best.shape[1]), dim=1)
-            indices = indices.gather(1, order)
-        return _by_id(queries, self.corpus, indices, best)
-
-
-class BM25:
-    """`BM25Index` behind MTEB's search protocol.
-
-    Args:
-        meta: MTEB's description of the model.
-    """
-
-    def __init__(self, meta: ModelMeta):
-        self.mteb_model_meta = meta
-
-    def index(self, corpus: Any, *, task_metadata: Any, **kwargs: Any) -> None:
-        """Index the words of the corpus."""
-        self.corpus = corpus
-        self.words = BM25Index(_texts(corpus, task_metadata, PromptType.document))
-
-    def search(self, queries: Any, *, task_metadata: Any, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
-        """Search the corpus, as MTEB asks for it.
-
-        Args:
-            queries: MTEB's data set of queries.
-            task_metadata: MTEB's description of the task.
-            top_k: number of documents for each query.
-
-        Returns:
-            Query id -> id of each of the `top_k` best documents -> score.
-        """
-        scores, indices = self.words.search(_texts(queries, task_metadata, PromptType.query), top_k)
-        return _by_id(queries, self.corpus, torch.from_numpy(indices), torch.from_numpy(scores))
-
-
-def _texts(dataset: Any, task_metadata: Any, prompt_type: Any) -> Sequence[str]:
-    """Return the texts as MTEB gives them to an encoder (title first, stripped), so that all systems read the same."""
-    loader: Any = create_dataloader(dataset, task_metadata=task_metadata, prompt_type=prompt_type)
-    return loader.dataset["text"]
-
-
-def _by_id(queries: Any, corpus: Any, indices: torch.Tensor, scores: torch.Tensor) -> dict[str, dict[str, float]]:
-    """Convert indices and scores, both `(queries, k)`, to query id -> document id -> score."""
-    ids = list(corpus["id"])
-    return {
-        query: {ids[i]: score for i, score in zip(row, values, strict=True)}
-        for query, row, values in zip(queries["id"], indices.tolist(), scores.tolist(), strict=True)
-    }
+        self._current = costs
+        costs.bytes += len(documents) * self._bytes_per_document
+        vectors = self._encode(queries, PromptType.query), self._encode(documents, PromptType.document)
+        yield range(len(documents)), torch.as_tensor(self.similarity(*vectors))

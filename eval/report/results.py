@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -17,9 +18,12 @@ from rich.table import Table
 from common.errors import UserError, reading
 from common.files import atomic_write, remove_leftovers, write_jsonl
 from common.jsonl import read_jsonl
+from eval.models.costs import Costs
 from eval.report.markdown import markdown_table
 
 STAMPS = "computed_by.jsonl"  # not .json, which is what MTEB's readers take for results
+COSTS = "costs.jsonl"
+_COST_FIELDS = ("task", "split", "bytes_per_document", "seconds_per_query")
 
 
 class AtomicResultCache(ResultCache):
@@ -27,16 +31,20 @@ class AtomicResultCache(ResultCache):
 
     MTEB writes to the final name; a kill would leave half a JSON file there, on which the next run would fail. Nor does
     MTEB ask what has computed the results that it finds: here that is written beside them, into
-    `computed_by.jsonl`, and results of other code are not current.
+    `computed_by.jsonl`, and results of other code are not current. What retrieval costs is in `costs.jsonl`.
 
     Args:
         path: the folder of the results.
         computed_by: what computes the results of the model that is evaluated; see `common.provenance`.
+
+    Attributes:
+        costs: of the task that is evaluated, for each of its splits; the model fills it in.
     """
 
     def __init__(self, path: str | Path, computed_by: Mapping[str, Any] | None = None):
         super().__init__(path)
         self.computed_by = dict(computed_by or {})
+        self.costs: Mapping[str, Costs] = {}
 
     def save_to_cache(
         self,
@@ -66,6 +74,11 @@ class AtomicResultCache(ResultCache):
             # The scores are moved last: if they are there, so is the description of the model.
             for file in sorted(folder.iterdir(), key=lambda file: file.name == f"{task_result.task_name}.json"):
                 atomic_write(final / file.name, file.read_bytes())
+        costs = self._costs(final)
+        for split, found in self.costs.items():
+            costs[task_result.task_name, split] = (found.bytes_per_document, found.seconds_per_query)
+        if costs:
+            write_jsonl(final / COSTS, [dict(zip(_COST_FIELDS, (*k, *v), strict=True)) for k, v in costs.items()])
         # After the scores: a kill between the two leaves results that are not current, and computed again.
         stamps = self._stamps(final) | {task_result.task_name: self.computed_by}
         if rows := [{"task": task, "computed_by": by} for task, by in sorted(stamps.items()) if by]:
@@ -76,6 +89,14 @@ class AtomicResultCache(ResultCache):
         path = folder / STAMPS
         rows = read_jsonl(path, "task", "computed_by") if path.is_file() else ()
         return {row["task"]: row["computed_by"] for _, row in rows}
+
+    @staticmethod
+    def _costs(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
+        """Return the costs in a folder: (task, split) -> bytes per document, seconds per query."""
+        path = folder / COSTS
+        rows = read_jsonl(path, *_COST_FIELDS) if path.is_file() else ()
+        found = (tuple(row[name] for name in _COST_FIELDS) for _, row in rows)
+        return {(task, split): (size, seconds) for task, split, size, seconds in found}
 
     def is_complete(self, task: AbsTask, meta: ModelMeta) -> bool:
         """Return whether there are results of all splits of the task that are current."""
@@ -107,6 +128,7 @@ class AtomicResultCache(ResultCache):
         result = self.load_task_result(task.metadata.name, meta)
         found = result.scores if result else {}
         name = str(meta.model_name_with_experiment)
+        costs = self._costs(self.get_task_result_path(task.metadata.name, meta).parent)
         scores = []
         for split in task.eval_splits:
             if split in found:
@@ -116,7 +138,8 @@ class AtomicResultCache(ResultCache):
                         near = difflib.get_close_matches(metric, values, n=3, cutoff=0)
                         raise UserError(f"{task.metadata.name} has no metric {metric!r}; near it are {', '.join(near)}")
                     title = metric if metrics else None
-                    scores.append(Score(name, task.metadata.name, split, 100 * values[metric], title))
+                    cost = costs.get((task.metadata.name, split), (None, None))
+                    scores.append(Score(name, task.metadata.name, split, 100 * values[metric], title, *cost))
         return scores
 
 
@@ -131,6 +154,8 @@ class Score:
         split: MTEB's name of the split.
         value: the score times 100.
         metric: MTEB's name of the metric; None: the task's main score.
+        bytes_per_document: what is kept of a document for the search; None: not known.
+        seconds_per_query: time to compare a query with all documents; None: not known.
     """
 
     model: str
@@ -138,6 +163,8 @@ class Score:
     split: str
     value: float
     metric: str | None = None
+    bytes_per_document: float | None = None
+    seconds_per_query: float | None = None
 
     @property
     def length(self) -> int | None:
@@ -229,28 +256,53 @@ def pivot(scores: Sequence[Score]) -> tuple[list[str], dict[str, list[float | No
     return columns, rows
 
 
+def cost_columns(scores: Sequence[Score]) -> tuple[list[str], dict[str, list[str]]]:
+    """Format what the models cost, as means over the splits.
+
+    Returns:
+        The headings of the columns, and for each model its cells; no columns if nothing is known of any model.
+    """
+    headings, cells = ["KB a document", "ms a query"], dict[str, list[str]]()
+    for model in dict.fromkeys(score.model for score in scores):
+        own = [score for score in scores if score.model == model and score.bytes_per_document is not None]
+        kilobytes = [score.bytes_per_document / 1000 for score in own if score.bytes_per_document is not None]
+        milliseconds = [score.seconds_per_query * 1000 for score in own if score.seconds_per_query is not None]
+        cells[model] = [_rounded(mean(values)) if values else "" for values in (kilobytes, milliseconds)]
+    known = any(any(row) for row in cells.values())
+    return (headings, cells) if known else ([], {model: [] for model in cells})
+
+
 def as_table(scores: Sequence[Score], title: str = "score x 100") -> Table:
     """Format a table for the terminal, with the best score of each column in bold."""
     columns, rows = pivot(scores)
+    headings, costs = cost_columns(scores)
     best = [max(score.value for score in scores if score.column == column) for column in columns]
     table = Table(title=title)
     table.add_column("model", overflow="fold")
-    for column in columns:
+    for column in [*columns, *headings]:
         table.add_column(column, justify="right")
     for model, row in rows.items():
         cells = [_cell(value) for value in row]
         bold = [
             f"[bold]{cell}[/bold]" if value == top else cell for cell, value, top in zip(cells, row, best, strict=True)
         ]
-        table.add_row(model, *bold)
+        table.add_row(model, *bold, *costs[model])
     return table
 
 
 def as_markdown(scores: Sequence[Score]) -> str:
     """Format a Markdown table, for a README or a model card."""
     columns, rows = pivot(scores)
-    return markdown_table(["model", *columns], [[model, *map(_cell, row)] for model, row in rows.items()])
+    headings, costs = cost_columns(scores)
+    lines = [[model, *map(_cell, row), *costs[model]] for model, row in rows.items()]
+    return markdown_table(["model", *columns, *headings], lines)
 
 
 def _cell(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
+
+
+def _rounded(value: float) -> str:
+    """Format a positive number with three digits: 0.00512, 1.54, 10,600."""
+    digits = f"{value:.3g}"
+    return f"{float(digits):,.0f}" if value >= 100 else f"{float(digits):.15g}"

@@ -25,7 +25,8 @@ class EvaluationArguments:
     model: list[str] = field(
         metadata={
             "help": "models, as folders or Hub ids; baselines: truncate:PATH:N, chunk-mean:PATH:N, chunk-max:PATH:N, "
-            "bm25"
+            "bm25; other outputs: PATH@chunks:N, PATH@tokens, PATH@tokens:dim=64,precision=float16; with BM25: "
+            "hybrid:MODEL:W, where W is the weight of the model"
         }
     )
     output_dir: str = field(metadata={"help": "folder of the results and of the cached vectors", "output": "folder"})
@@ -128,7 +129,9 @@ def evaluate_tasks(
             model.load(cache, arguments.batch_tokens, arguments.trust_remote_code)
     for model, left in missing.items():
         loaded = model.load(cache, arguments.batch_tokens, arguments.trust_remote_code)
+        results[model].costs = loaded.costs
         for task in left:
+            loaded.costs.clear()
             print(f"{model.meta.model_name_with_experiment} on {task.metadata.name}", flush=True)
             load(task)
             mteb.evaluate(

@@ -146,10 +146,8 @@ def _load(name: str, batch_tokens: int, precision: str, normalize: bool) -> _Row
     if name.startswith(PARAGRAPH_VECTOR):
         return _Rows(ParagraphVector.load(Path(name.removeprefix(PARAGRAPH_VECTOR))), "document", None, False)
     spec = ModelSpec.parse(name, precision=resolve_precision(precision))
-    if spec.kind in ("bm25", "chunk-max"):
-        raise UserError(
-            f"{spec.kind} does not give one vector a text; give a model, truncate:PATH:N or chunk-mean:PATH:N"
-        )
+    if not spec.has_one_vector:
+        raise UserError(f"{name} does not give one vector a text; give a model, truncate:PATH:N or chunk-mean:PATH:N")
     encoder = spec.load_encoder(batch_tokens, False, normalize)
     chunks = spec.kind == "chunk-mean"
     return _Rows(encoder, "document", None if chunks else encoder.max_length, chunks)

@@ -43,8 +43,8 @@ def test_chunk_max_is_the_best_cosine_over_chunks(tiny_sentence_transformer, tmp
     documents, queries = random_texts(30, 90, 0), random_texts(5, 20, 1)
     found = search(model, queries, documents, top_k)
     chunks, asked = (
-        model.encoder(documents, mteb.types.PromptType.document),
-        model.encoder(queries, mteb.types.PromptType.query),
+        model.scorer.encoder(documents, mteb.types.PromptType.document),
+        model.scorer.encoder(queries, mteb.types.PromptType.query),
     )
     for q, scores in zip(asked, found, strict=True):
         query = q.sum(0) / np.linalg.norm(q.sum(0))

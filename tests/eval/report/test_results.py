@@ -221,7 +221,7 @@ def test_a_damaged_result_is_named(tmp_path, content):
     for damaged, whole in (("model_meta.json", "Task.json"), ("Task.json", "model_meta.json")):
         (tmp_path / whole).write_text('{"name": "m", "scores": {}, "date": 0, "task_name": "Task"}')
         (tmp_path / damaged).write_bytes(content)
-        with pytest.raises(UserError, match="is no result of MTEB; remove both") as refused:
+        with pytest.raises(UserError, match="is no result of MTEB, which an evaluation writes again") as refused:
             if not read_scores(tmp_path):
                 pytest.fail("read")
         assert "\n" not in str(refused.value)

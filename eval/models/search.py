@@ -1,0 +1,292 @@
+"""Systems that score every document for every query, behind MTEB's search protocol."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from mteb._create_dataloaders import create_dataloader
+from mteb.models.model_meta import ModelMeta
+from mteb.types import PromptType
+
+from common.bm25 import BM25Index
+from common.encoders.text_vectors import TextEncoder, stream, vectors_of
+from common.encoders.token_settings import TokenSettings
+from common.encoders.token_store import KeptTokens, TokenEncoder, TokenStore, truncated
+from common.encoders.vector_cache import VectorCache
+from common.provenance import device_kind
+from eval.models.costs import Costs
+from modeling_longembed.output_maxsim_longembed import maxsim
+
+
+class Scorer(Protocol):
+    """What gives the scores of queries and documents."""
+
+    def blocks(
+        self, queries: Sequence[str], documents: Sequence[str], costs: Costs
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Score all documents, block by block.
+
+        Args:
+            queries: Q texts.
+            documents: any sequence of texts, also a column of a table on disk.
+            costs: what the documents and the queries take is added to it.
+
+        Yields:
+            Indices of n documents, and their scores `(Q, n)`; each document comes once.
+        """
+
+
+class Search:
+    """A scorer behind MTEB's search protocol.
+
+    Args:
+        scorer: gives the scores.
+        meta: MTEB's description of the model.
+    """
+
+    def __init__(self, scorer: Scorer, meta: ModelMeta):
+        self.scorer, self.mteb_model_meta = scorer, meta
+        self.costs: dict[str, Costs] = {}
+
+    def index(self, corpus: Any, **kwargs: Any) -> None:
+        """Keep the corpus; it is encoded during the search, so that its vectors are never all in memory."""
+        self.corpus = corpus
+
+    def search(
+        self, queries: Any, *, task_metadata: Any, hf_split: str, top_k: int, **kwargs: Any
+    ) -> dict[str, dict[str, float]]:
+        """Search the corpus, as MTEB asks for it.
+
+        Args:
+            queries: MTEB's data set of queries.
+            task_metadata: MTEB's description of the task.
+            hf_split: name of the split, under which `costs` has what the search took.
+            top_k: number of documents for each query.
+
+        Returns:
+            Query id -> id of each of the `top_k` best documents -> score.
+        """
+        query_texts = _texts(queries, task_metadata, PromptType.query)
+        texts = _texts(self.corpus, task_metadata, PromptType.document)
+        costs = self.costs[hf_split] = Costs(documents=len(texts), queries=len(query_texts))
+        best, indices = self._best(query_texts, texts, top_k, costs)
+        ids = list(self.corpus["id"])
+        return {
+            query: {ids[i]: score for i, score in zip(row, values, strict=True)}
+            for query, row, values in zip(queries["id"], indices.tolist(), best.tolist(), strict=True)
+        }
+
+    def _best(
+        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the k largest scores of each query and the indices of their documents, both `(queries, k)`."""
+        best = torch.full((len(queries), 0), -torch.inf)
+        indices = torch.zeros((len(queries), 0), dtype=torch.long)
+        for window, scores in self.scorer.blocks(queries, documents, costs):
+            best = torch.cat([best, scores], dim=1)
+            indices = torch.cat([indices, torch.tensor(window).expand(len(best), -1)], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            indices = indices.gather(1, order)
+        return best, indices
+
+
+class ChunkScores:
+    """The score of a document is the cosine of its best chunk (MaxP, Dai & Callan 2019, arXiv:1905.09217).
+
+    Args:
+        encoder: gives one row for each chunk.
+        cache: of vectors.
+    """
+
+    def __init__(self, encoder: TextEncoder, cache: VectorCache):
+        self.encoder, self.cache = encoder, cache
+
+    def blocks(
+        self, queries: Sequence[str], documents: Sequence[str], costs: Costs
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Score documents, block by block, as `Scorer` says.
+
+        Args:
+            queries: Q texts.
+            documents: any sequence of texts.
+            costs: what they take is added to it.
+
+        Yields:
+            Indices of n documents, and their scores `(Q, n)`.
+        """
+        normalize = torch.nn.functional.normalize
+        vectors = normalize(torch.from_numpy(vectors_of(queries, self.encoder, "query", self.cache)))
+        for window, matrices in stream(documents, self.encoder, "document", self.cache, "documents"):
+            rows = np.concatenate(matrices)
+            costs.bytes += rows.nbytes
+            chunks = normalize(torch.from_numpy(rows))
+            with costs.comparing():
+                nearest = [s.amax(1) for s in (vectors @ chunks.T).split([len(m) for m in matrices], dim=1)]
+                scores = torch.stack(nearest, dim=1)
+            yield window, scores
+
+
+class WordScores:
+    """The scores of BM25."""
+
+    def blocks(
+        self, queries: Sequence[str], documents: Sequence[str], costs: Costs
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Score documents, block by block, as `Scorer` says; all are one block, because BM25 needs to see them.
+
+        Args:
+            queries: Q texts.
+            documents: any sequence of texts.
+            costs: what they take is added to it.
+
+        Yields:
+            Indices of n documents, and their scores `(Q, n)`.
+        """
+        found, indices = self.best(queries, documents, len(documents), costs)
+        yield range(len(documents)), torch.empty_like(found).scatter_(1, indices, found)
+
+    def best(
+        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the documents with the largest scores.
+
+        Args:
+            queries: Q texts.
+            documents: any sequence of texts.
+            k: number of documents for each query.
+            costs: what they take is added to it.
+
+        Returns:
+            Scores and indices of documents, both `(Q, min(k, documents))`.
+        """
+        words = BM25Index(documents)
+        costs.bytes += words.nbytes
+        with costs.comparing():
+            scores, indices = words.search(queries, k)
+        return torch.from_numpy(scores), torch.from_numpy(indices)
+
+
+class WordSearch(Search):
+    """BM25 behind MTEB's search protocol; only the scores of the best documents are in memory.
+
+    Args:
+        meta: MTEB's description of the model.
+    """
+
+    scorer: WordScores
+
+    def __init__(self, meta: ModelMeta):
+        super().__init__(WordScores(), meta)
+
+    def _best(
+        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.scorer.best(queries, documents, k, costs)
+
+
+class TokenScores:
+    """MaxSim of token vectors (ColBERT, Khattab and Zaharia 2020, arXiv:2004.12832).
+
+    A window of documents at a time is read from the store and compared, so that their number does not decide the
+    memory.
+
+    Args:
+        encoder: gives one row for each token.
+        settings: what is kept of documents, and whether queries are weighted.
+        cache: of the vectors of queries.
+        store: of the vectors of documents.
+
+    Raises:
+        UserError: the encoder's vectors have fewer dimensions than the settings ask for.
+    """
+
+    def __init__(self, encoder: TokenEncoder, settings: TokenSettings, cache: VectorCache, store: TokenStore):
+        self.encoder, self.settings, self.cache = encoder, settings, cache
+        self.kept = KeptTokens(encoder, settings, store)
+
+    def blocks(
+        self, queries: Sequence[str], documents: Sequence[str], costs: Costs
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Score documents, block by block, as `Scorer` says.
+
+        Args:
+            queries: Q texts.
+            documents: any sequence of texts.
+            costs: what they take is added to it.
+
+        Yields:
+            Indices of n documents, and their scores `(Q, n)`.
+        """
+        device = device_kind()
+        packed_queries, query_cu = (tensor.to(device) for tensor in _packed(self._query_vectors(queries)))
+        mean = self.encoder.similarity_fn_name == "meanmaxsim"
+        for window, keys in self.kept.windows(documents):
+            costs.bytes += sum(map(self.kept.bytes, keys))
+            with costs.comparing():
+                vectors, cu = (tensor.to(device) for tensor in _packed([self.kept.vectors(key) for key in keys]))
+                scores = maxsim(packed_queries, query_cu, vectors, cu, mean=mean).cpu()
+            yield window, scores
+
+    def _query_vectors(self, queries: Sequence[str]) -> list[np.ndarray]:
+        """Return the vectors of each query, float32 `(tokens, k)`."""
+        found: list[np.ndarray] = [np.empty((0, 0), np.float32)] * len(queries)
+        for window, matrices in stream(queries, self.encoder, "query", self.cache, "queries"):
+            for i, matrix in zip(window, matrices, strict=True):
+                found[i] = truncated(matrix, self.settings.dim)
+        if not self.settings.weights:
+            found = [m / np.linalg.norm(m, axis=1, keepdims=True).clip(min=1e-12) for m in found]
+        return found
+
+
+class HybridScores:
+    """A convex combination of two scorers, each min-max normalized a query over the corpus.
+
+    `weight * norm(first) + (1 - weight) * norm(second)` with `norm(s) = (s - min) / (max - min)`, the minimum and the
+    maximum being those of the query's scores over all documents (Bruch et al. 2023, arXiv:2210.11934, equations 1 and
+    3). Where all scores are equal, they count nothing. All scores are in memory: 4 bytes a query and document, twice.
+
+    Args:
+        first: scores with this weight.
+        second: scores with the rest.
+        weight: 0 to 1.
+    """
+
+    def __init__(self, first: Scorer, second: Scorer, weight: float):
+        self.first, self.second, self.weight = first, second, weight
+
+    def blocks(
+        self, queries: Sequence[str], documents: Sequence[str], costs: Costs
+    ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
+        """Score documents, block by block, as `Scorer` says; all are one block.
+
+        Args:
+            queries: Q texts.
+            documents: any sequence of texts.
+            costs: what they take is added to it.
+
+        Yields:
+            Indices of n documents, and their scores `(Q, n)`.
+        """
+        combined = torch.zeros(len(queries), len(documents))
+        for scorer, weight in ((self.first, self.weight), (self.second, 1 - self.weight)):
+            scores = torch.empty_like(combined)
+            for window, found in scorer.blocks(queries, documents, costs):
+                scores[:, torch.tensor(window)] = found.float()
+            with costs.comparing():
+                low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+                combined += weight * (scores - low) / torch.where(high > low, high - low, 1)
+        yield range(len(documents)), combined
+
+
+def _texts(dataset: Any, task_metadata: Any, prompt_type: Any) -> Sequence[str]:
+    """Return the texts as MTEB gives them to an encoder (title first, stripped), so that all systems read the same."""
+    loader: Any = create_dataloader(dataset, task_metadata=task_metadata, prompt_type=prompt_type)
+    return loader.dataset["text"]
+
+
+def _packed(matrices: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrices `(n, k)` below one another, `(sum of n, k)`, and their cumulative lengths."""
+    lengths = [0, *(len(matrix) for matrix in matrices)]
+    filled = [matrix for matrix in matrices if len(matrix)] or [matrices[0]]
+    return torch.from_numpy(np.concatenate(filled)), torch.tensor(lengths).cumsum(0)
