@@ -310,7 +310,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         memory: Memory | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        token_vectors: str | None = None,
+        token_vectors: str | Tensor | None = None,
         **kwargs,
     ) -> LongEmbedModelOutput:
         """Encode a padded batch, or packed documents.
@@ -331,7 +331,8 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             output_hidden_states: return the embeddings and the states after each SUBLAYER, `(B, S, d)`. In the layout
                 `sfsf...` every second entry corresponds to a layer of the original. The last entry is taken after the
                 final norm, if there is one.
-            token_vectors: return a vector a token too, as for texts that are a `query` or a `document`; None: do not.
+            token_vectors: return a vector a token too, as for texts that are a `query` or a `document`; `(B,)` bool,
+                which texts are queries, if both are among them; None: do not.
             **kwargs: `return_dict=False` gives a tuple; everything else is ignored.
 
         Returns:
@@ -391,7 +392,10 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         vectors = token_mask = None
         if token_vectors is not None:
             left_out = self.left_out_tokens(hidden_states.device)
-            packed = self.token_output(hidden_states, documents.pack(inputs), left_out, token_vectors)
+            side = token_vectors
+            if isinstance(side, Tensor):
+                side = side.repeat_interleave(documents.cu_seqlens.diff(), output_size=len(hidden_states))
+            packed = self.token_output(hidden_states, documents.pack(inputs), left_out, side)
             vectors, token_mask = map(documents.unpack, packed)
         hidden_states = self._weigh_tokens(hidden_states, documents)
         if stream is None:

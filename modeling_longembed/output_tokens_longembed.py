@@ -92,14 +92,16 @@ class LongEmbedTokenOutput(nn.Module):
             weights = weights * 2 * torch.sigmoid(self.query_gate(hidden_states)[:, 0].to(wide))
         return weights
 
-    def forward(self, hidden_states: Tensor, input_ids: Tensor, left_out: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, input_ids: Tensor, left_out: Tensor, side: str | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Compute the token vectors of packed texts.
 
         Args:
             hidden_states: `(T, d)`, the states of the last sublayer, before they are weighted for pooling.
             input_ids: `(T,)`.
             left_out: `(V,)` bool, ids that have no vector.
-            side: `query` or `document`.
+            side: `query` or `document`; if texts of both kinds are among them `(T,)` bool, True for tokens of queries.
 
         Returns:
             `(T, k)`, fp32 or wider: unit vectors, those of a query times their weights, zeros for tokens that are left
@@ -107,7 +109,10 @@ class LongEmbedTokenOutput(nn.Module):
         """
         vectors = hidden_states if self.head is None else self.head(hidden_states)
         kept = ~left_out[input_ids]
-        scale = self.query_weights(hidden_states, input_ids) if side == "query" else kept
+        if isinstance(side, Tensor):  # every parameter has a gradient, which DDP waits for, whatever the texts are
+            scale = torch.where(side, self.query_weights(hidden_states, input_ids), 1.0)
+        else:
+            scale = self.query_weights(hidden_states, input_ids) if side == "query" else kept
         with torch.autocast(hidden_states.device.type, enabled=False):  # a norm in half precision is off by 0.4 %
             vectors = normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1)
             return vectors * (scale * kept).to(vectors.dtype)[:, None], kept
@@ -119,13 +124,13 @@ def truncate_tokens(vectors: Tensor, token_dim: int) -> Tensor:
     return normalize(vectors[..., :token_dim], dim=-1) * length
 
 
-def check_side(side: str | None, has_ids: bool) -> None:
+def check_side(side: str | Tensor | None, has_ids: bool) -> None:
     """Check the `token_vectors` of a forward pass.
 
     Raises:
         ValueError: there is no such side, or which tokens are special cannot be told.
     """
-    if side not in (None, *SIDES):
+    if not isinstance(side, Tensor) and side not in (None, *SIDES):
         raise ValueError(f"token_vectors={side!r}; choose from None, 'query', 'document'")
     if side is not None and not has_ids:
         raise ValueError(

@@ -21,6 +21,7 @@ from training.objectives.pair_data import ContrastiveArguments, pair_batches, pa
 from training.objectives.pair_step import pair_gradient
 from training.objectives.second_modality import FeatureArguments, add_feature_task
 from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
+from training.objectives.token_arguments import freeze_unused
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenize = pair_tokenizer(data_args, encoder, tokenizer)
     batches, held_out = pair_batches(data_args, objective_args, tokenize, loop)
     model = select_parameters(encoder, tuning_args)
+    freeze_unused(encoder, objective_args.by_tokens)
 
     # What is minimised.
     objective = build_objective(objective_args, model, batches.global_batch_size)
@@ -57,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         batches=batches,
         evaluate=pair_retrieval(data_args, objective, batches, held_out, loop),
         gradient=pair_gradient(objective, guide, span_penalty(encoder, span_args)),
-        groups=[*span_groups(encoder, span_args, decay), *objective_groups(objective, decay)],
+        groups=[
+            *objective_args.groups(encoder, span_groups(encoder, span_args, decay)),
+            *objective_groups(objective, decay),
+        ],
         auxiliary=objective,
         options=options,
         settings=settings,

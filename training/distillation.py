@@ -21,7 +21,7 @@ from training.models.encoder import ModelArguments, load_encoder, text_length
 from training.models.identity import model_identity
 from training.models.layer_choice import LayerArguments
 from training.models.tuning import TuningArguments, select_parameters
-from training.objectives.embed import pool
+from training.objectives.token_arguments import freeze_unused
 from training.teachers.arguments import TeachingArguments
 from training.teachers.embedding_teachers import Teacher
 from training.teachers.loading import load_teachers, report_mask
@@ -125,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The teachers, and what the student learns of them.
     teachers = load_teachers(teaching_args, len(data_args.text_columns) - 1, data_args.batch_tokens, loop.output_dir)
     student = select_parameters(encoder, tuning_args)
+    freeze_unused(encoder, teaching_args.by_tokens)
     objective = Teaching(teaching_args, student, {role: teacher.width for role, teacher in teachers.items()})
     objective.check_rows("--per_device_train_batch_size", batches.global_batch_size)
     for source in held_out:
@@ -153,10 +154,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         gradient=teaching_gradient(objective, teachers),
         evaluate=Evaluation(
             evaluations,
-            lambda of_source, model: of_source(lambda chunk: pool(model, chunk), loop.device),
+            lambda of_source, model: of_source(model, loop.device),
             lambda: [source.content(source.text_ids(source.columns)) for source in held_out],
         ),
-        groups=[*parameter_groups(student, decay), *parameter_groups(objective, decay)],
+        groups=[*teaching_args.groups(encoder, parameter_groups(student, decay)), *parameter_groups(objective, decay)],
         auxiliary=objective,
         options=options,
         settings=settings,

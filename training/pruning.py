@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             candidate = pruned(model, kept, args.unit)
         except ValueError:
             return None
-        found = [r(lambda chunk: embed(candidate, chunk.to(device)), 0.05)["eval_ndcg_at_10"] for r in retrievals]
+        found = [r(lambda chunk, kind: embed(candidate, chunk.to(device)), 0.05)["eval_ndcg_at_10"] for r in retrievals]
         return sum(found) / len(found)
 
     output_dir = Path(args.output_dir).absolute()

@@ -84,6 +84,23 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else _GatherWithGradient.apply(rows)
 
 
+def gather_uneven_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes in process order, differentiable, where each process may have another number.
+
+    Args:
+        rows: `(n, ...)`; n may differ between the processes.
+
+    Returns:
+        `(sum of n, ...)`.
+    """
+    if world_size() == 1:
+        return rows
+    counts = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
+    padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
+    padded = gather_rows(torch.cat([rows, padding])).unflatten(0, (len(counts), -1))
+    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
+
+
 def own_rows(count: int) -> slice:
     """Return where the `count` rows of this process are in the result of `gather_rows`."""
     start = dist.get_rank() * count if world_size() > 1 else 0

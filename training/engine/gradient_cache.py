@@ -39,8 +39,8 @@ class RandomState:
 def cached_backward(
     model: nn.Module,
     chunks: Sequence[Chunk],
-    embed: Callable[[Chunk], Tensor],
-    loss: Callable[[Tensor], tuple[Tensor, Metrics]],
+    embed: Callable[[Chunk], Tensor | tuple[Tensor, ...]],
+    loss: Callable[..., tuple[Tensor, Metrics]],
     *,
     synchronize: bool = True,
 ) -> Metrics:
@@ -57,9 +57,10 @@ def cached_backward(
     Args:
         model: the module that `embed` calls. The gradients of a DDP or FSDP module are reduced once, in the last chunk.
         chunks: the parts of the batch.
-        embed: maps a chunk to its embeddings `(n_i, d)`.
-        loss: maps all embeddings `(sum n_i, d)` to a scalar and detached metrics. It may gather over processes; its own
-            parameters receive their gradient in step 2.
+        embed: maps a chunk to its embeddings `(n_i, d)`, or to several tensors of rows, such as one vector a text, one
+            vector a token, and how many tokens each text has.
+        loss: maps the rows of all chunks, `(sum n_i, d)`, an argument for each tensor of `embed`, to a scalar and
+            detached metrics. It may gather over processes; its own parameters receive their gradient in step 2.
         synchronize: whether gradients are reduced over the processes at all; False while they are accumulated.
 
     Returns:
@@ -72,32 +73,46 @@ def cached_backward(
         passes = passes_together(model, len(chunks))
         if passes == 1:
             with synchronizing(model, synchronize):
-                value, metrics = loss(_in_full_precision(embed(chunks[0])))
+                value, metrics = loss(*map(_in_full_precision, _tensors(embed(chunks[0]))))
                 value.backward()
             return metrics
 
         device = next(model.parameters()).device
         padded = [*chunks, *[chunks[-1]] * (passes - len(chunks))]
-        states, embeddings = [], []
+        states, outputs = [], []
         with torch.no_grad():
             for chunk in padded:
                 states.append(RandomState(device))
-                embeddings.append(embed(chunk))
+                outputs.append(_tensors(embed(chunk)))
 
-        cached = _in_full_precision(torch.cat(embeddings)).requires_grad_()
-        value, metrics = loss(cached[: sum(map(len, embeddings[: len(chunks)]))])
+        cached = [_in_full_precision(torch.cat(parts)) for parts in zip(*outputs, strict=True)]
+        for rows in cached:
+            rows.requires_grad_(rows.is_floating_point())
+        counts = [[len(part) for part in parts] for parts in zip(*outputs, strict=True)]
+        own = [rows[: sum(count[: len(chunks)])] for rows, count in zip(cached, counts, strict=True)]
+        value, metrics = loss(*own)
         value.backward()  # not autograd.grad: parameters of the loss, such as a temperature, get their gradient here
-        assert cached.grad is not None
-        gradients = cached.grad.split([len(rows) for rows in embeddings])
+        gradients = [
+            [None] * passes if rows.grad is None else rows.grad.split(count)
+            for rows, count in zip(cached, counts, strict=True)
+        ]
 
-        for index, (chunk, state, gradient) in enumerate(zip(padded, states, gradients, strict=True)):
+        for index, (chunk, state) in enumerate(zip(padded, states, strict=True)):
             last = index == passes - 1
             with state.replay(), synchronizing(model, synchronize and last):
-                rows = embed(chunk)
-                rows.backward(gradient.to(rows.dtype))
+                rows_and_gradients = [
+                    (rows, gradient[index].to(rows.dtype))
+                    for rows, gradient in zip(_tensors(embed(chunk)), gradients, strict=True)
+                    if gradient[index] is not None
+                ]
+                torch.autograd.backward(*map(list, zip(*rows_and_gradients, strict=True)))
         return metrics
 
 
-def _in_full_precision(embeddings: Tensor) -> Tensor:
-    """Return embeddings in float32 or better, which exponentials of similarities at a low temperature need."""
-    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+def _tensors(embedded: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return embedded if isinstance(embedded, tuple) else (embedded,)
+
+
+def _in_full_precision(rows: Tensor) -> Tensor:
+    """Return numbers in float32 or better, which exponentials of similarities at a low temperature need."""
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)) if rows.is_floating_point() else rows

@@ -81,6 +81,7 @@ ONLY_AT_START = frozenset(
         "learnable_temperature",
         "head_dims",
         "queue_size",
+        "similarity",
         "structural_head_dims",
         "contextual_head_dims",
         "contextual_teacher_head_dims",

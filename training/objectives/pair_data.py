@@ -18,7 +18,7 @@ from training.models.encoder import text_length
 from training.objectives.contrastive.arguments import ObjectiveArguments, check_range
 from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import objective_columns
-from training.objectives.embed import embed
+from training.objectives.embed import embed_for_scoring
 from training.objectives.pair_retrieval import PairRetrieval
 
 
@@ -135,7 +135,8 @@ def pair_retrieval(
 ) -> Evaluation[PairRetrieval]:
     """Build the evaluation of a model on each source of `--eval_data`, and on what `--eval_split` held out.
 
-    Its loss is InfoNCE at the temperature of the objective, whatever the objective is.
+    Its loss is InfoNCE at the temperature of the objective, whatever the objective is; texts
+    are compared as in training.
 
     Args:
         arguments: parsed command-line options of the data.
@@ -157,7 +158,8 @@ def pair_retrieval(
 
     def evaluate(retrieval: PairRetrieval, model: nn.Module) -> dict[str, float]:
         device = loop.accelerator.device
-        return retrieval(lambda chunk: embed(model, chunk.to(device)), float(objective.temperature()))
+        arguments, temperature = objective.arguments, float(objective.temperature())
+        return retrieval(lambda chunk, kind: embed_for_scoring(model, chunk.to(device), kind, arguments), temperature)
 
     def contents() -> list[str]:
         return [source.content(source.text_ids(source.columns)) for source in sources]

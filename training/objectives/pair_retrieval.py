@@ -1,6 +1,7 @@
 """Evaluation on held-out pairs: how well a model retrieves the positive of each query."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -13,7 +14,10 @@ from training.data.pairs.batches import PairTokenizer
 from training.data.sources import Source
 from training.engine.distributed import own_share
 from training.objectives.losses.contrastive import info_nce
+from training.objectives.losses.similarity import Texts, in_one, similarity
+from training.objectives.token_vectors import TokenVectors
 
+Embed = Callable[[PackedTexts, str], Tensor | TokenVectors]
 TOP = (1, 5, 20)  # of the accuracies that are logged
 
 
@@ -39,18 +43,19 @@ class PairRetrieval:
         self.distinct = [first[text] for text in query_numbers]
 
     @torch.no_grad()
-    def __call__(self, embed: Callable[[PackedTexts], Tensor], temperature: float) -> dict[str, float]:
+    def __call__(self, embed: Embed, temperature: float) -> dict[str, float]:
         """Evaluate a model in evaluation mode; the processes share the texts.
 
         Args:
-            embed: a function from a packed chunk, on any device, to unit vectors `(n, d)`.
+            embed: a function from a packed chunk, on any device, and the kind of its texts, `query` or `document`, to
+                unit vectors `(n, d)`, or to n texts as token vectors.
             temperature: temperature of the loss.
 
         Returns:
             `eval_loss` and `eval_accuracy` of InfoNCE in batches of `batch_size`; over all documents, whose number is
             `eval_documents`, `eval_ndcg_at_10`, `eval_mrr` and the top-k accuracies `eval_accuracy_at_1`, `_5` and
-            `_20`, the fraction of the pairs whose positive is among the k nearest; `eval_alignment` of the pairs, and
-            `eval_uniformity`, the mean of that of queries and that of documents
+            `_20`, the fraction of the pairs whose positive is among the k nearest. Of one vector a text also
+            `eval_alignment` of the pairs, and `eval_uniformity`, the mean of that of queries and that of documents
             (Wang and Isola 2020, arXiv:2005.10242, section 4.1).
         """
         query = self._embed(self.queries, "query", embed)
@@ -69,7 +74,7 @@ class PairRetrieval:
             losses.append(torch.stack([loss, metrics["accuracy"]]) * len(query[rows]))
         loss, accuracy = (torch.stack(losses).sum(0) / len(query)).tolist()
         rank = self._ranks(query, document)
-        return {
+        metrics = {
             "eval_loss": loss,
             "eval_accuracy": accuracy,
             # With one relevant document per query, the ideal ranking has a gain of 1.
@@ -77,11 +82,13 @@ class PairRetrieval:
             "eval_mrr": (1 / rank).mean().item(),
             **{f"eval_accuracy_at_{k}": (rank <= k).double().mean().item() for k in TOP},
             "eval_documents": len(self.documents),
-            "eval_alignment": alignment(query, positive).item(),
-            "eval_uniformity": (uniformity(query[self.distinct]) + uniformity(document)).item() / 2,
         }
+        if isinstance(query, Tensor):
+            metrics["eval_alignment"] = alignment(query, positive).item()
+            metrics["eval_uniformity"] = (uniformity(query[self.distinct]) + uniformity(document)).item() / 2
+        return metrics
 
-    def _embed(self, texts: list[str], kind: str, embed: Callable[[PackedTexts], Tensor]) -> Tensor:
+    def _embed(self, texts: list[str], kind: str, embed: Embed) -> Any:
         """Embed this process's share of the texts and gather all, `(n, d)` on the CPU."""
         own = own_share(len(texts))
         # In portions, so that the token ids of a large corpus are not held at once.
@@ -89,10 +96,11 @@ class PairRetrieval:
         rows: list[Tensor] = []
         for start in tqdm(portions, desc=f"evaluating: {kind}", disable=own.start > 0, leave=False):
             token_ids = self.tokenize(texts[start : min(start + 256, own.stop)], kind)
-            rows += [embed(chunk).float().cpu() for chunk in pack(token_ids, self.batch_tokens)]
-        return torch.cat(gather_object(rows))
+            for texts_of_chunk in (embed(chunk, kind) for chunk in pack(token_ids, self.batch_tokens)):
+                rows.append(texts_of_chunk.float().cpu())
+        return in_one(gather_object(rows))
 
-    def _ranks(self, query: Tensor, document: Tensor) -> Tensor:
+    def _ranks(self, query: Texts, document: Texts) -> Tensor:
         """Return the rank of the positive of each pair among all documents, from 1: `(n,)` float64.
 
         Ties count against the model, so equal vectors rank last. Other positives of the same query are ignored.
@@ -100,7 +108,7 @@ class PairRetrieval:
         ranks = []
         for start in range(0, len(query), 1024):
             rows = slice(start, start + 1024)
-            scores = query[rows] @ document.T
+            scores = similarity(query[rows], document, temperature=1.0)
             own = scores.gather(1, self.positive[rows, None])
             other_positive = torch.zeros_like(scores, dtype=torch.bool)
             pair_row, pair = (self.query_id[rows, None] == self.query_id).nonzero(as_tuple=True)

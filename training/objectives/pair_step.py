@@ -7,7 +7,7 @@ from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective
-from training.objectives.embed import pool
+from training.objectives.embed import outputs, with_queries
 from training.objectives.guide import Guide
 from training.objectives.span_penalty import Penalty
 
@@ -26,6 +26,8 @@ def pair_gradient(
         The function that the loop calls for each batch.
     """
 
+    arguments = objective.arguments
+
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
         text_ids = gather_rows(by_row(batch.text_ids, batch.pairs))
         classes = {name: gather_rows(ids) for name, ids in batch.classes.items()}
@@ -37,17 +39,24 @@ def pair_gradient(
         if key is not None:
             key = gather_rows(key)
 
-        def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
+        def loss(embeddings: Tensor, *of_tokens: Tensor) -> tuple[Tensor, Metrics]:
             gathered = gather_rows(by_row(embeddings, batch.pairs))
+            tokens = None
+            if of_tokens:
+                tokens = arguments.for_scoring(*of_tokens, batch.pairs).by_row(batch.pairs).gathered()
             rows = own_rows(batch.pairs)
-            value, metrics = objective(GatheredBatch(gathered, text_ids, rows, classes, guide_vectors, key))
+            value, metrics = objective(GatheredBatch(gathered, text_ids, rows, classes, guide_vectors, key, tokens))
             if penalty is not None:
                 term, measures = penalty()
                 value, metrics = value + term, metrics | measures
             return value * scale, metrics
 
         metrics = cached_backward(
-            model, objective.trained_chunks(batch), lambda chunk: pool(model, chunk), loss, synchronize=synchronize
+            model,
+            list(with_queries(objective.trained_chunks(batch), batch.pairs)),
+            lambda part: outputs(model, *part, arguments.by_tokens),
+            loss,
+            synchronize=synchronize,
         )
         if key is not None:
             objective.remember(key, text_ids[:, 1])

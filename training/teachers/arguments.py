@@ -12,10 +12,11 @@ from typing import Literal
 from common.conditions import GIVEN, Not
 from common.errors import UserError
 from training.objectives.contrastive.arguments import check_range
+from training.objectives.token_arguments import SIMILARITY, Similarity, TokenArguments
 
 
 @dataclass
-class TeachingArguments:
+class TeachingArguments(TokenArguments):
     """The teachers and the losses against them.
 
     Raises:
@@ -147,10 +148,15 @@ class TeachingArguments:
         default=1.0,
         metadata={"help": "weight of the score loss", "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}]},
     )
-    score_scale: float = field(
-        default=20.0,
+    similarity: Similarity = field(
+        default="cosine",
+        metadata=SIMILARITY | {"applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}]},
+    )
+    score_scale: float | None = field(
+        default=None,
         metadata={
-            "help": "factor between a cosine of the student and its score",
+            "help": "factor between the similarity of a query and a candidate and the student's score; default 20, "
+            "with --similarity maxsim 1",
             "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}],
         },
     )
@@ -201,6 +207,8 @@ class TeachingArguments:
                 "--structural_teacher and --contextual_teacher are of texts and their translations, --score_teacher "
                 "and --score_column of a query and its candidates; give one kind, and of scores one source"
             )
+        if self.score_scale is None:
+            self.score_scale = 1.0 if self.similarity == "maxsim" else 20.0
         check_range(self, "score_scale", "score_temperature", positive=True)
         check_range(self, "structural_weight", "contextual_weight", "score_weight", "sdl_weight")
         check_range(self, "structural_gamma", "dcca_regularization")

@@ -11,7 +11,10 @@ from training.objectives.contrastive.objective import Metrics
 from training.objectives.heads import projection
 from training.objectives.losses.correlation import SoftCCA, dcca
 from training.objectives.losses.embedding_distillation import embedding_cosine, embedding_mse, max_margin_mse
+from training.objectives.losses.matryoshka import matryoshka
+from training.objectives.losses.similarity import similarity_of_candidates
 from training.objectives.losses.soft_targets import margin_mse, soft_targets
+from training.objectives.token_vectors import TokenVectors
 from training.teachers.arguments import TeachingArguments
 
 LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}
@@ -114,27 +117,33 @@ class Contextual(nn.Module):
 
 
 class Scores(nn.Module):
-    """The student's scores of candidates, which are scaled cosines, should equal the teacher's."""
+    """The student's scores of candidates, which are scaled cosines or MaxSim, should equal the teacher's."""
 
     def __init__(self, arguments: TeachingArguments) -> None:
         super().__init__()
         self.arguments = arguments
 
-    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Metrics]:
+    def forward(self, student: Tensor | TokenVectors, teacher: Tensor) -> tuple[Tensor, Metrics]:
         """Compute the score loss.
 
         Args:
-            student: `(n, 1 + candidates, d)`, the query's vector first; not normalised.
+            student: `(n, 1 + candidates, d)`, the query's vector first, not normalised; or `(n, 1 + candidates)` texts
+                as token vectors.
             teacher: `(n, candidates)` scores.
 
         Returns:
-            The loss, and detached scalars.
+            The loss, and detached scalars; with `--token_dims` the sum over their sizes.
         """
-        query, *candidates = F.normalize(student, dim=-1).unbind(1)
-        scores = self.arguments.score_scale * torch.stack([(query * text).sum(-1) for text in candidates], dim=1)
-        if self.arguments.score_loss == "margin_mse":
-            return margin_mse(scores, teacher)
-        return soft_targets(scores, teacher, temperature=self.arguments.score_temperature)
+        texts = student if isinstance(student, TokenVectors) else F.normalize(student, dim=-1)
+        dims = self.arguments.token_dims
+
+        def loss(texts: Any) -> tuple[Tensor, Metrics]:
+            scores = self.arguments.score_scale * similarity_of_candidates(texts[:, 0], texts[:, 1:])
+            if self.arguments.score_loss == "margin_mse":
+                return margin_mse(scores, teacher)
+            return soft_targets(scores, teacher, temperature=self.arguments.score_temperature)
+
+        return (matryoshka(loss, dims) if dims else loss)(texts)
 
 
 class Teaching(nn.Module):
@@ -147,11 +156,16 @@ class Teaching(nn.Module):
         arguments: parsed command-line options.
         encoder: the student.
         widths: by role of a teacher, the width of its vectors or its number of candidates.
+
+    Raises:
+        UserError: the student has no token vectors of a size that they ask for.
     """
 
     def __init__(self, arguments: TeachingArguments, encoder: nn.Module, widths: dict[str, int]) -> None:
         super().__init__()
         config: Any = encoder.config
+        arguments.check_model(encoder)
+        self.arguments = arguments
         self.weights = {"structural": arguments.structural_weight, "contextual": arguments.contextual_weight}
         self.weights["score"] = arguments.score_weight
         self.parts = nn.ModuleDict()
@@ -180,24 +194,25 @@ class Teaching(nn.Module):
                 "a smaller --contextual_width"
             )
 
-    def forward(self, student: Tensor, targets: Targets) -> tuple[Tensor, Metrics]:
+    def forward(self, student: Tensor | TokenVectors, targets: Targets) -> tuple[Tensor, Metrics]:
         """Compute the loss of N rows.
 
         Args:
             student: `(N, columns, d)`: a text and its translations, which all learn the teacher's vector of the first;
-                or a query and its candidates.
+                or a query and its candidates, maybe `(N, columns)` texts as token vectors.
             targets: by role the teacher's vectors `(N, t)` or scores `(N, candidates)`, and which texts fit into its
                 window, `(N,)`.
 
         Returns:
             The weighted sum of the losses, each a mean over the columns, and detached scalars by role.
         """
-        total, metrics = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32)), Metrics()
+        total, metrics = torch.zeros(()), Metrics()
         for role, part in self.parts.items():
             vectors, inside = targets[role]
             if role == "score":
                 results = [part(student, vectors)]
             else:
+                assert isinstance(student, Tensor)
                 results = [part(column, vectors, inside) for column in student.unbind(1)]
             loss = torch.stack([value for value, _ in results]).mean()
             total = total + self.weights[role] * loss

@@ -1,6 +1,6 @@
 """Distillation of embeddings and scores, as the loop uses it: the gradient of a batch, and the evaluation."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -9,15 +9,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from training.data.packing import PackedTexts
 from training.data.pairs.batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
 from training.data.sources import Source
 from training.engine.distributed import gather_rows, own_share
 from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.objective import Metrics
-from training.objectives.embed import pool
+from training.objectives.embed import outputs, with_queries
 from training.objectives.pair_step import by_row
+from training.objectives.token_vectors import TokenVectors
 from training.teachers.objective import Targets, Teaching
 
 
@@ -74,11 +74,19 @@ def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGrad
             for role, (vectors, inside) in _read_targets(batch, teachers, device).items()
         }
 
-        def loss(embeddings: Tensor) -> tuple[Tensor, Metrics]:
-            value, metrics = objective(gather_rows(by_row(embeddings, batch.pairs)), targets)
+        def loss(*read: Tensor) -> tuple[Tensor, Metrics]:
+            rows = _rows(read, batch.pairs, objective)
+            rows = rows.gathered() if isinstance(rows, TokenVectors) else gather_rows(rows)
+            value, metrics = objective(rows, targets)
             return value * scale, metrics
 
-        metrics = cached_backward(model, batch.chunks, lambda chunk: pool(model, chunk), loss, synchronize=synchronize)
+        metrics = cached_backward(
+            model,
+            list(with_queries(batch.chunks, batch.pairs)),
+            lambda part: outputs(model, *part, objective.arguments.by_tokens),
+            loss,
+            synchronize=synchronize,
+        )
         return metrics | batch.measures()
 
     return accumulate_gradient
@@ -113,11 +121,11 @@ class TeachingEvaluation:
         self.batch_tokens = batch_tokens
 
     @torch.no_grad()
-    def __call__(self, embed: Callable[[PackedTexts], Tensor], device: torch.device) -> dict[str, float]:
+    def __call__(self, model: nn.Module, device: torch.device) -> dict[str, float]:
         """Evaluate a model; the processes share the batches.
 
         Args:
-            embed: a function from a packed chunk to pooled vectors `(n, d)`.
+            model: the student, in evaluation mode.
             device: the model's device.
 
         Returns:
@@ -130,13 +138,23 @@ class TeachingEvaluation:
             texts = self.source.texts(rows)
             batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind=self.source.anchor_kind)
             batch = replace(batch, texts=texts, source=self.source.name, rows=self.source.numbers(rows))
-            vectors = torch.cat([embed(chunk.to(device)).float() for chunk in batch.chunks])
-            _, metrics = self.objective(by_row(vectors, batch.pairs), _read_targets(batch, self.teachers, device))
+            chunks = with_queries([chunk.to(device) for chunk in batch.chunks], batch.pairs)
+            parts = [outputs(model, *part, self.objective.arguments.by_tokens) for part in chunks]
+            student = _rows([torch.cat(column) for column in zip(*parts, strict=True)], batch.pairs, self.objective)
+            _, metrics = self.objective(student, _read_targets(batch, self.teachers, device))
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
         self.objective.train()
         shares = gather_object([sums])
         names = next(share for share in shares if share)
         return {f"eval_{name}": sum(share.get(name, 0.0) for share in shares) / len(self.batches) for name in names}
+
+
+def _rows(read: Sequence[Tensor], pairs: int, objective: Teaching) -> Tensor | TokenVectors:
+    """Return the texts of one process as the objective reads them, `(pairs, columns, d)` or token vectors."""
+    pooled, *of_tokens = read
+    if of_tokens:
+        return objective.arguments.for_scoring(*of_tokens, pairs).by_row(pairs)
+    return by_row(pooled, pairs)
 
 
 def _read_targets(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:

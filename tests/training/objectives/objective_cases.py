@@ -3,12 +3,13 @@
 import torch
 
 from modeling_longembed import LongEmbedModel
-from tests.training.tiny_training import tiny_config
+from tests.training.tiny_training import tiny_config, word_tokenizer
 from training.data.packing import pack
 from training.data.pairs.batches import PairBatch
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import build_objective
+from training.objectives.token_arguments import freeze_unused
 
 # Options by case; a case is named after its objective. Queues are longer than a batch and no multiple of it.
 CASES = {
@@ -16,6 +17,13 @@ CASES = {
     "info_nce masked": {"false_negative_margin": 0.02},
     "info_nce auxiliary": {"spread_out_weight": 0.5, "debias_weight": 2.0},
     "info_nce matryoshka": {"matryoshka_dims": [32, 8], "matryoshka_weights": [1.0, 0.5]},
+    "info_nce maxsim": {
+        "similarity": "maxsim",
+        "symmetric": True,
+        "learnable_temperature": True,
+        "token_dims": [16, 8],
+    },
+    "info_nce meanmaxsim": {"similarity": "meanmaxsim", "token_pooling": 3, "false_negative_margin": 0.02},
     "simcse": {"temperature": 0.1},
     "nt_xent": {"learnable_temperature": True, "head_dims": [16, 8]},
     "nt_xent matryoshka": {"matryoshka_dims": [32, 8]},
@@ -34,9 +42,13 @@ def arguments_of(case: str) -> ObjectiveArguments:
 
 
 def double_encoder(dropout: float = 0.0) -> LongEmbedModel:
-    """A tiny encoder in float64, in training mode."""
+    """A tiny encoder with a token head and trained weights of query tokens, in float64, in training mode."""
     torch.manual_seed(1)
-    return LongEmbedModel(tiny_config(hidden_dropout_prob=dropout)).double().train()
+    encoder = LongEmbedModel(tiny_config(hidden_dropout_prob=dropout, token_dim=16, query_token_weights="state"))
+    encoder.tokenizer = word_tokenizer()
+    for parameter in encoder.token_output.query_gate.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # at zero the state has no influence
+    return encoder.double().train()
 
 
 def double_objective(case: str, encoder: torch.nn.Module, rows: int, options: dict | None = None) -> Objective:
@@ -44,6 +56,7 @@ def double_objective(case: str, encoder: torch.nn.Module, rows: int, options: di
     torch.manual_seed(2)
     arguments = ObjectiveArguments(objective=case.split()[0], **(CASES[case] | (options or {})))
     wide_enough = max(rows, 2)
+    freeze_unused(encoder, arguments.by_tokens)
     if arguments.objective == "simcse":
         # The check of the dropout has its own test; here simcse is tested without dropout, too.
         rate, encoder.config.hidden_dropout_prob = encoder.config.hidden_dropout_prob, 0.1

@@ -38,6 +38,7 @@ from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.supcon import sup_con
 from training.objectives.losses.vicreg import vicreg
 from training.objectives.pair_step import pair_gradient
+from training.objectives.token_vectors import TokenVectors
 
 PAIRS = 6
 
@@ -56,7 +57,12 @@ def random_batch(columns: int, **more) -> GatheredBatch:
     generator = torch.Generator().manual_seed(3)
     embeddings = 3 * torch.randn(PAIRS, columns, 32, dtype=torch.float64, generator=generator)
     classes = {name: torch.arange(PAIRS) % 3 for name in ("label", "group")}
-    return GatheredBatch(embeddings, torch.arange(PAIRS * columns).view(PAIRS, columns), slice(None), classes, **more)
+    text_ids = torch.arange(PAIRS * columns).view(PAIRS, columns)
+    counts = torch.randint(1, 9, (PAIRS, columns), generator=generator)
+    vectors = unit(torch.randn(int(counts.sum()), 16, dtype=torch.float64, generator=generator))
+    vectors[: len(vectors) // 3] *= 0.5  # weights
+    tokens = TokenVectors(vectors, (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts), counts)
+    return GatheredBatch(embeddings, text_ids, slice(None), classes, **({"tokens": tokens} | more))
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -163,11 +169,45 @@ def summed_over(dims: tuple[int, ...], by_hand: Callable[..., Tensor]) -> Callab
     return summed
 
 
+def max_sim(query: Tensor, document: Tensor) -> Tensor:
+    """The double loop's body: the sum over the query's tokens of the largest product with one of the document."""
+    return (query @ document.T).amax(1).sum()
+
+
+def late_interaction(objective: Objective, batch: GatheredBatch, dim: int = 16, margin: float | None = None) -> Tensor:
+    """InfoNCE both ways over MaxSim, text by text; `margin` detects false negatives by the scores themselves."""
+    tokens = batch.tokens
+    texts = [
+        [tokens.vectors[first : first + count] for first, count in zip(*row, strict=True)]
+        for row in zip(tokens.first.tolist(), tokens.count.tolist(), strict=True)
+    ]
+    texts = [[text.norm(dim=1)[:, None] * unit(text[:, :dim]) for text in row] for row in texts]
+    documents = [row[column] for column in range(1, 4) for row in texts]
+    scores = torch.stack([torch.stack([max_sim(row[0], document) for document in documents]) for row in texts])
+    own, excluded = scores[:, :PAIRS].diagonal(), torch.zeros_like(scores, dtype=torch.bool)
+    if margin is not None:
+        excluded = scores > own[:, None] + margin
+    there = F.cross_entropy(scores.masked_fill(excluded, -torch.inf) / objective.temperature(), torch.arange(PAIRS))
+    if not objective.arguments.symmetric:
+        return there
+    return (there + F.cross_entropy(scores[:, :PAIRS].T / objective.temperature(), torch.arange(PAIRS))) / 2
+
+
+def late_interaction_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    return late_interaction(objective, batch, 16) + late_interaction(objective, batch, 8)
+
+
+def masked_late_interaction_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    return late_interaction(objective, batch, margin=0.02)
+
+
 BY_HAND = {  # the columns of the batch, and the loss
     "info_nce": (4, info_nce_by_hand),
     "info_nce masked": (4, masked_info_nce_by_hand),
     "info_nce auxiliary": (4, auxiliary_terms_by_hand),
     "info_nce matryoshka": (4, matryoshka_by_hand),
+    "info_nce maxsim": (4, late_interaction_by_hand),
+    "info_nce meanmaxsim": (4, masked_late_interaction_by_hand),
     "simcse": (2, simcse_by_hand),
     "nt_xent": (2, nt_xent_by_hand),
     "nt_xent matryoshka": (2, summed_over((32, 8), nt_xent_by_hand)),
@@ -214,7 +254,8 @@ def test_a_guide_decides_instead_of_the_own_scores():
 
 def plain_backward(model, chunks, embed, loss, *, synchronize=True):
     """Embed all chunks with their graph at once: the definition of what the cache computes."""
-    value, metrics = loss(torch.cat([embed(chunk) for chunk in chunks]))
+    parts = [embed(chunk) for chunk in chunks]
+    value, metrics = loss(*(torch.cat(rows) for rows in zip(*parts, strict=True)))
     value.backward()
     return metrics
 
@@ -310,7 +351,8 @@ def test_the_momentum_encoder_is_an_average_of_weights_and_its_keys_are_theirs()
     """Closed form after weights 1 and 2 on top of 0: m^2 w0 + m (1 - m) w1 + (1 - m) w2."""
     encoder = double_encoder()
     objective = double_objective("momentum", encoder, PAIRS, {"momentum": 0.75})
-    start = {name: parameter.detach().clone() for name, parameter in encoder.named_parameters()}
+    trained = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     batch = batch_of("momentum", PAIRS, 100)
     weights = [start]
     for seed in (1, 2):
@@ -318,7 +360,7 @@ def test_the_momentum_encoder_is_an_average_of_weights_and_its_keys_are_theirs()
         with torch.no_grad():
             for parameter in encoder.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        weights.append({name: parameter.detach().clone() for name, parameter in encoder.named_parameters()})
+        weights.append({name: parameter.detach().clone() for name, parameter in trained.items()})
         keys = objective.keys(encoder, batch)
     expected = {
         name: 0.75**2 * start[name] + 0.75 * 0.25 * weights[1][name] + 0.25 * weights[2][name] for name in start

@@ -105,7 +105,7 @@ def held_out_metrics(folder: Path, docstrings: Path) -> dict[str, float]:
     tokenize = PairTokenizer(model.tokenizer, 48, 48, {})
     (source,) = read_sources([str(docstrings / "held-out.jsonl")])
     retrieval = PairRetrieval(source, tokenize, batch_size=32, batch_tokens=2000)
-    return retrieval(lambda chunk: embed(model, chunk), 0.05)
+    return retrieval(lambda chunk, kind: embed(model, chunk), 0.05)
 
 
 def test_every_objective_is_trained():

@@ -23,7 +23,7 @@ def retrieval(rows, tokenizer, batch_size=100) -> PairRetrieval:
 
 def by_number(table):
     """An "encoder" that reads the one number that a text holds, `[CLS] number [SEP]`, as a row of `table`."""
-    return lambda chunk: F.normalize(table[chunk.input_ids.view(-1, 3)[:, 1]], dim=-1)
+    return lambda chunk, kind: F.normalize(table[chunk.input_ids.view(-1, 3)[:, 1]], dim=-1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -45,7 +45,7 @@ def test_accuracies_and_mrr_are_those_of_the_library(word_tokenizer):
     texts = [f"{one} {two}" for one in WORDS for two in WORDS if one < two][:80]
     queries, documents = texts[::2], texts[1::2]
     metrics = retrieval(list(zip(queries, documents, strict=True)), word_tokenizer)(
-        lambda chunk: F.normalize(table[chunk.input_ids.view(-1, 4)[:, 1:3]].sum(1), dim=-1), 0.05
+        lambda chunk, kind: F.normalize(table[chunk.input_ids.view(-1, 4)[:, 1:3]].sum(1), dim=-1), 0.05
     )
     ids = torch.tensor([word_tokenizer.convert_tokens_to_ids(text.split()) for text in queries + documents])
     vector = F.normalize(table[ids].sum(1), dim=-1)

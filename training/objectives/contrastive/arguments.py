@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from common.conditions import GIVEN, Not
 from common.errors import UserError
+from training.objectives.token_arguments import NOT_MAXSIM, SIMILARITY, Similarity, TokenArguments
 
 GROUP_COLUMN = "group"  # of the data, for the debiasing term
 
@@ -13,7 +14,7 @@ TEMPERED = ("info_nce", "simcse", "nt_xent", "sup_con", "momentum")  # the objec
 
 
 @dataclass
-class ObjectiveArguments:
+class ObjectiveArguments(TokenArguments):
     """The training objective and its options.
 
     Raises:
@@ -30,10 +31,14 @@ class ObjectiveArguments:
             "classify the positive among a queue of earlier keys (MoCo, Contriever)"
         },
     )
+    similarity: Similarity = field(
+        default="cosine", metadata=SIMILARITY | {"applies": {"objective": ("info_nce", "simcse")}}
+    )
     temperature: float | None = field(
         default=None,
         metadata={
-            "help": "similarities are divided by the temperature; default 0.05, for nt_xent 0.1, for sup_con 0.07",
+            "help": "similarities are divided by the temperature; default 0.05, for nt_xent 0.1, for sup_con 0.07, "
+            "with --similarity maxsim 1",
             "applies": {"objective": TEMPERED},
         },
     )
@@ -73,7 +78,7 @@ class ObjectiveArguments:
         metadata={
             "help": "a document counts as a false negative if its cosine exceeds the positive's by more than this "
             "margin. Cosines come from --guide_model (default margin 0), or without one from the model in training "
-            "(by default no false negatives are detected)",
+            "(by default no false negatives are detected; with --similarity maxsim they are MaxSim scores)",
             "applies": {"objective": ("info_nce", "simcse")},
         },
     )
@@ -122,7 +127,8 @@ class ObjectiveArguments:
         default_factory=list,
         metadata={
             "help": "embedding sizes to train: the first dimensions of an embedding, such as 384 256 128, become "
-            "embeddings of their own"
+            "embeddings of their own",
+            "applies": NOT_MAXSIM,
         },
     )
     matryoshka_weights: list[float] = field(
@@ -130,11 +136,18 @@ class ObjectiveArguments:
         metadata={"help": "loss weights of --matryoshka_dims; default 1 each", "applies": {"matryoshka_dims": GIVEN}},
     )
     spread_out_weight: float = field(
-        default=0.0, metadata={"help": "weight of the regulariser that spreads embeddings over the unit sphere"}
+        default=0.0,
+        metadata={
+            "help": "weight of the regulariser that spreads embeddings over the unit sphere",
+            "applies": NOT_MAXSIM,
+        },
     )
     debias_weight: float = field(
         default=0.0,
-        metadata={"help": f"weight of the regulariser that hides the column {GROUP_COLUMN!r} from a linear probe"},
+        metadata={
+            "help": f"weight of the regulariser that hides the column {GROUP_COLUMN!r} from a linear probe",
+            "applies": NOT_MAXSIM,
+        },
     )
     objective_learning_rate: float | None = field(
         default=None,

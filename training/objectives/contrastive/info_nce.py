@@ -11,6 +11,7 @@ from training.data.sources import Columns
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
 from training.objectives.losses.contrastive import info_nce
+from training.objectives.losses.similarity import Texts, in_one
 
 
 class InfoNCE(Objective):
@@ -22,7 +23,7 @@ class InfoNCE(Objective):
         query_id, positive_id, negative_id = _pair_columns(batch.text_ids)
         margin = arguments.false_negative_margin
 
-        def loss(*columns: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
+        def loss(*columns: Texts, rows: slice) -> tuple[Tensor, Metrics]:
             guide = None
             if batch.guide is not None:
                 guide = _pair_columns(batch.guide)
@@ -43,7 +44,7 @@ class InfoNCE(Objective):
                 rows=rows,
             )
 
-        columns = _pair_columns(F.normalize(batch.embeddings, dim=-1))
+        columns = _pair_columns(batch.tokens if arguments.by_tokens else F.normalize(batch.embeddings, dim=-1))
         return self.over_dims(in_blocks(loss, batch.rows, count), *(column for column in columns if column is not None))
 
 
@@ -72,10 +73,10 @@ class SimCSE(InfoNCE):
             )
 
 
-def _pair_columns(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _pair_columns(rows: Texts) -> tuple[Texts, Texts, Texts | None]:
     """Split `(N, columns, ...)` into queries, positives and negatives, one column of negatives after the other."""
-    negatives = rows[:, 2:].transpose(0, 1).flatten(0, 1)
-    return rows[:, 0], rows[:, 1], negatives if len(negatives) else None
+    negatives = [rows[:, column] for column in range(2, rows.shape[1])]
+    return rows[:, 0], rows[:, 1], in_one(negatives) if negatives else None
 
 
 def _row_of(negatives: Tensor, rows: int) -> Tensor:

@@ -22,6 +22,8 @@ from training.data.sources import PAIRS, Columns
 from training.objectives.contrastive.arguments import GROUP_COLUMN, ObjectiveArguments
 from training.objectives.losses.matryoshka import matryoshka
 from training.objectives.losses.regularizers import debias, spread_out
+from training.objectives.losses.similarity import Texts
+from training.objectives.token_vectors import TokenVectors
 
 Metrics = dict[str, Tensor]
 Loss = Callable[..., tuple[Tensor, Metrics]]
@@ -39,6 +41,7 @@ class GatheredBatch:
         classes: for each class column `(N,)` integers, equal where the classes are equal.
         guide: `(N, columns, g)`, unit vectors of the same texts from a guide model.
         key: `(N, d)`, unit vectors of the second column from the momentum encoder.
+        tokens: the same texts as token vectors, `(N, columns)`, if texts are compared by them.
     """
 
     embeddings: Tensor
@@ -47,6 +50,7 @@ class GatheredBatch:
     classes: dict[str, Tensor] = field(default_factory=dict)
     guide: Tensor | None = None
     key: Tensor | None = None
+    tokens: TokenVectors | None = None
 
 
 class Objective(nn.Module):
@@ -84,7 +88,9 @@ class Objective(nn.Module):
         too_wide = [dim for dim in arguments.matryoshka_dims if not 0 < dim <= self.width]
         if too_wide:
             raise UserError(f"--matryoshka_dims {too_wide[0]}: must be from 1 to {self.width}, the width of the model")
-        temperature = arguments.temperature or self.default_temperature
+        arguments.check_model(model)
+        default = 1.0 if arguments.similarity == "maxsim" else self.default_temperature
+        temperature = arguments.temperature or default
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature))) if arguments.learnable_temperature else None
         self.fixed_temperature = temperature
 
@@ -135,9 +141,10 @@ class Objective(nn.Module):
         """Compute the objective itself, without auxiliary terms."""
         raise NotImplementedError
 
-    def over_dims(self, loss: Loss, *embeddings: Tensor, normalize: bool = True) -> tuple[Tensor, Metrics]:
-        """Apply `loss` to the embeddings, or with `--matryoshka_dims` sum it over their first dimensions."""
-        dims, weights = self.arguments.matryoshka_dims, self.arguments.matryoshka_weights
+    def over_dims(self, loss: Loss, *embeddings: Texts, normalize: bool = True) -> tuple[Tensor, Metrics]:
+        """Apply `loss` to embeddings; with `--matryoshka_dims` or `--token_dims` sum it over their first dimensions."""
+        dims = self.arguments.matryoshka_dims or self.arguments.token_dims
+        weights = self.arguments.matryoshka_weights
         return (matryoshka(loss, dims, weights or None, normalize) if dims else loss)(*embeddings)
 
 
@@ -158,10 +165,10 @@ def in_blocks(loss: Loss, rows: slice, count: int) -> Loss:
     start, stop, _ = rows.indices(count)
     blocks = [slice(first, min(first + ROWS_AT_ONCE, stop)) for first in range(start, stop, ROWS_AT_ONCE)]
 
-    def mean_over_blocks(*embeddings: Tensor) -> tuple[Tensor, Metrics]:
+    def mean_over_blocks(*embeddings: Texts) -> tuple[Tensor, Metrics]:
         if len(blocks) == 1:
             return loss(*embeddings, rows=rows)
-        total, means = embeddings[0].new_zeros(()), dict[str, Tensor]()
+        total, means = torch.zeros(()), dict[str, Tensor]()
         for block in blocks:
             value, metrics = checkpoint(loss, *embeddings, rows=block, use_reentrant=False, preserve_rng_state=False)
             share = (block.stop - block.start) / (stop - start)

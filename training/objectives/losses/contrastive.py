@@ -1,18 +1,20 @@
 """InfoNCE: classify the document that belongs to a query among the other documents of the batch."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.objectives.losses.similarity import similarity
+from training.objectives.losses.similarity import Texts, in_one, similarity
 
-Columns = tuple[Tensor, Tensor, Tensor | None]
+Columns = tuple[Any, Any, Any]  # queries, positives, and negatives or None
 
 
 def info_nce(
-    query: Tensor,
-    positive: Tensor,
-    negative: Tensor | None = None,
+    query: Texts,
+    positive: Texts,
+    negative: Texts | None = None,
     *,
     temperature: float | Tensor = 0.05,
     symmetric: bool = False,
@@ -31,7 +33,8 @@ def info_nce(
         L = -1/|rows| sum_{i in rows} log( exp(q_i.d_i / t) / sum_j exp(q_i.d_j / t) )
 
     The sum over j runs over the N positives and the N * M hard negatives of the batch. With `symmetric`, L is averaged
-    with the same loss of the positives against the queries. If all vectors are equal, L = ln(N + N * M).
+    with the same loss of the positives against the queries. If all vectors are equal, L = ln(N + N * M). For texts as
+    token vectors q_i.d_j is the MaxSim of query i and document j, in both directions.
 
     Source: van den Oord et al. 2018 (arXiv:1807.03748, equation 4). The weight of hard negatives is from supervised
     SimCSE (Gao et al. 2021, arXiv:2104.08821, appendix), the guide from GISTEmbed (Solatorio 2024, arXiv:2402.16829,
@@ -47,7 +50,7 @@ def info_nce(
     queue; `soft_targets` over scores of candidates replaces the one positive by a teacher's distribution.
 
     Args:
-        query: `(N, d)`, unit length.
+        query: `(N, d)`, unit length; or N texts as token vectors, as then all others are.
         positive: `(N, d)`, unit length; row i belongs to query i.
         negative: `(N * M, d)`, unit length, in any order, or None.
         temperature: t; a scalar tensor that requires a gradient is learned.
@@ -60,9 +63,9 @@ def info_nce(
             query or the text of row i's own positive is not a negative of row i and leaves the sum.
         positive_id: `(N,)`, from the same numbering of texts.
         negative_id: `(N * M,)`, from the same numbering of texts; needed with `negative` and `positive_id`.
-        guide: queries, positives and negatives as unit vectors of a guide: another model, or the model in training
-            (`query`, `positive` and `negative` themselves). A column that the guide scores higher than the row's own
-            positive is a false negative and leaves the sum.
+        guide: queries, positives and negatives as a guide gives them: unit vectors of another model, or what the model
+            in training gives (`query`, `positive` and `negative` themselves). A column that the guide scores higher
+            than the row's own positive is a false negative and leaves the sum.
         guide_margin: how far a column's score must stay below the own positive's; if negative, how far it may exceed
             it.
         guide_relative: whether the margin is a fraction of the own positive's score.
@@ -85,10 +88,11 @@ def info_nce(
         >>> round(info_nce(query, query, temperature=1.0)[0].item(), 4)
         0.5514
     """
-    target = torch.arange(len(query), device=query.device)[rows]
-    scores = similarity(query[rows], positive if negative is None else torch.cat([positive, negative]), temperature)
-    back = similarity(positive[rows], query, temperature) if symmetric else None
-    metrics = {}
+    documents = positive if negative is None else in_one([positive, negative])
+    scores = similarity(query[rows], documents, temperature)
+    back = similarity(query, positive[rows], temperature).T if symmetric else None
+    number = torch.arange(len(query), device=scores.device)
+    target, metrics = number[rows], dict[str, Tensor]()
 
     if negative_weight and negative is not None:
         if negative_row is None:
@@ -98,7 +102,7 @@ def info_nce(
         scores = torch.cat([scores[:, : len(positive)], scores[:, len(positive) :] + own], dim=1)
 
     if query_id is not None and positive_id is not None:
-        other = torch.arange(len(query), device=query.device) != target[:, None]
+        other = number != target[:, None]
         same_pair = (query_id[rows, None] == query_id) | (positive_id[rows, None] == positive_id)
         excluded = same_pair & other
         if back is not None:
@@ -109,13 +113,14 @@ def info_nce(
 
     if guide is not None:
         guide_query, guide_positive, guide_negative = guide
-        documents = guide_positive if guide_negative is None else torch.cat([guide_positive, guide_negative])
-        excluded = _nearer_than_own(guide_query[rows], documents, target, guide_margin, guide_relative)
+        guide_documents = guide_positive if guide_negative is None else in_one([guide_positive, guide_negative])
+        judged = similarity(guide_query[rows], guide_documents, temperature=1.0)
+        excluded = _nearer_than_own(judged, target, guide_margin, guide_relative)
         scores = scores.masked_fill(excluded, -torch.inf)
         metrics["false_negative_share"] = excluded.sum() / max(1, excluded.numel() - len(target))
         if back is not None:
-            excluded = _nearer_than_own(guide_positive[rows], guide_query, target, guide_margin, guide_relative)
-            back = back.masked_fill(excluded, -torch.inf)
+            judged = similarity(guide_query, guide_positive[rows], temperature=1.0).T
+            back = back.masked_fill(_nearer_than_own(judged, target, guide_margin, guide_relative), -torch.inf)
 
     loss = F.cross_entropy(scores, target)
     if back is not None:
@@ -123,9 +128,8 @@ def info_nce(
     return loss, {"accuracy": (scores.argmax(dim=1) == target).float().mean()} | metrics
 
 
-def _nearer_than_own(row: Tensor, column: Tensor, own: Tensor, margin: float, relative: bool) -> Tensor:
+def _nearer_than_own(scores: Tensor, own: Tensor, margin: float, relative: bool) -> Tensor:
     """Which columns are, up to a margin, more like a row than its own column is; never the own column itself."""
-    scores = similarity(row, column, temperature=1.0)
     limit = scores.gather(1, own[:, None])
     limit = limit - (limit.abs() * margin if relative else margin)
     return (scores > limit).scatter(1, own[:, None], False)

@@ -1,9 +1,13 @@
 """Matryoshka: the first dimensions of an embedding are an embedding of their own."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from training.objectives.losses.similarity import Texts
+from training.objectives.token_vectors import TokenVectors
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
@@ -19,7 +23,8 @@ def matryoshka(loss: Loss, dims: Sequence[int], weights: Sequence[float] | None 
     full width in `dims`. Not if one size is served: the sizes compete for the first dimensions.
 
     Args:
-        loss: takes embeddings `(n_i, d)`, one or several arguments, and returns the loss and detached scalars.
+        loss: takes embeddings `(n_i, d)`, one or several arguments, and returns the loss and detached scalars. Of texts
+            as token vectors each vector is cut, and keeps its length.
         dims: the sizes m, at most d. A size of d passes the embeddings on as they are, so `dims=[d]` is the plain loss.
         weights: weights of the sizes; 1 each if None.
         normalize: whether shortened embeddings are scaled to unit length; False for a loss of embeddings that are not
@@ -44,14 +49,17 @@ def matryoshka(loss: Loss, dims: Sequence[int], weights: Sequence[float] | None 
         raise ValueError(f"dims must be at least 1, with as many weights: {dims}, {weights}")
     widest_first = sorted(zip(dims, weights, strict=True), reverse=True)
 
-    def shortened(embeddings: Tensor, dim: int) -> Tensor:
-        if dim > embeddings.shape[-1]:
-            raise ValueError(f"embeddings have {embeddings.shape[-1]} dimensions, fewer than {dim}")
-        if dim == embeddings.shape[-1]:
+    def shortened(embeddings: Texts, dim: int) -> Texts:
+        width = (embeddings.vectors if isinstance(embeddings, TokenVectors) else embeddings).shape[-1]
+        if dim > width:
+            raise ValueError(f"embeddings have {width} dimensions, fewer than {dim}")
+        if isinstance(embeddings, TokenVectors):
+            return embeddings.shortened(dim)
+        if dim == width:
             return embeddings
         return F.normalize(embeddings[..., :dim], dim=-1) if normalize else embeddings[..., :dim]
 
-    def sum_over_dims(*embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def sum_over_dims(*embeddings: Any) -> tuple[Tensor, dict[str, Tensor]]:
         total: Tensor | None = None
         metrics: dict[str, Tensor] = {}
         for dim, weight in widest_first:
