@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 
 from .hub_longembed import HubModel
 from .output_maxsim_longembed import maxsim
+from .output_token_codes_longembed import TokenCodec
 
 SIMILARITIES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": lambda queries, documents: normalize(queries, dim=-1) @ normalize(documents, dim=-1).T,
@@ -24,6 +25,7 @@ def similarity(
     documents: Any,
     mean: bool = False,
     memory_mb: float = 256,
+    codec: TokenCodec | None = None,
 ) -> Tensor:
     """Compare every query with every document.
 
@@ -38,6 +40,8 @@ def similarity(
         documents: the same of the documents, of the same kind.
         mean: divide MaxSim by the number of tokens of the query; for token vectors only.
         memory_mb: MiB that MaxSim takes at a time beside its input and output, whatever the lengths.
+        codec: what the token vectors of the documents were encoded with, if they are codes. They are decoded some at a
+            time, a long document at once.
 
     Returns:
         `(Q, D)` fp32 or wider, on the CPU; larger is more alike. 0 for token vectors of a text without tokens.
@@ -52,14 +56,18 @@ def similarity(
             f"similarity: queries are {kinds[by_tokens]} and documents {kinds[documents_by_tokens]}; encode both "
             "alike, and put the token vectors of one text into a list: [vectors]"
         )
-    widths = sorted({row.shape[-1] for row in (*queries, *documents)})
+    if codec is None and any(row.dtype in (torch.int8, torch.uint8) for row in documents):
+        raise ValueError("similarity: the documents are codes; give the TokenCodec that made them as codec=")
+    if codec is not None and not documents_by_tokens and documents:
+        raise ValueError("similarity: codec= is for codes of token vectors, and the documents are plain vectors")
+    widths = sorted({row.shape[-1] for row in queries} | {codec.dim if codec else row.shape[-1] for row in documents})
     if len(widths) > 1:
         raise ValueError(
             f"similarity: vectors of {' and '.join(map(str, widths))} dimensions cannot be compared; encode queries "
             "and documents with the same token_dim or truncate_dim"
         )
     if by_tokens or documents_by_tokens:
-        return _similarity_of_tokens(queries, documents, mean, int(memory_mb * 2**20), model.device)
+        return _similarity_of_tokens(queries, documents, mean, int(memory_mb * 2**20), model.device, codec)
     if mean:
         raise ValueError("similarity: mean=True is for token vectors, and these are plain vectors; leave it out")
     packed = [
@@ -84,34 +92,40 @@ def _texts(side: str, vectors: Any) -> tuple[list[Tensor], bool]:
 
 
 def _similarity_of_tokens(
-    queries: Sequence[Tensor], documents: Sequence[Tensor], mean: bool, memory: int, device: torch.device
+    queries: Sequence[Tensor],
+    documents: Sequence[Tensor],
+    mean: bool,
+    memory: int,
+    device: torch.device,
+    codec: TokenCodec | None,
 ) -> Tensor:
     """Compute MaxSim in runs of queries and documents that are packed in a quarter of `memory` each, in bytes."""
     rows = []
     for query_run in _runs(queries, memory // 4):
         packed = _packed(query_run, device)
         scores = [
-            maxsim(*packed, *_packed(run, device), memory_mb=memory / 2**21, mean=mean).cpu()
-            for run in _runs(documents, memory // 4)
+            maxsim(*packed, *_packed(run, device, codec), memory_mb=memory / 2**21, mean=mean).cpu()
+            for run in _runs(documents, memory // 4, codec)
         ]
         rows.append(torch.cat(scores, dim=1) if scores else torch.zeros(len(query_run), 0))
     return torch.cat(rows) if rows else torch.zeros(0, len(documents))
 
 
-def _runs(texts: Sequence[Tensor], bytes_of_run: int) -> Iterator[Sequence[Tensor]]:
-    """Divide token vectors into runs of consecutive texts of at most this size; a larger text is a run of its own."""
+def _runs(texts: Sequence[Tensor], bytes_of_run: int, codec: TokenCodec | None = None) -> Iterator[Sequence[Tensor]]:
+    """Divide texts into runs whose token vectors have at most this size; a larger text is a run of its own."""
     first = size = 0
     for number, vectors in enumerate(texts):
-        if number > first and size + vectors.nbytes > bytes_of_run:
+        own = 4 * len(vectors) * codec.dim if codec and codec.dim else vectors.nbytes
+        if number > first and size + own > bytes_of_run:
             yield texts[first:number]
             first, size = number, 0
-        size += vectors.nbytes
+        size += own
     if texts:
         yield texts[first:]
 
 
-def _packed(texts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+def _packed(texts: Sequence[Tensor], device: torch.device, codec: TokenCodec | None = None) -> tuple[Tensor, Tensor]:
     """Pack token vectors to `(T, k)` with cumulative lengths; those of one text are not copied."""
     lengths = torch.tensor([0, *(len(vectors) for vectors in texts)])
-    packed = texts[0] if len(texts) == 1 else torch.cat(list(texts))
-    return packed.to(device), lengths.cumsum(0)
+    packed = (texts[0] if len(texts) == 1 else torch.cat(list(texts))).to(device)
+    return codec.decode(packed) if codec else packed, lengths.cumsum(0)

@@ -6,6 +6,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.util import similarity
 
+from modeling_longembed.output_token_codes_longembed import BITS, TokenCodec
 from tests.modeling_longembed.memory_use import peak_bytes
 
 
@@ -42,6 +43,30 @@ def test_token_vectors_compare_as_in_sentence_transformers(mean, memory_mb, buil
     assert compare(queries, arrays([0, 2]), mean).count_nonzero(0).tolist() == [0, 3]
     assert compare(queries, []).shape == (3, 0)
     assert compare([], documents).shape == (0, 4)
+
+
+@pytest.mark.promise("T5")
+@pytest.mark.parametrize("kind", list(BITS))
+@pytest.mark.parametrize("memory_mb", [256, 0.001])
+def test_codes_compare_as_what_they_stand_for(kind, memory_mb, build_tiny_model):
+    queries, documents, compare = arrays([3, 1]), arrays([40, 30, 0, 2], seed=1), build_tiny_model().similarity
+    codec = TokenCodec(kind).fit(np.concatenate(documents))
+    codes = [codec.encode(document) for document in documents]
+    expected = compare(queries, [codec.decode(each) for each in codes])
+    torch.testing.assert_close(compare(queries, codes, memory_mb=memory_mb, codec=codec), expected)
+    as_arrays = [each.numpy() for each in codes]
+    torch.testing.assert_close(compare(queries, as_arrays, memory_mb=memory_mb, codec=codec), expected)
+
+
+@pytest.mark.promise("T7")
+def test_codes_and_codecs_come_together(build_tiny_model):
+    codec, documents = TokenCodec("int8").fit(arrays([9])[0]), arrays([4])
+    with pytest.raises(ValueError, match="the documents are codes; give the TokenCodec"):
+        build_tiny_model().similarity(arrays([3]), [codec.encode(documents[0])])
+    with pytest.raises(ValueError, match="the documents are plain vectors"):
+        build_tiny_model().similarity(arrays([3])[0], documents[0], codec=codec)
+    with pytest.raises(ValueError, match="of 5 and 6 dimensions cannot be compared"):
+        build_tiny_model().similarity(arrays([3], 6), [codec.encode(documents[0])], codec=codec)
 
 
 def test_the_gradient_reaches_the_vectors(build_tiny_model):
