@@ -6,7 +6,8 @@ BIN = $(VENV)/bin
 # Tests that share what they train (marked xdist_group) run in one process, the others in whichever is free.
 PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup
 PYTEST = -m pytest -q --promises $(PARALLEL)
-PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
+# Python compiles a module when it is first imported: pip would compile all of them, most of which nothing imports.
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 
 .PHONY: help demo test test-all fuzz kill-test test-isa test-lower lint docs reference clean
 .DEFAULT_GOAL := help
@@ -18,7 +19,7 @@ demo: $(VENV)/.stamp-demo ## convert, train, judge and publish a real model; goe
 	$(BIN)/python experiments/demo.py
 
 test: lint ## lint, then all tests that are not slow, then the result for each promise
-	$(BIN)/python $(PYTEST) -m 'not slow'
+	$(BIN)/python $(PYTEST) -m 'not slow' --hypothesis-profile fast
 
 test-all: lint ## the same with the tests that take long, which are marked slow
 	$(BIN)/python $(PYTEST)

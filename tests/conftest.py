@@ -24,8 +24,10 @@ import torch
 
 PROMISES = Path(__file__).parents[1] / "docs" / "promises.md"
 
-hypothesis.settings.register_profile("longembed", deadline=None, derandomize=True, database=None, max_examples=50)
-hypothesis.settings.load_profile("longembed")
+# `make test` draws fewer examples, with --hypothesis-profile fast. An expensive test takes a fraction of the profile's.
+for _name, _examples in (("thorough", 50), ("fast", 20)):
+    hypothesis.settings.register_profile(_name, deadline=None, derandomize=True, database=None, max_examples=_examples)
+hypothesis.settings.load_profile("thorough")
 
 
 @pytest.fixture(autouse=True)

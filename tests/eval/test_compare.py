@@ -12,6 +12,7 @@ from eval import compare
 from eval.compare import Arguments, short_names
 from eval.report.comparison import Row, as_markdown, draw
 from eval.speed import interleaved
+from eval.speed.measurement import measure
 from eval.tasks import evaluation
 from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
@@ -50,6 +51,7 @@ def test_the_numbers_are_those_of_the_evaluator_and_of_the_files(make_task, mode
     make_task("Hidden", TEXTS, QUERIES, split="test_64")
     make_task("Hidden", TEXTS, QUERIES, split="test_128")
     given = arguments(models, tmp_path)
+    monkeypatch.setattr("eval.speed.interleaved.run_case", lambda case, limit: measure(case))  # in this process
     rows = compare.compare(given)
     assert [row.name for row in rows] == ["teacher", "student"]
     for row, path in zip(rows, models, strict=True):

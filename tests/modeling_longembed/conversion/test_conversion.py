@@ -552,10 +552,11 @@ def test_the_conversion_prints_the_difference(make_checkpoint, capsys):
 def test_every_weight_that_is_converted_wrongly_is_found(family, make_checkpoint, monkeypatch):
     folder, _ = make_checkpoint(family)
     convert = conversion.converted_weights
-    names = [name for name, _ in LongEmbedModel.from_encoder(folder).named_parameters()]
+    model = LongEmbedModel.from_encoder(folder)
+    last = f"layers.{model.config.num_hidden_layers - 1}."  # one layer is enough: the names of all are made by one rule
     # softmax does not see a bias of the keys, which adds the same number to all scores of a query
-    for name in names:
-        if name.endswith("k_proj.bias"):
+    for name, _ in model.named_parameters():
+        if name.endswith("k_proj.bias") or (name.startswith("layers.") and not name.startswith(last)):
             continue
 
         def corrupted(*arguments, name=name):

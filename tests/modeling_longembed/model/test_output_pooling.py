@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
@@ -17,7 +17,6 @@ def packed(lengths: list[int]) -> PackedDocuments:
     return PackedDocuments(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), max(lengths))
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 30), min_size=1, max_size=4),
     width=st.integers(2, 12),

@@ -77,7 +77,7 @@ def run_single(model, documents):
 @pytest.mark.promise("A12")
 @pytest.mark.parametrize("side", ["right", "left", "holes"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(lengths=BATCHES)
 def test_packed_equals_padded_equals_single(build_tiny_model, pattern, side, lengths):
     model = build_tiny_model(attention_patterns={"type": pattern} | PATTERN_SETTINGS.get(pattern, {}))
@@ -126,7 +126,7 @@ def test_packed_and_padded_have_the_gradients_of_single(build_tiny_model, entry,
 
 @pytest.mark.promise("P10")
 @pytest.mark.parametrize(("scheme", "method"), EXTENDED)
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(lengths=st.lists(st.sampled_from([1, 4, 5, 7, 8, 9, 15, 16, 17, 40, 63, 64]), min_size=2, max_size=4))
 def test_an_embedding_does_not_depend_on_batch_mates(build_tiny_model, scheme, method, lengths):
     model = build_tiny_model(**position_fields(scheme, method))

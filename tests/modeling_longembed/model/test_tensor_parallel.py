@@ -30,7 +30,7 @@ SIZES = {
 }
 SLIDING = {"type": "sliding", "window": 3}
 CASES = {
-    "rope, full": {"position_embedding_type": "rope"},
+    "rope, full": {"position_embedding_type": "rope", "num_hidden_layers": 2},
     "absolute, block": {"attention_patterns": {"type": "block", "size": 5}},
     "alibi, sliding": {"position_embedding_type": "alibi", "attention_patterns": SLIDING},
     "buckets, full": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10},
@@ -57,7 +57,7 @@ CASES = {
 
 
 def config(case: str, **changes) -> LongEmbedConfig:
-    return LongEmbedConfig(**SIZES | CASES[case] | changes)
+    return LongEmbedConfig(**SIZES | {"num_hidden_layers": 1} | CASES[case] | changes)
 
 
 def compute(model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:

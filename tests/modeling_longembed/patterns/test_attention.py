@@ -185,7 +185,7 @@ COMBINATIONS = covering_first(
         if allowed(pattern, scheme, kernel, causal)
     ],
     # The one kernel with a path of its own for each pattern; mistakes of it have shown in three values together.
-    keep=lambda pattern, scheme, kernel, causal: kernel == "longembed_varlen",
+    keep=lambda pattern, scheme, kernel, causal: kernel == "longembed_varlen" and not causal,
 )
 BOTH_WAYS = covering_first(
     [pytest.param(*case.values[:3], id=case.id) for case in COMBINATIONS if not case.values[3]],
@@ -291,7 +291,7 @@ def cases(draw, name, scheme):
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MASKS)
-@settings(max_examples=25)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(data=st.data())
 def test_the_packed_path_equals_dense_attention_on_any_batch(name, scheme, data):
     pattern, lengths, is_global, max_scores = data.draw(cases(name, scheme))
@@ -434,9 +434,9 @@ def test_the_window_is_that_of_modernbert(tmp_path, kernel):
     original.save_pretrained(tmp_path)
     model = LongEmbedModel.from_encoder(tmp_path, attn_implementation=kernel)
     assert [entry["type"] for entry in model.config.attention_patterns] == ["full", "sliding", "sliding"]
-    input_ids = torch.randint(1, 64, (2, 90))
+    input_ids = torch.randint(1, 64, (2, 40))
     attention_mask = torch.ones_like(input_ids)
-    attention_mask[1, 70:] = 0
+    attention_mask[1, 30:] = 0
     with torch.no_grad():
         expected = original(input_ids, attention_mask=attention_mask).last_hidden_state
         output = model(input_ids, attention_mask=attention_mask).last_hidden_state

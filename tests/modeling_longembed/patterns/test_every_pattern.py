@@ -74,7 +74,7 @@ def outputs_and_gradients(model, documents):
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize(("entry", "scheme", "causal", "training"), CASES)
 def test_the_fast_path_is_the_definition_with_its_gradients(build_tiny_model, entry, scheme, causal, training):
-    fields = SCHEMES[scheme] | {"is_causal": causal}
+    fields = SCHEMES[scheme] | {"is_causal": causal, "num_hidden_layers": 1}
     documents = batch(LONGEST, 1, 17, 2)
     results = [
         outputs_and_gradients(build(build_tiny_model, entry, kernel, **fields).train(training), documents)

@@ -14,6 +14,7 @@ from modeling_longembed import LongEmbedConfig, LongEmbedModel, attention_past_l
 from modeling_longembed.attention_longembed import KERNELS, AttentionInputs
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_registry_longembed import build_pattern
+from tests.covering import covering_first
 from tests.modeling_longembed.memory_use import Allocated, KeptForBackward
 
 SCHEMES = {
@@ -181,19 +182,22 @@ def gradients(model, output):
 
 
 @pytest.mark.promise("A10")
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize(
-    "fields",
-    [
-        pytest.param(fields | causal, id=f"{scheme}{'-causal' * bool(causal)}")
-        for scheme, fields in SCHEMES.items()
-        for causal in ({}, {"is_causal": True})
-        if causal or scheme != "none"
-    ],
+    ("scheme", "causal", "training"),
+    covering_first(
+        [
+            pytest.param(scheme, causal, training, id=f"{scheme}{'-causal' * causal}{'-training' * training}")
+            for scheme in SCHEMES
+            for causal in (False, True)
+            for training in (True, False)
+            if causal or scheme != "none"
+        ]
+    ),
 )
 @settings(max_examples=3, deadline=None)
 @given(data=st.data())
-def test_both_paths_are_the_formula(build_focused, fields, training, data):
+def test_both_paths_are_the_formula(build_focused, scheme, causal, training, data):
+    fields = SCHEMES[scheme] | {"is_causal": causal}
     size, negatives, top_k = data.draw(st.integers(1, 7)), data.draw(st.integers(0, 3)), data.draw(st.integers(0, 9))
     around = [0, 1, 2, size - 1, size, size + 1, 11, 19]
     lengths = data.draw(st.lists(st.sampled_from(around), min_size=1, max_size=4).filter(any))
@@ -306,7 +310,7 @@ def test_causal_training_sees_nothing_later(build_focused):
 # The search -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(data=st.data())
 def test_the_nearest_keys_are_those_of_a_flat_index(data):
     faiss = pytest.importorskip("faiss")

@@ -106,7 +106,7 @@ def lengthened(words, size):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(data=st.data())
 def test_equals_the_grouped_softmax(path, causal, training, data):
     size, top_k = data.draw(st.integers(2, 7)), data.draw(st.integers(0, 3))

@@ -132,7 +132,7 @@ def assert_equal_with_gradients(output, expected, leaves):
 @pytest.mark.promise("A11")
 @pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
 @pytest.mark.parametrize("path", PATHS)
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(data=st.data())
 def test_equals_the_definition(path, causal, data):
     pattern = LshAttention(

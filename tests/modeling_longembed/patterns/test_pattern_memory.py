@@ -14,6 +14,7 @@ from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel, attention_p
 from modeling_longembed.attention_longembed import KERNELS, AttentionInputs
 from modeling_longembed.packing_longembed import PackedDocuments
 from modeling_longembed.pattern_registry_longembed import build_pattern
+from tests.covering import covering_first
 from tests.modeling_longembed.memory_use import Allocated, KeptForBackward
 
 NEIGHBOURS, GROUP = 6, 3
@@ -155,11 +156,17 @@ def assert_gradients(model, output, expected):
 
 
 FIELDS = [
-    pytest.param(fields | placement | causal, id=f"{scheme}{'-pre' * bool(placement)}{'-causal' * bool(causal)}")
-    for scheme, fields in SCHEMES.items()
-    for placement in ({}, PRE_NORM)
-    for causal in ({}, {"is_causal": True})
-    if causal or scheme != "none"
+    pytest.param(SCHEMES[scheme] | placement | {"is_causal": causal}, id=case.id, marks=case.marks)
+    for case in covering_first(
+        [
+            pytest.param(scheme, placement, causal, id=f"{scheme}{'-pre' * bool(placement)}{'-causal' * causal}")
+            for scheme in SCHEMES
+            for placement in ({}, PRE_NORM)
+            for causal in (False, True)
+            if causal or scheme != "none"
+        ]
+    )
+    for scheme, placement, causal in [case.values]
 ]
 
 

@@ -20,9 +20,20 @@ def processes():
     return fresh_processes()
 
 
-# The tests of a script stay in one process of pytest-xdist: the undisturbed run is made once.
+# The tests of a script stay in one process of pytest-xdist: the undisturbed run is made once. The scripts share the
+# loop: the fast tests kill one of pairs and one of documents.
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(f"loop_{name}")) for name in SCRIPTS]
+    scope="module",
+    params=[
+        pytest.param(
+            name,
+            marks=[
+                pytest.mark.xdist_group(f"loop_{name}"),
+                *([] if name in ("contrastive", "pretraining") else [pytest.mark.slow]),
+            ],
+        )
+        for name in SCRIPTS
+    ],
 )
 def script(request) -> str:
     return request.param

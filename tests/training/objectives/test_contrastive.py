@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from tests.covering import covering_first
 from tests.training.objectives.objective_cases import (
     CASES,
     arguments_of,
@@ -312,9 +313,17 @@ def test_scores_take_memory_in_proportion_to_the_rows(case):
 
 
 @pytest.mark.promise("C8")
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("tuning", ["full", "lora with checkpointing"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "tuning", "dropout"),
+    covering_first(
+        [
+            pytest.param(case, tuning, dropout, id=f"{case}-{tuning}-{dropout}")
+            for case in CASES
+            for tuning in ("full", "lora with checkpointing")
+            for dropout in (0.0, 0.1)
+        ]
+    ),
+)
 def test_the_cached_gradient_is_the_plain_one(case, tuning, dropout, monkeypatch):
     def encoder():
         model = double_encoder(dropout)
