@@ -29,6 +29,8 @@ COMMANDS = {
     "training.mine_negatives": "--model in/model --data in/pairs.jsonl --output out/mined.jsonl --num_negatives 1",
     "training.paragraph_vector": "--train_data in/documents.jsonl --output_dir out --vector_size 8 --epochs 2",
     "training.pruning": "--model_name_or_path in/model --eval_data in/pairs.jsonl --depth 1 --output_dir out",
+    "training.token_output": "--model_name_or_path in/model --train_data in/documents.jsonl --output_dir out "
+    "--token_dim 8 --query_token_weights idf",
     "training.vocabulary": "--model_name_or_path in/model --train_data in/documents.jsonl --output_dir out",
     "eval.mteb_long": "--model in/model chunk-mean:in/model:16 bm25 --data_dir in/tasks --output_dir out",
     "eval.sts": "--model in/model --data_dir in/sts --output_dir out",
