@@ -263,7 +263,14 @@ def test_the_projection_is_tied_to_the_word_embeddings(build_tiny_model):
 
 
 @pytest.mark.promise("X2")
-@pytest.mark.parametrize("patterns", [["full"], MIXED], ids=["full", "sliding and block"])
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        pytest.param(["full"], id="full"),
+        # That a sliding window is one graph is a fast test in tests/experiments/gpu.
+        pytest.param(MIXED, id="sliding and block", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_model_equals_the_eager_one(build_tiny_model, patterns):
     """`aot_eager` traces forward and backward as the default compiler does, and needs no C++ compiler."""
     torch._dynamo.reset()
