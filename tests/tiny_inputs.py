@@ -32,7 +32,8 @@ COMMANDS = {
     "training.token_output": "--model_name_or_path in/model --train_data in/documents.jsonl --output_dir out "
     "--token_dim 8 --query_token_weights idf",
     "training.vocabulary": "--model_name_or_path in/model --train_data in/documents.jsonl --output_dir out",
-    "eval.mteb_long": "--model in/model chunk-mean:in/model:16 bm25 --data_dir in/tasks --output_dir out",
+    "eval.mteb_long": "--model in/model chunk-mean:in/model:16 bm25 hybrid:in/model@tokens:pool=2:0.5 "
+    "--data_dir in/tasks --output_dir out",
     "eval.sts": "--model in/model --data_dir in/sts --output_dir out",
     "eval.passkey": "--model in/model --lengths 64 --depths 2 --trials 2 --output_dir out",
     "eval.perplexity": "--model in/masked_lm --data in/documents.jsonl --lengths 16 --tokens_scored 2 --draws 1 "

@@ -9,7 +9,7 @@
 | `PATH@vector` | the same as `PATH`: one vector per text |
 | `PATH@chunks:N` | one vector per passage of N tokens, from one reading of the document (late chunks; our models) |
 | `PATH@tokens` | one vector per token, compared by MaxSim; a `MultiVectorEncoder` folder needs no `@tokens` |
-| `PATH@tokens:dim=64,precision=float16` | the same with these `TokenSettings` |
+| `PATH@tokens:dim=64,pool=4,precision=binary` | the same with these `TokenSettings` |
 | `bm25` | no model: Lucene's BM25 with k1 = 1.5, b = 0.75, English stop words, no stemming |
 | `hybrid:VALUE:W` | W times the scores of any of the above, and 1 - W times those of `bm25` |
 
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.encoders.encoder import ChunkEncoder, Encoder, encoder_computed_by
+from common.encoders.kept_tokens import TokenEncoder
 from common.encoders.longembed_encoder import LateChunkEncoder, LongEmbedTokenEncoder, longembed_computed_by
 from common.encoders.model_folder import ModelFolder
 from common.encoders.multi_vector_encoder import MultiVectorTokenEncoder, multi_vector_computed_by
 from common.encoders.token_settings import TokenSettings
-from common.encoders.token_store import TokenEncoder
 from common.errors import UserError
 from common.provenance import computed_by
 

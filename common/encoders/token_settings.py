@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from common.errors import UserError
+from modeling_longembed.output_token_pooling_longembed import MAX_FACTOR
 
-TOKEN_PRECISIONS = ("float32", "float16")
+TOKEN_PRECISIONS = ("float32", "float16", "int8", "binary", "residual1", "residual2")
+LARGEST = {"dim": 1 << 31, "pool": MAX_FACTOR}
 
 
 @dataclass(frozen=True)
@@ -13,11 +15,13 @@ class TokenSettings:
 
     Attributes:
         dim: number of leading dimensions of a token vector; None: all.
+        pool: how many tokens of a document a vector stands for, on average; 1: each token has its own.
         precision: in which the vectors of documents are kept; those of queries are float32.
         weights: whether the tokens of a query count with the weights that the model gives them.
     """
 
     dim: int | None = None
+    pool: int = 1
     precision: str = "float16"
     weights: bool = True
 
@@ -37,16 +41,21 @@ class TokenSettings:
             name, _, value = part.partition("=")
             if name in found:
                 raise UserError(f"{place}: {name} is there twice; give it once")
-            if name == "dim" and value.isdigit() and int(value) > 0:
+            if name in ("dim", "pool") and value.isdigit() and 0 < int(value) <= LARGEST[name]:
                 found[name] = int(value)
             elif name == "precision" and value in TOKEN_PRECISIONS:
                 found[name] = value
             elif name == "weights" and value == "none":
                 found[name] = False
             else:
-                allowed = f"dim=64, precision={'|'.join(TOKEN_PRECISIONS)}, weights=none"
+                allowed = f"dim=64, pool=1 to {MAX_FACTOR}, precision={'|'.join(TOKEN_PRECISIONS)}, weights=none"
                 raise UserError(f"{place}: {part} is no setting of token vectors; write {allowed}, with commas between")
         return cls(**found)  # type: ignore[arg-type]
+
+    @property
+    def storage(self) -> tuple[int | None, int, str]:
+        """What is kept of documents, whatever is done with queries."""
+        return self.dim, self.pool, self.precision
 
     @property
     def differences(self) -> dict[str, str | int]:
@@ -54,6 +63,7 @@ class TokenSettings:
         default = TokenSettings()
         changed: dict[str, str | int | None] = {
             "dim": self.dim,
+            "pool": None if self.pool == default.pool else self.pool,
             "precision": None if self.precision == default.precision else self.precision,
             "weights": None if self.weights else "none",
         }

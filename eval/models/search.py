@@ -10,9 +10,10 @@ from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
 from common.bm25 import BM25Index
+from common.encoders.kept_tokens import KeptTokens, TokenEncoder, truncated
 from common.encoders.text_vectors import TextEncoder, stream, vectors_of
 from common.encoders.token_settings import TokenSettings
-from common.encoders.token_store import KeptTokens, TokenEncoder, TokenStore, truncated
+from common.encoders.token_store import TokenStore
 from common.encoders.vector_cache import VectorCache
 from common.provenance import device_kind
 from eval.models.costs import Costs

@@ -25,7 +25,7 @@ class EvaluationArguments:
     model: list[str] = field(
         metadata={
             "help": "models, as folders or Hub ids; baselines: truncate:PATH:N, chunk-mean:PATH:N, chunk-max:PATH:N, "
-            "bm25; other outputs: PATH@chunks:N, PATH@tokens, PATH@tokens:dim=64,precision=float16; with BM25: "
+            "bm25; other outputs: PATH@chunks:N, PATH@tokens, PATH@tokens:dim=64,pool=4,precision=binary; with BM25: "
             "hybrid:MODEL:W, where W is the weight of the model"
         }
     )

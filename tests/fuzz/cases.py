@@ -53,7 +53,8 @@ WORDS = (
     "in", "in/model", "in/gone", "in/pairs.jsonl", "in/pairs.jsonl/below", "in/model/config.json", "in/tasks",
     "no/where", "org/name@x", "a/b/c", "\udcff", "%s", "{x}", "~", ":", "::", "bm25", "bm25:1", "truncate",
     "truncate:in/model:0",
-    "truncate:in/model:16", "chunk-mean::16", "chunk-max:in/model:99999999999", "in/pairs.jsonl:nan",
+    "truncate:in/model:16", "chunk-mean::16", "in/model@tokens:dim=0", "hybrid:in/model@chunks:16:2",
+    "chunk-max:in/model:99999999999", "in/pairs.jsonl:nan",
     "in/pairs.jsonl:-1", "in/pairs.jsonl:inf", "in/pairs.jsonl:1e9", "in/documents.jsonl:1e-9",
     "in/questions.jsonl", "last", "none",
     "auto", "full", "block:size=0", "block:size=nan", "sliding:window", "sliding:window=-1", "float32",
@@ -244,7 +245,12 @@ PARQUET_KINDS = (
 
 def command_files(inputs: Path, script: str) -> list[str]:
     """List the files that the command line of a script names, and those in the folders that it names."""
-    parts = {part for word in COMMANDS[script].split() for part in word.split(":") if part.startswith("in/")}
+    parts = {
+        part.partition("@")[0]
+        for word in COMMANDS[script].split()
+        for part in word.split(":")
+        if part.startswith("in/")
+    }
     found = [path for part in sorted(parts) for path in files_at(inputs / part.removeprefix("in/"))]
     return [f"in/{path.relative_to(inputs)}" for path in found]
 

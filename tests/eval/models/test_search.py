@@ -175,6 +175,7 @@ def test_costs_are_the_bytes_that_are_kept(folders, tmp_path):
     for name, expected in (
         (f"{folders / 'head'}@tokens", 8 * 2 * tokens),
         (f"{folders / 'head'}@tokens:precision=float32,dim=3", 3 * 4 * tokens),
+        (f"{folders / 'head'}@tokens:precision=binary", tokens),
         (f"{folders / 'head'}@chunks:16", None),
         ("bm25", None),
     ):
@@ -206,6 +207,8 @@ def test_empty_texts_score_0(folders, tmp_path, monkeypatch):
         ("{head}@tokens:size=3", "size=3 is no setting of token vectors"),
         ("{head}@tokens:dim=2,dim=3", "dim is there twice"),
         ("{head}@tokens:precision=half", "precision=half is no setting"),
+        ("{head}@tokens:pool=0", "pool=0 is no setting"),
+        ("{head}@tokens:pool=33", "pool=33 is no setting of token vectors; write dim=64, pool=1 to 32"),
         ("{head}@tokens:dim=9", "token vectors of 8 dimensions, fewer than 9"),
         ("{states}@tokens:dim=3", "has no token head"),
         ("{plain}@tokens", "is no LongEmbed model"),
@@ -221,7 +224,14 @@ def test_a_mistake_is_told(folders, tiny_sentence_transformer, tmp_path, value, 
 
 
 def test_settings_that_change_scores_change_where_results_lie(folders):
-    values = ["{}", "{}@tokens", "{}@tokens:dim=3", "{}@tokens:weights=none", "{}@tokens:precision=float32"]
+    values = [
+        "{}",
+        "{}@tokens",
+        "{}@tokens:dim=3",
+        "{}@tokens:weights=none",
+        "{}@tokens:pool=2",
+        "{}@tokens:precision=float32",
+    ]
     values += ["{}@chunks:16", "{}@chunks:32", "hybrid:{}:0.5", "hybrid:{}@tokens:0.5", "hybrid:{}@tokens:0.25"]
     specs = [EvaluatedModel.parse(value.format(folders / "head")) for value in values]
     places = {(spec.meta.name, spec.meta.revision, spec.meta.experiment_name) for spec in specs}

@@ -1,0 +1,134 @@
+"""Documents as the vectors of their tokens, made smaller as the settings say, and kept on disk."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from common.encoders.text_vectors import CHARACTERS_PER_TOKEN, TextEncoder, cache_keys
+from common.encoders.token_settings import TokenSettings
+from common.encoders.token_store import TokenStore
+from common.provenance import code_hash
+from modeling_longembed.encoding_longembed import budget_batches
+from modeling_longembed.output_token_codes_longembed import TokenCodec
+from modeling_longembed.output_token_pooling_longembed import pool_tokens
+from modeling_longembed.output_tokens_longembed import truncate_tokens
+
+ALL = TokenSettings()  # the vectors that all other settings are derived from: every token in float16
+# What codes are fitted to: so many vectors of so many documents, at equal distances.
+SAMPLE_DOCUMENTS, SAMPLE_VECTORS = 32, 1024
+UNFITTED = ("float32", "float16")  # precisions whose codes do not depend on other documents
+_CODE = ("common.encoders.kept_tokens", "modeling_longembed.output_tokens_longembed")
+_SMALLER = ("modeling_longembed.output_token_pooling_longembed", "modeling_longembed.output_token_codes_longembed")
+
+
+class TokenEncoder(TextEncoder, Protocol):
+    """The interface of everything that turns texts into a vector a token."""
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """`maxsim`, or `meanmaxsim`, which is divided by the number of tokens of the query."""
+
+    def check_dim(self, dim: int) -> None:
+        """Raise a `UserError` if the first `dim` dimensions of a vector cannot stand for all of them."""
+
+
+class KeptTokens:
+    """Compute the vectors of documents where they are missing in a store, and read them from there.
+
+    Everything is made of the vectors of all tokens in float16, so that it does not matter what was in the store before.
+    Codes that need it are fitted to the documents themselves, as an index of them would be.
+
+    Args:
+        encoder: gives a matrix `(tokens, k)` for each text.
+        settings: what is kept of it.
+        store: where it is kept.
+
+    Raises:
+        UserError: the encoder's vectors cannot be truncated to the dimensions that the settings ask for.
+    """
+
+    def __init__(self, encoder: TokenEncoder, settings: TokenSettings, store: TokenStore):
+        if settings.dim is not None:
+            encoder.check_dim(settings.dim)
+        self.encoder, self.settings, self.store = encoder, settings, store
+        # Rotated, because dimensions in the order of their importance vary the less the later they come.
+        self.codec = TokenCodec(settings.precision, rotate=settings.precision == "binary")
+        self.codec.dim = settings.dim or encoder.dimension
+
+    def windows(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[bytes]]]:
+        """Compute what is missing, window by window, longest texts first.
+
+        Args:
+            texts: any sequence, also a column of a table on disk.
+
+        Yields:
+            Indices into `texts`, and their keys, which are now in the store; each text comes once.
+        """
+        fitted = self._fit(texts)
+        first, sizes = self._keys(texts, ALL), [len(text) for text in texts]
+        keys = first if self.settings.storage == ALL.storage else self._keys(texts, self.settings, fitted)
+        with tqdm(total=sum(sizes), desc="documents", unit="char", unit_scale=True) as progress:
+            for window in budget_batches(sizes, CHARACTERS_PER_TOKEN * self.encoder.batch_tokens):
+                missing = {keys[i]: i for i in window if keys[i] not in self.store}
+                unread = [i for i in missing.values() if not self._is_derived(first[i])]
+                new = self.encoder([texts[i] for i in unread], "document") if unread else []
+                matrices = dict(zip(unread, new, strict=True))
+                for key, i in missing.items():
+                    found = matrices.pop(i) if i in matrices else self.store.get(first[i])["codes"]
+                    self.store.put(key, {"codes": self.codec.encode(self._smaller(found)).numpy()})
+                yield window, [keys[i] for i in window]
+                progress.update(sum(sizes[i] for i in window))
+
+    def vectors(self, key: bytes) -> np.ndarray:
+        """Return the vectors of a document from the store, float32 `(vectors, k)`."""
+        return self.codec.decode(torch.from_numpy(self.store.get(key)["codes"])).numpy()
+
+    def bytes(self, key: bytes) -> int:
+        """Return how many bytes the vectors of a document take."""
+        return self.store.get(key)["codes"].nbytes
+
+    def _keys(self, texts: Sequence[str], settings: TokenSettings, fitted: str = "") -> list[bytes]:
+        """Return the key of each text: a hash of all that its kept vectors depend on."""
+        code = _CODE if settings.storage == ALL.storage else (*_CODE, *_SMALLER)
+        return cache_keys(texts, self.encoder, "document", f"{settings.storage}:{fitted}:{code_hash(*code)}")
+
+    def _is_derived(self, first_key: bytes) -> bool:
+        return self.settings.precision != "float32" and first_key in self.store
+
+    def _smaller(self, vectors: np.ndarray) -> torch.Tensor:
+        """Return float32 vectors with fewer dimensions, and fewer of them, as the settings say."""
+        if self.settings.precision != "float32":
+            vectors = vectors.astype(np.float16)
+        smaller = torch.from_numpy(truncated(vectors.astype(np.float32), self.settings.dim))
+        return pool_tokens(smaller, self.settings.pool)[0]
+
+    def _fit(self, texts: Sequence[str]) -> str:
+        """Fit the codec, if its codes depend on the documents, to a sample, which is put into the store.
+
+        Returns:
+            A hash of what it was fitted to; empty if it was not.
+        """
+        if self.settings.precision in UNFITTED:
+            return ""
+        count = min(SAMPLE_DOCUMENTS, len(texts))
+        places = [place * len(texts) // count for place in range(count)]
+        keys = dict(zip(self._keys([texts[place] for place in places], ALL), places, strict=True))
+        sample = []
+        for key, place in tqdm(keys.items(), desc=f"sample for {self.settings.precision}", unit="text"):
+            if key not in self.store:
+                (vectors,) = self.encoder([texts[place]], "document")
+                self.store.put(key, {"codes": vectors.astype(np.float16)})
+            smaller = self._smaller(self.store.get(key)["codes"])
+            sample.append(smaller[:: max(1, len(smaller) // SAMPLE_VECTORS)])
+        self.codec.fit(torch.cat(sample))
+        return hashlib.sha256(b"".join(sorted(keys))).hexdigest()
+
+
+def truncated(vectors: np.ndarray, dim: int | None) -> np.ndarray:
+    """Return the first `dim` dimensions of token vectors `(n, k)`, with the lengths that the vectors had; None: all."""
+    # A copy, because those of a cache cannot be written to, which torch warns of.
+    return vectors if dim is None else truncate_tokens(torch.tensor(vectors), dim).numpy()
