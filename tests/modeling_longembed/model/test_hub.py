@@ -237,6 +237,7 @@ def test_a_local_folder_in_an_environment_of_torch_and_transformers(environment,
     assert (tmp_path / "tuned" / "tokenizer.json").exists()
 
 
+@pytest.mark.slow  # the fast tests read a folder by the same script, and `main` of a repository offline
 def test_the_hub_offline_with_a_pinned_revision(environment, extended_model, published, extended_vectors, tmp_path):
     first, second = "a" * 40, "b" * 40
     # A later commit: other weights, and a tokenizer without special tokens.
