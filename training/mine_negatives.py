@@ -21,7 +21,7 @@ from common.encoders.precision import resolve_precision
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError, run
 from common.files import write_jsonl
-from training.data.pairs.ranking import load_ranker
+from training.data.pairs.ranking import RankerWithWords, WordRanker, load_ranker
 from training.data.sources import PAIRS, TEXTS, read_sources
 
 CORPUS = replace(TEXTS, refused=("title",))  # an evaluation puts titles in front of the texts; mining would drop them
@@ -110,7 +110,10 @@ class Arguments:
     """The pairs, the teacher, and the output."""
 
     model: str = field(
-        metadata={"help": "the teacher, as in eval/mteb_long.py: a folder or Hub id, chunk-max:PATH:256, ..., bm25"}
+        metadata={
+            "help": "the teacher, as in eval/mteb_long.py: a folder or Hub id, chunk-max:PATH:256, PATH@tokens (MaxSim "
+            "of token vectors), ..., bm25"
+        }
     )
     data: str = field(metadata={"help": "pairs, as an entry of --train_data of training/contrastive.py"})
     output: str = field(
@@ -118,6 +121,14 @@ class Arguments:
     )
     corpus: str | None = field(
         default=None, metadata={"help": "more documents to choose from beside all positives, with a column text"}
+    )
+    add_bm25: bool = field(
+        default=False,
+        metadata={
+            "help": "draw from the nearest documents of the teacher and those of BM25, --range_max in all, by turns; "
+            "it is the teacher's scores that are compared with the thresholds",
+            "applies": {"sampling": "random"},
+        },
     )
     guide: str | None = field(
         default=None,
@@ -217,6 +228,8 @@ def mine(arguments: Arguments, thresholds: Thresholds) -> str:
         "trust_remote_code": arguments.trust_remote_code,
     }
     ranker = load_ranker(spec, pairs.queries, pairs.documents, cache, index=arguments.index, **settings)
+    if arguments.add_bm25:
+        ranker = RankerWithWords(ranker, WordRanker(pairs.queries, pairs.documents))
     judge = ranker if guide_spec is None else load_ranker(guide_spec, pairs.queries, pairs.documents, cache, **settings)
 
     scores, documents = ranker.nearest(thresholds.range_max + max(map(len, pairs.own)))

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from sentence_transformers.util import cos_sim, mine_hard_negatives, pairwise_cos_sim
+from sentence_transformers.util import cos_sim, maxsim, mine_hard_negatives, pairwise_cos_sim
 
 from common.bm25 import BM25Index
 from common.encoders.encoder import Encoder
 from common.encoders.model_folder import ModelFolder
 from common.errors import UserError, run
+from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import WORDS, write_jsonl
 from training import contrastive, mine_negatives
 from training.mine_negatives import Arguments, PairTexts, Thresholds, mine
@@ -45,6 +46,25 @@ def random_pairs(rows: int, seed: int = 0) -> list[dict[str, str]]:
     pairs[5]["anchor"] = pairs[4]["anchor"]
     pairs[6]["anchor"] = pairs[4]["anchor"]
     return pairs
+
+
+def test_mines_by_maxsim_and_by_bm25(model_folder, tmp_path):
+    """The nearest by MaxSim; with BM25, some that are not among the nearest by MaxSim are drawn too."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", random_pairs(20))
+    mined = {}
+    for name in ("top", "random", "both"):
+        output = tmp_path / f"{name}.jsonl"
+        arguments = Arguments(f"{model_folder}@tokens", str(data), str(output), add_bm25=name == "both")
+        mine(arguments, Thresholds(num_negatives=4, range_max=4, sampling="top" if name == "top" else "random"))
+        mined[name] = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(mined["top"]) == len(mined["both"]) == 20
+    model = LongEmbedModel.from_pretrained(model_folder)
+    row, documents = mined["top"][0], [pair["positive"] for pair in random_pairs(20)[:17]]
+    vectors = [model.encode(texts, output_value="tokens") for texts in ([row["anchor"]], documents)]
+    (scores,) = maxsim(*([torch.tensor(matrix) for matrix in side] for side in vectors))
+    nearest = [documents[i] for i in scores.argsort(descending=True) if documents[i] != row["positive"]]
+    assert [row[f"negative_{n}"] for n in range(1, 5)] == nearest[:4]
+    assert mined["random"] == mined["top"] != mined["both"]  # there are no more than four to draw from
 
 
 class Known:

@@ -21,7 +21,7 @@ from training.engine.distributed import (
     synchronizing,
     world_size,
 )
-from training.objectives.contrastive.objective import Metrics
+from training.objectives.contrastive.blocks import Metrics
 from training.objectives.span_penalty import Penalty
 
 Chunk = TypeVar("Chunk")

@@ -24,7 +24,7 @@ from training.objectives.chunked_loss import (
     sums_over_processes,
     weighted_sum,
 )
-from training.objectives.contrastive.objective import Metrics
+from training.objectives.contrastive.blocks import Metrics
 from training.objectives.span_penalty import Penalty
 
 # What the model returns of a chunk, and the count of `MaskedBatch.measures` that the sum over a batch is divided by.

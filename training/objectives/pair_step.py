@@ -6,7 +6,8 @@ from training.data.pairs.batches import PairBatch
 from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
-from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective
+from training.objectives.contrastive.blocks import GatheredBatch, Metrics
+from training.objectives.contrastive.objective import Objective
 from training.objectives.embed import outputs, with_queries
 from training.objectives.guide import Guide
 from training.objectives.span_penalty import Penalty
@@ -54,7 +55,7 @@ def pair_gradient(
         metrics = cached_backward(
             model,
             list(with_queries(objective.trained_chunks(batch), batch.pairs)),
-            lambda part: outputs(model, *part, arguments.by_tokens),
+            lambda part: outputs(model, *part, arguments.reads_tokens),
             loss,
             synchronize=synchronize,
         )

@@ -23,7 +23,7 @@ from training.engine.loop import Loop
 from training.engine.optimizer import parameter_groups
 from training.engine.training import AccumulateGradient, AnyModel, Batches, Stream, Training
 from training.objectives.contrastive.arguments import check_range
-from training.objectives.contrastive.objective import Metrics
+from training.objectives.contrastive.blocks import Metrics
 from training.objectives.losses.supcon import sup_con
 
 

@@ -56,6 +56,16 @@ class TokenArguments:
         """Whether texts are compared by their token vectors."""
         return self.similarity in MAXSIM
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the loss reads token vectors."""
+        return self.by_tokens
+
+    @property
+    def mean(self) -> bool:
+        """Whether a score of late interaction is a mean over the query's tokens."""
+        return self.similarity == "meanmaxsim"
+
     def check_model(self, encoder: Any) -> None:
         """Check that a model has what the options train.
 
@@ -65,12 +75,10 @@ class TokenArguments:
         Raises:
             UserError: it has no token vectors, or none of a size.
         """
-        if not self.by_tokens:
-            return
-        if not hasattr(encoder, "token_output"):
+        if self.reads_tokens and not hasattr(encoder, "token_output"):
             raise UserError(
-                f"--similarity {self.similarity}: what is trained here gives one vector a text: a layout search does, "
-                "and so does a model whose folder holds the code of an earlier version; leave out --similarity"
+                "late interaction: what is trained here gives one vector a text: a layout search does, and so does a "
+                "model whose folder holds the code of an earlier version; leave out maxsim"
             )
         if not self.token_dims:
             return
@@ -112,8 +120,7 @@ class TokenArguments:
 
     def for_scoring(self, vectors: Tensor, count: Tensor, queries: int) -> TokenVectors:
         """Prepare token vectors of texts, the first `queries` of which are queries; see `for_scoring`."""
-        mean = self.similarity == "meanmaxsim"
-        return for_scoring(vectors, count, queries, mean=mean, pooling=self.token_pooling)
+        return for_scoring(vectors, count, queries, mean=self.mean, pooling=self.token_pooling)
 
 
 def freeze_unused(encoder: Any, by_tokens: bool) -> None:

@@ -18,7 +18,7 @@ from training.data.documents.batches import MaskedChunk
 from training.models.adaptation import AdaptationArguments, load_masked_lm
 from training.models.encoder import ModelArguments
 from training.models.identity import tokenizer_identity
-from training.objectives.contrastive.objective import Metrics
+from training.objectives.contrastive.blocks import Metrics
 from training.objectives.losses.soft_targets import soft_targets
 from training.teachers.arguments import check_range
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from training.objectives.contrastive.objective import Metrics
+from training.objectives.contrastive.blocks import Metrics
 from training.objectives.heads import projection
 from training.objectives.losses.correlation import SoftCCA, dcca
 from training.objectives.losses.embedding_distillation import embedding_cosine, embedding_mse, max_margin_mse

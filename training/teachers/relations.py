@@ -25,7 +25,7 @@ from training.objectives.chunked_loss import (
     sums_over_processes,
     weighted_sum,
 )
-from training.objectives.contrastive.objective import Metrics
+from training.objectives.contrastive.blocks import Metrics
 from training.objectives.losses.relations import attention_kl, relation_heads, relation_kl
 from training.teachers.projections import Projections, ProjectionTap
 

@@ -14,7 +14,7 @@ from training.data.sources import Source
 from training.engine.distributed import gather_rows, own_share
 from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
-from training.objectives.contrastive.objective import Metrics
+from training.objectives.contrastive.blocks import Metrics
 from training.objectives.embed import outputs, with_queries
 from training.objectives.pair_step import by_row
 from training.objectives.token_vectors import TokenVectors

@@ -24,6 +24,13 @@ CASES = {
         "token_dims": [16, 8],
     },
     "info_nce meanmaxsim": {"similarity": "meanmaxsim", "token_pooling": 3, "false_negative_margin": 0.02},
+    "info_nce auxiliary teaching": {
+        "teach_vector_by": "meanmaxsim",
+        "teach_weight": 0.5,
+        "objective_weight": 0.25,
+        "teach_temperature": 0.2,
+        "teach_vector_temperature": 0.1,
+    },
     "simcse": {"temperature": 0.1},
     "nt_xent": {"learnable_temperature": True, "head_dims": [16, 8]},
     "nt_xent matryoshka": {"matryoshka_dims": [32, 8]},

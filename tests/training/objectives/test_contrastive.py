@@ -26,9 +26,10 @@ from training.data.packing import pack
 from training.engine.state import enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives import pair_step
-from training.objectives.contrastive import objective as objective_module
+from training.objectives.contrastive import blocks
 from training.objectives.contrastive.arguments import ObjectiveArguments
-from training.objectives.contrastive.objective import GatheredBatch, Objective
+from training.objectives.contrastive.blocks import GatheredBatch
+from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import OBJECTIVES, build_objective
 from training.objectives.embed import embed, pool
 from training.objectives.heads import ProjectionHead
@@ -202,11 +203,27 @@ def masked_late_interaction_by_hand(objective: Objective, batch: GatheredBatch) 
     return late_interaction(objective, batch, margin=0.02)
 
 
+def taught_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """InfoNCE of the vectors, and the divergence of their scores from those of the token vectors."""
+    tokens = batch.tokens
+    texts = [
+        [tokens.vectors[first : first + count] for first, count in zip(*row, strict=True)]
+        for row in zip(tokens.first.tolist(), tokens.count.tolist(), strict=True)
+    ]
+    documents = [row[column] for column in range(1, 4) for row in texts]
+    teacher = torch.stack([torch.stack([max_sim(row[0], document) for document in documents]) for row in texts]) / 0.2
+    query, *columns = unit(batch.embeddings).unbind(1)
+    cosine = query @ torch.cat(columns).T
+    taught = (teacher.softmax(1) * (teacher.log_softmax(1) - (cosine / 0.1).log_softmax(1))).sum(1).mean()
+    return 0.25 * F.cross_entropy(cosine / 0.05, torch.arange(PAIRS)) + 0.5 * taught
+
+
 BY_HAND = {  # the columns of the batch, and the loss
     "info_nce": (4, info_nce_by_hand),
     "info_nce masked": (4, masked_info_nce_by_hand),
     "info_nce auxiliary": (4, auxiliary_terms_by_hand),
     "info_nce matryoshka": (4, matryoshka_by_hand),
+    "info_nce auxiliary teaching": (4, taught_by_hand),
     "info_nce maxsim": (4, late_interaction_by_hand),
     "info_nce meanmaxsim": (4, masked_late_interaction_by_hand),
     "simcse": (2, simcse_by_hand),
@@ -224,7 +241,7 @@ BY_HAND = {  # the columns of the batch, and the loss
 @pytest.mark.parametrize("case", CASES)
 def test_is_the_loss_by_hand(case, rows_at_once, monkeypatch):
     """Mostly the wiring: see the comment above the functions."""
-    monkeypatch.setattr(objective_module, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", rows_at_once)
     objective = double_objective(case, double_encoder(0.1), PAIRS)
     columns, by_hand = BY_HAND[case]
     batch = random_batch(columns)
@@ -283,7 +300,7 @@ def test_blocks_of_rows_change_no_gradient_and_no_metric(case, monkeypatch):
         return metrics, gradients(encoder, objective)
 
     whole = step()
-    monkeypatch.setattr(objective_module, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", 4)
     torch.testing.assert_close(step(), whole, atol=1e-10, rtol=1e-6, check_dtype=False)
 
 
@@ -309,7 +326,7 @@ def test_scores_take_memory_in_proportion_to_the_rows(case):
         assert loss.requires_grad
         return sum(sizes.values())
 
-    assert kept(8 * objective_module.ROWS_AT_ONCE) < 2.5 * kept(4 * objective_module.ROWS_AT_ONCE)
+    assert kept(8 * blocks.ROWS_AT_ONCE) < 2.5 * kept(4 * blocks.ROWS_AT_ONCE)
 
 
 @pytest.mark.promise("C8")

@@ -225,6 +225,20 @@ def test_without_late_interaction_the_token_output_stays(token_folder, pairs_fil
     torch.testing.assert_close(dict(after.token_output.state_dict()), dict(before.token_output.state_dict()))
 
 
+def test_late_interaction_teaches_the_one_vector_and_learns_nothing_itself(token_folder, pairs_file, tmp_path):
+    """From the scores of the token vectors alone, at a weight of 0 of the pairs; token head and weights stay."""
+    options = f"--model_name_or_path {token_folder} --train_data {pairs_file} --per_device_train_batch_size 16 "
+    options += "--teach_vector_by maxsim --objective_weight 0 --teach_vector_temperature 0.2 --dropout 0 "
+    options += "--learning_rate 3e-3 --logging_steps 1 --batch_tokens 400 --max_steps 12 "
+    options += f"--dataloader_num_workers 0 --report_to none --output_dir {tmp_path}"
+    contrastive.main(options.split())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    taught = [line["teach"] for line in lines if "teach" in line]
+    assert sum(taught[-3:]) < 0.9 * sum(taught[:3])
+    before, after = (LongEmbedModel.from_pretrained(folder) for folder in (token_folder, tmp_path / "final"))
+    torch.testing.assert_close(dict(after.token_output.state_dict()), dict(before.token_output.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -241,6 +255,11 @@ def test_without_late_interaction_the_token_output_stays(token_folder, pairs_fil
         ("--token_pooling 0", "--token_pooling/--token-pooling: 0: must be at least 1 and at most 32"),
         ("--similarity cosine --token_dims 8", "--token_dims: applies only with --similarity maxsim or meanmaxsim"),
         ("--similarity cosine --token_pooling 2", "--token_pooling: applies only with --similarity maxsim"),
+        (
+            "--teach_vector_by meanmaxsim",
+            "--teach_vector_by meanmaxsim: the model learns to score by maxsim; give that",
+        ),
+        ("--teach_weight 0.5", "--teach_weight: applies only with --teach_vector_by"),
         ("--token_weights_learning_rate 0.1 --tuning lora", "no weights of query tokens train"),
     ],
 )

@@ -1,16 +1,22 @@
-"""Rank documents for queries with any encoder or with BM25, to mine hard negatives."""
+"""Rank documents for queries with any encoder, by MaxSim or with BM25, to mine hard negatives."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from common.bm25 import BM25Index
 from common.encoders.encoder import Encoder
+from common.encoders.kept_tokens import KeptTokens, TokenEncoder, truncated
 from common.encoders.model_spec import ModelSpec
 from common.encoders.text_vectors import stream, vectors_of
+from common.encoders.token_settings import TokenSettings
+from common.encoders.token_store import TokenStore
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
+from common.provenance import device_kind
+from modeling_longembed.output_maxsim_longembed import maxsim
 
 _QUERIES_AT_ONCE = 1024
 
@@ -62,6 +68,11 @@ def load_ranker(
     """
     if spec.kind == "bm25":
         return WordRanker(queries, documents)
+    if spec.kind == "tokens":
+        assert spec.token_settings is not None
+        tokens = spec.load_token_encoder(batch_tokens, trust_remote_code)
+        store = TokenStore(f"{cache.path}.tokens")
+        return TokenRanker(tokens, spec.token_settings, queries, documents, cache, store)
     _faiss()  # a missing faiss is an error before the texts are encoded, not after
     encoder = spec.load_encoder(batch_tokens, trust_remote_code)
     return VectorRanker(encoder, queries, documents, cache, every_row=spec.kind == "chunk-max", index=index)
@@ -169,6 +180,107 @@ class WordRanker:
     def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
         """Return the scores of documents for one query; see `Ranker`."""
         return self._index.scores(self._queries[query])[documents]
+
+
+class TokenRanker:
+    """Rank by MaxSim of token vectors (Khattab and Zaharia 2020, arXiv:2004.12832).
+
+    The token vectors of the documents are on disk, and a window of them at a time in memory; those of the queries are
+    in memory.
+
+    Args:
+        encoder: gives one row for each token.
+        settings: what is kept of documents, and whether queries are weighted.
+        queries: the queries.
+        documents: the texts to rank.
+        cache: where the vectors of queries are read and stored.
+        store: the same of documents.
+
+    Raises:
+        UserError: the encoder's vectors have fewer dimensions than the settings ask for.
+    """
+
+    def __init__(
+        self,
+        encoder: TokenEncoder,
+        settings: TokenSettings,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        cache: VectorCache,
+        store: TokenStore,
+    ):
+        self._kept = KeptTokens(encoder, settings, store)
+        self._mean = encoder.similarity_fn_name == "meanmaxsim"
+        self._queries = [np.empty((0, encoder.dimension), np.float32)] * len(queries)
+        for window, matrices in stream(queries, encoder, "query", cache, "queries"):
+            for query, matrix in zip(window, matrices, strict=True):
+                matrix = truncated(matrix, settings.dim)
+                if not settings.weights:
+                    matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(min=1e-12)
+                self._queries[query] = matrix
+        self._windows: list[list[int]] = []
+        self._keys = [b""] * len(documents)
+        for window, keys in self._kept.windows(documents):
+            self._windows.append(window)
+            for document, key in zip(window, keys, strict=True):
+                self._keys[document] = key
+
+    def nearest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find the nearest documents of each query; see `Ranker`."""
+        best = torch.full((len(self._queries), k), -torch.inf)
+        found = torch.full((len(self._queries), k), -1)
+        for window in self._windows:
+            scores = torch.cat([best, self._scores(self._queries, window)], dim=1)
+            numbers = torch.cat([found, torch.tensor(window).expand(len(scores), -1)], dim=1)
+            best, order = scores.topk(k, dim=1)
+            found = numbers.gather(1, order)
+        return best.numpy(), found.numpy()
+
+    def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
+        """Return the scores of documents for one query; see `Ranker`."""
+        rows = [self._scores([self._queries[query]], [document]) for document in documents.tolist()]
+        return torch.cat(rows, dim=1)[0].numpy()
+
+    def _scores(self, queries: Sequence[np.ndarray], documents: Sequence[int]) -> torch.Tensor:
+        """Return the scores of queries, given by their vectors, and documents, given by their places."""
+        vectors = [self._kept.vectors(self._keys[document]) for document in documents]
+        device = device_kind()
+        packed = [tensor.to(device) for tensor in (*_packed(queries), *_packed(vectors))]
+        return maxsim(*packed, mean=self._mean).cpu()
+
+
+class RankerWithWords:
+    """Find the nearest documents of another ranker and those of BM25 by turns, in the order of the other's scores.
+
+    Args:
+        ranker: gives the scores.
+        words: BM25 over the same texts.
+    """
+
+    def __init__(self, ranker: Ranker, words: Ranker):
+        self._ranker, self._words = ranker, words
+
+    def nearest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Find the nearest documents of each query; see `Ranker`."""
+        _, of_ranker = self._ranker.nearest(k)
+        _, of_words = self._words.nearest(k)
+        scores, documents = np.full(of_ranker.shape, -np.inf, np.float32), np.full(of_ranker.shape, -1, np.int64)
+        for query, by_turns in enumerate(np.stack([of_ranker, of_words], axis=2).reshape(len(scores), -1)):
+            found = np.array(list(dict.fromkeys(by_turns[by_turns >= 0].tolist()))[:k])
+            near = self._ranker.scores(query, found)
+            order = np.argsort(-near, kind="stable")
+            scores[query, : len(found)], documents[query, : len(found)] = near[order], found[order]
+        return scores, documents
+
+    def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
+        """Return the scores of documents for one query; see `Ranker`."""
+        return self._ranker.scores(query, documents)
+
+
+def _packed(matrices: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return matrices `(n, k)` below one another, `(sum of n, k)`, and their cumulative lengths."""
+    lengths = torch.tensor([0, *map(len, matrices)])
+    return torch.from_numpy(np.concatenate(matrices)), lengths.cumsum(0)
 
 
 def _new_index(kind: str, dimension: int) -> Any:

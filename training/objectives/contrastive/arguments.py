@@ -149,6 +149,39 @@ class ObjectiveArguments(TokenArguments):
             "applies": NOT_MAXSIM,
         },
     )
+    teach_vector_by: Literal["maxsim", "meanmaxsim"] | None = field(
+        default=None,
+        metadata={
+            "help": "the model's own late interaction teaches its one vector a text: the divergence between the scores "
+            "of both over the documents of the batch is added to the loss, without gradient to the token vectors",
+            "applies": {"objective": ("info_nce", "simcse")},
+        },
+    )
+    teach_weight: float = field(
+        default=1.0,
+        metadata={"help": "weight of the loss of --teach_vector_by", "applies": {"teach_vector_by": GIVEN}},
+    )
+    objective_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "weight of the objective itself beside --teach_vector_by; 0: nothing but what it teaches",
+            "applies": {"teach_vector_by": GIVEN},
+        },
+    )
+    teach_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "the teacher's scores are divided by this temperature",
+            "applies": {"teach_vector_by": GIVEN},
+        },
+    )
+    teach_vector_temperature: float = field(
+        default=0.05,
+        metadata={
+            "help": "the cosines of the vectors that are taught are divided by this temperature",
+            "applies": {"teach_vector_by": GIVEN},
+        },
+    )
     objective_learning_rate: float | None = field(
         default=None,
         metadata={
@@ -159,7 +192,12 @@ class ObjectiveArguments(TokenArguments):
 
     def __post_init__(self) -> None:
         check_range(self, "temperature", "queue_size", "objective_learning_rate", positive=True)
-        check_range(self, "spread_out_weight", "debias_weight")
+        check_range(self, "teach_temperature", "teach_vector_temperature", positive=True)
+        check_range(self, "spread_out_weight", "debias_weight", "teach_weight", "objective_weight")
+        if self.by_tokens and self.teach_vector_by not in (None, self.similarity):
+            raise UserError(
+                f"--teach_vector_by {self.teach_vector_by}: the model learns to score by {self.similarity}; give that"
+            )
         if not 0 <= self.momentum <= 1:
             raise UserError(f"--momentum {self.momentum}: must be from 0 to 1")
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
@@ -167,6 +205,16 @@ class ObjectiveArguments(TokenArguments):
                 f"--matryoshka_weights: {len(self.matryoshka_weights)} weights for {len(self.matryoshka_dims)} "
                 "--matryoshka_dims; give one each"
             )
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the loss reads token vectors."""
+        return self.by_tokens or self.teach_vector_by is not None
+
+    @property
+    def mean(self) -> bool:
+        """Whether a score of late interaction is a mean over the query's tokens."""
+        return "meanmaxsim" in (self.similarity, self.teach_vector_by)
 
 
 def check_range(arguments: Any, *names: str, positive: bool = False) -> None:

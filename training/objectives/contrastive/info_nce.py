@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from training.data.sources import Columns
 from training.objectives.contrastive.arguments import ObjectiveArguments
-from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
+from training.objectives.contrastive.blocks import GatheredBatch, Metrics, in_blocks
+from training.objectives.contrastive.objective import Objective
 from training.objectives.losses.contrastive import info_nce
 from training.objectives.losses.similarity import Texts, in_one
 

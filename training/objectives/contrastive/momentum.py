@@ -15,7 +15,8 @@ from training.data.pairs.batches import PairBatch
 from training.data.sources import Columns
 from training.engine.chunks import parts_of_batch
 from training.objectives.contrastive.arguments import ObjectiveArguments
-from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
+from training.objectives.contrastive.blocks import GatheredBatch, Metrics, in_blocks
+from training.objectives.contrastive.objective import Objective
 from training.objectives.embed import pool
 from training.objectives.losses.momentum import MomentumQueue, exponential_moving_average, momentum_contrast
 

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.data.sources import Columns
-from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
+from training.objectives.contrastive.blocks import GatheredBatch, Metrics, in_blocks
+from training.objectives.contrastive.objective import Objective
 from training.objectives.losses.supcon import sup_con
 
 

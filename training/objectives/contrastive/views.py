@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from training.data.sources import Columns
 from training.objectives.contrastive.arguments import ObjectiveArguments
-from training.objectives.contrastive.objective import GatheredBatch, Metrics, Objective, in_blocks
+from training.objectives.contrastive.blocks import GatheredBatch, Metrics, in_blocks
+from training.objectives.contrastive.objective import Objective
 from training.objectives.heads import ProjectionHead
 from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.vicreg import vicreg

@@ -8,11 +8,15 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import torch
+from sentence_transformers.util import maxsim, mean_maxsim
 
 from common.encoders.model_spec import ModelSpec
+from common.encoders.token_settings import TokenSettings
+from common.encoders.token_store import TokenStore
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from training.data.pairs.ranking import VectorRanker, WordRanker, load_ranker
+from training.data.pairs.ranking import RankerWithWords, TokenRanker, VectorRanker, WordRanker, load_ranker
 
 
 class Random:
@@ -110,6 +114,49 @@ def test_bm25_ranks_as_bm25s_does():
     assert (found[:, 12:] == -1).all()
     for query in range(6):
         np.testing.assert_allclose(ranker.scores(query, np.array([3, 0])), expected[query, [3, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("similarity", ["maxsim", "meanmaxsim"])
+def test_maxsim_ranks_as_sentence_transformers_scores(similarity, tmp_path):
+    """Token vectors are read from the disk, a few documents at a time."""
+    encoder = Random()
+    encoder.similarity_fn_name = similarity
+    queries, documents = ([f"{1 + i % 5} {seed + i}" for i in range(n)] for n, seed in ((7, 100), (20, 0)))
+    vectors = [
+        [torch.tensor(matrix, dtype=torch.float32) for matrix in encoder(texts, side)]
+        for texts, side in ((queries, "query"), (documents, "document"))
+    ]
+    expected = (maxsim if similarity == "maxsim" else mean_maxsim)(*vectors).numpy()
+    cache, settings = VectorCache(tmp_path / "vectors.sqlite"), TokenSettings(precision="float32")
+    ranker = TokenRanker(encoder, settings, queries, documents, cache, TokenStore(tmp_path / "tokens"))
+    scores, found = ranker.nearest(25)
+    np.testing.assert_allclose(scores[:, :20], -np.sort(-expected, axis=1), atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, found[:, :20], axis=1), scores[:, :20], atol=1e-5)
+    assert (found[:, 20:] == -1).all()
+    assert np.isneginf(scores[:, 20:]).all()
+    np.testing.assert_allclose(ranker.scores(3, np.array([5, 2])), expected[3, [5, 2]], atol=1e-5)
+
+
+class Fixed:
+    """A ranker with given scores."""
+
+    def __init__(self, scores):
+        self._all = np.asarray(scores, np.float32)
+
+    def nearest(self, k):
+        order = np.argsort(-self._all, axis=1)[:, :k]
+        return np.take_along_axis(self._all, order, axis=1), order
+
+    def scores(self, query, documents):
+        return self._all[query, documents]
+
+
+def test_candidates_of_two_rankers_come_by_turns_in_the_order_of_the_first():
+    ranker = RankerWithWords(Fixed([[9, 8, 7, 6, 5, 4]]), Fixed([[0, 1, 2, 3, 4, 5]]))
+    scores, found = ranker.nearest(4)  # 0, 5, 1, 4 by turns
+    assert found.tolist() == [[0, 1, 4, 5]]
+    assert scores.tolist() == [[9, 8, 5, 4]]
+    assert ranker.scores(0, np.array([3])).tolist() == [6]
 
 
 def test_vectors_that_are_not_finite_are_refused():
