@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.data.packing import PackedTexts
+from training.objectives.losses.token_vectors import TokenVectors
 from training.objectives.token_arguments import TokenArguments
-from training.objectives.token_vectors import TokenVectors
 
 
 def pool(model: Callable[..., Any], chunk: PackedTexts) -> Tensor:

@@ -15,7 +15,7 @@ from training.data.sources import Source
 from training.engine.distributed import own_share
 from training.objectives.losses.contrastive import info_nce
 from training.objectives.losses.similarity import Texts, in_one, similarity
-from training.objectives.token_vectors import TokenVectors
+from training.objectives.losses.token_vectors import TokenVectors
 
 Embed = Callable[[PackedTexts, str], Tensor | TokenVectors]
 TOP = (1, 5, 20)  # of the accuracies that are logged

@@ -1,15 +1,17 @@
 """One step of contrastive training on pairs: the gradient of an objective over the batches of all processes."""
 
+import torch
 from torch import Tensor, nn
 
 from training.data.pairs.batches import PairBatch
-from training.engine.distributed import gather_rows, own_rows
+from training.engine.distributed import gather_rows, gather_uneven_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.blocks import GatheredBatch, Metrics
 from training.objectives.contrastive.objective import Objective
 from training.objectives.embed import outputs, with_queries
 from training.objectives.guide import Guide
+from training.objectives.losses.token_vectors import TokenVectors
 from training.objectives.span_penalty import Penalty
 
 
@@ -44,7 +46,7 @@ def pair_gradient(
             gathered = gather_rows(by_row(embeddings, batch.pairs))
             tokens = None
             if of_tokens:
-                tokens = arguments.for_scoring(*of_tokens, batch.pairs).by_row(batch.pairs).gathered()
+                tokens = gather_tokens(arguments.for_scoring(*of_tokens, batch.pairs).by_row(batch.pairs))
             rows = own_rows(batch.pairs)
             value, metrics = objective(GatheredBatch(gathered, text_ids, rows, classes, guide_vectors, key, tokens))
             if penalty is not None:
@@ -77,3 +79,14 @@ def by_row(texts: Tensor, pairs: int) -> Tensor:
         `(pairs, columns, ...)`.
     """
     return texts.unflatten(0, (-1, pairs)).transpose(0, 1).contiguous()
+
+
+def gather_tokens(texts: TokenVectors) -> TokenVectors:
+    """Return the texts of all processes in process order, differentiable; each process has as many of them."""
+    vectors = gather_uneven_rows(texts.vectors)
+    if vectors is texts.vectors:
+        return texts
+    totals = gather_rows(torch.tensor([len(texts.vectors)], device=vectors.device))
+    first, count = gather_rows(texts.first.contiguous()), gather_rows(texts.count.contiguous())
+    before = (totals.cumsum(0) - totals).repeat_interleave(len(texts))
+    return TokenVectors(vectors, first + before.view(-1, *[1] * (first.ndim - 1)), count)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from common.conditions import Not
 from common.errors import UserError
-from training.objectives.token_vectors import TokenVectors, for_scoring
+from training.objectives.losses.token_vectors import TokenVectors, for_scoring
 
 MAXSIM = ("maxsim", "meanmaxsim")
 NOT_MAXSIM = {"similarity": Not(*MAXSIM)}  # the condition of options that need one vector a text

@@ -14,7 +14,7 @@ from training.objectives.losses.embedding_distillation import embedding_cosine, 
 from training.objectives.losses.matryoshka import matryoshka
 from training.objectives.losses.similarity import similarity_of_candidates
 from training.objectives.losses.soft_targets import margin_mse, soft_targets
-from training.objectives.token_vectors import TokenVectors
+from training.objectives.losses.token_vectors import TokenVectors
 from training.teachers.arguments import TeachingArguments
 
 LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}

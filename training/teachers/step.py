@@ -16,8 +16,8 @@ from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.blocks import Metrics
 from training.objectives.embed import outputs, with_queries
-from training.objectives.pair_step import by_row
-from training.objectives.token_vectors import TokenVectors
+from training.objectives.losses.token_vectors import TokenVectors
+from training.objectives.pair_step import by_row, gather_tokens
 from training.teachers.objective import Targets, Teaching
 
 
@@ -76,7 +76,7 @@ def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGrad
 
         def loss(*read: Tensor) -> tuple[Tensor, Metrics]:
             rows = _rows(read, batch.pairs, objective)
-            rows = rows.gathered() if isinstance(rows, TokenVectors) else gather_rows(rows)
+            rows = gather_tokens(rows) if isinstance(rows, TokenVectors) else gather_rows(rows)
             value, metrics = objective(rows, targets)
             return value * scale, metrics
 

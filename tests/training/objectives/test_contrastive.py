@@ -38,9 +38,9 @@ from training.objectives.losses.momentum import momentum_contrast
 from training.objectives.losses.regularizers import debias, spread_out
 from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.supcon import sup_con
+from training.objectives.losses.token_vectors import TokenVectors
 from training.objectives.losses.vicreg import vicreg
 from training.objectives.pair_step import pair_gradient
-from training.objectives.token_vectors import TokenVectors
 
 PAIRS = 6
 

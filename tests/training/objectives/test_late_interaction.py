@@ -32,9 +32,9 @@ from training.data.sources import Source
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective
 from training.objectives.embed import embed_for_scoring
+from training.objectives.losses.token_vectors import for_scoring
 from training.objectives.pair_retrieval import PairRetrieval
 from training.objectives.pair_step import pair_gradient
-from training.objectives.token_vectors import for_scoring
 from training.teachers.arguments import TeachingArguments
 from training.teachers.objective import Teaching
 from training.teachers.step import teaching_gradient

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from training.objectives.losses.similarity import Texts
-from training.objectives.token_vectors import TokenVectors
+from training.objectives.losses.token_vectors import TokenVectors
 
 Metrics = dict[str, Tensor]
 Loss = Callable[..., tuple[Tensor, Metrics]]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from training.objectives.losses.similarity import Texts
-from training.objectives.token_vectors import TokenVectors
+from training.objectives.losses.token_vectors import TokenVectors
 
 Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 

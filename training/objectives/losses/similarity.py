@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from modeling_longembed.output_maxsim_longembed import maxsim, maxsim_pairs
-from training.objectives.token_vectors import TokenVectors, concatenate
+from training.objectives.losses.token_vectors import TokenVectors, concatenate
 
 Texts = TypeVar("Texts", Tensor, TokenVectors)  # one vector a text `(n, d)`, or one a token
 

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_longembed.output_token_pooling_longembed import pool_packed_tokens
-from training.engine.distributed import gather_rows, gather_uneven_rows
 
 
 @dataclass(frozen=True)
@@ -66,16 +65,6 @@ class TokenVectors:
     def cpu(self) -> "TokenVectors":
         """Return the texts in the memory of the CPU."""
         return TokenVectors(self.vectors.cpu(), self.first.cpu(), self.count.cpu())
-
-    def gathered(self) -> "TokenVectors":
-        """Return the texts of all processes in process order, differentiable; each has as many of them."""
-        vectors = gather_uneven_rows(self.vectors)
-        if vectors is self.vectors:
-            return self
-        totals = gather_rows(torch.tensor([len(self.vectors)], device=vectors.device))
-        first, count = gather_rows(self.first.contiguous()), gather_rows(self.count.contiguous())
-        before = (totals.cumsum(0) - totals).repeat_interleave(len(self.first))
-        return TokenVectors(vectors, first + before.view(-1, *[1] * (first.ndim - 1)), count)
 
 
 def concatenate(texts: Sequence[TokenVectors]) -> TokenVectors:
