@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common.errors import UserError, run
 from training import contrastive
 from training.data.packing import PackedTexts
-from training.objectives import pair_step
+from training.objectives import embed
 from training.objectives.embed import pool
 
 
@@ -51,7 +51,7 @@ def drop_twins(layer: nn.Dropout, hidden: Tensor) -> Tensor:
 def main() -> None:
     """Run training/contrastive.py with the patch."""
     nn.Dropout.forward = drop_twins  # type: ignore[assignment, method-assign]  # a patch on purpose
-    pair_step.pool = pool_twins
+    embed.pool = pool_twins  # `outputs` looks it up there
     contrastive.main()
 
 

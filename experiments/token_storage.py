@@ -146,8 +146,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axis.axhline(level.score, color="0.5", linestyle="--", label=f"BM25 ({level.score:.1f})", zorder=0)
     for precision in dict.fromkeys(row.precision for row in points):
         own = [row for row in points if row.precision == precision]
-        style = {"marker": STYLES.get(precision, "P"), "s": 90 if not precision else 40}
-        axis.scatter([r.size for r in own], [r.score for r in own], label=precision or "one vector, chunks", **style)
+        axis.scatter(
+            [row.size for row in own],
+            [row.score for row in own],
+            marker=STYLES.get(precision, "P"),
+            s=40 if precision else 90,
+            label=precision or "one vector, chunks",
+        )
     front = pareto(points)
     axis.plot([row.size for row in front], [row.score for row in front], color="black", linewidth=1, zorder=0)
     for number, row in enumerate(front):

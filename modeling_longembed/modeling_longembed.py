@@ -236,7 +236,7 @@ class LongEmbedPreTrainedModel(HubModel):
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs):
         """Resize the word embeddings as transformers does, and the query weights: a new token is as rare as any."""
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
-        output: LongEmbedTokenOutput = self.base_model.token_output
+        output = cast(LongEmbedTokenOutput, self.base_model.token_output)
         if output.query_table is not None:
             table, rows = output.query_table.detach(), embeddings.num_embeddings
             output.set_table(torch.cat([table[:rows], table.max().expand(max(0, rows - len(table)))]))

@@ -203,14 +203,14 @@ def _score_group(
     for start in range(begin, end, step):
         rows = queries[start : start + step].to(scores.dtype)
         free = elements - rows.numel()
-        first_query, offsets = _overlapping(query_cu, start, start + len(rows))
-        offsets = torch.tensor(offsets, device=queries.device)
+        first_query, begins = _overlapping(query_cu, start, start + len(rows))
+        offsets = torch.tensor(begins, device=queries.device)
         row_numbers = torch.arange(len(rows), device=queries.device)
         for first, last in _document_blocks(document_cu, len(rows) + width, 4 * len(rows), free):
             best, chosen = _best_of_block(rows, documents, document_cu[first : last + 1], places is not None, free)
             summed = embedding_bag(row_numbers, best.T.contiguous(), offsets, mode="sum")  # (queries of the rows, n)
             scores[first_query : first_query + len(summed), first:last] += summed
-            if places is not None:
+            if places is not None and chosen is not None:
                 places[first:last, start : start + len(rows)] = chosen
             del best, chosen
 

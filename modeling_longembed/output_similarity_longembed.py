@@ -60,7 +60,8 @@ def similarity(
         raise ValueError("similarity: the documents are codes; give the TokenCodec that made them as codec=")
     if codec is not None and not documents_by_tokens and documents:
         raise ValueError("similarity: codec= is for codes of token vectors, and the documents are plain vectors")
-    widths = sorted({row.shape[-1] for row in queries} | {codec.dim if codec else row.shape[-1] for row in documents})
+    of_documents: set[Any] = {row.shape[-1] for row in documents} if codec is None else {codec.dim for _ in documents}
+    widths = sorted({row.shape[-1] for row in queries} | of_documents)
     if len(widths) > 1:
         raise ValueError(
             f"similarity: vectors of {' and '.join(map(str, widths))} dimensions cannot be compared; encode queries "

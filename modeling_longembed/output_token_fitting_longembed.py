@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .encoding_longembed import CHARACTERS_PER_BATCH_TOKEN, divide_into_windows, read_windows
-from .hub_longembed import HubModel
 from .output_tokens_longembed import LongEmbedTokenOutput, TwoLayerHead
 
 
 @torch.no_grad()
 def fit_token_head(
-    model: HubModel,
+    model: Any,
     documents: Iterable[str],
     token_dim: int = 64,
     token_head: str = "linear",
@@ -75,7 +74,7 @@ def fit_token_head(
 
 
 @torch.no_grad()
-def fit_query_token_weights(model: HubModel, documents: Iterable[str], kind: str = "idf") -> int:
+def fit_query_token_weights(model: Any, documents: Iterable[str], kind: str = "idf") -> int:
     """Weigh the query tokens, in place, by how rare they are in documents.
 
     A token that n of N documents have gets the weight ln((N + 1) / (n + 0.5)), its inverse document frequency, and a
@@ -143,7 +142,7 @@ def changed_config(config: Any, **changes: Any) -> Any:
     return type(config)(**config.to_dict() | changes)
 
 
-def replace_output(model: HubModel, config: Any) -> None:
+def replace_output(model: Any, config: Any) -> None:
     """Give the model the token output that `config` describes, with those of its weights that it has already."""
     old, place = model.token_output, next(model.parameters())
     new = LongEmbedTokenOutput(config)

@@ -101,10 +101,10 @@ def keep_tokens(
     merged, sizes = vectors, torch.ones(len(vectors), device=vectors.device)
     while len(merged) > budget:
         # One pass over several windows keeps at least 1 in 16, so that each still has tokens that are alike to merge.
-        kept = budget if len(merged) <= window else max(budget, len(merged) // 16)
-        step = _cluster(merged, sizes, [len(merged)], [kept], window)
-        groups, sizes = step[groups], torch.zeros(kept, device=sizes.device).index_add(0, step, sizes)
-        merged = _means(vectors, groups, kept)
+        count = budget if len(merged) <= window else max(budget, len(merged) // 16)
+        step = _cluster(merged, sizes, [len(merged)], [count], window)
+        groups, sizes = step[groups], torch.zeros(count, device=sizes.device).index_add(0, step, sizes)
+        merged = _means(vectors, groups, count)
     return merged, groups
 
 
@@ -147,11 +147,11 @@ def _cluster(vectors: Tensor, sizes: Tensor, lengths: list[int], kept: list[int]
         longest = windows[-1][1] - windows[-1][0]
         count = max(1, DISTANCES.get(vectors.device.type, 2**22) // longest**2)
         batch, windows = windows[-count:], windows[:-count]
-        starts, ends, clusters = (torch.tensor(column, device=vectors.device) for column in zip(*batch, strict=True))
+        starts, ends, remaining = (torch.tensor(column, device=vectors.device) for column in zip(*batch, strict=True))
         rows = starts[:, None] + torch.arange(longest, device=vectors.device)
         is_real = rows < ends[:, None]
         rows = torch.where(is_real, rows, starts[:, None])
-        merged = ward(wide[rows], sizes[rows] * is_real, clusters)
+        merged = ward(wide[rows], sizes[rows] * is_real, remaining)
         roots[rows[is_real]] = (starts[:, None] + merged)[is_real]
     return torch.unique(roots, return_inverse=True)[1]
 

@@ -87,7 +87,7 @@ class KeptTokens:
         """Return the vectors of a document from the store, float32 `(vectors, k)`."""
         return self.codec.decode(torch.from_numpy(self.store.get(key)["codes"])).numpy()
 
-    def bytes(self, key: bytes) -> int:
+    def size(self, key: bytes) -> int:
         """Return how many bytes the vectors of a document take."""
         return self.store.get(key)["codes"].nbytes
 

@@ -100,10 +100,10 @@ class EvaluatedModel(ModelSpec):
     def _similarity(self) -> ScoringFunction | None:
         if self.folder is None or self.hybrid is not None:
             return None
-        return ScoringFunction.MAX_SIM if self.kind == "tokens" else ScoringFunction.COSINE
+        return ScoringFunction("MaxSim" if self.kind == "tokens" else "cosine")
 
     @property
-    def _types(self) -> list[str]:
+    def _types(self) -> list[Any]:
         if self.hybrid is not None:
             return ["hybrid"]
         return [{"bm25": "sparse", "tokens": "late-interaction"}.get(self.kind, "dense")]
@@ -241,5 +241,6 @@ class OneVector(AbsEncoder):
         """
         self._current = costs
         costs.bytes += len(documents) * self._bytes_per_document
-        vectors = self._encode(queries, PromptType.query), self._encode(documents, PromptType.document)
+        sides = {"query": queries, "document": documents}
+        vectors = [self._encode(texts, PromptType(kind)) for kind, texts in sides.items()]
         yield range(len(documents)), torch.as_tensor(self.similarity(*vectors))

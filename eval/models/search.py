@@ -223,7 +223,7 @@ class TokenScores:
         packed_queries, query_cu = (tensor.to(device) for tensor in _packed(self._query_vectors(queries)))
         mean = self.encoder.similarity_fn_name == "meanmaxsim"
         for window, keys in self.kept.windows(documents):
-            costs.bytes += sum(map(self.kept.bytes, keys))
+            costs.bytes += sum(map(self.kept.size, keys))
             with costs.comparing():
                 vectors, cu = (tensor.to(device) for tensor in _packed([self.kept.vectors(key) for key in keys]))
                 scores = maxsim(packed_queries, query_cu, vectors, cu, mean=mean).cpu()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,7 @@ def cached_backward(
         own = [rows[: sum(count[: len(chunks)])] for rows, count in zip(cached, counts, strict=True)]
         value, metrics = loss(*own)
         value.backward()  # not autograd.grad: parameters of the loss, such as a temperature, get their gradient here
-        gradients = [
+        gradients: list[Any] = [
             [None] * passes if rows.grad is None else rows.grad.split(count)
             for rows, count in zip(cached, counts, strict=True)
         ]
@@ -105,7 +105,8 @@ def cached_backward(
                     for rows, gradient in zip(_tensors(embed(chunk)), gradients, strict=True)
                     if gradient[index] is not None
                 ]
-                torch.autograd.backward(*map(list, zip(*rows_and_gradients, strict=True)))
+                tensors, theirs = zip(*rows_and_gradients, strict=True)
+                torch.autograd.backward(tensors, theirs)
         return metrics
 
 

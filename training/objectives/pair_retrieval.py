@@ -74,7 +74,7 @@ class PairRetrieval:
             losses.append(torch.stack([loss, metrics["accuracy"]]) * len(query[rows]))
         loss, accuracy = (torch.stack(losses).sum(0) / len(query)).tolist()
         rank = self._ranks(query, document)
-        metrics = {
+        figures: dict[str, float] = {
             "eval_loss": loss,
             "eval_accuracy": accuracy,
             # With one relevant document per query, the ideal ranking has a gain of 1.
@@ -84,16 +84,16 @@ class PairRetrieval:
             "eval_documents": len(self.documents),
         }
         if isinstance(query, Tensor):
-            metrics["eval_alignment"] = alignment(query, positive).item()
-            metrics["eval_uniformity"] = (uniformity(query[self.distinct]) + uniformity(document)).item() / 2
-        return metrics
+            figures["eval_alignment"] = alignment(query, positive).item()
+            figures["eval_uniformity"] = (uniformity(query[self.distinct]) + uniformity(document)).item() / 2
+        return figures
 
     def _embed(self, texts: list[str], kind: str, embed: Embed) -> Any:
         """Embed this process's share of the texts and gather all, `(n, d)` on the CPU."""
         own = own_share(len(texts))
         # In portions, so that the token ids of a large corpus are not held at once.
         portions = range(own.start, own.stop, 256)
-        rows: list[Tensor] = []
+        rows: list[Tensor | TokenVectors] = []
         for start in tqdm(portions, desc=f"evaluating: {kind}", disable=own.start > 0, leave=False):
             token_ids = self.tokenize(texts[start : min(start + 256, own.stop)], kind)
             for texts_of_chunk in (embed(chunk, kind) for chunk in pack(token_ids, self.batch_tokens)):

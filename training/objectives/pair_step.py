@@ -46,7 +46,8 @@ def pair_gradient(
             gathered = gather_rows(by_row(embeddings, batch.pairs))
             tokens = None
             if of_tokens:
-                tokens = gather_tokens(arguments.for_scoring(*of_tokens, batch.pairs).by_row(batch.pairs))
+                vectors, counts = of_tokens
+                tokens = gather_tokens(arguments.for_scoring(vectors, counts, batch.pairs).by_row(batch.pairs))
             rows = own_rows(batch.pairs)
             value, metrics = objective(GatheredBatch(gathered, text_ids, rows, classes, guide_vectors, key, tokens))
             if penalty is not None:

@@ -135,10 +135,11 @@ class Scores(nn.Module):
             The loss, and detached scalars; with `--token_dims` the sum over their sizes.
         """
         texts = student if isinstance(student, TokenVectors) else F.normalize(student, dim=-1)
-        dims = self.arguments.token_dims
+        dims, scale = self.arguments.token_dims, self.arguments.score_scale
+        assert scale is not None  # TeachingArguments give it a default
 
         def loss(texts: Any) -> tuple[Tensor, Metrics]:
-            scores = self.arguments.score_scale * similarity_of_candidates(texts[:, 0], texts[:, 1:])
+            scores = similarity_of_candidates(texts[:, 0], texts[:, 1:]) * scale
             if self.arguments.score_loss == "margin_mse":
                 return margin_mse(scores, teacher)
             return soft_targets(scores, teacher, temperature=self.arguments.score_temperature)

@@ -153,7 +153,8 @@ def _rows(read: Sequence[Tensor], pairs: int, objective: Teaching) -> Tensor | T
     """Return the texts of one process as the objective reads them, `(pairs, columns, d)` or token vectors."""
     pooled, *of_tokens = read
     if of_tokens:
-        return objective.arguments.for_scoring(*of_tokens, pairs).by_row(pairs)
+        vectors, counts = of_tokens
+        return objective.arguments.for_scoring(vectors, counts, pairs).by_row(pairs)
     return by_row(pooled, pairs)
 
 

@@ -39,7 +39,7 @@ def kept(settings: str, folder, encoder=None) -> tuple[list[np.ndarray], list[in
     tokens = KeptTokens(encoder or Known(), TokenSettings.parse(settings, "--model"), TokenStore(folder))
     keys = {i: key for window, keys in tokens.windows(TEXTS) for i, key in zip(window, keys, strict=True)}
     assert sorted(keys) == list(range(len(TEXTS)))
-    return [tokens.vectors(keys[i]) for i in sorted(keys)], [tokens.bytes(keys[i]) for i in sorted(keys)]
+    return [tokens.vectors(keys[i]) for i in sorted(keys)], [tokens.size(keys[i]) for i in sorted(keys)]
 
 
 def test_float32_is_what_the_encoder_gives(tmp_path):

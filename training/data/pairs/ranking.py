@@ -245,8 +245,10 @@ class TokenRanker:
         """Return the scores of queries, given by their vectors, and documents, given by their places."""
         vectors = [self._kept.vectors(self._keys[document]) for document in documents]
         device = device_kind()
-        packed = [tensor.to(device) for tensor in (*_packed(queries), *_packed(vectors))]
-        return maxsim(*packed, mean=self._mean).cpu()
+        query_vectors, query_cu, document_vectors, document_cu = (
+            tensor.to(device) for tensor in (*_packed(queries), *_packed(vectors))
+        )
+        return maxsim(query_vectors, query_cu, document_vectors, document_cu, mean=self._mean).cpu()
 
 
 class RankerWithWords:

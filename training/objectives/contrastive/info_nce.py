@@ -25,7 +25,7 @@ class InfoNCE(Objective):
         margin = arguments.false_negative_margin
 
         def loss(*columns: Texts, rows: slice) -> tuple[Tensor, Metrics]:
-            guide = None
+            guide: Any = None
             if batch.guide is not None:
                 guide = _pair_columns(batch.guide)
             elif margin is not None:
@@ -45,7 +45,8 @@ class InfoNCE(Objective):
                 rows=rows,
             )
 
-        columns = _pair_columns(batch.tokens if arguments.by_tokens else F.normalize(batch.embeddings, dim=-1))
+        texts: Any = batch.tokens if arguments.by_tokens else F.normalize(batch.embeddings, dim=-1)
+        columns = _pair_columns(texts)
         return self.over_dims(in_blocks(loss, batch.rows, count), *(column for column in columns if column is not None))
 
 

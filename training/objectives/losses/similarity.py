@@ -61,7 +61,7 @@ def in_one(texts: Sequence[Texts]) -> Texts:
     """Return texts one after another."""
     if isinstance(texts[0], TokenVectors):
         return concatenate(texts)
-    return torch.cat(texts)
+    return torch.cat(tuple(texts))
 
 
 def _wide(vectors: Tensor) -> Tensor:
