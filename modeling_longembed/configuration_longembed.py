@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import strict  # without it nothing is validated
 
+from .hub_sentence_transformers_longembed import MULTI_VECTOR_MARK
 from .layout_registry_longembed import expand_layout
 from .pattern_registry_longembed import build_pattern, upgrade_entry
 from .position_base_longembed import PositionScheme
@@ -244,6 +245,13 @@ class LongEmbedConfig(PretrainedConfig):
         if "attention_patterns" in changes:
             changes.setdefault("layer_types", None)  # derived from the new patterns
         return super().from_dict(config_dict | changes, **kwargs)
+
+    def to_diff_dict(self) -> dict:
+        """Return the content of config.json: for a model, its architecture and the mark of `MultiVectorEncoder`."""
+        content = super().to_diff_dict()
+        if architectures := content.get("architectures"):
+            content["architectures"] = list(dict.fromkeys([*architectures, MULTI_VECTOR_MARK]))
+        return content
 
     def _complete_patterns(self, name: str) -> list[dict]:
         """Return the field `name` as one complete entry, with all parameters, per attention sublayer."""

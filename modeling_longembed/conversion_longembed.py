@@ -22,7 +22,8 @@ from .conversion_families_longembed import (
     refuse_unread_fields,
     refuse_unread_weights,
 )
-from .conversion_settings_longembed import lowercased, read_text, sentence_transformers_choices
+from .conversion_files_longembed import read_text
+from .conversion_settings_longembed import lowercased, sentence_transformers_choices
 from .hub_files_longembed import check_tokenizer, load_tokenizer
 from .hub_longembed import HubModel
 from .pattern_registry_longembed import build_pattern
@@ -326,6 +327,7 @@ def convert_encoder(
     choices = {name: value for name, value in choices.items() if value is not None}
     trained = sentence_transformers_choices(name_or_path, set(choices), **hub)
     do_lower_case, read_length = trained.pop("do_lower_case", False), trained.pop("max_seq_length", None)
+    token_head: dict[str, Tensor] = trained.pop("token_head_weights", {})
     original_fields = converted_fields(original, family, {})
     fields = converted_fields(original, family, trained | choices)
     config_class: Any = cls.config_class
@@ -358,6 +360,7 @@ def convert_encoder(
     theirs = {k: v for k, v in original_model.base_model.state_dict(prefix=prefix).items() if k not in missing}
     theirs = {name.removeprefix(prefix): tensor for name, tensor in theirs.items()}
     weights = converted_weights(theirs, family.reserved_rows(original), family, config)
+    weights |= {f"token_output.head.{name}": tensor for name, tensor in token_head.items()}
     if with_head:
         weights = {f"model.{name}": tensor for name, tensor in weights.items()}
         weights |= converted_head_weights(original_model, family, missing)

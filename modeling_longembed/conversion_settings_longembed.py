@@ -1,33 +1,29 @@
-"""The files that sentence-transformers keeps beside a checkpoint, key by key: taken over, without effect, or refused.
-
-A key that is in none of the tables may only have a value that switches something off. A setting of a later release that
-shapes a vector is then refused by name, and not lost.
-"""
+"""The files that sentence-transformers keeps beside a checkpoint, key by key: taken over, without effect or refused."""
 
 import json
-from pathlib import Path
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from .conversion_families_longembed import OFF, refuse
-from .hub_files_longembed import find_file
-from .hub_longembed import ST_POOLINGS
+from .conversion_families_longembed import refuse
+from .conversion_files_longembed import ANY, check_settings, read_settings, read_text
+from .conversion_token_vectors_longembed import token_vector_choices
+from .hub_sentence_transformers_longembed import ST_POOLINGS, ST_SIMILARITIES
 
 # Where sentence-transformers looks for the settings of its Transformer module; the first file that exists counts.
 TRANSFORMER_FILES = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# The values of a key that this module takes over, or that have no effect on a vector.
-ANY = object()
+MODEL_FILE = "config_sentence_transformers.json"
 # Values that are accepted, for each key of each file.
 MODULE = {"idx": ANY, "name": ANY, "path": ANY, "type": ANY}
 MODEL = {
-    "model_type": ("SentenceTransformer",),
+    "model_type": ("SentenceTransformer", "MultiVectorEncoder"),
     "prompts": ANY,
     "default_prompt_name": ANY,
-    "similarity_fn_name": (None, "cosine", "dot", "euclidean", "manhattan"),
+    "similarity_fn_name": (None, *ST_SIMILARITIES, "maxsim", "meanmaxsim"),  # the latter of token vectors
     "__version__": ANY,
     "requirements": ANY,
 }
@@ -39,6 +35,8 @@ TRANSFORMER = {
     "module_output_name": ("token_embeddings",),
     "unpad_inputs": ANY,  # how vectors are computed, not which
 }
+# Settings of `MultiVectorEncoder` that say how much of a text is read.
+LENGTHS = {"query_length": ANY, "document_length": ANY}
 # Arguments of `from_pretrained` in the settings of the Transformer module, which say how it is loaded.
 LOADING = {
     **dict.fromkeys(("trust_remote_code", "dtype", "torch_dtype", "attn_implementation", "device_map"), ANY),
@@ -60,63 +58,6 @@ DROPOUT = {"dropout": ANY}  # it has no effect outside of training
 LATER_MODULES: dict[str, dict] = {"Normalize": NORMALIZE, "Dropout": DROPOUT}
 
 
-def read_text(name_or_path: str, file: str, errors: str = "strict", **hub) -> str | None:
-    """Return the text of a file in a model folder or Hub repository; None if there is no such file.
-
-    Args:
-        name_or_path: the folder, or the id of the repository.
-        file: the path of the file in it; a byte order mark is left out.
-        errors: `replace` reads bytes that are not UTF-8 as question marks; `strict` raises.
-        **hub: as for `find_file`.
-
-    Returns:
-        The text.
-    """
-    path = find_file(name_or_path, file, **hub)
-    return None if path is None else Path(path).read_text(encoding="utf-8-sig", errors=errors)
-
-
-def read_settings(name_or_path: str, file: str, keys: dict, **hub) -> dict | None:
-    """Return the settings in a JSON file; None if there is no such file.
-
-    Args:
-        name_or_path: Hub id or folder.
-        file: name of the file in it.
-        keys: the values that are accepted, for each key.
-        **hub: options of `from_pretrained` to find files.
-
-    Raises:
-        ValueError: the file is no JSON object, or a key has a value that is not accepted.
-    """
-    text = read_text(name_or_path, file, **hub)
-    if text is None:
-        return None
-    try:
-        settings = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file} of {name_or_path} is not valid JSON: {error}; download it again") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} of {name_or_path} is not a JSON object; download it again")
-    check_settings(file, settings, keys)
-    return settings
-
-
-def check_settings(file: str, settings: dict, keys: dict):
-    """Refuse the keys of a file that have a value that is not accepted.
-
-    Args:
-        file: where the settings are from, for the message.
-        settings: the settings.
-        keys: the values that are accepted, for each key; for all other keys only those in `OFF` are.
-
-    Raises:
-        ValueError: a key has another value.
-    """
-    for key, value in settings.items():
-        accepted = keys.get(key, OFF)
-        refuse(accepted is not ANY and value not in accepted, f"{key}={json.dumps(value)} in {file}")
-
-
 def sentence_transformers_choices(name_or_path: str, chosen: set[str], **hub) -> dict[str, Any]:
     """Return the config fields that a sentence-transformers checkpoint was trained with.
 
@@ -136,39 +77,78 @@ def sentence_transformers_choices(name_or_path: str, chosen: set[str], **hub) ->
     if text is None:
         return {}
     modules = json.loads(text)
-    kinds = []
     for module in modules:
         check_settings("modules.json", module, MODULE)
-        library, _, kind = module["type"].rpartition(".")
-        refuse(
-            library.split(".")[0] != "sentence_transformers", f"the module {module['type']}, which is code of its own"
-        )
-        refuse(kind not in ("Transformer", "Pooling", *LATER_MODULES), f"the sentence-transformers module {kind}")
-        kinds.append(kind)
+        library = module["type"].split(".")[0]
+        refuse(library != "sentence_transformers", f"the module {module['type']}, which is code of its own")
     refuse(
-        kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= set(LATER_MODULES),
-        f"the sentence-transformers modules {', '.join(kinds)} in this order",
+        re.search(r'"model_type":\s*"ColBERT"', read_text(name_or_path, MODEL_FILE, **hub) or "") is not None,
+        "what PyLate saves: load it with sentence-transformers' MultiVectorEncoder, save it, and convert that folder",
     )
-    transformer = read_transformer(name_or_path, modules[0]["path"], **hub)
-    choices = {key: transformer.get(key) for key in ("do_lower_case", "max_seq_length")}
-    if "pooling" not in chosen:
-        choices["pooling"] = read_pooling(name_or_path, modules[1]["path"], **hub)
-    choices["normalize"] = "Normalize" in kinds
-    for kind, module in zip(kinds[2:], modules[2:], strict=True):
-        read_settings(name_or_path, f"{module['path']}/config.json", LATER_MODULES[kind], **hub)
-    settings = read_settings(name_or_path, "config_sentence_transformers.json", MODEL, **hub) or {}
-    choices["similarity_fn_name"] = settings.get("similarity_fn_name") or "cosine"
+    settings = read_settings(name_or_path, MODEL_FILE, MODEL, **hub) or {}
+    if settings.get("model_type") == "MultiVectorEncoder":
+        transformer = read_transformer(name_or_path, modules[0]["path"], LENGTHS, **hub)
+        choices = token_vector_choices(name_or_path, modules, **hub)
+        lengths = (transformer.get(name) for name in ("document_length", "max_seq_length"))
+        choices["max_seq_length"] = next((length for length in lengths if length), None)
+        choices["do_lower_case"] = transformer.get("do_lower_case")
+        if chosen & {"token_dim", "token_head"}:  # another head
+            choices = {key: value for key, value in choices.items() if key != "token_head_weights"}
+    else:
+        choices = vector_choices(name_or_path, modules, chosen, **hub)
+        choices["similarity_fn_name"] = settings.get("similarity_fn_name")
+    if choices.get("similarity_fn_name") not in ST_SIMILARITIES:
+        choices["similarity_fn_name"] = "cosine"
     if "prompts" not in chosen:
         choices["prompts"] = prompts_by_name(settings.get("prompts") or {})
         choices["default_prompt_name"] = settings.get("default_prompt_name")
     return {name: value for name, value in choices.items() if name not in chosen and value is not None}
 
 
-def read_transformer(name_or_path: str, folder: str, **hub) -> dict:
-    """Return the settings of the Transformer module in `folder`; raises ValueError for those that are not accepted."""
+def vector_choices(name_or_path: str, modules: list[dict], chosen: set[str], **hub) -> dict[str, Any]:
+    """Return the config fields of the vector that `SentenceTransformer` gives, and how it reads a text.
+
+    Args:
+        name_or_path: Hub id or folder.
+        modules: the entries of modules.json.
+        chosen: the fields that the caller chose, for which no setting is read.
+        **hub: options of `from_pretrained` to find files.
+
+    Raises:
+        ValueError: there is a module or a setting that a LongEmbed model does not have.
+    """
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    for kind in kinds:
+        refuse(kind not in ("Transformer", "Pooling", *LATER_MODULES), f"the sentence-transformers module {kind}")
+    refuse(
+        kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= set(LATER_MODULES),
+        f"the sentence-transformers modules {', '.join(kinds)} in this order",
+    )
+    transformer = read_transformer(name_or_path, modules[0]["path"], {}, **hub)
+    choices = {key: transformer.get(key) for key in ("do_lower_case", "max_seq_length")}
+    if "pooling" not in chosen:
+        choices["pooling"] = read_pooling(name_or_path, modules[1]["path"], **hub)
+    choices["normalize"] = "Normalize" in kinds
+    for kind, module in zip(kinds[2:], modules[2:], strict=True):
+        read_settings(name_or_path, f"{module['path']}/config.json", LATER_MODULES[kind], **hub)
+    return choices
+
+
+def read_transformer(name_or_path: str, folder: str, more: dict, **hub) -> dict:
+    """Return the settings of the Transformer module in `folder`.
+
+    Args:
+        name_or_path: Hub id or folder.
+        folder: that of the module.
+        more: the values that are accepted beside those of `TRANSFORMER`, for each key.
+        **hub: options of `from_pretrained` to find files.
+
+    Raises:
+        ValueError: a setting is not accepted.
+    """
     for name in TRANSFORMER_FILES:
         file = f"{folder}/{name}" if folder else name
-        settings = read_settings(name_or_path, file, TRANSFORMER | dict.fromkeys(LOADING_KEYS, ANY), **hub)
+        settings = read_settings(name_or_path, file, TRANSFORMER | more | dict.fromkeys(LOADING_KEYS, ANY), **hub)
         if settings is not None:
             for key in LOADING_KEYS:
                 check_settings(f"{key} in {file}", settings.get(key) or {}, LOADING)

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from .attention_longembed import DEFAULT_KERNEL
 from .conversion_families_longembed import FAMILIES, Family, rope_by_layer
 from .conversion_longembed import COMPARED_LENGTH, TOLERANCE, largest_difference
-from .hub_longembed import ST_POOLINGS, HubModel, summarize_patterns
+from .hub_longembed import HubModel, summarize_patterns
+from .hub_sentence_transformers_longembed import ST_POOLINGS
 from .packing_longembed import PackedDocuments
 from .pattern_registry_longembed import build_pattern
 from .position_rope_longembed import extended_rope_parameters, unscaled_rope_theta
@@ -249,7 +250,7 @@ def export_native(model: HubModel, path: str | Path) -> None:
     try:
         with torch.random.fork_rng(devices=[]):  # its random initial weights are overwritten
             native_model(model, native_config, with_head).save_pretrained(folder)
-        model._write_tokenizer(folder)
+        model._write_tokenizer(folder, token_vectors=False)
         (folder / "README.md").write_text(native_card(model, path.name, native_config), encoding="utf-8")
         length = min(model.config.max_position_embeddings, COMPARED_LENGTH)
         difference = difference_from_native(model, folder, native_config.model_type, with_head, length)

@@ -2,8 +2,6 @@
 
 import copy
 import hashlib
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,19 +9,20 @@ from typing import Any
 
 import torch.distributed
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .hub_files_longembed import HUB_OPTIONS, SAVED_TOKENIZER_FILES, find_file, load_tokenizer
-
-logger = logging.get_logger(__name__)
+from .hub_sentence_transformers_longembed import (
+    adopt_settings,
+    find_saving_sentence_transformer,
+    sentence_transformers_files,
+    write_json,
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_longembed.LongEmbedConfig",
     "AutoModel": "modeling_longembed.LongEmbedModel",
     "AutoModelForMaskedLM": "modeling_longembed.LongEmbedForMaskedLM",
 }
-# The names of poolings in sentence-transformers.
-ST_POOLINGS = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken", "weighted_mean": "weightedmean_tokens"}
 
 CARD = """---
 {metadata}
@@ -31,7 +30,7 @@ CARD = """---
 
 # {title}
 
-A longembed encoder: one vector for a document of up to {context:,} tokens.
+A longembed encoder: one vector{tokens} for a document of up to {context:,} tokens.
 
 ```python
 from transformers import AutoModel
@@ -42,8 +41,9 @@ queries = model.encode(["a question"], prompt_name="query")
 scores = queries @ documents.T
 ```
 
-It loads as well with `SentenceTransformer("{title}", trust_remote_code=True)`; those who `pip install longembed` and
-`import modeling_longembed` need no remote code.
+{token_vectors}It loads as well with `SentenceTransformer("{title}", trust_remote_code=True)` and, for a vector a token,
+with `MultiVectorEncoder`. Those who `pip install longembed` and `import modeling_longembed` need no remote code with
+`AutoModel`.
 
 ## The model
 
@@ -52,6 +52,7 @@ It loads as well with `SentenceTransformer("{title}", trust_remote_code=True)`; 
 | made from | {base} |
 | context | {context:,} tokens |
 | vector | {dim} dimensions, pooling {pooling} |
+| token vectors | {token_row} |
 | positions | `{positions}`{extension} |
 | attention patterns | {patterns} |
 | layout | `{layout}` |
@@ -71,6 +72,16 @@ Weights are safetensors. The code in this repository runs on your machine when y
 {sums}
 """
 
+TOKEN_VECTORS = """A vector a token finds more in long documents than one vector; MaxSim compares them:
+
+```python
+documents = model.encode(["a long document ..."], prompt_name="document", output_value="tokens")
+queries = model.encode(["a question"], prompt_name="query", output_value="tokens")
+scores = model.similarity(queries, documents)
+```
+
+"""
+
 ADAPTER_CARD = """---
 {metadata}
 ---
@@ -87,61 +98,6 @@ model.load_adapter("{title}")  # or: model = peft.PeftModel.from_pretrained(mode
 documents = model.encode(["a long document ..."], prompt_name="document")
 ```
 """
-
-
-def find_saving_sentence_transformer(encoder: torch.nn.Module) -> Any | None:
-    """Return the model of sentence-transformers that is saving an encoder, which its first module holds, or None.
-
-    It writes all files but those of the encoder itself, and calls `save_pretrained` of the encoder as any other caller
-    would, so that only the stack tells.
-    """
-    frame: Any = sys._getframe()
-    while frame is not None:
-        model = frame.f_locals.get("self")
-        is_theirs = str(frame.f_globals.get("__name__", "")).startswith("sentence_transformers.")
-        is_saving = is_theirs and frame.f_code.co_name == "save" and hasattr(model, "prompts")
-        if is_saving and any(module is encoder for module in model[0].modules()):
-            return model
-        frame = frame.f_back  # None above the first frame
-    return None
-
-
-def adopt_settings(config: Any, model: Any) -> None:
-    """Set in a config what `encode` must know to give the vectors of a model of sentence-transformers.
-
-    Args:
-        config: the config of the encoder inside.
-        model: the model of sentence-transformers. If it has modules or a pooling that a config cannot name, a warning
-            says so.
-    """
-    config.prompts = {name: prompt or "" for name, prompt in model.prompts.items()}
-    config.default_prompt_name = model.default_prompt_name
-    config.similarity_fn_name = getattr(model, "similarity_fn_name", None) or config.similarity_fn_name
-    others = []
-    config.normalize = False
-    for module in [*model][1:]:
-        kind = type(module).__name__
-        if kind == "Normalize":
-            config.normalize = True
-        elif kind == "Pooling" and module.include_prompt and pooling_name(module) == config.pooling:
-            continue
-        elif kind == "Pooling" and module.include_prompt and pooling_name(module) and config.token_weighting == "none":
-            config.pooling = pooling_name(module)
-        else:
-            others.append(kind)
-    if getattr(model, "truncate_dim", None) is not None:
-        others.append(f"truncate_dim={model.truncate_dim}")
-    if others:
-        logger.warning(
-            f"`encode` of the model that AutoModel loads does not know of {', '.join(others)}; load this folder with "
-            "SentenceTransformer"
-        )
-
-
-def pooling_name(module: Any) -> str | None:
-    """Return our name of the pooling of a sentence-transformers module; None: we have no such pooling."""
-    mode = module.pooling_mode if hasattr(module, "pooling_mode") else module.get_pooling_mode_str()
-    return next((ours for ours, legacy in ST_POOLINGS.items() if legacy.split("_")[0] == mode), None)
 
 
 def copy_tokenizer(tokenizer: Any) -> Any:
@@ -171,6 +127,15 @@ def summarize_patterns(entries: list[dict]) -> str:
     """Return the patterns of a config in the order they first appear, such as `4 x block (size 254), 2 x full`."""
     shown = [entry["type"] + "".join(f" ({k} {v})" for k, v in entry.items() if k != "type") for entry in entries]
     return ", ".join(f"{shown.count(name)} x {name}" for name in dict.fromkeys(shown))
+
+
+def summarize_token_vectors(config) -> str:
+    """Return what a config says of token vectors, such as `64 dimensions, head `linear`, query weights `idf``."""
+    head = f"{config.token_dim} dimensions, head `{config.token_head}`"
+    parts = [f"the {config.hidden_size} dimensions of the states" if config.token_dim is None else head]
+    parts += [f"query weights `{config.query_token_weights}`"] if config.query_token_weights != "none" else []
+    parts += ["none of punctuation"] if config.token_skip_punctuation else []
+    return ", ".join(parts)
 
 
 class HubModel(PreTrainedModel):
@@ -311,41 +276,20 @@ class HubModel(PreTrainedModel):
             card = self._card(folder, title)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def _write_tokenizer(self, folder: Path):
-        """Write the tokenizer, and the files with which sentence-transformers loads the folder."""
+    def _write_tokenizer(self, folder: Path, token_vectors: bool = True):
+        """Write the tokenizer, and the files with which sentence-transformers loads the folder.
+
+        Args:
+            folder: the folder of the model.
+            token_vectors: whether the folder holds our code, which gives token vectors.
+        """
         if self.has_tokenizer():
             tokenizer = copy_tokenizer(self.tokenizer)
             tokenizer.model_max_length = self.config.max_position_embeddings
             tokenizer.save_pretrained(folder)
-        for name, content in self._sentence_transformers_files().items():
+        for name, content in sentence_transformers_files(self.config, token_vectors).items():
             (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    def _sentence_transformers_files(self) -> dict[str, object]:
-        kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
-        kinds += [("2_Normalize", "Normalize")] if self.config.normalize else []
-        modes = {f"pooling_mode_{name}": name == ST_POOLINGS[self.config.pooling] for name in ST_POOLINGS.values()}
-        return {
-            "modules.json": [
-                # Old and new releases both understand these names.
-                {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                for index, (path, kind) in enumerate(kinds)
-            ],
-            "sentence_bert_config.json": {
-                "max_seq_length": self.config.max_position_embeddings,
-                "do_lower_case": False,
-            },
-            "1_Pooling/config.json": {
-                "word_embedding_dimension": self.config.hidden_size,
-                **modes,
-                "include_prompt": True,
-            },
-            "config_sentence_transformers.json": {
-                "prompts": self.config.prompts,
-                "default_prompt_name": self.config.default_prompt_name,
-                "similarity_fn_name": self.config.similarity_fn_name,
-            },
-        }
+            write_json(folder / name, content)
 
     def _adapter_card(self, title: str) -> str:
         adapter = self.peft_config[self.active_adapters()[0]]
@@ -364,10 +308,10 @@ class HubModel(PreTrainedModel):
     def _card(self, folder: Path, title: str) -> str:
         config = self.config
         metadata = ["library_name: transformers", "pipeline_tag: sentence-similarity"]
-        metadata += [
-            "tags:",
-            *(f"- {tag}" for tag in ("longembed", "sentence-transformers", "feature-extraction", "custom_code")),
-        ]
+        made_for_tokens = config.token_dim is not None or config.query_token_weights != "none"
+        tags = ["longembed", "sentence-transformers", "feature-extraction", "custom_code"]
+        tags += ["late-interaction"] if made_for_tokens else []
+        metadata += ["tags:", *(f"- {tag}" for tag in tags)]
         metadata += [f"license: {config.license}"] if config.license else []
         base = config.original_model
         metadata += [f"base_model: {base}"] if base and "/" in base else []  # the id of a model on the Hub
@@ -382,6 +326,9 @@ class HubModel(PreTrainedModel):
             metadata="\n".join(metadata),
             title=title,
             base=f"`{base}`" if base else "random weights",
+            tokens=", or a vector a token," if made_for_tokens else "",
+            token_vectors=TOKEN_VECTORS if made_for_tokens else "",
+            token_row=summarize_token_vectors(config),
             context=config.max_position_embeddings,
             dim=config.hidden_size,
             pooling=f"`{config.pooling}`{weighting}",

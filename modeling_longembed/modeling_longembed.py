@@ -23,6 +23,7 @@ from .encoding_longembed import encode_stream, encode_texts, tokenize_texts
 from .export_native_longembed import export_native
 from .export_onnx_longembed import export_onnx
 from .hub_longembed import HubModel
+from .hub_sentence_transformers_longembed import states_with_token_vectors
 from .layout_layerdrop_longembed import draw_layers, prune_to_layers, prune_to_sublayers, skip_layer
 from .output_pooling_longembed import pool, token_weights
 from .output_similarity_longembed import similarity
@@ -268,6 +269,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
     to_onnx = export_onnx
     fit_token_head = fit_token_head
     fit_query_token_weights = fit_query_token_weights
+    states_with_token_vectors = states_with_token_vectors
 
     def __init__(self, config):
         super().__init__(config)

@@ -22,6 +22,7 @@ from common.errors import UserError, reading
 # The import also registers our Auto classes, so that our folders load without trust_remote_code.
 from modeling_longembed.encoding_longembed import budget_batches
 from modeling_longembed.encoding_tokens_longembed import special_tokens_around
+from modeling_longembed.hub_sentence_transformers_longembed import TOKEN_VECTORS_REFERENCE, TokenVectors
 
 
 class Encoder:
@@ -59,7 +60,7 @@ class Encoder:
             raise UserError(f"encoding texts needs the extra 'eval' ({error.name} is missing)") from None
         check_one_vector(folder)
         with reading(f"the model in {folder.path} does not load", folder.path):
-            self.model = SentenceTransformer(str(folder.path), trust_remote_code=trust_remote_code).eval()
+            self.model = load_served(SentenceTransformer, folder, trust_remote_code).eval()
         if wrong := [name for name, prompt in self.model.prompts.items() if not isinstance(prompt, str)]:
             raise UserError(f"the model in {folder.path} has a prompt {wrong[0]} that is no text; correct its settings")
         tokenizer = self.model.tokenizer
@@ -233,6 +234,27 @@ def check_one_vector(folder: ModelFolder) -> None:
         return  # loading says what is wrong with the file
     if kind not in (None, "SentenceTransformer"):
         raise UserError(f"{folder.name} is saved as a {kind}, which does not give one vector per text")
+
+
+def load_served(kind: type, folder: ModelFolder, trust_remote_code: bool) -> Any:
+    """Return the model that a class of sentence-transformers loads from a folder.
+
+    The module that our folders have among those of sentence-transformers is taken from this package, as their encoder
+    is: sentence-transformers itself would load the folder's code, and not without `trust_remote_code`.
+
+    Args:
+        kind: `SentenceTransformer` or `MultiVectorEncoder`.
+        folder: the model's files.
+        trust_remote_code: run the code in the folder of another model.
+    """
+
+    class Served(kind):  # type: ignore[misc]  # a class that is known when this is called
+        def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> type:
+            if class_ref == TOKEN_VECTORS_REFERENCE:
+                return TokenVectors
+            return super()._load_module_class_from_ref(class_ref, *args, **kwargs)
+
+    return Served(str(folder.path), trust_remote_code=trust_remote_code)
 
 
 def drop_normalization(model: Any) -> None:

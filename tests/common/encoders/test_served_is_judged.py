@@ -49,7 +49,7 @@ FOLDERS = {
 
 def save(folder, source, modules, settings, max_seq_length=None):
     """Save the transformer of a folder with other modules behind it, by sentence-transformers."""
-    transformer = SentenceTransformer(str(source), device="cpu")[0]
+    transformer = SentenceTransformer(str(source), device="cpu", trust_remote_code=True)[0]
     model = SentenceTransformer(modules=[transformer, *modules], device="cpu", **settings)
     if max_seq_length is not None:
         model.max_seq_length = max_seq_length

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, ModernBert
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from modeling_longembed import export_native_longembed as native
-from modeling_longembed.hub_longembed import ST_POOLINGS
+from modeling_longembed.hub_sentence_transformers_longembed import ST_POOLINGS
 from tests.modeling_longembed.tiny_checkpoints import (
     CONFIGS,
     CONTEXT,

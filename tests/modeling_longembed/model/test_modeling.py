@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel, attention_kernels_longembed, modeling_longembed
 from modeling_longembed.attention_longembed import KERNELS
-from modeling_longembed.hub_longembed import ST_POOLINGS
+from modeling_longembed.hub_sentence_transformers_longembed import ST_POOLINGS
 from modeling_longembed.output_pooling_longembed import POOLINGS
 from modeling_longembed.pattern_registry_longembed import PATTERNS
 from tests.modeling_longembed.memory_use import Allocated, KeptForBackward
