@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .output_token_pooling_longembed import MAX_FACTOR, pool_tokens
 from .output_tokens_longembed import truncate_tokens
 
 TOKEN_PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
@@ -25,6 +26,7 @@ class EncodingChoices:
     output_value: str = "vector"
     is_query: bool | None = None
     token_dim: int | None = None
+    token_pooling: int | None = None
     token_precision: str = "float32"
 
     @property
@@ -53,7 +55,7 @@ class EncodingChoices:
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
-        for name in ("batch_tokens", "truncate_dim", "late_chunk_tokens", "token_dim"):
+        for name in ("batch_tokens", "truncate_dim", "late_chunk_tokens", "token_dim", "token_pooling"):
             size = getattr(self, name)
             if not (name != "batch_tokens" and size is None) and (not isinstance(size, int) or size < 1):
                 raise ValueError(f"encode: {name}={size!r}; give a whole number of at least 1")
@@ -64,6 +66,7 @@ class EncodingChoices:
             )
         for name, needs, met in (
             ("token_dim", "tokens", self.has_tokens),
+            ("token_pooling", "tokens", self.has_tokens),
             ("token_precision", "tokens", self.has_tokens),
             ("is_query", "tokens", self.has_tokens),
             ("truncate_dim", "vector", self.has_vectors),
@@ -82,6 +85,14 @@ class EncodingChoices:
         if self.token_dim is not None and self.token_dim > config.token_dim:
             raise ValueError(
                 f"encode: token_dim={self.token_dim} is more than the {config.token_dim} dimensions of the token head"
+            )
+
+        if self.token_pooling is not None and self.token_pooling > MAX_FACTOR:
+            raise ValueError(f"encode: token_pooling={self.token_pooling!r}; give a number from 2 to {MAX_FACTOR}")
+        if self.token_pooling is not None and self.side(config) == "query":
+            raise ValueError(
+                f"encode: token_pooling={self.token_pooling} is for documents, and these are queries, whose words all "
+                "count; leave it out"
             )
 
     def prompt(self, config: Any) -> tuple[str | None, str]:
@@ -103,6 +114,7 @@ class EncodingChoices:
         return torch.nn.functional.normalize(vectors, dim=-1) if unit_length else vectors.clone()
 
     def finish_tokens(self, vectors: Tensor) -> Tensor:
-        """Return the token vectors `(n, k)` of a text with the requested dimensions and precision, on the CPU."""
+        """Return the token vectors `(n, k)` of a text, cut, pooled and in the precision asked for, on the CPU."""
         vectors = vectors if self.token_dim is None else truncate_tokens(vectors, self.token_dim)
+        vectors = vectors if self.token_pooling is None else pool_tokens(vectors, self.token_pooling)[0]
         return vectors.to("cpu", TOKEN_PRECISIONS[self.token_precision])

@@ -196,6 +196,7 @@ def encode_texts(
     output_value: str = "vector",
     is_query: bool | None = None,
     token_dim: int | None = None,
+    token_pooling: int | None = None,
     token_precision: str = "float32",
 ):
     """Encode texts of any length up to the context as vectors, one a text, one a token, or both from one reading.
@@ -225,6 +226,8 @@ def encode_texts(
             if the prompt is that of queries.
         token_dim: number of leading dimensions of token vectors to keep (the head has them in the order of their
             importance); None: all.
+        token_pooling: merge the token vectors of a document into one in this many, 2 to 32, by Ward's method (see
+            `pool_tokens`); None: keep all.
         token_precision: of the token vectors that are returned: `float32` or `float16`.
 
     Returns:
@@ -260,6 +263,7 @@ def encode_texts(
         output_value,
         is_query,
         token_dim,
+        token_pooling,
         token_precision,
     )
     with Progress(show_progress_bar, len(texts) if isinstance(texts, Sized) else None) as progress:
@@ -299,6 +303,7 @@ def encode_stream(
     output_value: str = "vector",
     is_query: bool | None = None,
     token_dim: int | None = None,
+    token_pooling: int | None = None,
     token_precision: str = "float32",
 ) -> Iterator[Any]:
     """Encode texts as they come, in memory that does not depend on their number.
@@ -313,7 +318,7 @@ def encode_stream(
         model: the encoder.
         texts: any number of strings, which need not be in memory: a list, a column, a generator.
         prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, output, precision,
-            output_value, is_query, token_dim, token_precision: as in `encode_texts`.
+            output_value, is_query, token_dim, token_pooling, token_precision: as in `encode_texts`.
 
     Returns:
         An iterator over the vectors `encode` would return, in the order of `texts`: `(dim,)` for each text, with
@@ -336,6 +341,7 @@ def encode_stream(
         output_value,
         is_query,
         token_dim,
+        token_pooling,
         token_precision,
     )
     windows = encode_windows(model, texts, choices)

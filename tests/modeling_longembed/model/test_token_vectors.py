@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from transformers import AutoModel
 
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel
+from modeling_longembed.output_token_pooling_longembed import pool_tokens
 from tests.modeling_longembed.tiny_checkpoints import (
     CONTEXT,
     VOCAB_SIZE,
@@ -170,6 +171,16 @@ def test_fewer_dimensions_are_the_first_ones_at_the_same_length():
             np.testing.assert_allclose(few, first * lengths, atol=1e-6)
 
 
+@pytest.mark.promise("T4")
+def test_encode_pools_the_vectors_of_each_document_on_its_own():
+    model = token_model(token_dim=16)
+    whole, pooled = tokens_of(model, token_dim=8), tokens_of(model, token_dim=8, token_pooling=3)
+    for all_vectors, found in zip(whole, pooled, strict=True):
+        np.testing.assert_allclose(found, pool_tokens(torch.from_numpy(all_vectors), 3)[0], atol=1e-5)
+    for every, again in zip(whole, tokens_of(model, token_dim=8, token_pooling=1), strict=True):
+        assert np.array_equal(every, again)
+
+
 @pytest.mark.promise("T13")
 @pytest.mark.parametrize("cls", [LongEmbedModel, LongEmbedForMaskedLM])
 @pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
@@ -298,6 +309,10 @@ def test_shapes_of_every_output():
         ({"token_dim": 8}, {"output_value": "tokens", "token_dim": 0}, "token_dim=0; give a whole number"),
         ({"token_dim": 8}, {"token_dim": 4}, "token_dim=4 has no effect on output_value='vector'"),
         ({}, {"is_query": True}, "is_query=True has no effect"),
+        ({}, {"token_pooling": 2}, "token_pooling=2 has no effect on output_value='vector'"),
+        ({}, {"output_value": "tokens", "token_pooling": 0}, "token_pooling=0; give a whole number of at least 1"),
+        ({}, {"output_value": "tokens", "token_pooling": 33}, "token_pooling=33; give a number from 2 to 32"),
+        ({}, {"output_value": "tokens", "token_pooling": 2, "is_query": True}, "token_pooling=2 is for documents"),
         ({}, {"output_value": "tokens", "late_chunk_tokens": 4}, "late_chunk_tokens=4 has no effect"),
         ({}, {"output_value": "tokens", "token_precision": "int1"}, "token_precision='int1'; choose from"),
         ({}, {"output_value": "both", "output_file": "x.npy"}, "output_file takes one vector .* encode_stream"),
