@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .output_token_codes_longembed import TokenCodec
 from .output_token_pooling_longembed import MAX_FACTOR, pool_tokens
 from .output_tokens_longembed import truncate_tokens
 
-TOKEN_PRECISIONS = {"float32": torch.float32, "float16": torch.float16}
+# Precisions that no sample of vectors is needed for; others are given as a codec that was fitted to one.
+TOKEN_PRECISIONS = ("float32", "float16", "binary")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class EncodingChoices:
     is_query: bool | None = None
     token_dim: int | None = None
     token_pooling: int | None = None
-    token_precision: str = "float32"
+    token_precision: str | TokenCodec = "float32"
 
     @property
     def has_vectors(self) -> bool:
@@ -51,7 +53,6 @@ class EncodingChoices:
             ("prompt_name", (None, *config.prompts)),
             ("output_value", ("vector", "tokens", "both")),
             ("is_query", (None, True, False)),
-            ("token_precision", tuple(TOKEN_PRECISIONS)),
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"encode: {name}={value!r}; choose from {', '.join(map(repr, allowed))}")
@@ -87,12 +88,29 @@ class EncodingChoices:
                 f"encode: token_dim={self.token_dim} is more than the {config.token_dim} dimensions of the token head"
             )
 
-        if self.token_pooling is not None and self.token_pooling > MAX_FACTOR:
-            raise ValueError(f"encode: token_pooling={self.token_pooling!r}; give a number from 2 to {MAX_FACTOR}")
-        if self.token_pooling is not None and self.side(config) == "query":
+        self._check_compression(config)
+
+    def _check_compression(self, config: Any) -> None:
+        """Raise ValueError if token vectors cannot be made as small as asked."""
+        precision = self.token_precision
+        if precision in ("int8", "residual1", "residual2"):
             raise ValueError(
-                f"encode: token_pooling={self.token_pooling} is for documents, and these are queries, whose words all "
-                "count; leave it out"
+                f"encode: token_precision={precision!r} needs a sample of token vectors; give "
+                f"TokenCodec({precision!r}).fit(sample) of output_token_codes_longembed instead of its name"
+            )
+        if not isinstance(precision, TokenCodec) and precision not in TOKEN_PRECISIONS:
+            raise ValueError(
+                f"encode: token_precision={precision!r}; choose from {', '.join(map(repr, TOKEN_PRECISIONS))}, or give "
+                "a TokenCodec"
+            )
+        if self.token_pooling is not None and self.token_pooling > MAX_FACTOR:
+            raise ValueError(f"encode: token_pooling={self.token_pooling}; give a whole number of at most {MAX_FACTOR}")
+        kind = precision.kind if isinstance(precision, TokenCodec) else precision
+        if self.side(config) == "query" and (self.token_pooling is not None or kind not in ("float32", "float16")):
+            name = "token_pooling" if self.token_pooling is not None else "token_precision"
+            raise ValueError(
+                f"encode: {name}={self.token_pooling or kind!r} is for documents: each word of a query counts, and its "
+                "vector stays in full; leave it out for queries"
             )
 
     def prompt(self, config: Any) -> tuple[str | None, str]:
@@ -114,7 +132,9 @@ class EncodingChoices:
         return torch.nn.functional.normalize(vectors, dim=-1) if unit_length else vectors.clone()
 
     def finish_tokens(self, vectors: Tensor) -> Tensor:
-        """Return the token vectors `(n, k)` of a text, cut, pooled and in the precision asked for, on the CPU."""
+        """Return the token vectors `(n, k)` of a text in the requested dimensions, number and precision, on the CPU."""
         vectors = vectors if self.token_dim is None else truncate_tokens(vectors, self.token_dim)
-        vectors = vectors if self.token_pooling is None else pool_tokens(vectors, self.token_pooling)[0]
-        return vectors.to("cpu", TOKEN_PRECISIONS[self.token_precision])
+        if self.token_pooling is not None:
+            vectors, _ = pool_tokens(vectors, self.token_pooling)
+        codec = self.token_precision
+        return (codec if isinstance(codec, TokenCodec) else TokenCodec(codec)).encode(vectors).cpu()

@@ -22,6 +22,7 @@ from .encoding_file_longembed import VectorFile, map_vectors
 from .encoding_tokens_longembed import cut_off, special_tokens_around, tokenize_beginnings
 from .hub_longembed import HubModel
 from .output_pooling_longembed import pool
+from .output_token_codes_longembed import TokenCodec
 from .packing_longembed import split_documents
 
 logger = logging.get_logger(__name__)
@@ -197,7 +198,7 @@ def encode_texts(
     is_query: bool | None = None,
     token_dim: int | None = None,
     token_pooling: int | None = None,
-    token_precision: str = "float32",
+    token_precision: str | TokenCodec = "float32",
 ):
     """Encode texts of any length up to the context as vectors, one a text, one a token, or both from one reading.
 
@@ -226,9 +227,10 @@ def encode_texts(
             if the prompt is that of queries.
         token_dim: number of leading dimensions of token vectors to keep (the head has them in the order of their
             importance); None: all.
-        token_pooling: merge the token vectors of a document into one in this many, 2 to 32, by Ward's method (see
-            `pool_tokens`); None: keep all.
-        token_precision: of the token vectors that are returned: `float32` or `float16`.
+        token_pooling: keep one vector of so many of a document, 1 to 32: similar ones are merged (`pool_tokens`); None:
+            all. To know which tokens a vector stands for, call `pool_tokens` on all vectors.
+        token_precision: of the token vectors that are returned: `float32`, `float16`, `binary` (documents only: the
+            signs, eight in a byte), or a `TokenCodec` that was fitted to a sample, whose codes are returned.
 
     Returns:
         fp32 vectors `(len(texts), dim)` in the order of `texts`, or `(dim,)` for one string. With `late_chunk_tokens`,
@@ -304,7 +306,7 @@ def encode_stream(
     is_query: bool | None = None,
     token_dim: int | None = None,
     token_pooling: int | None = None,
-    token_precision: str = "float32",
+    token_precision: str | TokenCodec = "float32",
 ) -> Iterator[Any]:
     """Encode texts as they come, in memory that does not depend on their number.
 

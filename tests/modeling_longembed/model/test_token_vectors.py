@@ -5,10 +5,12 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from sentence_transformers.util import quantize_embeddings
 from torch.nn.functional import normalize
 from transformers import AutoModel
 
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel
+from modeling_longembed.output_token_codes_longembed import TokenCodec
 from modeling_longembed.output_token_pooling_longembed import pool_tokens
 from tests.modeling_longembed.tiny_checkpoints import (
     CONTEXT,
@@ -300,6 +302,35 @@ def test_shapes_of_every_output():
                 np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.promise("T16")
+@pytest.mark.parametrize("token_dim", [None, 6])
+def test_what_is_pooled_and_coded_in_encode_is_what_is_made_of_the_vectors_later(token_dim):
+    model = token_model(token_dim=8)
+    whole = tokens_of(model, token_dim=token_dim, output="torch")
+    pooled = tokens_of(model, token_dim=token_dim, token_pooling=3, output="torch")
+    assert [len(part) for part in pooled] == [max(len(part) // 3, min(len(part), 1)) for part in whole]
+    for ours, vectors in zip(pooled, whole, strict=True):
+        torch.testing.assert_close(ours, pool_tokens(vectors, 3)[0], atol=1e-6, rtol=0)
+    assert all(
+        a.equal(b)
+        for a, b in zip(
+            tokens_of(model, token_pooling=1, output="torch"), tokens_of(model, output="torch"), strict=True
+        )
+    )
+    sample = torch.cat(whole)
+    for kind in ("int8", "binary", "residual2"):
+        codec = TokenCodec(kind).fit(sample)
+        coded = tokens_of(model, token_dim=token_dim, token_precision=codec)
+        for ours, vectors in zip(coded, whole, strict=True):
+            assert np.array_equal(ours, codec.encode(vectors).numpy())
+    for ours, vectors in zip(tokens_of(model, token_dim=token_dim, token_precision="binary"), whole, strict=True):
+        assert np.array_equal(ours, quantize_embeddings(vectors.numpy(), "ubinary"))
+    streamed = model.encode_stream(
+        TEXTS, output_value="tokens", precision="float32", token_dim=token_dim, token_pooling=3
+    )
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(streamed, pooled, strict=True))
+
+
 @pytest.mark.parametrize(
     ("fields", "choices", "message"),
     [
@@ -309,12 +340,22 @@ def test_shapes_of_every_output():
         ({"token_dim": 8}, {"output_value": "tokens", "token_dim": 0}, "token_dim=0; give a whole number"),
         ({"token_dim": 8}, {"token_dim": 4}, "token_dim=4 has no effect on output_value='vector'"),
         ({}, {"is_query": True}, "is_query=True has no effect"),
-        ({}, {"token_pooling": 2}, "token_pooling=2 has no effect on output_value='vector'"),
-        ({}, {"output_value": "tokens", "token_pooling": 0}, "token_pooling=0; give a whole number of at least 1"),
-        ({}, {"output_value": "tokens", "token_pooling": 33}, "token_pooling=33; give a number from 2 to 32"),
-        ({}, {"output_value": "tokens", "token_pooling": 2, "is_query": True}, "token_pooling=2 is for documents"),
         ({}, {"output_value": "tokens", "late_chunk_tokens": 4}, "late_chunk_tokens=4 has no effect"),
         ({}, {"output_value": "tokens", "token_precision": "int1"}, "token_precision='int1'; choose from"),
+        ({}, {"output_value": "tokens", "token_precision": "int8"}, "token_precision='int8' needs a sample"),
+        ({}, {"output_value": "tokens", "token_pooling": 0}, "token_pooling=0; give a whole number of at least 1"),
+        ({}, {"output_value": "tokens", "token_pooling": 33}, "token_pooling=33; give a whole number of at most 32"),
+        ({}, {"token_pooling": 2}, "token_pooling=2 has no effect on output_value='vector'"),
+        (
+            {},
+            {"output_value": "tokens", "token_pooling": 2, "is_query": True},
+            "token_pooling=2 is for documents",
+        ),
+        (
+            {},
+            {"output_value": "tokens", "token_precision": "binary", "prompt_name": "query"},
+            "token_precision='binary' is for documents",
+        ),
         ({}, {"output_value": "both", "output_file": "x.npy"}, "output_file takes one vector .* encode_stream"),
     ],
 )
