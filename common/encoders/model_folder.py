@@ -126,7 +126,12 @@ class ModelFolder:
 
     @property
     def is_late_interaction(self) -> bool:
-        """Whether the folder was saved as a late-interaction model: by sentence-transformers, PyLate or ColBERT."""
+        """Whether the folder was saved as a late-interaction model of others, which has no other output.
+
+        By sentence-transformers, PyLate or ColBERT. Models of ours, which bear ColBERT's mark, have one vector too.
+        """
+        if self.model_type == "longembed":
+            return False
         saved_as = self._json("config_sentence_transformers.json").get("model_type")
         architectures = self._json("config.json").get("architectures") or []
         return saved_as in ("MultiVectorEncoder", "ColBERT") or "HF_ColBERT" in architectures

@@ -170,7 +170,7 @@ class ModelSpec:
     def load_token_encoder(self, batch_tokens: int, trust_remote_code: bool) -> TokenEncoder:
         """Load the encoder of `tokens`, as `load_encoder` does those of other kinds."""
         assert self.folder is not None
-        if self.folder.is_late_interaction and self.folder.model_type != "longembed":
+        if self.folder.is_late_interaction:
             return MultiVectorTokenEncoder(self.folder, self.tokens, self.precision, batch_tokens, trust_remote_code)
         return LongEmbedTokenEncoder(self.folder, self.precision, batch_tokens)
 
