@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -277,7 +277,8 @@ def encode_texts(
                         file.write(torch.cat([vectors for vectors, _ in window]))
                 return convert(map_vectors(output_file, file.count, width))
             # Of a long stream a window is stacked at a time: a tensor a text would take more memory than its numbers.
-            stacked, passages, tokens = [torch.zeros(0, width)], [], []
+            stacked, passages = [torch.zeros(0, width)], []
+            tokens: Any = []
             for window in windows:
                 if choices.has_tokens:
                     tokens += [convert(part) for _, part in window]
@@ -398,7 +399,7 @@ def encode_windows(
     """
     choices.check(model.config)
     if choices.has_tokens:
-        model.left_out_tokens(model.device)  # a model without a tokenizer is told before a text is read
+        cast(Any, model).left_out_tokens(model.device)  # a model without a tokenizer is told before a text is read
     _, prompt = choices.prompt(model.config)
 
     def compute() -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -429,7 +430,7 @@ def encode_rows(
     Returns:
         For each document, in the order of `rows`, `(1, d)` or `(passages, d)`, and its token vectors `(tokens, k)`.
     """
-    device, late_chunk_tokens = model.device, choices.late_chunk_tokens
+    device, size = model.device, choices.late_chunk_tokens if choices.has_vectors else None
     half = choices.precision == "bfloat16" or (
         choices.precision == "auto" and model.dtype == torch.float32 and is_fast_in_bfloat16(device)
     )
@@ -454,11 +455,11 @@ def encode_rows(
                     return_dict=True,
                 )
             parts = tokens = [torch.empty(0, 0)] * len(batch)
-            if choices.has_vectors and late_chunk_tokens is None:
+            if choices.has_vectors and size is None:
                 parts = states.pooler_output.float().cpu().split(1)
-            elif choices.has_vectors:
-                passages = split_documents(cu_seqlens, late_chunk_tokens)
-                counts = (lengths + late_chunk_tokens - 1) // late_chunk_tokens
+            elif size is not None:
+                passages = split_documents(cu_seqlens, size)
+                counts = (lengths + size - 1) // size
                 pooled = pool(states.last_hidden_state[0], passages, model.config.pooling)
                 parts = pooled.float().cpu().split(counts.tolist())
             if choices.has_tokens:

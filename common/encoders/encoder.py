@@ -248,7 +248,7 @@ def load_served(kind: type, folder: ModelFolder, trust_remote_code: bool) -> Any
         trust_remote_code: run the code in the folder of another model.
     """
 
-    class Served(kind):  # type: ignore[misc]  # a class that is known when this is called
+    class Served(kind):  # a class that is known when this is called
         def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> type:
             if class_ref == TOKEN_VECTORS_REFERENCE:
                 return TokenVectors
