@@ -255,3 +255,26 @@ def test_a_damaged_file_of_tokens_is_named(folders, tmp_path):
     file.write_bytes(b"\xff")
     with pytest.raises(UserError, match=rf"cannot read {file}.* delete it, and the same command"):
         matrix(model)
+
+
+@pytest.mark.promise("T6", "T20")
+@pytest.mark.parametrize("name", ["head", "states"])
+def test_mtebs_own_wrapper_judges_a_folder_of_ours_as_we_do(folders, tmp_path, make_task, name):
+    """It loads the folder by `MultiVectorEncoder`, and the weights of query tokens count there too."""
+    pytest.importorskip("sentence_transformers", minversion="6.0")
+    from mteb.models.sentence_transformer_wrapper import MultiVectorWrapper
+
+    make_task("Words", DOCUMENTS, [*QUERIES, *DOCUMENTS[6:9]])
+    task = local_task(tmp_path / "data" / "Words")
+    scores = []
+    for model in (
+        MultiVectorWrapper(str(folders / name), device="cpu", trust_remote_code=True),
+        model_of(f"{folders / name}@tokens:precision=float32", tmp_path),
+    ):
+        load(task)
+        result = mteb.evaluate(model, task, cache=None, co2_tracker=False, show_progress_bar=False)
+        scores.append(result.task_results[0].scores["test"][0])
+        assert model.mteb_model_meta.model_type == ["late-interaction"]
+    for metric in ("ndcg_at_10", "mrr_at_10", "recall_at_3"):
+        assert scores[0][metric] == scores[1][metric]
+    assert 0.05 < scores[0]["ndcg_at_10"] < 0.95  # the task tells rankings apart
