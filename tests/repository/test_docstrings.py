@@ -142,7 +142,7 @@ def section_violations(docstring: str, section: str, required: Iterable[str], al
     names: set[str] = set()
     for line in match[1].splitlines():
         if re.match(r" {4}\S", line):
-            entry = re.match(r" {4}((?:`?\*{0,2}\w+`?(?: \([^)]*\))?(?:, )?)+):", line)
+            entry = re.match(r" {4}((?:`?\*{0,2}\w+`?(?: \([^)]*\))?(?:, |(?=:)))+):", line)
             if not entry:
                 return [f"in `{section}:`, {line.strip()[:40]!r} is not 'name: description'"]
             names |= set(re.findall(r"\w+", re.sub(r"\([^)]*\)", "", entry[1])))
