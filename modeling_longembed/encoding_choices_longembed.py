@@ -16,7 +16,22 @@ TOKEN_PRECISIONS = ("float32", "float16", "binary")
 
 @dataclass(frozen=True)
 class EncodingChoices:
-    """What is computed of each text; the fields are the arguments of `encode_texts`."""
+    """What is computed of each text, as the arguments of `encode_texts` of the same names say.
+
+    Attributes:
+        prompt_name: key of the prompt.
+        batch_tokens: tokens in one forward pass.
+        normalize: whether vectors have unit length.
+        truncate_dim: number of leading dimensions of a vector.
+        late_chunk_tokens: tokens of a passage.
+        overflow: what happens to texts beyond the context.
+        precision: of the arithmetic.
+        output_value: `vector`, `tokens` or `both`.
+        is_query: whether the texts are queries.
+        token_dim: number of leading dimensions of a token vector.
+        token_pooling: tokens that share a vector.
+        token_precision: how token vectors are kept.
+    """
 
     prompt_name: str | None = None
     batch_tokens: int = 16_384

@@ -320,8 +320,9 @@ def encode_stream(
     Args:
         model: the encoder.
         texts: any number of strings, which need not be in memory: a list, a column, a generator.
-        prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow, output, precision,
-            output_value, is_query, token_dim, token_pooling, token_precision: as in `encode_texts`.
+        prompt_name, batch_tokens, normalize, truncate_dim, late_chunk_tokens, overflow: as in `encode_texts`.
+        output, precision, output_value, is_query: as in `encode_texts`.
+        token_dim, token_pooling, token_precision: as in `encode_texts`.
 
     Returns:
         An iterator over the vectors `encode` would return, in the order of `texts`: `(dim,)` for each text, with

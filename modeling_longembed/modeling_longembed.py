@@ -252,7 +252,13 @@ class LongEmbedPreTrainedModel(HubModel):
 
 @dataclass
 class LongEmbedModelOutput(BaseModelOutputWithPooling):
-    """The output of transformers, token vectors and their mask, and the memory of documents encoded in chunks."""
+    """The output of transformers, and what a long document adds.
+
+    Attributes:
+        memory: the memory of documents that are encoded in chunks.
+        token_vectors: `(B, S, k)`, a vector a token, if asked for.
+        token_mask: `(B, S)` bool, which tokens have one.
+    """
 
     memory: Memory | None = None
     token_vectors: Tensor | None = None

@@ -70,7 +70,14 @@ class TokenOutputArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fit and write with the command-line options `argv`; None: those of the process."""
+    """Fit and write.
+
+    Args:
+        argv: command-line options; None: those of the process.
+
+    Raises:
+        UserError: the model is narrower than the head, or the documents are too few for it.
+    """
     model_args, args = parse(ModelArguments, TokenOutputArguments, argv=argv)
     loaded, _ = load_encoder(model_args)
     model: Any = loaded.eval().to(torch.device(device_kind()))

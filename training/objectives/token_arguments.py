@@ -21,7 +21,7 @@ SIMILARITY = {
 
 @dataclass(kw_only=True)
 class TokenArguments:
-    """How texts are compared, and what of their token vectors trains."""
+    """How texts are compared (`similarity`), and what of their token vectors trains."""
 
     similarity: Similarity = field(default="cosine", metadata=SIMILARITY)
     token_dims: list[int] = field(
@@ -119,7 +119,7 @@ class TokenArguments:
         return [*others, {"params": weights, "weight_decay": 0.0, "lr": rate}]
 
     def for_scoring(self, vectors: Tensor, count: Tensor, queries: int) -> TokenVectors:
-        """Prepare token vectors of texts, the first `queries` of which are queries; see `for_scoring`."""
+        """Return texts as they are scored, from `vectors` of tokens, their `count` a text and the number of `queries`."""
         return for_scoring(vectors, count, queries, mean=self.mean, pooling=self.token_pooling)
 
 

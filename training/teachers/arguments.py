@@ -17,7 +17,7 @@ from training.objectives.token_arguments import SIMILARITY, Similarity, TokenArg
 
 @dataclass
 class TeachingArguments(TokenArguments):
-    """The teachers and the losses against them.
+    """The teachers and the losses against them, among them that of scores by a `similarity`.
 
     Raises:
         UserError: there is no teacher, an option is out of range, or two options contradict each other.

@@ -15,7 +15,7 @@ TEMPERED = ("info_nce", "simcse", "nt_xent", "sup_con", "momentum")  # the objec
 
 @dataclass
 class ObjectiveArguments(TokenArguments):
-    """The training objective and its options.
+    """The training objective, the `similarity` that it reads, and its options.
 
     Raises:
         UserError: an option is out of range.
