@@ -119,7 +119,7 @@ class TokenArguments:
         return [*others, {"params": weights, "weight_decay": 0.0, "lr": rate}]
 
     def for_scoring(self, vectors: Tensor, count: Tensor, queries: int) -> TokenVectors:
-        """Return texts as they are scored, from `vectors` of tokens, their `count` a text and the number of `queries`."""
+        """Return texts as they are scored, from `vectors` of tokens, a text's `count`, and how many are `queries`."""
         return for_scoring(vectors, count, queries, mean=self.mean, pooling=self.token_pooling)
 
 
