@@ -50,6 +50,12 @@ def similarity_of_candidates(query: Texts, candidates: Texts) -> Tensor:
 
     Returns:
         `(n, m)` scores: dot products or MaxSim.
+
+    Examples:
+        >>> import torch
+        >>> similarity_of_candidates(torch.eye(2), torch.tensor([[[1.0, 0.0], [0.6, 0.8]], [[0.0, 1.0], [0.8, 0.6]]]))
+        tensor([[1.0000, 0.6000],
+                [1.0000, 0.6000]])
     """
     if isinstance(query, TokenVectors):
         assert isinstance(candidates, TokenVectors)
@@ -58,7 +64,14 @@ def similarity_of_candidates(query: Texts, candidates: Texts) -> Tensor:
 
 
 def in_one(texts: Sequence[Texts]) -> Texts:
-    """Return texts one after another."""
+    """Return texts one after another.
+
+    Examples:
+        >>> import torch
+        >>> in_one([torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])])
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
     if isinstance(texts[0], TokenVectors):
         return concatenate(texts)
     return torch.cat(tuple(texts))

@@ -19,6 +19,13 @@ class TokenVectors:
         vectors: `(T, k)`, the tokens of all texts; selected texts share them.
         first: `(...)` int64, where the tokens of each text begin in `vectors`.
         count: `(...)` int64, the number of tokens of each text.
+
+    Examples:
+        >>> import torch
+        >>> texts = TokenVectors(torch.eye(3), first=torch.tensor([0, 1]), count=torch.tensor([1, 2]))
+        >>> texts[1:].packed()
+        (tensor([[0., 1., 0.],
+                [0., 0., 1.]]), tensor([0, 2], dtype=torch.int32))
     """
 
     vectors: Tensor
@@ -68,7 +75,15 @@ class TokenVectors:
 
 
 def concatenate(texts: Sequence[TokenVectors]) -> TokenVectors:
-    """Return texts of several values, one after another."""
+    """Return texts of several values, one after another.
+
+    Examples:
+        >>> import torch
+        >>> text = TokenVectors(torch.eye(2), first=torch.tensor([0]), count=torch.tensor([2]))
+        >>> other = TokenVectors(torch.ones(1, 2), first=torch.tensor([0]), count=torch.tensor([1]))
+        >>> concatenate([text, other]).count
+        tensor([2, 1])
+    """
     if all(part.vectors is texts[0].vectors for part in texts):
         vectors, offsets = texts[0].vectors, [0] * len(texts)
     else:
@@ -91,6 +106,14 @@ def for_scoring(vectors: Tensor, count: Tensor, queries: int, *, mean: bool, poo
 
     Returns:
         The n texts.
+
+    Examples:
+        >>> import torch
+        >>> texts = for_scoring(torch.eye(3), torch.tensor([2, 1]), queries=1, mean=True, pooling=1)
+        >>> texts.vectors
+        tensor([[0.5000, 0.0000, 0.0000],
+                [0.0000, 0.5000, 0.0000],
+                [0.0000, 0.0000, 1.0000]])
     """
     of_queries = int(count[:queries].sum())
     query, document = vectors[:of_queries], vectors[of_queries:]
