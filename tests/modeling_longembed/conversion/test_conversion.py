@@ -553,7 +553,9 @@ def test_every_weight_that_is_converted_wrongly_is_found(family, make_checkpoint
     folder, _ = make_checkpoint(family)
     convert = conversion.converted_weights
     model = LongEmbedModel.from_encoder(folder)
-    last = f"layers.{model.config.num_hidden_layers - 1}."  # one layer is enough: the names of all are made by one rule
+    # One layer is enough, its attention and its feed-forward block: the names of all are made by one rule.
+    last = tuple(f"layers.{len(model.layers) - place}." for place in (1, 2))
+    assert [layer.attention is None for layer in model.layers[-2:]] == [False, True]
     # softmax does not see a bias of the keys, which adds the same number to all scores of a query
     for name, _ in model.named_parameters():
         if name.endswith("k_proj.bias") or (name.startswith("layers.") and not name.startswith(last)):
