@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArgumentParser
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # where the scripts are imported from
-FOLDERS = ("training", "eval", "experiments")
+FOLDERS = ("training", "eval", "retrieval", "experiments")
 
 
 class _Parsed(BaseException):

@@ -128,7 +128,7 @@ def judge(code: int, killed: bool, stderr: str) -> tuple[str, str]:
 def last_frames(stderr: str, count: int = 4) -> str:
     """Return the last frames of a traceback in our code, and the exception; the end of stderr without a traceback."""
     frames = re.findall(
-        r'File "([^"]*/(?:training|eval|common|modeling_longembed)/[^"]+)", line (\d+), in (\w+)', stderr
+        r'File "([^"]*/(?:training|eval|retrieval|common|modeling_longembed)/[^"]+)", line (\d+), in (\w+)', stderr
     )
     where = " < ".join(
         f"{'/'.join(file.split('/')[-2:])}:{line} {name}" for file, line, name in frames[: -count - 1 : -1]

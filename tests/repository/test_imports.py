@@ -14,7 +14,8 @@ MAY_IMPORT = {
     "modeling_longembed": {"modeling_longembed"},
     "training": {"training", "common", "modeling_longembed"},
     "eval": {"eval", "common", "modeling_longembed"},
-    "experiments": {"experiments", "eval", "training", "common", "modeling_longembed"},
+    "retrieval": {"retrieval", "common", "modeling_longembed"},
+    "experiments": {"experiments", "retrieval", "eval", "training", "common", "modeling_longembed"},
 }
 
 
@@ -75,7 +76,7 @@ def test_what_is_in_common_is_shared():
         if path.stem != "__init__"
     }
     used_by: dict[str, set[str]] = {module: set() for module in files}
-    for folder in ("training", "eval", "experiments"):
+    for folder in ("training", "eval", "retrieval", "experiments"):
         queue = [name for path in (ROOT / folder).rglob("*.py") for name in imported_modules(path)]
         while queue:
             name = queue.pop()
@@ -93,10 +94,17 @@ def test_nothing_in_eval_imports_a_script():
     assert not {arrow for arrow in arrows if folder_of(arrow[1]) == "."}
 
 
-@pytest.mark.parametrize("folder", ["training", "eval", "experiments"])
+def test_nothing_in_retrieval_imports_a_script_and_documents_know_nothing_of_the_index():
+    arrows = {arrow for arrow in import_arrows(ROOT / "retrieval") if "__init__" not in arrow[1]}
+    assert not {arrow for arrow in arrows if arrow[1] in ("build", "search", "serve", "tune", "embed")}
+    assert not {arrow for arrow in arrows if folder_of(arrow[0]) == "documents" != folder_of(arrow[1])}
+
+
+@pytest.mark.parametrize("folder", ["training", "eval", "retrieval", "experiments"])
 def test_no_script_folder_hides_a_library(folder):
     # `python training/x.py` puts training/ first on sys.path: training/logging.py would then be everybody's `logging`.
     # A folder without __init__.py (training/accelerate/) hides nothing: Python takes the library that comes later.
     modules = [*(ROOT / folder).glob("*.py"), *(path.parent for path in (ROOT / folder).glob("*/__init__.py"))]
     ours = {path.stem for path in modules} - {"__init__"}
-    assert not ours & {*sys.stdlib_module_names, *packages_distributions()}
+    # `build` makes wheels, and no library that a script runs with imports it.
+    assert not ours & {*sys.stdlib_module_names, *packages_distributions()} - {"build"}

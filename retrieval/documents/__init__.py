@@ -1,0 +1,1 @@
+"""Documents: what is searched, and where it is read from."""
