@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import bm25s
 import numpy as np
 
+from common.errors import UserError
+
 
 class BM25Index:
     """An index with Lucene's BM25 as bm25s implements it (Lù 2024): k1 = 1.5, b = 0.75, English stop words.
@@ -13,12 +15,21 @@ class BM25Index:
 
     Args:
         texts: the texts that are searched.
+
+    Raises:
+        UserError: no text has a word.
     """
 
     def __init__(self, texts: Sequence[str]):
         self._size = len(texts)
         self._retriever = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
-        self._retriever.index(bm25s.tokenize(list(texts), stopwords="en"))
+        words = bm25s.tokenize(list(texts), stopwords="en")
+        if not words.vocab:
+            raise UserError(
+                f"bm25: none of the {len(texts)} documents has a word of two letters or more that is no stop word; "
+                "leave BM25 out"
+            )
+        self._retriever.index(words)
 
     def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Find the texts with the highest scores for each query, best first.
@@ -35,8 +46,10 @@ class BM25Index:
         return scores.astype(np.float32), indices.astype(np.int64)
 
     def scores(self, query: str) -> np.ndarray:
-        """Return the scores of all texts for one query, float32 `(texts,)`."""
+        """Return the scores of all texts for one query, float32 `(texts,)`; 0 for a query of stop words alone."""
         (words,) = bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
+        if not words:
+            return np.zeros(self._size, np.float32)
         return self._retriever.get_scores(words).astype(np.float32)
 
     @property
