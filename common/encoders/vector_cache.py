@@ -8,6 +8,7 @@ import numpy as np
 
 from common.errors import UserError
 
+_DELETE = "delete it, and the same command fills it again"
 _KEYS_PER_QUERY = 500  # SQLite takes at most 999 parameters in its oldest builds
 
 
@@ -39,9 +40,7 @@ class VectorCache:
                     "CREATE TABLE IF NOT EXISTS vectors (key BLOB PRIMARY KEY, k INTEGER NOT NULL, data BLOB NOT NULL)"
                 )
         except sqlite3.Error as error:
-            # An operational error is one of the place or of another process, any other one of the file.
-            remedy = "make room, or name another place" if isinstance(error, sqlite3.OperationalError) else "delete it"
-            remedy = "another process is writing; start again when it has ended" if "locked" in str(error) else remedy
+            remedy = _remedy(error, "make room, or name another place")
             raise UserError(f"cannot use {self.path} as the cache of vectors ({error}); {remedy}") from None
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
@@ -57,10 +56,8 @@ class VectorCache:
             try:
                 rows = self._connection.execute(f"SELECT * FROM vectors WHERE key IN ({marks})", part).fetchall()
             except sqlite3.Error as error:
-                raise UserError(
-                    f"cannot read {self.path}, the cache of vectors ({error}); delete it, and the same command fills "
-                    "it again"
-                ) from None
+                remedy = _remedy(error, _DELETE)
+                raise UserError(f"cannot read {self.path}, the cache of vectors ({error}); {remedy}") from None
             found |= {key: np.frombuffer(data, np.float32).reshape(k, -1 if k else 0) for key, k, data in rows}
         return found
 
@@ -86,7 +83,12 @@ class VectorCache:
             with self._connection:
                 self._connection.executemany("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?)", rows)
         except sqlite3.Error as error:
-            raise UserError(
-                f"cannot write to {self.path}, the cache of vectors ({error}); what it holds is kept: make room, and "
-                "the same command goes on from there"
-            ) from None
+            remedy = _remedy(error, "what it holds is kept: make room, and the same command goes on from there")
+            raise UserError(f"cannot write to {self.path}, the cache of vectors ({error}); {remedy}") from None
+
+
+def _remedy(error: sqlite3.Error, of_the_place: str) -> str:
+    """Return what to do about an error, which SQLite calls operational if the place or another process is at fault."""
+    if "locked" in str(error):
+        return "another process is writing; start again when it has ended"
+    return of_the_place if isinstance(error, sqlite3.OperationalError) else _DELETE

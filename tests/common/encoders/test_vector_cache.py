@@ -65,6 +65,12 @@ def test_a_cache_that_another_process_keeps_writing_is_not_to_be_deleted(tmp_pat
         monkeypatch.setattr(sqlite3, "connect", lambda path, timeout: connect(path, timeout=0))
         with pytest.raises(UserError, match=r"v.sqlite .*locked\); another process is writing; start again"):
             VectorCache(tmp_path / "v.sqlite")
+        other.execute("ROLLBACK")
+        cache = VectorCache(tmp_path / "v.sqlite")
+        other.execute("BEGIN EXCLUSIVE")
+        for use, value in (("get", [b"a"]), ("put", {b"a": np.ones((1, 2))})):
+            with pytest.raises(UserError, match=r"v.sqlite, the cache .*locked\); another process is writing; start"):
+                getattr(cache, use)(value)
 
 
 def test_a_cache_that_cannot_be_made_or_read_is_reported(tmp_path):
