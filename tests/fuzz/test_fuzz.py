@@ -10,7 +10,7 @@ from common.errors import UserError
 from tests.fuzz import run
 from tests.fuzz.__main__ import read_rows
 from tests.fuzz.cases import Case, Edit, collect
-from tests.tiny_inputs import write_inputs
+from tests.tiny_inputs import COMMANDS, write_inputs
 
 SAMPLE = ("training.contrastive", "eval.questions", "eval.synthetic")
 
@@ -62,6 +62,11 @@ def change_an_input():
     refuse()
 
 
+def write_beside_an_input():
+    Path("in/model/cache.json").write_text("{}")
+    refuse()
+
+
 def remove_an_input():
     Path("in/pairs.jsonl").unlink()
     refuse()
@@ -90,19 +95,35 @@ def print_twice():
         (leave_half, "fault", "half-written: half.json"),
         (refuse_in_python, "fault", "'NoneType' is not for a reader"),
         (print_twice, "fault", "without one sentence"),
-        (change_an_input, "fault", "inputs changed: pairs.jsonl"),
-        (remove_an_input, "fault", "inputs changed: pairs.jsonl"),
+        (change_an_input, "fault", "inputs changed: in/pairs.jsonl"),
+        (remove_an_input, "fault", "inputs changed: in/pairs.jsonl"),
+        (write_beside_an_input, "fault", "inputs changed: in/model/cache.json"),
         (print_a_traceback, "fault", "a traceback"),
         (lambda: time.sleep(60), "unfinished", ""),
     ],
 )
 def test_what_is_a_fault(monkeypatch, good_inputs, tmp_path, main, kind, words):
     monkeypatch.setattr(run, "main_of", lambda script: SimpleNamespace(main=main).main)
-    case = Case("eval.questions", (), (Edit("in/questions.jsonl", "gone"),))
+    command = tuple(COMMANDS["training.contrastive"].split())  # it names the inputs as what is read
+    case = Case("training.contrastive", command, (Edit("in/questions.jsonl", "gone"),))
     outcome = run.run_case(case, good_inputs, tmp_path / "case", seconds=1.0 if kind == "unfinished" else 30.0)
     assert outcome.kind == kind
     assert words in outcome.detail
     assert not (tmp_path / "case").exists()
+
+
+@pytest.mark.parametrize(
+    ("added", "main", "kind"),
+    [
+        (("--output_dir=in/pairs.jsonl",), change_an_input, "refused"),
+        (("--output_dir", "in/model"), write_beside_an_input, "refused"),
+        (("--output_dir=in/model",), change_an_input, "fault"),
+    ],
+)
+def test_a_case_may_name_an_input_as_the_place_to_write_to(monkeypatch, good_inputs, tmp_path, added, main, kind):
+    monkeypatch.setattr(run, "main_of", lambda script: main)
+    case = Case("training.contrastive", (*COMMANDS["training.contrastive"].split(), *added))
+    assert run.run_case(case, good_inputs, tmp_path / "case").kind == kind
 
 
 def test_a_run_that_was_killed_in_a_line_goes_on_twice(tmp_path):
