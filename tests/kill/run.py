@@ -48,6 +48,7 @@ CLOCK = {
     "pairs_per_second",
     "peak_memory_gib",
     "texts_per_second",
+    "seconds_per_query",
 }
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate", "sqlite3.connect"}
 
@@ -192,6 +193,9 @@ def without_clock(path: Path) -> bytes:
         text = path.read_text(encoding="utf-8")
         values = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
         return json.dumps([timeless(value) for value in values], sort_keys=True).encode()
+    if path.name == "table.md":  # the column of times is the last one
+        rows = [line.split("|") for line in path.read_text(encoding="utf-8").splitlines()]
+        return repr([row[:-2] if "ms a query" in rows[0][-2] else row for row in rows]).encode()
     return path.read_bytes()
 
 
