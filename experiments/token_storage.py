@@ -4,9 +4,9 @@
         --precisions float16 int8 binary --output_dir runs/token-storage
 
 From one vector a document to all of its tokens: each row is a value of `--model` of eval/mteb_long.py, whose results
-and vectors are below `<output_dir>`, so that a killed run goes on. Documents are read once a task: the vectors of all
-tokens come first, and the other combinations are made of them. `results.json`, `table.md` and `plot.png` are written
-after each row, and `pareto` marks the rows that no other row surpasses with as few bytes.
+and vectors are below `<output_dir>`, so that a killed run goes on. All tokens in float16 come first, and what is kept
+in other than float32 is made of them, without reading documents again. `results.json`, `table.md` and `plot.png` are
+written after each row, and `pareto` marks the rows that no other row surpasses with as few bytes.
 docs/guides/late-interaction.md says what the settings are.
 """
 
@@ -40,14 +40,21 @@ class Arguments:
     tasks: list[str] = field(default_factory=list, metadata={"help": "tasks, as in eval/mteb_long.py; default: all"})
     output_dir: str = field(metadata={"help": "folder of the results", "output": "folder"})
     dims: list[int] = field(
-        default_factory=list, metadata={"help": "numbers of dimensions beside all of them; they need a token head"}
+        default_factory=list,
+        metadata={"help": "numbers of dimensions beside all of them; they need a token head", "within": "[1, inf)"},
     )
-    pools: list[int] = field(default_factory=list, metadata={"help": "tokens per vector beside 1"})
+    pools: list[int] = field(
+        default_factory=list, metadata={"help": "tokens per vector beside 1", "within": "[1, inf)"}
+    )
     precisions: list[str] = field(
-        default_factory=lambda: ["float16", "int8", "binary"], metadata={"help": "storage of the vectors"}
+        default_factory=lambda: ["float16", "int8", "binary"],
+        metadata={"help": "storage of the vectors, beside all tokens in float16"},
     )
     weights: str | None = field(default=None, metadata={"help": "none: without the weights of query words"})
-    chunks: list[int] = field(default_factory=lambda: [254], metadata={"help": "tokens of a late chunk, one row each"})
+    chunks: list[int] = field(
+        default_factory=lambda: [254],
+        metadata={"help": "tokens of a late chunk, one row each", "within": "[1, inf)"},
+    )
     precision: str = field(default="float32", metadata={"help": "precision of the arithmetic, as in eval/mteb_long.py"})
     batch_tokens: int = field(default=16384, metadata={"help": "tokens in one forward pass"})
 
@@ -76,12 +83,15 @@ class Row:
 
 def combinations(arguments: Arguments) -> dict[str, tuple[str, str]]:
     """Return what is measured, all tokens in float16 first: value of `--model` -> its label and its precision."""
-    model, found = arguments.model, {}
-    first = {None: 0, 1: 0, "float16": 0}
+    model, found = arguments.model, dict[str, tuple[str, str]]()
     dims, pools = [None, *arguments.dims], [1, *arguments.pools]
-    precisions = sorted(arguments.precisions, key=lambda name: first.get(name, 1))
     ending = [] if arguments.weights is None else [f"weights={arguments.weights}"]
-    for dim, pool, precision in itertools.product(dims, pools, precisions):
+    # The first comes again if it is asked for, and stays the first.
+    ways: list[tuple[int | None, int, str]] = [
+        (None, 1, "float16"),
+        *itertools.product(dims, pools, arguments.precisions),
+    ]
+    for dim, pool, precision in ways:
         settings = [f"dim={dim}"] if dim else []
         settings += [f"pool={pool}"] if pool > 1 else []
         settings += [f"precision={precision}"]

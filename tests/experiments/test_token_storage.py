@@ -3,8 +3,11 @@
 import json
 import random
 
+import pytest
 import torch
 
+from common.arguments import parse
+from common.errors import UserError
 from experiments import token_storage
 from experiments.token_storage import Arguments, Row, combinations, measure, pareto
 from modeling_longembed import LongEmbedModel
@@ -33,6 +36,19 @@ def test_all_tokens_come_first_and_every_combination_once():
     assert next(iter(values)) == "m@tokens:precision=float16,weights=none"
     assert "m@tokens:dim=64,pool=4,precision=binary,weights=none" in values
     assert len({label for label, _ in values.values()}) == len(values) == 2 * 3 * 2 + 3
+
+
+def test_all_tokens_come_first_also_where_nobody_asks_for_them():
+    """What is kept in other precisions is made of them, so that no document is read twice."""
+    values = list(combinations(Arguments(model="m", output_dir="o", pools=[2], precisions=["int8", "float32"])))
+    assert values[:3] == [f"m@tokens:precision={name}" for name in ("float16", "int8", "float32")]
+    assert "m@tokens:pool=2,precision=float16" not in values
+
+
+@pytest.mark.parametrize("option", ["dims", "pools", "chunks"])
+def test_numbers_below_1_are_refused(option):
+    with pytest.raises(UserError, match=f"--{option}.*0: must be at least 1"):
+        parse(Arguments, argv=["--model=m", "--output_dir=o", f"--{option}", "0"])
 
 
 def test_a_run_writes_table_and_plot_and_repeats_nothing(make_task, tmp_path, monkeypatch):
