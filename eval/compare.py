@@ -39,6 +39,9 @@ from modeling_longembed import LongEmbedConfig
 class Arguments(RetrievalArguments):
     """Options of the script."""
 
+    model: list[str] = field(
+        metadata={"help": "LongEmbed models, as folders or Hub ids; the others are compared with the first"}
+    )
     precisions: list[str] = field(
         default_factory=list,
         metadata={

@@ -30,6 +30,9 @@ METRICS = {"all": "cosine_spearman", "mean": "subset_mean_spearman"}  # --aggreg
 class Arguments(EvaluationArguments):
     """Options of the script."""
 
+    model: list[str] = field(
+        metadata={"help": "models, as folders or Hub ids; baselines: truncate:PATH:N, chunk-mean:PATH:N"}
+    )
     tasks: list[str] = field(
         default_factory=list,
         metadata={"help": f"{' '.join(TASKS)}, or names of files of data_dir; default: all of them"},
