@@ -7,7 +7,7 @@ sentence-transformers alone, also where the model has an `encode` of its own, wh
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -42,6 +42,13 @@ class Encoder:
             model of one vector per text, or `max_length` exceeds its context.
     """
 
+    CODE: ClassVar[tuple[str, ...]] = (  # what decides the vectors; see `common.provenance`
+        "common.encoders.encoder",
+        "common.encoders.precision",
+        "common.encoders.quantization",
+        "modeling_longembed.encoding_longembed",
+        "modeling_longembed.encoding_tokens_longembed",
+    )
     pads = True  # whether batches are padded with the tokenizer's padding token
 
     def __init__(
@@ -53,14 +60,9 @@ class Encoder:
         trust_remote_code: bool = False,
         normalize: bool = True,
     ):
-        try:
-            # slow to import, and part of the extra 'eval' only
-            from sentence_transformers import SentenceTransformer
-        except ImportError as error:
-            raise UserError(f"encoding texts needs the extra 'eval' ({error.name} is missing)") from None
         check_one_vector(folder)
         with reading(f"the model in {folder.path} does not load", folder.path):
-            self.model = load_served(SentenceTransformer, folder, trust_remote_code).eval()
+            self.model = load_served(folder, trust_remote_code).eval()
         if wrong := [name for name, prompt in self.model.prompts.items() if not isinstance(prompt, str)]:
             raise UserError(f"the model in {folder.path} has a prompt {wrong[0]} that is no text; correct its settings")
         tokenizer = self.model.tokenizer
@@ -72,7 +74,7 @@ class Encoder:
         if precision == "int8":
             int8_weights(self.model.to("cpu"))
         self.folder, self.precision, self.batch_tokens, self.normalize = folder, precision, batch_tokens, normalize
-        self.computed_by = encoder_computed_by(folder, precision, trust_remote_code)
+        self.computed_by = folder.computed_by(*self.CODE, precision=precision, trust_remote_code=trust_remote_code)
         core: Any = getattr(self.model[0], "auto_model", None)
         self.context = context_length(core)
         if max_length is not None and max_length > self.context:
@@ -200,26 +202,6 @@ class ChunkEncoder(Encoder):
         return [rows[owners == i] for i in range(len(texts))]
 
 
-def encoder_computed_by(folder: ModelFolder, precision: str, trust_remote_code: bool) -> dict[str, str]:
-    """Describe what computes the vectors of an encoder, without loading it.
-
-    Args:
-        folder: the model's files.
-        precision: `float32`, `bfloat16` or `int8`.
-        trust_remote_code: whether the code in the folder may run.
-
-    Returns:
-        As `common.provenance.computed_by`.
-    """
-    code = (
-        "common.encoders.encoder",
-        "common.encoders.quantization",
-        "modeling_longembed.encoding_longembed",
-        "modeling_longembed.encoding_tokens_longembed",
-    )
-    return folder.computed_by(*code, precision=precision, trust_remote_code=trust_remote_code)
-
-
 def check_one_vector(folder: ModelFolder) -> None:
     """Check that sentence-transformers would load a folder as the model that it was saved as.
 
@@ -236,19 +218,26 @@ def check_one_vector(folder: ModelFolder) -> None:
         raise UserError(f"{folder.name} is saved as a {kind}, which does not give one vector per text")
 
 
-def load_served(kind: type, folder: ModelFolder, trust_remote_code: bool) -> Any:
-    """Return the model that a class of sentence-transformers loads from a folder.
+def load_served(folder: ModelFolder, trust_remote_code: bool) -> Any:
+    """Return the model that sentence-transformers' `SentenceTransformer` loads from a folder.
 
     The module that our folders have among those of sentence-transformers is taken from this package, as their encoder
     is: sentence-transformers itself would load the folder's code, and not without `trust_remote_code`.
 
     Args:
-        kind: `SentenceTransformer` or `MultiVectorEncoder`.
         folder: the model's files.
         trust_remote_code: run the code in the folder of another model.
-    """
 
-    class Served(kind):  # a class that is known when this is called
+    Raises:
+        UserError: sentence-transformers is not installed.
+    """
+    try:
+        # slow to import, and part of the extra 'eval' only
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise UserError(f"encoding texts needs the extra 'eval' ({error.name} is missing)") from None
+
+    class Served(SentenceTransformer):
         def _load_module_class_from_ref(self, class_ref: str, *args: Any, **kwargs: Any) -> type:
             if class_ref == TOKEN_VECTORS_REFERENCE:
                 return TokenVectors

@@ -3,7 +3,7 @@
 sentence-transformers has no late chunks, so that these encoders call `model.encode`.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class LongEmbedEncoder:
         UserError: the folder does not hold a model of ours, or it does not load.
     """
 
+    # What decides the vectors, beside the code of the model; see `common.provenance`.
+    CODE: ClassVar[tuple[str, ...]] = ("common.encoders.longembed_encoder", "common.encoders.quantization")
+
     def __init__(self, folder: ModelFolder, precision: str = "float32", batch_tokens: int = 16384):
         if folder.model_type != "longembed":
             raise UserError(
@@ -40,7 +43,7 @@ class LongEmbedEncoder:
         if precision == "int8":
             int8_weights(self.model)
         self.folder, self.precision, self.batch_tokens = folder, precision, batch_tokens
-        self.computed_by = longembed_computed_by(folder, precision)
+        self.computed_by = folder.computed_by(*self.CODE, precision=precision)
         self.max_length = self.model.config.max_position_embeddings
 
     @property
@@ -88,10 +91,11 @@ class LateChunkEncoder(LongEmbedEncoder):
         return self.model.config.hidden_size
 
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
-        """Return a matrix `(passages, d)` for each text, `(1, d)` for queries."""
+        """Return a matrix `(passages, d)` for each text, `(1, d)` for queries; a text without tokens has a row of 0."""
         if prompt_type == "query":
             return [vector[None] for vector in self._encode(texts, prompt_type)]
-        return self._encode(texts, prompt_type, late_chunk_tokens=self.chunk_tokens)
+        passages = self._encode(texts, prompt_type, late_chunk_tokens=self.chunk_tokens)
+        return [rows if len(rows) else np.zeros((1, self.dimension), np.float32) for rows in passages]
 
 
 class LongEmbedTokenEncoder(LongEmbedEncoder):
@@ -108,6 +112,11 @@ class LongEmbedTokenEncoder(LongEmbedEncoder):
     def dimension(self) -> int:
         """The width k of a token vector."""
         return self.model.config.token_dim or self.model.config.hidden_size
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the dimensions of a vector are in the order of their importance: a head puts them so."""
+        return self.model.config.token_dim is not None
 
     def check_dim(self, dim: int) -> None:
         """Check that the first `dim` dimensions of a token vector can stand for all of them.
@@ -126,17 +135,3 @@ class LongEmbedTokenEncoder(LongEmbedEncoder):
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
         """Return a matrix `(tokens, k)` for each text; special tokens are left out."""
         return self._encode(texts, prompt_type, output_value="tokens", is_query=prompt_type == "query")
-
-
-def longembed_computed_by(folder: ModelFolder, precision: str) -> dict[str, str]:
-    """Describe what computes the vectors of these encoders, without loading the model.
-
-    Args:
-        folder: the model's files.
-        precision: `float32`, `bfloat16` or `int8`.
-
-    Returns:
-        As `common.provenance.computed_by`.
-    """
-    code = ("common.encoders.longembed_encoder", "common.encoders.quantization")
-    return folder.computed_by(*code, precision=precision)

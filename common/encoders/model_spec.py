@@ -21,14 +21,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from common.encoders.encoder import ChunkEncoder, Encoder, encoder_computed_by
-from common.encoders.kept_tokens import TokenEncoder
-from common.encoders.longembed_encoder import LateChunkEncoder, LongEmbedTokenEncoder, longembed_computed_by
+from common.encoders.encoder import ChunkEncoder, Encoder
+from common.encoders.kept_tokens import SCORES_CODE, TokenEncoder
+from common.encoders.longembed_encoder import LateChunkEncoder, LongEmbedTokenEncoder
 from common.encoders.model_folder import ModelFolder
-from common.encoders.multi_vector_encoder import MultiVectorTokenEncoder, multi_vector_computed_by
+from common.encoders.multi_vector_encoder import MultiVectorTokenEncoder
 from common.encoders.token_settings import TokenSettings
 from common.errors import UserError
-from common.provenance import computed_by
+from common.provenance import code_hash, computed_by
 
 _Spec = TypeVar("_Spec", bound="ModelSpec")
 
@@ -83,7 +83,7 @@ class ModelSpec:
         if kind not in ("truncate", "chunk-mean", "chunk-max"):
             return cls._parse_output(text, max_length, precision)
         path, _, tokens = rest.rpartition(":")
-        if not path or not tokens.isdigit() or int(tokens) < 8:
+        if not path or not tokens.isdecimal() or int(tokens) < 8:
             raise UserError(f"--model {text}: write {kind}:PATH:N with N tokens, at least 8, such as {kind}:PATH:256")
         return cls(kind, ModelFolder.find(path), int(tokens), precision)
 
@@ -91,18 +91,26 @@ class ModelSpec:
     def _parse_output(cls: type[_Spec], text: str, max_length: int | None, precision: str) -> _Spec:
         """Parse `PATH`, or `PATH@OUTPUT` with its settings; a path may have an @ too."""
         path, _, asked = text.rpartition("@")
+        if not path or "/" in asked or Path(text).is_dir():
+            path, asked = text, ""
         output, _, settings = asked.partition(":")
-        if not path or Path(text).is_dir():
-            path, output = text, ""
-        folder = ModelFolder.find(path)
-        if output == "":
-            output = "tokens" if folder.is_late_interaction else "vector"
-        if output == "vector" and not settings:
-            return cls("model", folder, max_length, precision)
-        if output not in ("chunks", "tokens") or (output == "chunks" and not (settings.isdigit() and int(settings))):
+        # What is wrong in the value is told before a model is downloaded.
+        right = {
+            "": not settings,
+            "vector": not settings,
+            "chunks": settings.isdecimal() and int(settings) > 0,
+            "tokens": True,
+        }
+        if not right.get(output):
             raise UserError(
                 f"--model {text}: write {path}@vector, {path}@chunks:N with chunks of N tokens, or {path}@tokens"
             )
+        token_settings = TokenSettings.parse(settings if output == "tokens" else "", f"--model {text}")
+        folder = ModelFolder.find(path)
+        if output == "":
+            output = "tokens" if folder.is_late_interaction else "vector"
+        if output == "vector":
+            return cls("model", folder, max_length, precision)
         if max_length is not None and folder.model_type == "longembed":
             raise UserError(
                 f"--model {text}: --max_length {max_length} limits only models that are read as one vector a text; "
@@ -110,7 +118,7 @@ class ModelSpec:
             )
         if output == "chunks":
             return cls("chunks", folder, int(settings), precision)
-        return cls("tokens", folder, max_length, precision, TokenSettings.parse(settings, f"--model {text}"))
+        return cls("tokens", folder, max_length, precision, token_settings)
 
     @property
     def has_one_vector(self) -> bool:
@@ -118,7 +126,7 @@ class ModelSpec:
         return self.kind in ("model", "truncate", "chunk-mean") and self.hybrid is None
 
     def computed_by(self, trust_remote_code: bool) -> dict[str, str]:
-        """Describe what computes vectors, or the scores of `bm25`, without loading the model.
+        """Describe what computes vectors and the scores that depend on them, without loading the model.
 
         Args:
             trust_remote_code: whether the code in the model's folder may run.
@@ -129,13 +137,20 @@ class ModelSpec:
         words = computed_by("common.bm25", libraries=("bm25s", "numpy"))
         if self.folder is None:
             return words
-        if self.kind in ("chunks", "tokens") and self.folder.model_type == "longembed":
-            vectors = longembed_computed_by(self.folder, self.precision)
-        elif self.kind == "tokens":
-            vectors = multi_vector_computed_by(self.folder, self.precision, trust_remote_code)
-        else:
-            vectors = encoder_computed_by(self.folder, self.precision, trust_remote_code)
-        return vectors if self.hybrid is None else vectors | {f"words: {key}": by for key, by in words.items()}
+        code = self._encoder_class.CODE
+        found = self.folder.computed_by(*code, precision=self.precision, trust_remote_code=trust_remote_code)
+        if self.kind == "tokens":
+            found["scores"] = code_hash(*SCORES_CODE)
+        return found if self.hybrid is None else found | {f"words: {key}": by for key, by in words.items()}
+
+    @property
+    def _encoder_class(self) -> type[Encoder | LateChunkEncoder | LongEmbedTokenEncoder | MultiVectorTokenEncoder]:
+        assert self.folder is not None
+        if self.kind == "chunks":
+            return LateChunkEncoder
+        if self.kind == "tokens":
+            return MultiVectorTokenEncoder if self.folder.is_late_interaction else LongEmbedTokenEncoder
+        return ChunkEncoder if self.kind.startswith("chunk") else Encoder
 
     def load_encoder(self, batch_tokens: int, trust_remote_code: bool, normalize: bool = True) -> Encoder:
         """Load the encoder of one vector per text, or of those of chunks that were read one by one.
@@ -155,8 +170,8 @@ class ModelSpec:
         if self.kind in ("chunks", "tokens") or self.hybrid is not None:
             what = self.kind if self.hybrid is None else "hybrid"
             raise UserError(
-                f"{self.folder.name}: {what} scores are known to eval/mteb_long.py alone; give the model, "
-                "truncate:PATH:N, chunk-mean:PATH:N or chunk-max:PATH:N"
+                f"{self.folder.name}: {what} is asked for, and this script compares one vector a text; give the "
+                "model, truncate:PATH:N or chunk-mean:PATH:N"
             )
         kind = ChunkEncoder if self.kind.startswith("chunk") else Encoder
         return kind(self.folder, self.tokens, self.precision, batch_tokens, trust_remote_code, normalize)

@@ -1,7 +1,7 @@
 """Encoders of the late-interaction models of others: what sentence-transformers' `MultiVectorEncoder` loads."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,6 +28,13 @@ class MultiVectorTokenEncoder:
         UserError: sentence-transformers is not installed or too old, or the model does not load.
     """
 
+    CODE: ClassVar[tuple[str, ...]] = (  # what decides the vectors; see `common.provenance`
+        "common.encoders.multi_vector_encoder",
+        "common.encoders.precision",
+        "common.encoders.quantization",
+        "modeling_longembed.encoding_longembed",
+    )
+
     def __init__(
         self,
         folder: ModelFolder,
@@ -49,7 +56,7 @@ class MultiVectorTokenEncoder:
         if max_length is not None:
             self.model.max_seq_length = max_length
         self.folder, self.precision, self.batch_tokens = folder, precision, batch_tokens
-        self.computed_by = multi_vector_computed_by(folder, precision, trust_remote_code)
+        self.computed_by = folder.computed_by(*self.CODE, precision=precision, trust_remote_code=trust_remote_code)
         self.max_length = self.model.max_seq_length
 
     @property
@@ -71,6 +78,11 @@ class MultiVectorTokenEncoder:
     def similarity_fn_name(self) -> str:
         """`maxsim`, or `meanmaxsim`, which is divided by the number of tokens of the query."""
         return self.model.similarity_fn_name
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether the dimensions of a vector are in the order of their importance, which a folder does not say."""
+        return False
 
     def check_dim(self, dim: int) -> None:
         """Check that a token vector has `dim` dimensions.
@@ -94,18 +106,3 @@ class MultiVectorTokenEncoder:
             for i, matrix in zip(batch, found, strict=True):
                 vectors[i] = matrix.float().cpu().numpy()
         return vectors
-
-
-def multi_vector_computed_by(folder: ModelFolder, precision: str, trust_remote_code: bool) -> dict[str, str]:
-    """Describe what computes the vectors of these encoders, without loading the model.
-
-    Args:
-        folder: the model's files.
-        precision: `float32`, `bfloat16` or `int8`.
-        trust_remote_code: whether the code in the folder may run.
-
-    Returns:
-        As `common.provenance.computed_by`.
-    """
-    code = ("common.encoders.multi_vector_encoder", "common.encoders.quantization")
-    return folder.computed_by(*code, precision=precision, trust_remote_code=trust_remote_code)

@@ -41,7 +41,7 @@ class TokenSettings:
             name, _, value = part.partition("=")
             if name in found:
                 raise UserError(f"{place}: {name} is there twice; give it once")
-            if name in ("dim", "pool") and value.isdigit() and 0 < int(value) <= LARGEST[name]:
+            if name in ("dim", "pool") and value.isdecimal() and 0 < int(value) <= LARGEST[name]:
                 found[name] = int(value)
             elif name == "precision" and value in TOKEN_PRECISIONS:
                 found[name] = value

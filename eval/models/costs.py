@@ -1,4 +1,4 @@
-"""What retrieval costs: the bytes that are kept of a document, and the seconds that a query takes."""
+"""What retrieval costs: the bytes that are kept of a document, and the seconds a query that comparing takes."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ class Costs:
     Attributes:
         bytes: what is kept of all documents.
         documents: how many these are.
-        seconds: time to compare all queries with all documents, without encoding them.
+        seconds: time to compare all queries with all documents, without encoding them; token vectors of documents are
+            read from the disk and decoded in it.
         queries: how many these are.
     """
 
@@ -36,5 +37,5 @@ class Costs:
 
     @property
     def seconds_per_query(self) -> float:
-        """Mean seconds in which a query is compared with all documents."""
+        """Seconds in which all queries are compared with all documents, divided by the number of queries."""
         return self.seconds / max(1, self.queries)

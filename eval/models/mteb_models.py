@@ -15,7 +15,7 @@ from mteb.types import PromptType
 
 from common.encoders.encoder import ChunkEncoder, Encoder
 from common.encoders.model_spec import ModelSpec
-from common.encoders.text_vectors import vectors_of
+from common.encoders.text_vectors import stream, vectors_of
 from common.encoders.token_store import TokenStore
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
@@ -201,7 +201,8 @@ class OneVector(AbsEncoder):
         """
         texts = inputs.dataset["text"]
         if prompt_type == PromptType.query:  # a search encodes the queries, then the corpus in parts, each compared
-            self._current = self.costs[hf_split] = Costs(queries=len(texts))
+            self._current = self.costs.setdefault(hf_split, Costs())  # several subsets of a split add up
+            self._current.queries += len(texts)
         elif prompt_type == PromptType.document:
             self._current.documents += len(texts)
             self._current.bytes += len(texts) * self._bytes_per_document
@@ -214,7 +215,11 @@ class OneVector(AbsEncoder):
     def _encode(self, texts: Sequence[str], prompt_type: PromptType | None) -> np.ndarray:
         kind = prompt_type.value if prompt_type else None
         vectors = vectors_of(texts, self.encoder, kind, self.cache)
-        if self.vectors == "float32" or prompt_type == PromptType.query:
+        return vectors if prompt_type == PromptType.query else self._stored(vectors)
+
+    def _stored(self, vectors: np.ndarray) -> np.ndarray:
+        """Return the vectors of documents `(n, d)` as they are when they have been stored."""
+        if self.vectors == "float32":
             return vectors
         if isinstance(self.encoder, ChunkEncoder):  # their norms are numbers of tokens, which are not stored
             vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
@@ -229,18 +234,14 @@ class OneVector(AbsEncoder):
     def blocks(
         self, queries: Sequence[str], documents: Sequence[str], costs: Costs
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-        """Score documents, block by block, as `Scorer` says; all are one block.
-
-        Args:
-            queries: Q texts.
-            documents: any sequence of texts.
-            costs: what they take is added to it.
-
-        Yields:
-            Indices of n documents, and their scores `(Q, n)`.
-        """
+        """Score documents, block by block; see `Scorer`."""
         self._current = costs
         costs.bytes += len(documents) * self._bytes_per_document
-        sides = {"query": queries, "document": documents}
-        vectors = [self._encode(texts, PromptType(kind)) for kind, texts in sides.items()]
-        yield range(len(documents)), torch.as_tensor(self.similarity(*vectors))
+        asked = self._encode(queries, PromptType.query)
+        if self.vectors == "int8":  # the steps of a dimension are those of the whole corpus
+            vectors = self._encode(documents, PromptType.document)
+            yield range(len(documents)), torch.as_tensor(self.similarity(asked, vectors))
+            return
+        for window, matrices in stream(documents, self.encoder, "document", self.cache, "documents"):
+            vectors = self._stored(np.stack([matrix.sum(0) for matrix in matrices]))
+            yield window, torch.as_tensor(self.similarity(asked, vectors))

@@ -1,6 +1,6 @@
 """Systems that score every document for every query, behind MTEB's search protocol."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +10,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.types import PromptType
 
 from common.bm25 import BM25Index
-from common.encoders.kept_tokens import KeptTokens, TokenEncoder, truncated
+from common.encoders.kept_tokens import KeptTokens, TokenEncoder, packed, query_vectors
 from common.encoders.text_vectors import TextEncoder, stream, vectors_of
 from common.encoders.token_settings import TokenSettings
 from common.encoders.token_store import TokenStore
@@ -55,7 +55,14 @@ class Search:
         self.corpus = corpus
 
     def search(
-        self, queries: Any, *, task_metadata: Any, hf_split: str, top_k: int, **kwargs: Any
+        self,
+        queries: Any,
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        top_k: int,
+        top_ranked: Mapping[str, Sequence[str]] | None = None,
+        **kwargs: Any,
     ) -> dict[str, dict[str, float]]:
         """Search the corpus, as MTEB asks for it.
 
@@ -64,27 +71,54 @@ class Search:
             task_metadata: MTEB's description of the task.
             hf_split: name of the split, under which `costs` has what the search took.
             top_k: number of documents for each query.
+            top_ranked: query id -> ids of the documents that a reranking task puts in order; None: all are searched.
 
         Returns:
             Query id -> id of each of the `top_k` best documents -> score.
         """
         query_texts = _texts(queries, task_metadata, PromptType.query)
         texts = _texts(self.corpus, task_metadata, PromptType.document)
-        costs = self.costs[hf_split] = Costs(documents=len(texts), queries=len(query_texts))
-        best, indices = self._best(query_texts, texts, top_k, costs)
+        costs = self.costs.setdefault(hf_split, Costs())  # several subsets of a split add up
+        costs.documents += len(texts)
+        costs.queries += len(query_texts)
         ids = list(self.corpus["id"])
+        allowed = None
+        if top_ranked is not None:
+            places = {name: place for place, name in enumerate(ids)}
+            allowed = torch.zeros(len(query_texts), len(ids), dtype=torch.bool)
+            for row, query in zip(allowed, queries["id"], strict=True):
+                row[[places[name] for name in top_ranked.get(query, ())]] = True
+        best, indices = self._best(query_texts, texts, top_k, costs, allowed)
         return {
-            query: {ids[i]: score for i, score in zip(row, values, strict=True)}
+            query: {ids[i]: score for i, score in zip(row, values, strict=True) if score > -torch.inf}
             for query, row, values in zip(queries["id"], indices.tolist(), best.tolist(), strict=True)
         }
 
     def _best(
-        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        k: int,
+        costs: Costs,
+        allowed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the k largest scores of each query and the indices of their documents, both `(queries, k)`."""
+        """Find the k largest scores of each query.
+
+        Args:
+            queries: Q texts.
+            documents: D texts.
+            k: number of documents for each query.
+            costs: what they take is added to it.
+            allowed: `(Q, D)` bool, false where a document is no candidate for a query; None: all are.
+
+        Returns:
+            Scores, -inf of documents that are no candidates, and indices of documents, both `(Q, min(k, D))`.
+        """
         best = torch.full((len(queries), 0), -torch.inf)
         indices = torch.zeros((len(queries), 0), dtype=torch.long)
         for window, scores in self.scorer.blocks(queries, documents, costs):
+            if allowed is not None:
+                scores = scores.where(allowed[:, torch.tensor(window)], -torch.inf)
             best = torch.cat([best, scores], dim=1)
             indices = torch.cat([indices, torch.tensor(window).expand(len(best), -1)], dim=1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
@@ -106,16 +140,7 @@ class ChunkScores:
     def blocks(
         self, queries: Sequence[str], documents: Sequence[str], costs: Costs
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-        """Score documents, block by block, as `Scorer` says.
-
-        Args:
-            queries: Q texts.
-            documents: any sequence of texts.
-            costs: what they take is added to it.
-
-        Yields:
-            Indices of n documents, and their scores `(Q, n)`.
-        """
+        """Score documents, block by block; see `Scorer`."""
         normalize = torch.nn.functional.normalize
         vectors = normalize(torch.from_numpy(vectors_of(queries, self.encoder, "query", self.cache)))
         for window, matrices in stream(documents, self.encoder, "document", self.cache, "documents"):
@@ -134,18 +159,12 @@ class WordScores:
     def blocks(
         self, queries: Sequence[str], documents: Sequence[str], costs: Costs
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-        """Score documents, block by block, as `Scorer` says; all are one block, because BM25 needs to see them.
-
-        Args:
-            queries: Q texts.
-            documents: any sequence of texts.
-            costs: what they take is added to it.
-
-        Yields:
-            Indices of n documents, and their scores `(Q, n)`.
-        """
-        found, indices = self.best(queries, documents, len(documents), costs)
-        yield range(len(documents)), torch.empty_like(found).scatter_(1, indices, found)
+        """Score all documents as one block; see `Scorer`."""
+        words = BM25Index(documents)
+        costs.bytes += words.nbytes
+        with costs.comparing():
+            scores = np.stack([words.scores(query) for query in queries])
+        yield range(len(documents)), torch.from_numpy(scores)
 
     def best(
         self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs
@@ -181,8 +200,15 @@ class WordSearch(Search):
         super().__init__(WordScores(), meta)
 
     def _best(
-        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        k: int,
+        costs: Costs,
+        allowed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if allowed is not None:
+            return super()._best(queries, documents, k, costs, allowed)
         return self.scorer.best(queries, documents, k, costs)
 
 
@@ -209,35 +235,17 @@ class TokenScores:
     def blocks(
         self, queries: Sequence[str], documents: Sequence[str], costs: Costs
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-        """Score documents, block by block, as `Scorer` says.
-
-        Args:
-            queries: Q texts.
-            documents: any sequence of texts.
-            costs: what they take is added to it.
-
-        Yields:
-            Indices of n documents, and their scores `(Q, n)`.
-        """
+        """Score documents, block by block; see `Scorer`."""
         device = device_kind()
-        packed_queries, query_cu = (tensor.to(device) for tensor in _packed(self._query_vectors(queries)))
+        asked = packed(query_vectors(queries, self.encoder, self.settings, self.cache))
+        packed_queries, query_cu = (tensor.to(device) for tensor in asked)
         mean = self.encoder.similarity_fn_name == "meanmaxsim"
         for window, keys in self.kept.windows(documents):
-            costs.bytes += sum(map(self.kept.size, keys))
             with costs.comparing():
-                vectors, cu = (tensor.to(device) for tensor in _packed([self.kept.vectors(key) for key in keys]))
+                vectors, cu = (tensor.to(device) for tensor in packed([self.kept.vectors(key) for key in keys]))
                 scores = maxsim(packed_queries, query_cu, vectors, cu, mean=mean).cpu()
+            costs.bytes += len(vectors) * self.kept.bytes_per_vector
             yield window, scores
-
-    def _query_vectors(self, queries: Sequence[str]) -> list[np.ndarray]:
-        """Return the vectors of each query, float32 `(tokens, k)`."""
-        found: list[np.ndarray] = [np.empty((0, 0), np.float32)] * len(queries)
-        for window, matrices in stream(queries, self.encoder, "query", self.cache, "queries"):
-            for i, matrix in zip(window, matrices, strict=True):
-                found[i] = truncated(matrix, self.settings.dim)
-        if not self.settings.weights:
-            found = [m / np.linalg.norm(m, axis=1, keepdims=True).clip(min=1e-12) for m in found]
-        return found
 
 
 class HybridScores:
@@ -245,7 +253,8 @@ class HybridScores:
 
     `weight * norm(first) + (1 - weight) * norm(second)` with `norm(s) = (s - min) / (max - min)`, the minimum and the
     maximum being those of the query's scores over all documents (Bruch et al. 2023, arXiv:2210.11934, equations 1 and
-    3). Where all scores are equal, they count nothing. All scores are in memory: 4 bytes a query and document, twice.
+    3). Where all scores are equal, they count nothing. All scores are in memory: 4 bytes a query and document, at most
+    three times.
 
     Args:
         first: scores with this weight.
@@ -259,16 +268,7 @@ class HybridScores:
     def blocks(
         self, queries: Sequence[str], documents: Sequence[str], costs: Costs
     ) -> Iterator[tuple[Sequence[int], torch.Tensor]]:
-        """Score documents, block by block, as `Scorer` says; all are one block.
-
-        Args:
-            queries: Q texts.
-            documents: any sequence of texts.
-            costs: what they take is added to it.
-
-        Yields:
-            Indices of n documents, and their scores `(Q, n)`.
-        """
+        """Score all documents as one block; see `Scorer`."""
         combined = torch.zeros(len(queries), len(documents))
         for scorer, weight in ((self.first, self.weight), (self.second, 1 - self.weight)):
             scores = torch.empty_like(combined)
@@ -276,7 +276,7 @@ class HybridScores:
                 scores[:, torch.tensor(window)] = found.float()
             with costs.comparing():
                 low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-                combined += weight * (scores - low) / torch.where(high > low, high - low, 1)
+                combined += scores.sub_(low).div_(torch.where(high > low, high - low, 1)).mul_(weight)
         yield range(len(documents)), combined
 
 
@@ -284,10 +284,3 @@ def _texts(dataset: Any, task_metadata: Any, prompt_type: Any) -> Sequence[str]:
     """Return the texts as MTEB gives them to an encoder (title first, stripped), so that all systems read the same."""
     loader: Any = create_dataloader(dataset, task_metadata=task_metadata, prompt_type=prompt_type)
     return loader.dataset["text"]
-
-
-def _packed(matrices: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return matrices `(n, k)` below one another, `(sum of n, k)`, and their cumulative lengths."""
-    lengths = [0, *(len(matrix) for matrix in matrices)]
-    filled = [matrix for matrix in matrices if len(matrix)] or [matrices[0]]
-    return torch.from_numpy(np.concatenate(filled)), torch.tensor(lengths).cumsum(0)

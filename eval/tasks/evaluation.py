@@ -114,7 +114,7 @@ def evaluate_tasks(
         EvaluatedModel.parse(text, arguments.max_length, precision).storing(arguments.vectors)
         for text in arguments.model
     ]
-    judged_by = computed_by("eval.models", "eval.tasks", libraries=("mteb",))
+    judged_by = computed_by("eval.models", "eval.tasks", "common.encoders.text_vectors", libraries=("mteb",))
     results = {
         model: AtomicResultCache(
             arguments.output_dir, model.computed_by(arguments.trust_remote_code) | {"judged_by": judged_by}

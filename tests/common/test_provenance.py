@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 
@@ -99,6 +100,40 @@ def test_whatever_computes_a_vector_is_in_its_key(tiny_sentence_transformer, edi
     else:
         options["precision"] = "bfloat16"
     assert keys_of(tiny_sentence_transformer, ChunkEncoder, **options) != before
+
+
+ENCODER = ("encoder", "precision", "quantization")
+KEPT = ("kept_tokens", "token_settings", "token_store")
+TOKEN_CODE = ("encoding", "output_maxsim", "output_token_pooling", "output_token_codes", "output_tokens")
+
+
+@pytest.mark.parametrize(
+    ("kind", "ours", "code", "of_the_model"),
+    [
+        ("model", False, ENCODER, ("encoding", "encoding_tokens")),
+        ("chunk-max", False, ENCODER, ("encoding", "encoding_tokens")),
+        ("tokens", False, ("multi_vector_encoder", "precision", "quantization", *KEPT), TOKEN_CODE),
+        ("model", True, ENCODER, ()),
+        ("chunks", True, ("longembed_encoder", "quantization"), ()),
+        ("tokens", True, ("longembed_encoder", "quantization", *KEPT), ()),
+    ],
+)
+def test_results_are_of_the_code_that_decides_them(
+    tiny_longembed, tiny_sentence_transformer, monkeypatch, kind, ours, code, of_the_model
+):
+    """Each module that takes part, changed by itself, makes results that are computed again."""
+    folder = ModelFolder.find(str(tiny_longembed if ours else tiny_sentence_transformer))
+    monkeypatch.setattr(ModelFolder, "is_late_interaction", not ours)
+    spec, original = ModelSpec(kind, folder, 16), provenance._module_hash
+    modules = [f"common.encoders.{name}" for name in code]
+    modules += [f"modeling_longembed.{name}_longembed" for name in of_the_model]
+    modules += ["modeling_longembed"] if ours else []
+    seen = {str(spec.computed_by(False))}
+    for module in modules:
+        edited = partial(lambda name, edited: "edited" if name == edited else original(name), edited=module)
+        monkeypatch.setattr(provenance, "_module_hash", edited)
+        seen.add(str(spec.computed_by(False)))
+    assert len(seen) == 1 + len(modules)
 
 
 @pytest.mark.parametrize("trust_remote_code", [False, True])

@@ -31,10 +31,14 @@ def as_dataset(texts: list[str]) -> Dataset:
     return Dataset.from_dict({"id": [f"t{i}" for i in range(len(texts))], "text": texts})
 
 
-def search(model, queries: list[str], documents: list[str], top_k: int) -> list[dict[str, float]]:
+def ranking(model, queries: list[str], documents: list[str], top_k: int, **more) -> dict[str, dict[str, float]]:
     where = {"task_metadata": METADATA, "hf_split": "test", "hf_subset": "default"}
     model.index(as_dataset(documents), **where, encode_kwargs={}, num_proc=None)
-    return list(model.search(as_dataset(queries), **where, top_k=top_k, encode_kwargs={}, num_proc=None).values())
+    return model.search(as_dataset(queries), **where, top_k=top_k, encode_kwargs={}, num_proc=None, **more)
+
+
+def search(model, queries: list[str], documents: list[str], top_k: int) -> list[dict[str, float]]:
+    return list(ranking(model, queries, documents, top_k).values())
 
 
 @pytest.mark.parametrize("top_k", [3, 1000])

@@ -1,15 +1,22 @@
 """Late interaction, late chunks and combinations with BM25 score as their definitions say, on any MTEB task."""
 
+import re
+
 import mteb
 import numpy as np
 import pytest
 import torch
+from mteb.models.search_wrappers import SearchEncoderWrapper
+from mteb.types import PromptType
+from tokenizers.processors import TemplateProcessing
 
 from common.encoders.model_spec import ModelSpec
+from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
-from eval.models.mteb_models import EvaluatedModel
+from eval.models.costs import Costs
+from eval.models.mteb_models import EvaluatedModel, OneVector
 from eval.tasks.retrieval import load, local_task
-from tests.eval.models.test_mteb_models import model_of, search
+from tests.eval.models.test_mteb_models import model_of, ranking, search
 from tests.training.tiny_training import random_documents, tiny_config, word_tokenizer
 
 
@@ -170,28 +177,49 @@ def test_documents_are_read_once_and_other_settings_are_derived(folders, tmp_pat
 
 
 def test_costs_are_the_bytes_that_are_kept(folders, tmp_path):
+    from modeling_longembed import LongEmbedModel
+
     _, documents = token_vectors(folders / "head")
     tokens = sum(map(len, documents)) / len(documents)
+    model = LongEmbedModel.from_pretrained(folders / "head").eval()
+    passages = np.mean([len(rows) for rows in model.encode(DOCUMENTS, late_chunk_tokens=16)])
+    # Of each word in each document a score and a place, of each word where these begin, and its letters.
+    counts = [set(re.findall(r"\w\w+", text)) for text in DOCUMENTS]
+    known = set().union(*counts)
+    words = (sum(map(len, counts)) * 8 + (len(known) + 1) * 8 + sum(map(len, known))) / len(DOCUMENTS)
     for name, expected in (
         (f"{folders / 'head'}@tokens", 8 * 2 * tokens),
         (f"{folders / 'head'}@tokens:precision=float32,dim=3", 3 * 4 * tokens),
         (f"{folders / 'head'}@tokens:precision=binary", tokens),
-        (f"{folders / 'head'}@chunks:16", None),
-        ("bm25", None),
+        (f"{folders / 'head'}@chunks:16", 32 * 4 * passages),
+        (f"hybrid:{folders / 'head'}:0.5", 32 * 4 + words),
+        ("bm25", words),
     ):
         model = model_of(name, tmp_path)
         matrix(model)
         (costs,) = model.costs.values()
         assert (costs.documents, costs.queries) == (len(DOCUMENTS), len(QUERIES))
         assert costs.seconds_per_query > 0
-        assert costs.bytes_per_document == pytest.approx(expected) if expected else costs.bytes_per_document > 8
+        assert costs.bytes_per_document == pytest.approx(expected)
+        matrix(model)  # another subset of the same split
+        (costs,) = model.costs.values()
+        assert (costs.documents, costs.queries) == (2 * len(DOCUMENTS), 2 * len(QUERIES))
+        assert costs.bytes_per_document == pytest.approx(expected)
 
 
 def test_empty_texts_score_0(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.eval.models.test_search.QUERIES", ["", "river stone"])
     monkeypatch.setattr("tests.eval.models.test_search.DOCUMENTS", ["river stone", ""])
-    for _ in range(2):  # computed, and read from the cache
-        found = matrix(model_of(f"{folders / 'head'}@tokens", tmp_path))
+    from modeling_longembed import LongEmbedModel
+
+    bare = LongEmbedModel.from_pretrained(folders / "head")  # "" has no special tokens here either
+    bare.tokenizer = word_tokenizer()
+    bare.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A")
+    bare.save_pretrained(tmp_path / "bare")
+    names = [f"{folders / 'head'}@tokens{more}" for more in ("", ":pool=2,dim=3", ":precision=residual2")]
+    names += [f"{tmp_path / 'bare'}@tokens", f"{tmp_path / 'bare'}@chunks:16"]
+    for name in (*names, *names):  # computed, and read from the cache
+        found = matrix(model_of(name, tmp_path))
         assert found[0].tolist() == [0, 0]
         assert found[1, 0] > 0
         assert found[1, 1] == 0
@@ -209,6 +237,11 @@ def test_empty_texts_score_0(folders, tmp_path, monkeypatch):
         ("{head}@tokens:precision=half", "precision=half is no setting"),
         ("{head}@tokens:pool=0", "pool=0 is no setting"),
         ("{head}@tokens:pool=33", "pool=33 is no setting of token vectors; write dim=64, pool=1 to 32"),
+        ("{head}@tokens:dim=²", "dim=² is no setting of token vectors"),
+        ("{head}@chunks:²", "write .*@vector, .*@chunks:N"),
+        ("truncate:{head}:²", "write truncate:PATH:N"),
+        ("{head}@:dim=3", "write .*@vector, .*@chunks:N"),
+        ("{head}@x/absent", "unknown model .*head@x/absent"),
         ("{head}@tokens:dim=9", "token vectors of 8 dimensions, fewer than 9"),
         ("{states}@tokens:dim=3", "has no token head"),
         ("{plain}@tokens", "is no LongEmbed model"),
@@ -221,6 +254,46 @@ def test_a_mistake_is_told(folders, tiny_sentence_transformer, tmp_path, value, 
     places = {"head": folders / "head", "states": folders / "states", "plain": tiny_sentence_transformer}
     with pytest.raises(UserError, match=words):
         model_of(value.format(**places), tmp_path)
+
+
+def test_a_mistake_is_told_before_a_model_is_downloaded(monkeypatch):
+    monkeypatch.setattr("common.encoders.model_folder.snapshot_download", None)
+    for value in ("org/model@token", "org/model@chunks:0", "org/model@tokens:size=3", "hybrid:org/model@token:0.5"):
+        with pytest.raises(UserError, match=r"write|is no setting"):
+            ModelSpec.parse(value)
+
+
+def test_a_reranking_task_ranks_its_candidates_alone(folders, tmp_path):
+    """As MTEB's own wrapper does for the model of one vector."""
+    candidates = {"t0": ["t3", "t8", "t5"], "t1": ["t2"], "t3": [f"t{i}" for i in range(len(DOCUMENTS))]}
+    folder = folders / "head"
+    for name in (f"{folder}", f"{folder}@tokens", f"{folder}@chunks:16", "bm25", f"hybrid:{folder}:0.5"):
+        model = model_of(name, tmp_path)
+        ranked = SearchEncoderWrapper(model) if isinstance(model, OneVector) else model
+        every, found = (
+            ranking(ranked, QUERIES, DOCUMENTS, 1000, top_ranked=top_ranked) for top_ranked in (None, candidates)
+        )
+        assert found == {
+            query: {name: pytest.approx(every[query][name], abs=1e-6) for name in candidates.get(query, ())}
+            for query in every
+        }
+        best = ranking(ranked, QUERIES, DOCUMENTS, 2, top_ranked=candidates)["t0"]
+        assert set(best) == set(sorted(found["t0"], key=lambda name: -found["t0"][name])[:2])
+
+
+@pytest.mark.parametrize("vectors", ["float32", "int8", "binary"])
+def test_a_hybrid_reads_stored_vectors_window_by_window(folders, tmp_path, vectors):
+    """The scores are those of all vectors at once, and only ranges over the corpus need them so."""
+    spec = EvaluatedModel.parse(str(folders / "head")).storing(vectors)
+    model = spec.load(VectorCache(tmp_path / "v.sqlite"), 40, False)
+    sides = ((QUERIES, PromptType.query), (DOCUMENTS, PromptType.document))
+    exact = model.similarity(*(model._encode(texts, kind) for texts, kind in sides))
+    blocks = list(model.blocks(QUERIES, DOCUMENTS, Costs()))
+    assert (len(blocks) > 2) == (vectors != "int8")
+    found = torch.empty_like(torch.as_tensor(exact))
+    for window, scores in blocks:
+        found[:, torch.tensor(window)] = scores
+    np.testing.assert_allclose(found, exact, atol=1e-6)
 
 
 def test_settings_that_change_scores_change_where_results_lie(folders):
@@ -244,7 +317,7 @@ def test_other_scripts_refuse_outputs_that_they_do_not_know(folders):
     for value in ("{}@tokens", "{}@chunks:16", "hybrid:{}:0.5"):
         spec = ModelSpec.parse(value.format(folders / "head"))
         assert not spec.has_one_vector
-        with pytest.raises(UserError, match=r"known to eval/mteb_long\.py alone"):
+        with pytest.raises(UserError, match="this script compares one vector a text; give the model"):
             spec.load_encoder(100, False)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from common.bm25 import BM25Index
 from common.encoders.encoder import Encoder
-from common.encoders.kept_tokens import KeptTokens, TokenEncoder, truncated
+from common.encoders.kept_tokens import KeptTokens, TokenEncoder, packed, query_vectors
 from common.encoders.model_spec import ModelSpec
 from common.encoders.text_vectors import stream, vectors_of
 from common.encoders.token_settings import TokenSettings
@@ -64,8 +64,16 @@ def load_ranker(
         The ranker.
 
     Raises:
-        UserError: faiss is not installed, the model does not load, or its vectors are not finite.
+        UserError: faiss is not installed, the model does not load, its vectors are not finite, or nothing is mined with
+            this kind of scores.
     """
+    if spec.hybrid is not None:
+        raise UserError(
+            "hybrid:MODEL:W: a margin between scores that are scaled for each query means nothing; give the model "
+            "alone, and --add_bm25 with --sampling random for the documents that BM25 finds"
+        )
+    if spec.kind == "chunks":
+        raise UserError("@chunks:N mines no negatives; give the model alone, chunk-max:PATH:N or PATH@tokens")
     if spec.kind == "bm25":
         return WordRanker(queries, documents)
     if spec.kind == "tokens":
@@ -211,13 +219,7 @@ class TokenRanker:
     ):
         self._kept = KeptTokens(encoder, settings, store)
         self._mean = encoder.similarity_fn_name == "meanmaxsim"
-        self._queries = [np.empty((0, encoder.dimension), np.float32)] * len(queries)
-        for window, matrices in stream(queries, encoder, "query", cache, "queries"):
-            for query, matrix in zip(window, matrices, strict=True):
-                matrix = truncated(matrix, settings.dim)
-                if not settings.weights:
-                    matrix = matrix / np.linalg.norm(matrix, axis=1, keepdims=True).clip(min=1e-12)
-                self._queries[query] = matrix
+        self._queries = query_vectors(queries, encoder, settings, cache)
         self._windows: list[list[int]] = []
         self._keys = [b""] * len(documents)
         for window, keys in self._kept.windows(documents):
@@ -245,10 +247,8 @@ class TokenRanker:
         """Return the scores of queries, given by their vectors, and documents, given by their places."""
         vectors = [self._kept.vectors(self._keys[document]) for document in documents]
         device = device_kind()
-        query_vectors, query_cu, document_vectors, document_cu = (
-            tensor.to(device) for tensor in (*_packed(queries), *_packed(vectors))
-        )
-        return maxsim(query_vectors, query_cu, document_vectors, document_cu, mean=self._mean).cpu()
+        asked, query_cu, found, document_cu = (t.to(device) for t in (*packed(queries), *packed(vectors)))
+        return maxsim(asked, query_cu, found, document_cu, mean=self._mean).cpu()
 
 
 class RankerWithWords:
@@ -277,12 +277,6 @@ class RankerWithWords:
     def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
         """Return the scores of documents for one query; see `Ranker`."""
         return self._ranker.scores(query, documents)
-
-
-def _packed(matrices: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return matrices `(n, k)` below one another, `(sum of n, k)`, and their cumulative lengths."""
-    lengths = torch.tensor([0, *map(len, matrices)])
-    return torch.from_numpy(np.concatenate(matrices)), lengths.cumsum(0)
 
 
 def _new_index(kind: str, dimension: int) -> Any:

@@ -137,6 +137,25 @@ def test_maxsim_ranks_as_sentence_transformers_scores(similarity, tmp_path):
     np.testing.assert_allclose(ranker.scores(3, np.array([5, 2])), expected[3, [5, 2]], atol=1e-5)
 
 
+def test_a_query_without_tokens_scores_0_also_from_the_cache(tmp_path):
+    encoder, settings = Random(), TokenSettings(precision="float32")
+    encoder.similarity_fn_name = "maxsim"
+    for _ in range(2):  # computed, and read from the cache
+        cache, store = VectorCache(tmp_path / "vectors.sqlite"), TokenStore(tmp_path / "tokens")
+        ranker = TokenRanker(encoder, settings, ["2 0", "0 1"], ["3 2", "4 3"], cache, store)
+        assert ranker.nearest(2)[0][1].tolist() == [0, 0]
+        assert ranker.scores(1, np.array([1])).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [("hybrid:{}@tokens:0.5", "give the model alone, and --add_bm25"), ("{}@chunks:16", "mines no negatives")],
+)
+def test_scores_that_mine_nothing_are_refused(model_folder, value, words):
+    with pytest.raises(UserError, match=words):
+        load_ranker(ModelSpec.parse(value.format(model_folder)), ["a"], ["b"], VectorCache(":memory:"))
+
+
 class Fixed:
     """A ranker with given scores."""
 
