@@ -229,7 +229,8 @@ def mine(arguments: Arguments, thresholds: Thresholds) -> str:
     }
     ranker = load_ranker(spec, pairs.queries, pairs.documents, cache, index=arguments.index, **settings)
     if arguments.add_bm25:
-        ranker = RankerWithWords(ranker, WordRanker(pairs.queries, pairs.documents))
+        words = WordRanker(pairs.queries, pairs.documents)
+        ranker = RankerWithWords(ranker, words, pairs.own, thresholds.range_max)
     judge = ranker if guide_spec is None else load_ranker(guide_spec, pairs.queries, pairs.documents, cache, **settings)
 
     scores, documents = ranker.nearest(thresholds.range_max + max(map(len, pairs.own)))

@@ -20,8 +20,9 @@ from common.encoders.encoder import Encoder
 from common.encoders.model_folder import ModelFolder
 from common.errors import UserError, run
 from modeling_longembed import LongEmbedModel
-from tests.training.tiny_training import WORDS, write_jsonl
+from tests.training.tiny_training import WORDS, tiny_config, write_jsonl
 from training import contrastive, mine_negatives
+from training.data.pairs.ranking import RankerWithWords
 from training.mine_negatives import Arguments, PairTexts, Thresholds, mine
 
 SETTINGS = [
@@ -65,6 +66,59 @@ def test_mines_by_maxsim_and_by_bm25(model_folder, tmp_path):
     nearest = [documents[i] for i in scores.argsort(descending=True) if documents[i] != row["positive"]]
     assert [row[f"negative_{n}"] for n in range(1, 5)] == nearest[:4]
     assert mined["random"] == mined["top"] != mined["both"]  # there are no more than four to draw from
+
+
+class Ordered:
+    """A ranker that knows an order of all documents, one for all queries; the score falls by 1 from place to place."""
+
+    def __init__(self, order, queries):
+        self.order, self.queries = np.array(order), queries
+
+    def nearest(self, k):
+        documents = np.full((self.queries, k), -1)
+        documents[:, : len(self.order)] = self.order[:k]
+        return np.where(documents < 0, -np.inf, -np.arange(k)).astype(np.float32), documents
+
+    def scores(self, query, documents):
+        return -np.argsort(self.order)[documents].astype(np.float32)
+
+
+@pytest.mark.parametrize("candidates", [1, 4, 7, 40])
+def test_bm25_finds_its_half_of_the_candidates_of_a_query_with_many_positives(candidates):
+    """By turns of both orders without the positives, which for the first query are the nearest ten of both."""
+    order = np.random.default_rng(0).permutation(30)
+    own = [set(order[:10].tolist()), {3}, set()]
+    of_words = [*order[:10].tolist(), *order[:9:-1].tolist()]
+    scores = Ordered(order, 3)
+    ranker = RankerWithWords(scores, Ordered(of_words, 3), own, candidates)
+    near, documents = ranker.nearest(candidates + 10)
+    for query, positives in enumerate(own):
+        left, right = ([d for d in one if d not in positives] for one in (order.tolist(), of_words))
+        by_turns = list(dict.fromkeys(document for both in zip(left, right, strict=True) for document in both))
+        expected = sorted(by_turns[:candidates], key=order.tolist().index)
+        there = documents[query][documents[query] >= 0]
+        assert [document for document in there.tolist() if document not in positives] == expected
+        np.testing.assert_array_equal(near[query][: len(there)], scores.scores(query, there))
+
+
+def test_a_document_that_the_teacher_found_is_not_scored_again():
+    order = list(range(12))
+    teacher, asked = Ordered(order, 1), []
+    teacher.scores = lambda query, documents: asked.extend(documents.tolist()) or np.zeros(len(documents), np.float32)
+    RankerWithWords(teacher, Ordered(order[::-1], 1), [set()], 6).nearest(6)
+    assert asked == [11, 10, 9]
+
+
+def test_token_vectors_that_are_not_finite_are_refused(word_tokenizer, tmp_path):
+    model = LongEmbedModel(tiny_config(token_dim=8))
+    with torch.no_grad():
+        model.token_output.head.weight[3] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer.save_pretrained(tmp_path / "model")
+    data = write_jsonl(tmp_path / "pairs.jsonl", random_pairs(8))
+    arguments = Arguments(f"{tmp_path}/model@tokens", str(data), str(tmp_path / "mined.jsonl"))
+    with pytest.raises(UserError, match="the model gives vectors that are NaN or infinite"):
+        mine(arguments, Thresholds(num_negatives=1))
 
 
 class Known:

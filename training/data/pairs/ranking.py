@@ -1,6 +1,6 @@
 """Rank documents for queries with any encoder, by MaxSim or with BM25, to mine hard negatives."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from common.errors import UserError
 from common.provenance import device_kind
 from modeling_longembed.output_maxsim_longembed import maxsim
 
+NOT_FINITE = "the model gives vectors that are NaN or infinite; in float32 (--precision) it may not"
 _QUERIES_AT_ONCE = 1024
 
 
@@ -161,7 +162,7 @@ class VectorRanker:
     def _prepared(self, vectors: np.ndarray) -> np.ndarray:
         vectors = np.ascontiguousarray(vectors, np.float32)
         if not np.isfinite(vectors).all():
-            raise UserError("the model gives vectors that are NaN or infinite; in float32 (--precision) it may not")
+            raise UserError(NOT_FINITE)
         if self._by_dot:
             return vectors
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=np.finfo(np.float32).tiny)
@@ -205,7 +206,8 @@ class TokenRanker:
         store: the same of documents.
 
     Raises:
-        UserError: the encoder's vectors have fewer dimensions than the settings ask for.
+        UserError: the encoder's vectors have fewer dimensions than the settings ask for; when it ranks, they are not
+            finite.
     """
 
     def __init__(
@@ -231,8 +233,9 @@ class TokenRanker:
         """Find the nearest documents of each query; see `Ranker`."""
         best = torch.full((len(self._queries), k), -torch.inf)
         found = torch.full((len(self._queries), k), -1)
+        queries = self._to_device(self._queries)
         for window in self._windows:
-            scores = torch.cat([best, self._scores(self._queries, window)], dim=1)
+            scores = torch.cat([best, self._scores(queries, window)], dim=1)
             numbers = torch.cat([found, torch.tensor(window).expand(len(scores), -1)], dim=1)
             best, order = scores.topk(k, dim=1)
             found = numbers.gather(1, order)
@@ -240,15 +243,21 @@ class TokenRanker:
 
     def scores(self, query: int, documents: np.ndarray) -> np.ndarray:
         """Return the scores of documents for one query; see `Ranker`."""
-        rows = [self._scores([self._queries[query]], [document]) for document in documents.tolist()]
+        queries = self._to_device([self._queries[query]])
+        rows = [self._scores(queries, [document]) for document in documents.tolist()]
         return torch.cat(rows, dim=1)[0].numpy()
 
-    def _scores(self, queries: Sequence[np.ndarray], documents: Sequence[int]) -> torch.Tensor:
-        """Return the scores of queries, given by their vectors, and documents, given by their places."""
-        vectors = [self._kept.vectors(self._keys[document]) for document in documents]
-        device = device_kind()
-        asked, query_cu, found, document_cu = (t.to(device) for t in (*packed(queries), *packed(vectors)))
-        return maxsim(asked, query_cu, found, document_cu, mean=self._mean).cpu()
+    def _scores(self, queries: tuple[torch.Tensor, torch.Tensor], documents: Sequence[int]) -> torch.Tensor:
+        """Return the scores of packed queries and documents, given by their places."""
+        vectors = self._to_device([self._kept.vectors(self._keys[document]) for document in documents])
+        if not all(side[0].isfinite().all() for side in (queries, vectors)):  # the nearest would be any
+            raise UserError(NOT_FINITE)
+        return maxsim(*queries, *vectors, mean=self._mean).cpu()
+
+    def _to_device(self, matrices: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return matrices `(n, k)` below one another, and their cumulative lengths, where MaxSim is computed."""
+        vectors, ends = packed(matrices)
+        return vectors.to(device_kind()), ends.to(device_kind())
 
 
 class RankerWithWords:
@@ -257,19 +266,34 @@ class RankerWithWords:
     Args:
         ranker: gives the scores.
         words: BM25 over the same texts.
+        own: for each query the documents that are no candidates; the others are taken by turns.
+        candidates: how many others of each query are found.
     """
 
-    def __init__(self, ranker: Ranker, words: Ranker):
-        self._ranker, self._words = ranker, words
+    def __init__(self, ranker: Ranker, words: Ranker, own: Sequence[Collection[int]], candidates: int):
+        self._ranker, self._words, self._own, self._candidates = ranker, words, own, candidates
 
     def nearest(self, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Find the nearest documents of each query; see `Ranker`."""
-        _, of_ranker = self._ranker.nearest(k)
-        _, of_words = self._words.nearest(k)
-        scores, documents = np.full(of_ranker.shape, -np.inf, np.float32), np.full(of_ranker.shape, -1, np.int64)
-        for query, by_turns in enumerate(np.stack([of_ranker, of_words], axis=2).reshape(len(scores), -1)):
-            found = np.array(list(dict.fromkeys(by_turns[by_turns >= 0].tolist()))[:k])
-            near = self._ranker.scores(query, found)
+        """Find the nearest documents of each query; see `Ranker`.
+
+        Args:
+            k: number of documents per query of each of the two, at least that of `candidates` and all of `own`.
+
+        Returns:
+            See `Ranker`: the `candidates`, and of `own` those that one of the two has found.
+        """
+        of_ranker, of_words = self._ranker.nearest(k), self._words.nearest(k)[1]
+        scores, documents = np.full(of_words.shape, -np.inf, np.float32), np.full(of_words.shape, -1, np.int64)
+        for query, (known, by_ranker, by_words) in enumerate(zip(*of_ranker, of_words, strict=True)):
+            by_turns = np.stack([by_ranker, by_words], axis=1).ravel()
+            found = np.array(list(dict.fromkeys(by_turns[by_turns >= 0].tolist())), np.int64)
+            is_other = ~np.isin(found, list(self._own[query]))
+            found = found[~is_other | (is_other.cumsum() <= self._candidates)]
+            score_of = dict(zip(by_ranker.tolist(), known, strict=True))
+            unknown = np.array([document for document in found.tolist() if document not in score_of], np.int64)
+            if len(unknown):
+                score_of |= zip(unknown.tolist(), self._ranker.scores(query, unknown), strict=True)
+            near = np.array([score_of[document] for document in found.tolist()], np.float32)
             order = np.argsort(-near, kind="stable")
             scores[query, : len(found)], documents[query, : len(found)] = near[order], found[order]
         return scores, documents
