@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     student = make_student(student_args, model_args, model, tokenizer)
     relation_args.check(model.config, student.config)
     settings = {}
-    if loop.is_main:  # of the others it is not asked
+    if loop.is_main:
         settings["model_name_or_path"] = model_identity(model, tokenizer)
         if student_args.student_name_or_path is not None:
             settings["student_name_or_path"] = model_identity(student, tokenizer)

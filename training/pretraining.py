@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The model, with the positions, the patterns and the layers that it is to have.
     model, head_is_new = load_masked_lm(model_args, adaptation_args)
     settings: dict[str, Any] = {}
-    if loop.is_main:  # of the others it is not asked
+    if loop.is_main:
         new = "head." if head_is_new else None  # whose weights are those of the seed
         settings["model_name_or_path"] = model_identity(model, model.tokenizer, without=new)
     layer_args.apply(model)

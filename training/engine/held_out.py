@@ -37,3 +37,6 @@ class Evaluation(Generic[OfSource]):
         if len(results) == 1:
             return next(iter(results.values()))
         return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
+
+
+NO_EVALUATION: Evaluation = Evaluation({}, lambda of_source, model: {}, list)  # on nothing

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from common.conditions import Options, default_of
 from common.errors import UserError
 from training.engine.checkpoints import Progress, has_checkpoints, remove_later, remove_old, save_checkpoint
 from training.engine.distributed import average_gradients, mean_over_processes, settle
@@ -78,6 +79,7 @@ class Loop:
             (progress.step, progress.batches_done(arguments.gradient_accumulation_steps)) if progress else (0, 0)
         )
         self.saved = self.done[0]
+        self._options: list[Any] = [arguments]
 
     @property
     def is_main(self) -> bool:
@@ -123,6 +125,7 @@ class Loop:
             UserError: the run cannot be resumed from its checkpoint, or the loss diverges.
         """
         arguments, batches = self.arguments, training.batches
+        self._options.extend(training.options)
         total = self.total_steps(batches)
         check_metric(arguments, training.evaluate, arguments.eval_steps)
         state = prepare(training, arguments, self.accelerator, self.sharding, total)
@@ -221,10 +224,17 @@ class Loop:
 
     def _after_divergence(self) -> str:
         """Return what to do after a loss that is not finite: words that can be appended to the same command."""
-        lower = f"--learning_rate {self.arguments.learning_rate / 2:g}"
+        known = Options(self._options)
+        rates = {
+            name: value
+            for name, value in known.values.items()
+            if name == "learning_rate"
+            or (name.endswith("_learning_rate") and value not in (None, default_of(known.fields[name])))
+        }
+        lower = " ".join(f"--{name} {value / 2:g}" for name, value in rates.items())
         if not has_checkpoints(self.output_dir / "checkpoints"):
             return f"there is no checkpoint yet: start anew with {lower}, or with more --warmup_steps"
-        permission = change_settings(self.arguments.change_settings, ["learning_rate"])
+        permission = change_settings(self.arguments.change_settings, list(rates))
         return (
             f"go on from the last checkpoint with a lower learning rate, the same command and --resume_from_checkpoint "
             f"last {permission} {lower}, or start anew in another --output_dir"

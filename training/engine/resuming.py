@@ -154,6 +154,7 @@ class Settings:
         free = MAY_CHANGE - EVALUATION if known.values.get("lr_scheduler_type") == PLATEAU else MAY_CHANGE
         given = {name: value for name, value in known.values.items() if name not in free}
         self.values: dict[str, Any] = json.loads(json.dumps(given | of_data | dict(described)))
+        self._eval_data = known.values.get("eval_data")
         self.defaults = {name: default_of(option) for name, option in known.fields.items()}
         self._data = frozenset(of_data)
         self._only_at_start = ONLY_AT_START | ({"temperature"} if known.values.get("learnable_temperature") else set())
@@ -189,8 +190,9 @@ class Settings:
         Raises:
             UserError: another setting differs, or one that cannot change; the message names old and new values.
         """
-        if (before := progress.settings) is None:
+        if progress.settings is None:
             return set(allowed)
+        before = self._as_now(progress.settings)
         found = {
             name: (old, now)
             for name, now in self.values.items()
@@ -212,6 +214,19 @@ class Settings:
             new = "value" if len(refused) == 1 else "values"
             remedy += f", or go on with the new {new} on purpose: add {change_settings(allowed, refused)}"
         raise UserError(f"{path}: was made {differences}; {remedy}")
+
+    def _as_now(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint recorded as this version records it.
+
+        Earlier versions recorded held-out data by its names, and a column of scores as their teacher.
+        """
+        settings = dict(before)
+        if "eval_data" in self.values and settings.get("eval_data") == self._eval_data:
+            settings["eval_data"] = self.values["eval_data"]
+        teacher = settings.get("score_teacher")
+        if isinstance(teacher, str) and teacher.startswith("column "):
+            settings |= {"score_column": teacher, "score_teacher": None}
+        return settings
 
     def _fixed(self, progress: Progress, found: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
         """Return which of the differing settings cannot change, each with the reason."""

@@ -219,8 +219,10 @@ class Schedule:
         self.scheduler._last_lr = rates
 
 
-def check_metric(arguments: ScheduleArguments, evaluation: Evaluation | None, eval_steps: int) -> None:
-    """Check before the first step that a schedule gets the metric that it waits for.
+def check_metric(arguments: ScheduleArguments, evaluation: Evaluation, eval_steps: int) -> None:
+    """Check before the first step that a schedule gets evaluations, and metrics named as their sources require.
+
+    Which metrics there are is known after the first evaluation, where `Schedule.evaluated` checks the name itself.
 
     Args:
         arguments: parsed command-line options.

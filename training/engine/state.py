@@ -82,7 +82,8 @@ class State:
         Returns:
             `final`; on the other processes, whose `final` it is, `model` as it was.
         """
-        own = dict([*self.final.named_parameters(), *self.final.named_buffers()]) if self.final is not None else {}
+        assert self.final is not None
+        own = dict([*self.final.named_parameters(), *self.final.named_buffers()])
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             value = whole(tensor)
             if self.final is not model:

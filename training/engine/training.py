@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from training.engine.held_out import Evaluation
+from training.engine.held_out import NO_EVALUATION, Evaluation
 
 
 class PackedTokens(Protocol):
@@ -89,7 +89,8 @@ class Training(Generic[AnyModel, AnyBatch]):
             is part of the optimiser's groups and of checkpoints, but not of the final model.
         options: the parsed dataclasses of the script, all of them, which checkpoints record.
         settings: what an option that names a model or data stands for, by option, beside what the batches describe:
-            values of JSON types, which a resumed run must have in common with this one.
+            values of JSON types, which a resumed run must have in common with this one. Those of the main process
+            count; the others leave out what takes time.
         ends_after: called with the number of each step after it, on all processes; True ends the run. What it has to
             remember of earlier steps belongs into buffers of the model, which checkpoints hold.
         export: returns what is saved of the trained model, such as the encoder without its heads; None: the model.
@@ -100,7 +101,7 @@ class Training(Generic[AnyModel, AnyBatch]):
     model: AnyModel
     batches: Batches[AnyBatch]
     gradient: AccumulateGradient[AnyBatch]
-    evaluate: Evaluation | None = None
+    evaluate: Evaluation = NO_EVALUATION
     groups: list[dict[str, Any]] | None = None
     auxiliary: nn.Module = field(default_factory=nn.Module)
     options: Sequence[Any] = ()

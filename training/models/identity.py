@@ -15,6 +15,13 @@ IGNORED_FIELDS = {
     "_name_or_path",
     "transformers_version",
 }
+# Fields that earlier versions of a config do not have, with the value that stands for what they computed.
+LATER_FIELDS = {
+    "token_dim": None,
+    "token_head": "linear",
+    "token_skip_punctuation": False,
+    "query_token_weights": "none",
+}
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -36,7 +43,11 @@ def model_identity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, w
         tokenizer: its tokenizer.
         without: what the names of weights begin with that are left out, such as those of a new head.
     """
-    config = {name: value for name, value in model.config.to_dict().items() if name not in IGNORED_FIELDS}
+    config = {
+        name: value
+        for name, value in model.config.to_dict().items()
+        if name not in IGNORED_FIELDS and not (name in LATER_FIELDS and value == LATER_FIELDS[name])
+    }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     digest.update(tokenizer_identity(tokenizer).encode())
     for name, tensor in sorted(model.state_dict().items()):

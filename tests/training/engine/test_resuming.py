@@ -277,9 +277,28 @@ def test_the_contents_of_data_and_model_are_compared(train_contrastive, pairs_fi
         train_contrastive(f"--max_steps 1 --resume_from_checkpoint last --model_name_or_path {tmp_path}/model")
 
 
+def recorded(**values: Any) -> Progress:
+    return Progress(step=1, batches=1, world_size=1, settings=values)
+
+
+def test_what_earlier_versions_recorded_otherwise_is_no_other_setting():
+    """Names of held-out data, whose contents count now, and a column of scores as a teacher."""
+    plateau = {"lr_scheduler_type": PLATEAU, "eval_data": ["held-out.jsonl"]}
+    now = Settings(instances("contrastive", **plateau), {"eval_data": ["9 rows with the hash 0a"]})
+    assert not now.changes(recorded(**now.values | {"eval_data": ["held-out.jsonl"]}), Path("step-1"), [])
+    with pytest.raises(UserError, match=r"was made with --eval_data other\.jsonl"):
+        now.changes(recorded(**now.values | {"eval_data": ["other.jsonl"]}), Path("step-1"), [])
+
+    now = Settings(instances("distillation", score_column="scores"), {"score_column": "column scores"})
+    earlier = now.values | {"score_column": "scores", "score_teacher": "column scores"}
+    assert not now.changes(recorded(**earlier), Path("step-1"), [])
+    with pytest.raises(UserError, match="was made with --score_column column labels"):
+        now.changes(recorded(**earlier | {"score_teacher": "column labels"}), Path("step-1"), [])
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_after_a_loss_that_is_not_finite_the_advice_works(train_contrastive, monkeypatch, steps):
-    """The words of the message, appended to the same command."""
+    """The words of the message, appended to the same command; of rates of their own those that were given."""
     clip, calls = loop.clip_gradients, [0]
 
     def clip_gradients(*given):
@@ -287,10 +306,13 @@ def test_after_a_loss_that_is_not_finite_the_advice_works(train_contrastive, mon
         return torch.tensor(float("nan")) if calls[0] == steps + 1 else clip(*given)
 
     monkeypatch.setattr(loop, "clip_gradients", clip_gradients)
-    options = "--learning_rate 1e-3 --lr_scheduler_type constant --save_steps 1 "
+    options = "--learning_rate 1e-3 --lr_scheduler_type constant --save_steps 1 --learnable_temperature "
+    options += "--objective_learning_rate 0.02 "
     with pytest.raises(UserError, match=f"the norm of the gradient is nan at step {steps + 1}") as caught:
         train_contrastive(options)
-    pattern = r"the same command and (.*), or start anew" if steps else r"start anew with (--learning_rate \S+),"
+    pattern = r"the same command and (.*), or start anew" if steps else r"start anew with (.*), or with more"
+    assert "--objective_learning_rate 0.01" in str(caught.value)
+    assert "--span_learning_rate" not in str(caught.value)
     with pytest.MonkeyPatch.context() as patch:  # the advice reads the folder of checkpoints: not at each step
         patch.setattr(loop, "has_checkpoints", lambda folder: pytest.fail("the loss is finite"))
         output = train_contrastive(options + re.search(pattern, str(caught.value))[1])
