@@ -21,7 +21,6 @@ from training.objectives.pair_data import ContrastiveArguments, pair_batches, pa
 from training.objectives.pair_step import pair_gradient
 from training.objectives.second_modality import FeatureArguments, add_feature_task
 from training.objectives.span_penalty import SpanArguments, span_groups, span_penalty
-from training.objectives.token_arguments import freeze_unused
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The encoder, the pairs that it reads, and which of its parameters train.
     encoder, tokenizer = load_encoder(model_args)
-    settings = {"model_name_or_path": model_identity(encoder, tokenizer) if loop.is_main else ""}
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer)} if loop.is_main else {}
     tokenize = pair_tokenizer(data_args, encoder, tokenizer)
     batches, held_out = pair_batches(data_args, objective_args, tokenize, loop)
-    model = select_parameters(encoder, tuning_args)
-    freeze_unused(encoder, objective_args.by_tokens)
+    model = select_parameters(encoder, tuning_args, token_output=objective_args.by_tokens)
+    if loop.is_main:
+        objective_args.report_frozen(encoder)
 
     # What is minimised.
     objective = build_objective(objective_args, model, batches.global_batch_size)

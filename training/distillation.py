@@ -21,7 +21,6 @@ from training.models.encoder import ModelArguments, load_encoder, text_length
 from training.models.identity import model_identity
 from training.models.layer_choice import LayerArguments
 from training.models.tuning import TuningArguments, select_parameters
-from training.objectives.token_arguments import freeze_unused
 from training.teachers.arguments import TeachingArguments
 from training.teachers.embedding_teachers import Teacher
 from training.teachers.loading import load_teachers, report_mask
@@ -104,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The student, and the texts that it reads.
     encoder, tokenizer = load_encoder(model_args)
-    settings = {"model_name_or_path": model_identity(encoder, tokenizer) if loop.is_main else ""}
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer)} if loop.is_main else {}
     layer_args.apply(encoder)
     length = text_length("max_length", data_args.max_length, encoder, tokenizer)
     tokenize = PairTokenizer(tokenizer, length, length, encoder.config.prompts)
@@ -124,8 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The teachers, and what the student learns of them.
     teachers = load_teachers(teaching_args, len(data_args.text_columns) - 1, data_args.batch_tokens, loop.output_dir)
-    student = select_parameters(encoder, tuning_args)
-    freeze_unused(encoder, teaching_args.by_tokens)
+    student = select_parameters(encoder, tuning_args, token_output=teaching_args.by_tokens)
+    if loop.is_main:
+        teaching_args.report_frozen(encoder)
     objective = Teaching(teaching_args, student, {role: teacher.width for role, teacher in teachers.items()})
     objective.check_rows("--per_device_train_batch_size", batches.global_batch_size)
     for source in held_out:

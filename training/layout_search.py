@@ -26,6 +26,7 @@ from training.engine.training import Training
 from training.models.encoder import ModelArguments, load_encoder
 from training.models.identity import model_identity
 from training.models.supernet import Supernet
+from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective, objective_groups
 from training.objectives.guide import load_guide
@@ -51,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # The encoder, the pairs that it reads, and the supernet that starts from it.
     encoder, tokenizer = load_encoder(model_args)
-    settings = {"model_name_or_path": model_identity(encoder, tokenizer) if loop.is_main else ""}
+    settings = {"model_name_or_path": model_identity(encoder, tokenizer)} if loop.is_main else {}
     if not isinstance(encoder, LongEmbedModel):
         raise UserError("--trust_remote_code: the sublayers that are tried are of our own code; leave it out")
     tokenize = pair_tokenizer(data_args, encoder, tokenizer)
     batches, held_out = pair_batches(data_args, objective_args, tokenize, loop)
     search_args.check_steps(loop.total_steps(batches))
     supernet = Supernet(encoder, search_args.gumbel_temperature)
+    select_parameters(supernet, TuningArguments(), token_output=objective_args.by_tokens)
 
     def derive(supernet: Supernet) -> LongEmbedModel:
         found = supernet.derive()
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gradient=alternate(supernet, search_args, pair_gradient(objective, guide)),
         evaluate=pair_retrieval(data_args, objective, batches, held_out, loop),
         groups=[
-            *search_groups(supernet, search_args, run_args.weight_decay),
+            *objective_args.groups(supernet, search_groups(supernet, search_args, run_args.weight_decay)),
             *objective_groups(objective, run_args.weight_decay),
         ],
         auxiliary=objective,

@@ -52,6 +52,20 @@ def compress(teacher, documents_file, tmp_path):
     return run
 
 
+def test_a_new_student_has_no_token_output_that_nothing_trains(compress, teacher, word_tokenizer, tmp_path):
+    """One of the teacher's layers keeps the teacher's, which does not train either."""
+    folder = tmp_path / "with-head"
+    model = LongEmbedModel(tiny_config(token_dim=16, query_token_weights="state", token_head="mlp"))
+    model.tokenizer = word_tokenizer
+    model.save_pretrained(folder)
+    _, final = compress(f"--model_name_or_path {folder} --student_hidden_size 16", "new")
+    config = LongEmbedModel.from_pretrained(final).config
+    assert (config.token_dim, config.token_head, config.query_token_weights) == (None, "linear", "none")
+    _, final = compress(f"--model_name_or_path {folder} --student_layers 0", "layer")
+    kept = LongEmbedModel.from_pretrained(final).token_output.state_dict()
+    torch.testing.assert_close(dict(kept), dict(model.token_output.state_dict()), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "kept"),
     [("", [0, 2]), ("--student_layers ends:2", [0, 3]), ("--student_layers 1 2", [1, 2])],

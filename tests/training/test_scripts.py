@@ -1,5 +1,6 @@
 """What every script over the loop keeps to, whatever it trains."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,8 +12,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from common.errors import UserError
+from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
 from tests.training.double_precision import double_precision
-from tests.training.tiny_training import SCRIPTS, losses, random_documents, random_pairs, write_jsonl
+from tests.training.tiny_training import SCRIPTS, losses, random_documents, random_pairs, tiny_config, write_jsonl
+from training.engine.training import Training
 
 TRAINING = Path(__file__).parents[2] / "training"
 
@@ -24,6 +27,72 @@ def script(request) -> str:
 
 def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folders_with_token_output(tmp_path_factory, word_tokenizer) -> dict[type, Path]:
+    """A saved tiny encoder and a masked-language model, with a token head and weights of query tokens."""
+    folders = {}
+    for kind in (LongEmbedModel, LongEmbedForMaskedLM):
+        folders[kind] = tmp_path_factory.mktemp("tokens")
+        kind(tiny_config(token_dim=16, query_token_weights="state")).save_pretrained(folders[kind])
+        word_tokenizer.save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture
+def built(folders_with_token_output, inputs, tmp_path, monkeypatch):
+    """Build what a script would train, from a model with a token head and weights of query tokens."""
+
+    def build(name: str, options: str = "") -> Training:
+        folder = folders_with_token_output[LongEmbedForMaskedLM if name == "pretraining" else LongEmbedModel]
+        module, found = importlib.import_module(f"training.{name}"), list[Training]()
+        monkeypatch.setattr(module, "run_training", lambda training, *_: found.append(training) or training.model)
+        monkeypatch.setattr(module, "write_layout", lambda *_: "", raising=False)
+        of_script = OPTIONS_FOR_TOKENS[name].format(model=folder)
+        given = f"--model_name_or_path {folder} --train_data {inputs.get(name, inputs['contrastive'])[1]} "
+        given += f"--output_dir {tmp_path}/out --max_steps 4 --dataloader_num_workers 0 {of_script} {options}"
+        module.main(given.split())
+        return found[0]
+
+    return build
+
+
+OPTIONS_FOR_TOKENS = {
+    "compression": "--relation_heads 4 --sequence_length 40 --per_device_train_tokens 80",
+    "contrastive": "--per_device_train_batch_size 8",
+    "distillation": "--per_device_train_batch_size 8 --structural_teacher truncate:{model}:16",
+    "layout_search": "--per_device_train_batch_size 8 --weight_steps 2 --cycle_steps 2 --architecture_share 0.5",
+    "pretraining": "--sequence_length 40 --per_device_train_tokens 80",
+}
+
+
+@pytest.mark.parametrize("tuning", ["full", "longlora"])
+@pytest.mark.parametrize("name", OPTIONS_FOR_TOKENS)
+def test_what_makes_token_vectors_trains_only_where_a_loss_reads_them(built, name, tuning):
+    """DDP waits for the gradient of every parameter that requires one."""
+    if name == "layout_search" and tuning != "full":
+        pytest.skip("the layout search trains all weights")
+    options = "" if name == "layout_search" else f"--tuning {tuning} "
+    if tuning == "longlora":
+        options += "--lora_target_modules q_proj head query_gate"
+    model = built(name, options).model
+    of_tokens = {name: weight for name, weight in model.named_parameters() if "token_output" in name}
+    assert of_tokens
+    assert not [name for name, weight in of_tokens.items() if weight.requires_grad]
+
+
+@pytest.mark.parametrize("name", ["contrastive", "layout_search"])
+def test_late_interaction_trains_them_and_their_learning_rate_counts(built, name):
+    training = built(name, "--similarity maxsim --token_weights_learning_rate 0.25")
+    of_tokens = dict(training.model.token_output.named_parameters())
+    assert all(weight.requires_grad for weight in of_tokens.values())
+    grouped = [weight for group in training.groups for weight in group["params"]]
+    assert len({id(weight) for weight in grouped}) == len(grouped)
+    assert {id(weight) for weight in training.model.parameters()} <= {id(weight) for weight in grouped}
+    (own,) = [group for group in training.groups if group.get("lr") == 0.25]
+    weights = {id(weight) for name, weight in of_tokens.items() if name.startswith("query_")}
+    assert {id(weight) for weight in own["params"]} == weights
 
 
 def test_gradient_checkpointing_and_the_token_budget_change_nothing(train_script, script, tmp_path):

@@ -84,21 +84,21 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if world_size() == 1 else _GatherWithGradient.apply(rows)
 
 
-def gather_uneven_rows(rows: Tensor) -> Tensor:
+def gather_uneven_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows of all processes in process order, differentiable, where each process may have another number.
 
     Args:
         rows: `(n, ...)`; n may differ between the processes.
 
     Returns:
-        `(sum of n, ...)`.
+        `(sum of n, ...)`, and the number of rows of each process, int64.
     """
-    if world_size() == 1:
-        return rows
-    counts = gather_rows(torch.tensor([len(rows)], device=rows.device)).tolist()
-    padding = rows.new_zeros(max(counts) - len(rows), *rows.shape[1:])
+    counts = gather_rows(torch.tensor([len(rows)], device=rows.device))
+    if len(counts) == 1:
+        return rows, counts
+    padding = rows.new_zeros(int(counts.max()) - len(rows), *rows.shape[1:])
     padded = gather_rows(torch.cat([rows, padding])).unflatten(0, (len(counts), -1))
-    return torch.cat([part[:count] for part, count in zip(padded, counts, strict=True)])
+    return torch.cat([part[:count] for part, count in zip(padded, counts.tolist(), strict=True)]), counts
 
 
 def own_rows(count: int) -> slice:

@@ -131,8 +131,12 @@ def _given(name: str, model_arguments: ModelArguments) -> tuple[PreTrainedModel,
 
 
 def _new_config(teacher: Any, changes: dict[str, Any]) -> Any:
-    """Return the teacher's config with other sizes."""
+    """Return the teacher's config with other sizes.
+
+    A new student has no token head and no weights of query tokens: nothing would train the teacher's.
+    """
     fields = teacher.to_dict() | changes
+    fields |= {"token_dim": None, "token_head": "linear", "query_token_weights": "none"}
     fields["head_dim"] = None
     if "intermediate_size" not in changes:
         fields["intermediate_size"] = fields["hidden_size"] * teacher.intermediate_size // teacher.hidden_size

@@ -54,7 +54,9 @@ class TuningArguments:
     )
 
 
-def select_parameters(model: PreTrainedModel, arguments: TuningArguments) -> PreTrainedModel | PeftModel:
+def select_parameters(
+    model: PreTrainedModel, arguments: TuningArguments, *, token_output: bool = False
+) -> PreTrainedModel | PeftModel:
     """Choose the parameters that train, in place.
 
     - `lora`: Hu et al. 2021 (arXiv:2106.09685), through peft.
@@ -63,9 +65,13 @@ def select_parameters(model: PreTrainedModel, arguments: TuningArguments) -> Pre
     - `positions`: only the rows of the position table that the extension has added (E5-Base-4k, Zhu et al. 2024,
       arXiv:2404.12096). The rows of the original model do not change by a bit. A table without added rows trains whole.
 
+    The token head and the weights of query tokens train only if a loss reads token vectors: DDP waits for the gradient
+    of every parameter that requires one.
+
     Args:
         model: the model before any wrapper.
         arguments: parsed command-line options.
+        token_output: whether a loss reads token vectors, and trains what makes them.
 
     Returns:
         `model`, wrapped by peft for `lora` and `longlora`.
@@ -73,11 +79,15 @@ def select_parameters(model: PreTrainedModel, arguments: TuningArguments) -> Pre
     Raises:
         UserError: the model has no position table, or no module that LoRA can update.
     """
+    selected: PreTrainedModel | PeftModel = model
+    output: nn.Module | None = getattr(model.base_model, "token_output", None)  # code of earlier versions has none
     if arguments.tuning == "positions":
         _train_positions(model)
     elif arguments.tuning in ("lora", "longlora"):
-        return _add_lora(model, arguments)
-    return model
+        selected = _add_lora(model, arguments)
+    if output is not None and not token_output:
+        output.requires_grad_(False)
+    return selected
 
 
 def _add_lora(model: PreTrainedModel, arguments: TuningArguments) -> PeftModel:

@@ -1,6 +1,5 @@
 """One step of contrastive training on pairs: the gradient of an objective over the batches of all processes."""
 
-import torch
 from torch import Tensor, nn
 
 from training.data.pairs.batches import PairBatch
@@ -84,10 +83,9 @@ def by_row(texts: Tensor, pairs: int) -> Tensor:
 
 def gather_tokens(texts: TokenVectors) -> TokenVectors:
     """Return the texts of all processes in process order, differentiable; each process has as many of them."""
-    vectors = gather_uneven_rows(texts.vectors)
-    if vectors is texts.vectors:
+    vectors, totals = gather_uneven_rows(texts.vectors)
+    if len(totals) == 1:
         return texts
-    totals = gather_rows(torch.tensor([len(texts.vectors)], device=vectors.device))
     first, count = gather_rows(texts.first.contiguous()), gather_rows(texts.count.contiguous())
     before = (totals.cumsum(0) - totals).repeat_interleave(len(texts))
     return TokenVectors(vectors, first + before.view(-1, *[1] * (first.ndim - 1)), count)

@@ -1,5 +1,6 @@
 """Command-line options of late interaction, which contrastive training and the distillation of scores share."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -77,8 +78,8 @@ class TokenArguments:
         """
         if self.reads_tokens and not hasattr(encoder, "token_output"):
             raise UserError(
-                "late interaction: what is trained here gives one vector a text: a layout search does, and so does a "
-                "model whose folder holds the code of an earlier version; leave out maxsim"
+                "late interaction: the code in the model's folder is of an earlier version, which gives one vector a "
+                "text; leave out maxsim"
             )
         if not self.token_dims:
             return
@@ -92,7 +93,10 @@ class TokenArguments:
             raise UserError(f"--token_dims {too_wide[0]}: must be from 1 to {width}, the size of the token vectors")
 
     def groups(self, encoder: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Give the weights of query tokens their own learning rate, and no weight decay, if there is one.
+        """Give the weights of query tokens that train a group of their own, without decay.
+
+        Its learning rate is `--token_weights_learning_rate`, if that is given. The group does not depend on it, so that
+        a resumed run can have another one.
 
         Args:
             encoder: the encoder, whose trainable parameters have been selected.
@@ -105,10 +109,11 @@ class TokenArguments:
             UserError: there is a learning rate, but no weights that train.
         """
         rate = self.token_weights_learning_rate
-        if rate is None:
-            return groups
-        named = encoder.token_output.named_parameters()
+        output: nn.Module | None = getattr(encoder, "token_output", None)
+        named = [] if output is None else list(output.named_parameters())
         weights = [parameter for name, parameter in named if name.startswith("query_") and parameter.requires_grad]
+        if not weights and rate is None:
+            return groups
         if not weights:
             raise UserError(
                 f"--token_weights_learning_rate {rate}: no weights of query tokens train; give the model some with "
@@ -116,18 +121,23 @@ class TokenArguments:
             )
         own = {id(parameter) for parameter in weights}
         others = [group | {"params": [p for p in group["params"] if id(p) not in own]} for group in groups]
-        return [*others, {"params": weights, "weight_decay": 0.0, "lr": rate}]
+        group: dict[str, Any] = {"params": weights, "weight_decay": 0.0}
+        return [*others, group if rate is None else group | {"lr": rate}]
+
+    def report_frozen(self, encoder: Any) -> None:
+        """Say on stderr if a model has a token head or weights of query tokens, and none of them trains.
+
+        Args:
+            encoder: the encoder, whose trainable parameters have been selected.
+        """
+        output: nn.Module | None = getattr(encoder, "token_output", None)
+        parameters = [] if output is None else list(output.parameters())
+        if self.by_tokens and parameters and not any(parameter.requires_grad for parameter in parameters):
+            print(
+                "the token head and the weights of query tokens stay as they are: only --tuning full trains them",
+                file=sys.stderr,
+            )
 
     def for_scoring(self, vectors: Tensor, count: Tensor, queries: int) -> TokenVectors:
         """Return texts as they are scored, from `vectors` of tokens, a text's `count`, and how many are `queries`."""
         return for_scoring(vectors, count, queries, mean=self.mean, pooling=self.token_pooling)
-
-
-def freeze_unused(encoder: Any, by_tokens: bool) -> None:
-    """Let the token head and the weights of query tokens not train if no loss reads token vectors.
-
-    DDP waits for the gradient of every parameter that requires one.
-    """
-    output: nn.Module | None = getattr(encoder, "token_output", None)
-    if output is not None and not by_tokens:
-        output.requires_grad_(False)

@@ -6,10 +6,10 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config, word_tokenizer
 from training.data.packing import pack
 from training.data.pairs.batches import PairBatch
+from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import build_objective
-from training.objectives.token_arguments import freeze_unused
 
 # Options by case; a case is named after its objective. Queues are longer than a batch and no multiple of it.
 CASES = {
@@ -63,7 +63,7 @@ def double_objective(case: str, encoder: torch.nn.Module, rows: int, options: di
     torch.manual_seed(2)
     arguments = ObjectiveArguments(objective=case.split()[0], **(CASES[case] | (options or {})))
     wide_enough = max(rows, 2)
-    freeze_unused(encoder, arguments.by_tokens)
+    select_parameters(encoder, TuningArguments(), token_output=arguments.by_tokens)
     if arguments.objective == "simcse":
         # The check of the dropout has its own test; here simcse is tested without dropout, too.
         rate, encoder.config.hidden_dropout_prob = encoder.config.hidden_dropout_prob, 0.1

@@ -26,17 +26,20 @@ from training.data.packing import pack
 from training.engine.state import enable_gradient_checkpointing
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives import pair_step
-from training.objectives.contrastive import blocks
+from training.objectives.contrastive import blocks, teaching
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.blocks import GatheredBatch
 from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import OBJECTIVES, build_objective
 from training.objectives.embed import embed, pool
 from training.objectives.heads import ProjectionHead
+from training.objectives.losses import contrastive as losses_contrastive
+from training.objectives.losses import token_vectors
 from training.objectives.losses.contrastive import info_nce
 from training.objectives.losses.momentum import momentum_contrast
 from training.objectives.losses.regularizers import debias, spread_out
 from training.objectives.losses.simclr import nt_xent
+from training.objectives.losses.similarity import similarity
 from training.objectives.losses.supcon import sup_con
 from training.objectives.losses.token_vectors import TokenVectors
 from training.objectives.losses.vicreg import vicreg
@@ -253,6 +256,63 @@ def test_is_the_loss_by_hand(case, rows_at_once, monkeypatch):
     torch.testing.assert_close(loss, by_hand(objective, batch), atol=1e-10, rtol=1e-10)
     if "auxiliary" not in case:
         torch.testing.assert_close(metrics["loss"], loss.detach(), atol=0, rtol=0)
+
+
+@pytest.fixture
+def compared(monkeypatch) -> list[tuple[str, int]]:
+    """Of each score matrix that objectives compute: of which texts it is, and the number of its rows."""
+    found, compute = [], similarity
+
+    def counted(rows, columns, temperature):
+        found.append((type(rows).__name__, len(rows)))
+        return compute(rows, columns, temperature)
+
+    for module in (losses_contrastive, teaching):
+        monkeypatch.setattr(module, "similarity", counted)
+    return found
+
+
+@pytest.mark.parametrize(("rows_at_once", "expected"), [(512, [6]), (4, [4, 6, 2, 6])])
+def test_scores_are_computed_once_and_judge_themselves(compared, monkeypatch, rows_at_once, expected):
+    """MaxSim is what a step of late interaction costs: the other direction of all rows is its transpose."""
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", rows_at_once)
+    arguments = ObjectiveArguments(similarity="maxsim", symmetric=True, false_negative_margin=0.0)
+    objective = build_objective(arguments, double_encoder(), PAIRS)
+    _, metrics = objective(random_batch(4))
+    assert metrics["false_negative_share"] > 0
+    assert compared == [("TokenVectors", rows) for rows in expected]
+
+
+def test_token_vectors_of_all_columns_are_shortened_at_once(monkeypatch):
+    """For each size but the whole one: a copy of them for queries, positives and negatives each would be three."""
+    shortened, cut = [], token_vectors.truncate_tokens
+    monkeypatch.setattr(token_vectors, "truncate_tokens", lambda *given: shortened.append(given[1]) or cut(*given))
+    objective = double_objective("info_nce maxsim", double_encoder(), PAIRS)
+    objective(random_batch(4))
+    assert shortened == [8]
+
+
+def test_all_sizes_of_the_vector_learn_from_scores_that_are_computed_once(compared):
+    batch = random_batch(4)
+    arguments = ObjectiveArguments(teach_vector_by="maxsim", matryoshka_dims=[32, 8], matryoshka_weights=[1.0, 0.5])
+    loss, metrics = teaching.teach_vector(batch, arguments)
+    assert [kind for kind, _ in compared] == ["TokenVectors", "Tensor", "Tensor"]
+    alone = ObjectiveArguments(teach_vector_by="maxsim")
+    wide, narrow = (
+        teaching.teach_vector(replace(batch, embeddings=batch.embeddings[..., :dim]), alone)[0] for dim in (32, 8)
+    )
+    torch.testing.assert_close(loss, wide + 0.5 * narrow, atol=1e-12, rtol=0)
+    torch.testing.assert_close(metrics["loss_at_8"], narrow, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [("maxsim", 1.0), ("meanmaxsim", 0.05)])
+def test_the_teachers_scores_have_the_temperature_of_their_scale(kind, temperature):
+    """A mean of cosines at a temperature of 1 would teach that all documents are nearly alike."""
+    by_default, given = (
+        teaching.teach_vector(random_batch(4), ObjectiveArguments(teach_vector_by=kind, **more))[0]
+        for more in ({}, {"teach_temperature": temperature})
+    )
+    torch.testing.assert_close(by_default, given, atol=0, rtol=0)
 
 
 def test_a_guide_decides_instead_of_the_own_scores():

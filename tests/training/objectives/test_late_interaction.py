@@ -7,6 +7,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from sentence_transformers.multi_vector_encoder.losses import (
     CachedMultiVectorMultipleNegativesRankingLoss,
     MultiVectorDistillKLDivLoss,
@@ -29,6 +30,7 @@ from tests.training.tiny_training import random_pairs, tiny_config, unit, write_
 from training import contrastive, distillation
 from training.data.pairs.batches import PairTokenizer, collate_pairs
 from training.data.sources import Source
+from training.engine.checkpoints import WEIGHTS
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective
 from training.objectives.embed import embed_for_scoring
@@ -214,6 +216,35 @@ def test_a_training_moves_head_and_weights_and_lowers_the_loss(token_folder, pai
     assert moved["token_output.query_gate.weight"] > 0.06
     with pytest.raises(UserError, match=r"--similarity maxsim, now it is meanmaxsim.*a training starts from it"):
         contrastive.main((options + "--similarity meanmaxsim --max_steps 20 --resume_from_checkpoint last").split())
+
+
+def test_a_resumed_run_gives_the_weights_of_query_tokens_another_rate(token_folder, pairs_file, tmp_path):
+    """One that has none at first; AdamW's step is about its learning rate, and without decay nothing else moves them.
+
+    The optimiser's groups are those of the checkpoint, whatever the rates are.
+    """
+    options = f"--model_name_or_path {token_folder} --train_data {pairs_file} --similarity maxsim --dropout 0 "
+    options += "--per_device_train_batch_size 8 --batch_tokens 200 --learning_rate 1e-4 --lr_scheduler_type constant "
+    options += "--weight_decay 1000 --save_total_limit 9 "
+    options += f"--dataloader_num_workers 0 --report_to none --output_dir {tmp_path} "
+    contrastive.main((options + "--max_steps 1").split())
+    more = "--resume_from_checkpoint last --change_settings max_steps token_weights_learning_rate "
+    contrastive.main((options + "--max_steps 2 " + more).split())
+    contrastive.main((options + "--max_steps 3 --token_weights_learning_rate 0.05 " + more).split())
+    folders = [tmp_path / "checkpoints" / f"step-{step}" / WEIGHTS for step in (1, 2, 3)]
+    one, two, three = (load_file(folder) for folder in folders)
+    for name in ("token_output.query_table", "token_output.query_gate.weight"):
+        assert 5e-5 < (two[name] - one[name]).abs().max() < 2e-4
+        assert 0.02 < (three[name] - two[name]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_a_run_says_that_head_and_weights_do_not_train(token_folder, pairs_file, tmp_path, capsys, tuning):
+    options = f"--model_name_or_path {token_folder} --train_data {pairs_file} --similarity maxsim --max_steps 1 "
+    options += f"--per_device_train_batch_size 8 --dataloader_num_workers 0 --report_to none --output_dir {tmp_path} "
+    contrastive.main((options + f"--tuning {tuning}").split())
+    said = "the token head and the weights of query tokens stay as they are: only --tuning full trains them"
+    assert (said in capsys.readouterr().err) == (tuning == "lora")
 
 
 def test_without_late_interaction_the_token_output_stays(token_folder, pairs_file, tmp_path):

@@ -16,9 +16,9 @@ from training import distillation, pretraining
 from training.data.packing import pack
 from training.data.pairs.batches import PairBatch, PairTokenizer
 from training.data.sources import Source
+from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.losses.correlation import SoftCCA, dcca
 from training.objectives.losses.soft_targets import margin_mse, soft_targets
-from training.objectives.token_arguments import freeze_unused
 from training.teachers.arguments import TeachingArguments
 from training.teachers.objective import Teaching
 from training.teachers.step import TeachingEvaluation, teaching_gradient
@@ -58,7 +58,7 @@ def encoder(dropout: float = 0.0) -> LongEmbedModel:
 def objective_of(case: str, model: torch.nn.Module, **more) -> Teaching:
     torch.manual_seed(2)
     arguments = arguments_of(case, **more)
-    freeze_unused(model, arguments.by_tokens)
+    select_parameters(model, TuningArguments(), token_output=arguments.by_tokens)
     roles = [role for role in ("structural", "contextual", "score") if getattr(arguments, f"{role}_teacher")]
     return Teaching(arguments, model, dict.fromkeys(roles, WIDTH)).double().train()
 

@@ -183,6 +183,7 @@ class PairBatches(Dataset):
         self.first_batch_of_source = np.concatenate([[0], np.cumsum(self.batches_of_source)])
         text_ids = [source.text_ids(source.columns) for source in sources]
         self.orders = [RowOrder(ids, self.global_batch_size, seed, 1 + number) for number, ids in enumerate(text_ids)]
+        self.contents = [source.content(ids) for source, ids in zip(sources, text_ids, strict=True)]
         # The numbers of all texts are not needed any more, and every worker would have a copy of them.
         self.sources = [replace(source, ids={}) for source in sources]
 
@@ -193,8 +194,8 @@ class PairBatches(Dataset):
         """Return what options stand for, by option: the content of the data, and the batch of all processes."""
         return {
             "train_data": [
-                f"{source.content(source.text_ids(source.columns))} and weight {source.weight:g}"
-                for source in self.sources
+                f"{content} and weight {source.weight:g}"
+                for content, source in zip(self.contents, self.sources, strict=True)
             ],
             "per_device_train_batch_size": f"{self.global_batch_size} over all processes",
         }

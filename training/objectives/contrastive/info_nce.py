@@ -24,12 +24,13 @@ class InfoNCE(Objective):
         query_id, positive_id, negative_id = _pair_columns(batch.text_ids)
         margin = arguments.false_negative_margin
 
-        def loss(*columns: Texts, rows: slice) -> tuple[Tensor, Metrics]:
+        def loss(texts: Texts, rows: slice) -> tuple[Tensor, Metrics]:
+            columns = _pair_columns(texts)
             guide: Any = None
             if batch.guide is not None:
                 guide = _pair_columns(batch.guide)
             elif margin is not None:
-                guide = (columns[0], columns[1], columns[2] if columns[2:] else None)
+                guide = columns
             return info_nce(
                 *columns,
                 temperature=self.temperature(),
@@ -46,8 +47,8 @@ class InfoNCE(Objective):
             )
 
         texts: Any = batch.tokens if arguments.by_tokens else F.normalize(batch.embeddings, dim=-1)
-        columns = _pair_columns(texts)
-        return self.over_dims(in_blocks(loss, batch.rows, count), *(column for column in columns if column is not None))
+        # All texts in one: the columns of token vectors share them, and a size of --token_dims is computed once.
+        return self.over_dims(in_blocks(loss, batch.rows, count), texts)
 
 
 class SimCSE(InfoNCE):

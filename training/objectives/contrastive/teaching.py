@@ -28,11 +28,14 @@ def teach_vector(batch: GatheredBatch, arguments: ObjectiveArguments) -> tuple[T
     token_query, token_document = tokens[:, 0], in_one([tokens[:, column] for column in columns])
 
     def loss(query: Tensor, document: Tensor, rows: slice) -> tuple[Tensor, Metrics]:
-        teacher = similarity(token_query[rows], token_document, arguments.teach_temperature)
-        return soft_targets(similarity(query[rows], document, arguments.teach_vector_temperature), teacher)
+        teacher = similarity(token_query[rows], token_document, arguments.temperature_of_teacher)
+
+        def of_size(query: Tensor, document: Tensor) -> tuple[Tensor, Metrics]:
+            return soft_targets(similarity(query, document, arguments.teach_vector_temperature), teacher)
+
+        dims, weights = arguments.matryoshka_dims, arguments.matryoshka_weights
+        return (matryoshka(of_size, dims, weights or None) if dims else of_size)(query[rows], document)
 
     vectors = F.normalize(batch.embeddings, dim=-1)
     over_blocks = in_blocks(loss, batch.rows, len(vectors))
-    if arguments.matryoshka_dims:
-        over_blocks = matryoshka(over_blocks, arguments.matryoshka_dims, arguments.matryoshka_weights or None)
     return over_blocks(vectors[:, 0], in_one([vectors[:, column] for column in columns]))

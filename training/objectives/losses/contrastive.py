@@ -89,8 +89,14 @@ def info_nce(
         0.5514
     """
     documents = positive if negative is None else in_one([positive, negative])
-    scores = similarity(query[rows], documents, temperature)
-    back = similarity(query, positive[rows], temperature).T if symmetric else None
+    similar = similarity(query[rows], documents, temperature=1.0)
+    similar_back: Tensor | None = None  # of every query, `(rows, N)`, to the positives of `rows`
+    if symmetric and len(similar) == len(query):
+        similar_back = similar[:, : len(positive)].T
+    elif symmetric:
+        similar_back = similarity(query, positive[rows], temperature=1.0).T
+    scores = similar / temperature
+    back = None if similar_back is None else similar_back / temperature
     number = torch.arange(len(query), device=scores.device)
     target, metrics = number[rows], dict[str, Tensor]()
 
@@ -113,14 +119,17 @@ def info_nce(
 
     if guide is not None:
         guide_query, guide_positive, guide_negative = guide
-        guide_documents = guide_positive if guide_negative is None else in_one([guide_positive, guide_negative])
-        judged = similarity(guide_query[rows], guide_documents, temperature=1.0)
+        judged, judged_back = similar.detach(), None if similar_back is None else similar_back.detach()
+        if guide_query is not query or guide_positive is not positive or guide_negative is not negative:
+            guide_documents = guide_positive if guide_negative is None else in_one([guide_positive, guide_negative])
+            judged = similarity(guide_query[rows], guide_documents, temperature=1.0)
+            if symmetric:
+                judged_back = similarity(guide_query, guide_positive[rows], temperature=1.0).T
         excluded = _nearer_than_own(judged, target, guide_margin, guide_relative)
         scores = scores.masked_fill(excluded, -torch.inf)
         metrics["false_negative_share"] = excluded.sum() / max(1, excluded.numel() - len(target))
-        if back is not None:
-            judged = similarity(guide_query, guide_positive[rows], temperature=1.0).T
-            back = back.masked_fill(_nearer_than_own(judged, target, guide_margin, guide_relative), -torch.inf)
+        if back is not None and judged_back is not None:
+            back = back.masked_fill(_nearer_than_own(judged_back, target, guide_margin, guide_relative), -torch.inf)
 
     loss = F.cross_entropy(scores, target)
     if back is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling_longembed.output_token_pooling_longembed import pool_packed_tokens
+from modeling_longembed.output_tokens_longembed import truncate_tokens
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class TokenVectors:
         """Return the first dimensions, scaled to the length of the whole vectors: 1, or a query token's weight."""
         if dim == self.vectors.shape[1]:
             return self
-        length = self.vectors.norm(dim=1, keepdim=True)
-        return replace(self, vectors=length * F.normalize(self.vectors[:, :dim], dim=1))
+        return replace(self, vectors=truncate_tokens(self.vectors, dim))
 
     def detach(self) -> "TokenVectors":
         """Return the same texts without gradient."""

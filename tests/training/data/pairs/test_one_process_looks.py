@@ -116,6 +116,7 @@ def test_each_text_is_hashed_once(read, monkeypatch):
     expected = Counter(text for part in rows for row in part for text in row.values())
     assert seen == expected
     made = PairBatches(train, PairTokenizer(None, 40, 40, {}), batch_size=2, batch_tokens=100, seed=0)
+    made.describe()
     assert seen == expected
     assert not any(source.ids for source in made.sources)  # no worker gets a copy
 
