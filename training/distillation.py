@@ -30,11 +30,7 @@ from training.teachers.step import TaughtBatches, TeachingEvaluation, teaching_g
 
 @dataclass
 class DistillationArguments:
-    """The texts, and the size of the batches.
-
-    Raises:
-        UserError: a size is not positive.
-    """
+    """The texts, and the size of the batches."""
 
     train_data: list[str] = field(
         metadata={
@@ -54,13 +50,12 @@ class DistillationArguments:
     max_length: int | None = field(
         default=None, metadata={"help": "tokens at which the student truncates texts; its context if not given"}
     )
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "rows per batch on one process"})
-    batch_tokens: int = field(default=16384, metadata={"help": "tokens whose activations are in memory at once"})
-
-    def __post_init__(self) -> None:
-        for name in ("per_device_train_batch_size", "batch_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "rows per batch on one process", "within": "[1, inf)"}
+    )
+    batch_tokens: int = field(
+        default=16384, metadata={"help": "tokens whose activations are in memory at once", "within": "[1, inf)"}
+    )
 
     def sources(self, data: list[str], teaching: TeachingArguments) -> list[Source]:
         """Open the data as teachers and student read it.

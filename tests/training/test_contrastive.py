@@ -70,7 +70,11 @@ def test_the_final_tokenizer_does_not_cut_off(train_contrastive, model_folder):
     [
         ("--max_length 129", r"--max_length 129: must be at most 128, the context of"),
         ("--query_max_length 2", r"--query_max_length 2: must be"),
-        ("--temperature 0", r"--temperature 0.0: must be more than 0"),
+        ("--temperature 0", r"--temperature: 0: must be more than 0"),
+        *[
+            (f"--{name} 0", rf"--{name}/\S*: 0: must be at least 1")
+            for name in ("logging_steps", "save_steps", "save_total_limit", "gradient_accumulation_steps")
+        ],
         ("--temprature 1", r"unknown argument --temprature .*did you mean --temperature"),
     ],
 )

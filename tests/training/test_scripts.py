@@ -75,7 +75,7 @@ def test_what_makes_token_vectors_trains_only_where_a_loss_reads_them(built, nam
         pytest.skip("the layout search trains all weights")
     options = "" if name == "layout_search" else f"--tuning {tuning} "
     if tuning == "longlora":
-        options += "--lora_target_modules q_proj head query_gate"
+        options += "--lora_target_modules q_proj query_gate"
     model = built(name, options).model
     of_tokens = {name: weight for name, weight in model.named_parameters() if "token_output" in name}
     assert of_tokens
@@ -178,7 +178,7 @@ def test_going_on_with_something_else_is_refused(train_script, script, inputs, t
             "{size} {too_much}",
             r"has (48|24) pairs, fewer than a batch of (49|25)|--per_device_train_tokens 59: .* at least 60",
         ),
-        ("{size} 0", r"{size} 0: must be more than 0|{size}/\S*: 0: must be at least 1"),
+        ("{size} 0", r"{size}/\S*: 0: must be at least 1"),
         ("--tuning all", r"--tuning.*: invalid choice: 'all'"),
         ("--learning_rat 1", r"unknown argument --learning_rat .*did you mean --learning_rate"),
         ("--learning_rate fast", r"--learning_rate.*: invalid float value: 'fast'"),

@@ -13,7 +13,7 @@ class LoopArguments(OptimizerArguments):
     """How long a run is, how it computes, and when it logs, evaluates and saves.
 
     Raises:
-        UserError: a number of steps is not positive, or nothing is to be trained.
+        UserError: nothing is to be trained.
     """
 
     output_dir: str = field(
@@ -23,7 +23,9 @@ class LoopArguments(OptimizerArguments):
         default=1.0, metadata={"help": "passes through the training data", "applies": {"max_steps": NOT_GIVEN}}
     )
     max_steps: int = field(default=-1, metadata={"help": "optimiser steps; overrides --num_train_epochs if positive"})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "batches per optimiser step"})
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "batches per optimiser step", "within": "[1, inf)"}
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "recompute activations in the backward pass: less memory, slower"}
     )
@@ -33,7 +35,9 @@ class LoopArguments(OptimizerArguments):
         default=1,
         metadata={"help": "processes that tokenize ahead; 0: tokenize in the training process", "within": "[0, inf)"},
     )
-    logging_steps: int = field(default=10, metadata={"help": "steps between two lines of metrics.jsonl"})
+    logging_steps: int = field(
+        default=10, metadata={"help": "steps between two lines of metrics.jsonl", "within": "[1, inf)"}
+    )
     report_to: Literal["tensorboard", "none"] = field(
         default="tensorboard", metadata={"help": "tracker that metrics go to, in addition to metrics.jsonl"}
     )
@@ -45,8 +49,12 @@ class LoopArguments(OptimizerArguments):
             "applies": [{"eval_data": GIVEN}, {"eval_split": GIVEN}],
         },
     )
-    save_steps: int = field(default=500, metadata={"help": "steps between two checkpoints; the last step makes one"})
-    save_total_limit: int | None = field(default=2, metadata={"help": "number of checkpoints to keep"})
+    save_steps: int = field(
+        default=500, metadata={"help": "steps between two checkpoints; the last step makes one", "within": "[1, inf)"}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "number of checkpoints to keep", "within": "[1, inf)"}
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "'last' (the newest checkpoint; if there is none, start anew) or the path of a checkpoint"},
@@ -70,10 +78,5 @@ class LoopArguments(OptimizerArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("logging_steps", "save_steps", "gradient_accumulation_steps"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             raise UserError("nothing to train: give --max_steps or --num_train_epochs more than 0")
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")

@@ -20,11 +20,7 @@ CPU_SHARE = 0.9  # of the machine's memory that a run on the CPU may take if no 
 
 @dataclass(kw_only=True)
 class MemoryArguments:
-    """How much memory there is, and what is tried before the first step.
-
-    Raises:
-        UserError: the limit is not positive.
-    """
+    """How much memory there is, and what is tried before the first step."""
 
     rehearse: Literal["first", "only", "never"] = field(
         default="first",
@@ -39,13 +35,10 @@ class MemoryArguments:
     memory_limit_gib: float | None = field(
         default=None,
         metadata={
-            "help": "GiB that a process may take; default: all of the GPU, or nine tenths of the machine or container"
+            "help": "GiB that a process may take; default: all of the GPU, or nine tenths of the machine or container",
+            "within": "(0, inf)",
         },
     )
-
-    def __post_init__(self) -> None:
-        if self.memory_limit_gib is not None and self.memory_limit_gib <= 0:
-            raise UserError(f"--memory_limit_gib {self.memory_limit_gib}: must be more than 0")
 
 
 class Memory:

@@ -30,7 +30,6 @@ class RunArguments(LoopArguments, MemoryArguments, HubArguments):
 
     def __post_init__(self) -> None:
         LoopArguments.__post_init__(self)
-        MemoryArguments.__post_init__(self)
         HubArguments.__post_init__(self)
 
 

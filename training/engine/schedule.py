@@ -27,10 +27,10 @@ class ScheduleArguments:
     """The learning rate, and how it changes over a run.
 
     Raises:
-        UserError: the learning rate is not positive, or the settings of the schedule are wrong.
+        UserError: the settings of the schedule are wrong.
     """
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of AdamW"})
+    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate of AdamW", "within": "(0, inf)"})
     lr_scheduler_type: Literal[
         "linear",
         "cosine",
@@ -77,8 +77,6 @@ class ScheduleArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise UserError(f"--learning_rate {self.learning_rate}: must be more than 0")
         self.scheduler_settings()
 
     def scheduler_settings(self) -> dict[str, Any]:

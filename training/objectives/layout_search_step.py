@@ -34,38 +34,43 @@ class SearchArguments:
     """The schedule of the search.
 
     Raises:
-        UserError: a number is out of range, or a cycle leaves no step to the architecture or to the weights.
+        UserError: a cycle leaves no step to the architecture or to the weights.
     """
 
-    weight_steps: int = field(default=1000, metadata={"help": "steps at the start in which only the weights train"})
+    weight_steps: int = field(
+        default=1000, metadata={"help": "steps at the start in which only the weights train", "within": "[0, inf)"}
+    )
     cycle_steps: int = field(
-        default=500, metadata={"help": "steps of a cycle: first the weights train, then the architecture"}
+        default=500,
+        metadata={"help": "steps of a cycle: first the weights train, then the architecture", "within": "[1, inf)"},
     )
     architecture_share: float = field(
         default=0.2, metadata={"help": "fraction of the steps of a cycle in which the architecture trains"}
     )
     architecture_learning_rate: float = field(
-        default=1e-2, metadata={"help": "peak learning rate of the architecture; follows --lr_scheduler_type"}
+        default=1e-2,
+        metadata={"help": "peak learning rate of the architecture; follows --lr_scheduler_type", "within": "(0, inf)"},
     )
-    architecture_weight_decay: float = field(default=5e-4, metadata={"help": "weight decay of the architecture"})
+    architecture_weight_decay: float = field(
+        default=5e-4, metadata={"help": "weight decay of the architecture", "within": "[0, inf)"}
+    )
     gumbel_temperature: float = field(
-        default=1.0, metadata={"help": "temperature of the mixtures; towards 0 each draw is nearly one kind alone"}
+        default=1.0,
+        metadata={
+            "help": "temperature of the mixtures; towards 0 each draw is nearly one kind alone",
+            "within": "(0, inf)",
+        },
     )
     changed_share: float = field(
         default=0.75,
         metadata={
             "help": "the search ends when a cycle changes the kind of fewer than this fraction of the positions; a "
-            "smaller value is stricter"
+            "smaller value is stricter",
+            "within": "[0, inf)",
         },
     )
 
     def __post_init__(self) -> None:
-        for name in ("cycle_steps", "architecture_learning_rate", "gumbel_temperature"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be more than 0")
-        for name in ("weight_steps", "architecture_weight_decay", "changed_share"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0")
         if not 0 < self.architecture_steps < self.cycle_steps:
             raise UserError(
                 f"--architecture_share {self.architecture_share} of --cycle_steps {self.cycle_steps}: makes "

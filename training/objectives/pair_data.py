@@ -15,7 +15,7 @@ from training.data.sources import PAIRS, Source, read_sources
 from training.engine.held_out import Evaluation
 from training.engine.loop import Loop
 from training.models.encoder import text_length
-from training.objectives.contrastive.arguments import ObjectiveArguments, check_range
+from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import objective_columns
 from training.objectives.embed import embed_for_scoring
@@ -43,13 +43,11 @@ class ContrastiveArguments(PairArguments):
         default=None, metadata={"help": "tokens after which a query is truncated; default --max_length"}
     )
     per_device_train_batch_size: int = field(
-        default=64, metadata={"help": "number of pairs of a batch on each process"}
+        default=64, metadata={"help": "number of pairs of a batch on each process", "within": "[1, inf)"}
     )
-    batch_tokens: int = field(default=16384, metadata={"help": "number of tokens whose activations fit in memory"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self, "per_device_train_batch_size", "batch_tokens", positive=True)
+    batch_tokens: int = field(
+        default=16384, metadata={"help": "number of tokens whose activations fit in memory", "within": "[1, inf)"}
+    )
 
 
 def pair_tokenizer(

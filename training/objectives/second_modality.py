@@ -22,7 +22,6 @@ from training.engine.gradient_cache import cached_backward
 from training.engine.loop import Loop
 from training.engine.optimizer import parameter_groups
 from training.engine.training import AccumulateGradient, AnyModel, Batches, Stream, Training
-from training.objectives.contrastive.arguments import check_range
 from training.objectives.contrastive.blocks import Metrics
 from training.objectives.losses.supcon import sup_con
 
@@ -41,12 +40,17 @@ class FeatureArguments:
     )
     feature_weight: float = field(
         default=0.05,
-        metadata={"help": "weight of the second task's loss; 0: no second task", "applies": {"feature_data": GIVEN}},
+        metadata={
+            "help": "weight of the second task's loss; 0: no second task",
+            "within": "[0, inf)",
+            "applies": {"feature_data": GIVEN},
+        },
     )
     feature_temperature: float = field(
         default=0.07,
         metadata={
             "help": "similarities of the second task are divided by the temperature",
+            "within": "(0, inf)",
             "applies": {"feature_data": GIVEN, "feature_weight": Not(0.0)},
         },
     )
@@ -54,13 +58,10 @@ class FeatureArguments:
         default=48,
         metadata={
             "help": "number of rows of features of a batch on each process; each is paired with another of its label",
+            "within": "[1, inf)",
             "applies": {"feature_data": GIVEN, "feature_weight": Not(0.0)},
         },
     )
-
-    def __post_init__(self) -> None:
-        check_range(self, "feature_weight")
-        check_range(self, "feature_temperature", "per_device_feature_batch_size", positive=True)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from common.errors import UserError
 from training.engine.optimizer import parameter_groups
-from training.objectives.contrastive.arguments import check_range
 
 # A term of the loss that depends on parameters only, and its metrics.
 Penalty = Callable[[], tuple[Tensor, dict[str, Tensor]]]
@@ -23,19 +22,17 @@ class SpanArguments:
         default=0.0,
         metadata={
             "help": "weight of the span penalty: the mean span of the heads of each attention sublayer, in tokens, is "
-            "multiplied by it and added to the loss (2e-6 in the paper, for a language-model loss)"
+            "multiplied by it and added to the loss (2e-6 in the paper, for a language-model loss)",
+            "within": "[0, inf)",
         },
     )
     span_learning_rate: float = field(
         default=1e-3,
         metadata={
-            "help": "peak learning rate of the spans, as a fraction of max_span per step; follows --lr_scheduler_type"
+            "help": "peak learning rate of the spans, as a fraction of max_span per step; follows --lr_scheduler_type",
+            "within": "(0, inf)",
         },
     )
-
-    def __post_init__(self) -> None:
-        check_range(self, "span_penalty_weight")
-        check_range(self, "span_learning_rate", positive=True)
 
 
 def span_penalty(model: Any, arguments: SpanArguments) -> Penalty | None:

@@ -11,7 +11,6 @@ from typing import Literal
 
 from common.conditions import GIVEN, Not
 from common.errors import UserError
-from training.objectives.contrastive.arguments import check_range
 from training.objectives.token_arguments import SIMILARITY, Similarity, TokenArguments
 
 
@@ -20,7 +19,7 @@ class TeachingArguments(TokenArguments):
     """The teachers and the losses against them, among them that of scores by a `similarity`.
 
     Raises:
-        UserError: there is no teacher, an option is out of range, or two options contradict each other.
+        UserError: there is no teacher, or two options contradict each other.
     """
 
     structural_teacher: str | None = field(
@@ -39,12 +38,18 @@ class TeachingArguments(TokenArguments):
         },
     )
     structural_weight: float = field(
-        default=1.0, metadata={"help": "weight of the structural loss", "applies": {"structural_teacher": GIVEN}}
+        default=1.0,
+        metadata={
+            "help": "weight of the structural loss",
+            "within": "[0, inf)",
+            "applies": {"structural_teacher": GIVEN},
+        },
     )
     structural_gamma: float = field(
         default=1.0,
         metadata={
             "help": "weight of the other documents in max_margin_mse",
+            "within": "[0, inf)",
             "applies": {"structural_loss": "max_margin_mse"},
         },
     )
@@ -60,6 +65,7 @@ class TeachingArguments(TokenArguments):
         metadata={
             "help": "widths of hidden layers between the student's vector and the structural loss; default: a linear "
             "projection if the teacher has another width, else nothing",
+            "within": "[1, inf)",
             "applies": {"structural_teacher": GIVEN},
         },
     )
@@ -76,12 +82,18 @@ class TeachingArguments(TokenArguments):
         },
     )
     contextual_weight: float = field(
-        default=1.0, metadata={"help": "weight of the contextual loss", "applies": {"contextual_teacher": GIVEN}}
+        default=1.0,
+        metadata={
+            "help": "weight of the contextual loss",
+            "within": "[0, inf)",
+            "applies": {"contextual_teacher": GIVEN},
+        },
     )
     contextual_head_dims: list[int] = field(
         default_factory=list,
         metadata={
             "help": "as --structural_head_dims, for the contextual loss",
+            "within": "[1, inf)",
             "applies": {"contextual_teacher": GIVEN},
         },
     )
@@ -89,6 +101,7 @@ class TeachingArguments(TokenArguments):
         default_factory=list,
         metadata={
             "help": "widths of hidden layers between the teacher's vector and soft_cca or dcca",
+            "within": "[1, inf)",
             "applies": {"contextual_loss": ("soft_cca", "dcca")},
         },
     )
@@ -97,6 +110,7 @@ class TeachingArguments(TokenArguments):
         metadata={
             "help": "width of both projections of soft_cca and dcca; default: the teacher's width, for dcca each "
             "model's own",
+            "within": "[1, inf)",
             "applies": {"contextual_loss": ("soft_cca", "dcca")},
         },
     )
@@ -104,6 +118,7 @@ class TeachingArguments(TokenArguments):
         default=0.95,
         metadata={
             "help": "decay of the running covariance of earlier batches in soft_cca",
+            "within": "[0, 1]",
             "applies": {"contextual_loss": "soft_cca", "sdl_weight": Not(0.0)},
         },
     )
@@ -111,17 +126,23 @@ class TeachingArguments(TokenArguments):
         default=0.03,
         metadata={
             "help": "weight of the decorrelation of dimensions in soft_cca",
+            "within": "[0, inf)",
             "applies": {"contextual_loss": "soft_cca"},
         },
     )
     dcca_regularization: float = field(
         default=1e-3,
-        metadata={"help": "number added to the variances of dcca, which are 1", "applies": {"contextual_loss": "dcca"}},
+        metadata={
+            "help": "number added to the variances of dcca, which are 1",
+            "within": "[0, inf)",
+            "applies": {"contextual_loss": "dcca"},
+        },
     )
     dcca_components: int | None = field(
         default=None,
         metadata={
             "help": "number of canonical correlations in the loss of dcca; default: all",
+            "within": "[1, inf)",
             "applies": {"contextual_loss": "dcca"},
         },
     )
@@ -146,7 +167,11 @@ class TeachingArguments(TokenArguments):
     )
     score_weight: float = field(
         default=1.0,
-        metadata={"help": "weight of the score loss", "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}]},
+        metadata={
+            "help": "weight of the score loss",
+            "within": "[0, inf)",
+            "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}],
+        },
     )
     similarity: Similarity = field(
         default="cosine",
@@ -157,6 +182,7 @@ class TeachingArguments(TokenArguments):
         metadata={
             "help": "factor between the similarity of a query and a candidate and the student's score; default 20, "
             "with --similarity maxsim 1",
+            "within": "(0, inf)",
             "applies": [{"score_teacher": GIVEN}, {"score_column": GIVEN}],
         },
     )
@@ -164,6 +190,7 @@ class TeachingArguments(TokenArguments):
         default=1.0,
         metadata={
             "help": "temperature of kl, which divides the scores of teacher and student",
+            "within": "(0, inf)",
             "applies": {"score_loss": "kl"},
         },
     )
@@ -209,17 +236,6 @@ class TeachingArguments(TokenArguments):
             )
         if self.score_scale is None:
             self.score_scale = 1.0 if self.similarity == "maxsim" else 20.0
-        check_range(self, "score_scale", "score_temperature", positive=True)
-        check_range(self, "structural_weight", "contextual_weight", "score_weight", "sdl_weight")
-        check_range(self, "structural_gamma", "dcca_regularization")
-        for name in ("structural_head_dims", "contextual_head_dims", "contextual_teacher_head_dims"):
-            if any(dim < 1 for dim in getattr(self, name)):
-                raise UserError(f"--{name} {' '.join(map(str, getattr(self, name)))}: each must be at least 1")
-        for name in ("contextual_width", "dcca_components"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name} {value}: must be at least 1")
-        if not 0 <= self.sdl_momentum <= 1:
-            raise UserError(f"--sdl_momentum {self.sdl_momentum}: must be from 0 to 1")
         if self.contextual_loss in ("mse", "cosine") and (self.contextual_teacher_head_dims or self.contextual_width):
             raise UserError(
                 f"--contextual_loss {self.contextual_loss}: a head on the teacher's side would learn to give one "

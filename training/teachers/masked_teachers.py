@@ -20,7 +20,6 @@ from training.models.encoder import ModelArguments
 from training.models.identity import tokenizer_identity
 from training.objectives.contrastive.blocks import Metrics
 from training.objectives.losses.soft_targets import soft_targets
-from training.teachers.arguments import check_range
 
 TOKENS_AT_ONCE = 1024  # tokens whose distributions are held at a time, 125 MB each for 30,522 words in float32
 
@@ -30,7 +29,7 @@ class MaskedTeacherArguments:
     """Teachers of a masked-language model; the default weights are those of DistilBERT.
 
     Raises:
-        UserError: an option is out of range, or hidden states of several teachers are asked for.
+        UserError: hidden states of several teachers are asked for.
     """
 
     masked_teachers: list[str] = field(
@@ -44,6 +43,7 @@ class MaskedTeacherArguments:
         default=2.0,
         metadata={
             "help": "temperature that the logits of teachers and student are divided by",
+            "within": "(0, inf)",
             "applies": {"masked_teachers": GIVEN, "soft_weight": Not(0.0)},
         },
     )
@@ -51,6 +51,7 @@ class MaskedTeacherArguments:
         default=5.0,
         metadata={
             "help": "weight of the divergence from the teachers' distributions",
+            "within": "[0, inf)",
             "applies": {"masked_teachers": GIVEN},
         },
     )
@@ -66,6 +67,7 @@ class MaskedTeacherArguments:
         default=2.0,
         metadata={
             "help": "weight of the masked-language-model loss if there are teachers",
+            "within": "[0, inf)",
             "applies": {"masked_teachers": GIVEN},
         },
     )
@@ -74,13 +76,12 @@ class MaskedTeacherArguments:
         metadata={
             "help": "weight of the cosine distance between last hidden states; needs a single teacher of the student's "
             "width",
+            "within": "[0, inf)",
             "applies": {"masked_teachers": GIVEN},
         },
     )
 
     def __post_init__(self) -> None:
-        check_range(self, "teacher_temperature", positive=True)
-        check_range(self, "soft_weight", "hard_weight", "hidden_weight")
         if len(self.masked_teachers) > 1 and self.hidden_weight:
             raise UserError("--hidden_weight: hidden states of several teachers have nothing in common; give 0")
 

@@ -219,5 +219,5 @@ def test_a_group_keeps_its_own_settings():
 
 
 def test_a_learning_rate_of_zero_is_refused():
-    with pytest.raises(UserError, match=r"--learning_rate 0: must be more than 0"):
-        OptimizerArguments(learning_rate=0)
+    with pytest.raises(UserError, match=r"--learning_rate.*: 0: must be more than 0"):
+        parse(OptimizerArguments, argv=["--learning_rate", "0"])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from common.arguments import parse
 from common.errors import UserError
 from training import contrastive
 from training.engine import run
@@ -46,8 +47,8 @@ def test_rehearse_only_tells_and_writes_nothing(train_contrastive, tmp_path, cap
 
 
 def test_mistakes(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"--memory_limit_gib -1\.0: must be more than 0"):
-        RunArguments(output_dir=str(tmp_path), memory_limit_gib=-1.0)
+    with pytest.raises(UserError, match=r"--memory_limit_gib.*: -1: must be more than 0"):
+        parse(RunArguments, argv=["--output_dir", str(tmp_path), "--memory_limit_gib=-1"])
     monkeypatch.setenv("WORLD_SIZE", "2")
     arguments = RunArguments(output_dir=str(tmp_path), find_batch_tokens=True)
     with pytest.raises(UserError, match="works in one process"):

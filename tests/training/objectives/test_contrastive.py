@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.arguments import parse
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.covering import covering_first
@@ -503,15 +504,34 @@ def test_simcse_without_dropout_is_refused():
         ({"matryoshka_dims": [64, 8]}, "--matryoshka_dims 64: must be from 1 to 32, the width of the model"),
         ({"matryoshka_dims": [8], "matryoshka_weights": [1.0, 2.0]}, "2 weights for 1 --matryoshka_dims"),
         ({"objective": "nt_xent", "head_dims": [8, 0]}, "--head_dims 8 0: each must be at least 1"),
-        ({"temperature": 0.0}, "--temperature 0.0: must be more than 0"),
-        ({"objective": "momentum", "momentum": 1.5}, "--momentum 1.5: must be from 0 to 1"),
-        ({"spread_out_weight": -1.0}, "--spread_out_weight -1.0: must be at least 0"),
     ],
 )
 def test_a_mistake_is_one_sentence(options, complaint):
     with pytest.raises(UserError, match=complaint) as caught:
         build_objective(ObjectiveArguments(**options), LongEmbedModel(tiny_config(hidden_dropout_prob=0.1)), PAIRS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        *[
+            (name, 0, "must be more than 0")
+            for name in ("temperature", "teach_temperature", "teach_vector_temperature", "objective_learning_rate")
+        ],
+        *[
+            (name, -0.5, "must be at least 0")
+            for name in ("spread_out_weight", "debias_weight", "teach_weight", "objective_weight")
+        ],
+        ("temperature", "nan", "nan is no finite number"),
+        ("spread_out_weight", "inf", "inf is no finite number"),
+        ("queue_size", 0, "must be at least 1"),
+        ("momentum", 1.5, "must be at least 0 and at most 1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(option, value, complaint):
+    with pytest.raises(UserError, match=f"--{option}.*: {complaint}"):
+        parse(ObjectiveArguments, argv=[f"--{option}={value}"])
 
 
 @pytest.mark.parametrize("name", ["nt_xent", "vicreg", "sup_con"])

@@ -1,8 +1,7 @@
 """Command-line options of the contrastive objectives, and which objective takes which option."""
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from common.conditions import GIVEN, Not
 from common.errors import UserError
@@ -18,7 +17,7 @@ class ObjectiveArguments(TokenArguments):
     """The training objective, the `similarity` that it reads, and its options.
 
     Raises:
-        UserError: an option is out of range.
+        UserError: two options contradict each other.
     """
 
     objective: Literal["info_nce", "simcse", "nt_xent", "sup_con", "vicreg", "momentum"] = field(
@@ -39,6 +38,7 @@ class ObjectiveArguments(TokenArguments):
         metadata={
             "help": "similarities are divided by the temperature; default 0.05, for nt_xent 0.1, for sup_con 0.07, "
             "with --similarity maxsim 1",
+            "within": "(0, inf)",
             "applies": {"objective": TEMPERED},
         },
     )
@@ -114,12 +114,17 @@ class ObjectiveArguments(TokenArguments):
     )
     queue_size: int = field(
         default=131072,
-        metadata={"help": "number of keys in the queue of negatives", "applies": {"objective": "momentum"}},
+        metadata={
+            "help": "number of keys in the queue of negatives",
+            "within": "[1, inf)",
+            "applies": {"objective": "momentum"},
+        },
     )
     momentum: float = field(
         default=0.9995,
         metadata={
             "help": "share of the momentum encoder's weights that is kept at each update",
+            "within": "[0, 1]",
             "applies": {"objective": "momentum"},
         },
     )
@@ -139,6 +144,7 @@ class ObjectiveArguments(TokenArguments):
         default=0.0,
         metadata={
             "help": "weight of the regulariser that spreads embeddings over the unit sphere",
+            "within": "[0, inf)",
             "applies": NOT_MAXSIM,
         },
     )
@@ -146,6 +152,7 @@ class ObjectiveArguments(TokenArguments):
         default=0.0,
         metadata={
             "help": f"weight of the regulariser that hides the column {GROUP_COLUMN!r} from a linear probe",
+            "within": "[0, inf)",
             "applies": NOT_MAXSIM,
         },
     )
@@ -159,12 +166,17 @@ class ObjectiveArguments(TokenArguments):
     )
     teach_weight: float = field(
         default=1.0,
-        metadata={"help": "weight of the loss of --teach_vector_by", "applies": {"teach_vector_by": GIVEN}},
+        metadata={
+            "help": "weight of the loss of --teach_vector_by",
+            "within": "[0, inf)",
+            "applies": {"teach_vector_by": GIVEN},
+        },
     )
     objective_weight: float = field(
         default=1.0,
         metadata={
             "help": "weight of the objective itself beside --teach_vector_by; 0: nothing but what it teaches",
+            "within": "[0, inf)",
             "applies": {"teach_vector_by": GIVEN},
         },
     )
@@ -173,6 +185,7 @@ class ObjectiveArguments(TokenArguments):
         metadata={
             "help": "the teacher's scores are divided by this temperature; default 1 for maxsim, 0.05 for meanmaxsim, "
             "whose scores are those of cosines",
+            "within": "(0, inf)",
             "applies": {"teach_vector_by": GIVEN},
         },
     )
@@ -180,6 +193,7 @@ class ObjectiveArguments(TokenArguments):
         default=0.05,
         metadata={
             "help": "the cosines of the vectors that are taught are divided by this temperature",
+            "within": "(0, inf)",
             "applies": {"teach_vector_by": GIVEN},
         },
     )
@@ -187,20 +201,16 @@ class ObjectiveArguments(TokenArguments):
         default=None,
         metadata={
             "help": "peak learning rate of the temperature or the projection head; default --learning_rate",
+            "within": "(0, inf)",
             "applies": [{"learnable_temperature": True}, {"objective": ("nt_xent", "vicreg"), "head_dims": Not([0])}],
         },
     )
 
     def __post_init__(self) -> None:
-        check_range(self, "temperature", "queue_size", "objective_learning_rate", positive=True)
-        check_range(self, "teach_temperature", "teach_vector_temperature", positive=True)
-        check_range(self, "spread_out_weight", "debias_weight", "teach_weight", "objective_weight")
         if self.by_tokens and self.teach_vector_by not in (None, self.similarity):
             raise UserError(
                 f"--teach_vector_by {self.teach_vector_by}: the model learns to score by {self.similarity}; give that"
             )
-        if not 0 <= self.momentum <= 1:
-            raise UserError(f"--momentum {self.momentum}: must be from 0 to 1")
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims):
             raise UserError(
                 f"--matryoshka_weights: {len(self.matryoshka_weights)} weights for {len(self.matryoshka_dims)} "
@@ -221,24 +231,3 @@ class ObjectiveArguments(TokenArguments):
     def temperature_of_teacher(self) -> float:
         """What the scores of `teach_vector_by` are divided by."""
         return self.teach_temperature or (0.05 if self.mean else 1.0)
-
-
-def check_range(arguments: Any, *names: str, positive: bool = False) -> None:
-    """Check that options are finite and not negative.
-
-    Args:
-        arguments: parsed command-line options.
-        *names: names of the options; an option that is None is not checked.
-        positive: whether 0 is refused, too.
-
-    Raises:
-        UserError: an option is out of range.
-    """
-    for name in names:
-        value = getattr(arguments, name)
-        if value is None:
-            continue
-        if not math.isfinite(value):
-            raise UserError(f"--{name} {value}: must be a finite number")
-        if value < 0 or (positive and value == 0):
-            raise UserError(f"--{name} {value}: must be {'more than' if positive else 'at least'} 0")
