@@ -24,7 +24,7 @@ from .conversion_families_longembed import (
 )
 from .conversion_files_longembed import read_text
 from .conversion_settings_longembed import lowercased, sentence_transformers_choices
-from .hub_files_longembed import check_tokenizer, load_tokenizer
+from .hub_files_longembed import check_tokenizer, find_file, load_tokenizer
 from .hub_longembed import HubModel
 from .pattern_registry_longembed import build_pattern
 from .position_extension_longembed import default_method
@@ -234,13 +234,19 @@ def checkpoint_license(name_or_path: str, **hub) -> str | None:
     return found.group(1) if found else None
 
 
-def refuse_other_layouts(name_or_path: str, **hub):
-    """Reject folders whose weights are not those of one whole encoder beside its config.
+def encoder_folder(name_or_path: str, **hub) -> str:
+    """Return where in a checkpoint the encoder is: a subfolder, or an empty text for the checkpoint itself.
+
+    Old releases of sentence-transformers kept it in a subfolder, such as `0_Transformer`.
+
+    Args:
+        name_or_path: Hub id or folder.
+        **hub: options of `from_pretrained` to find files.
 
     Raises:
-        ValueError: the folder is an adapter, keeps its encoder in a subfolder, or needs code of its own.
+        ValueError: the checkpoint is an adapter, not a whole encoder, or needs code of its own.
     """
-    config = read_text(name_or_path, "config.json", **hub)
+    folder, config = "", read_text(name_or_path, "config.json", **hub)
     # An adapter has no config.json; and offline the cache of a whole encoder does not say that it has no adapter.
     asked = config is None or Path(name_or_path).is_dir()
     if asked and (adapter := read_text(name_or_path, "adapter_config.json", **hub)) is not None:
@@ -251,18 +257,15 @@ def refuse_other_layouts(name_or_path: str, **hub):
         )
     if config is None:
         modules = json.loads(read_text(name_or_path, "modules.json", **hub) or "[]")
-        if inner := [module["path"] for module in modules if module.get("path", "").startswith("0_")]:
-            raise ValueError(
-                f"{name_or_path} keeps its encoder in {inner[0]}/, as old releases of sentence-transformers did: load "
-                "it with SentenceTransformer and save it again, then convert the new folder"
-            )
-        return
-    fields = json.loads(config)
+        folder = next((module["path"] for module in modules if module.get("path", "").startswith("0_")), "")
+        config = read_text(name_or_path, "config.json", subfolder=folder, **hub)
+    fields = json.loads(config or "{}")  # that there is none is said by transformers
     if "auto_map" in fields and fields.get("model_type") not in FAMILIES:
         raise ValueError(
             f"this checkpoint cannot be converted: it runs code of its own ({fields.get('model_type')!r}), and "
             f"LongEmbed reads {', '.join(FAMILIES)}"
         )
+    return folder
 
 
 def convert_encoder(
@@ -310,9 +313,10 @@ def convert_encoder(
         raise ValueError(
             f"from_encoder: {unknown[0]!r} is fixed by the checkpoint or unknown; you may choose {', '.join(CHOICES)}"
         )
-    refuse_other_layouts(name_or_path, **hub)
+    folder = encoder_folder(name_or_path, **hub)
+    encoder_hub = hub | ({"subfolder": folder} if folder else {})
     # Said explicitly, because transformers would ask on the terminal, and advise an option that does not exist here.
-    original = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **hub)
+    original = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, **encoder_hub)
     if original.model_type not in FAMILIES:
         raise ValueError(
             f"this checkpoint cannot be converted: its architecture is {original.model_type!r}; "
@@ -331,7 +335,7 @@ def convert_encoder(
     original_fields = converted_fields(original, family, {})
     fields = converted_fields(original, family, trained | choices)
     config_class: Any = cls.config_class
-    raw_fields, _ = type(original).get_config_dict(name_or_path, **hub)
+    raw_fields, _ = type(original).get_config_dict(name_or_path, **encoder_hub)
     refuse_unread_fields(raw_fields, original, family.older_names(config_class(**original_fields)))
     # A local path is of no use to readers of the published config.
     name = Path(name_or_path).resolve().name if Path(name_or_path).exists() else str(name_or_path)
@@ -339,9 +343,11 @@ def convert_encoder(
 
     with_head = cls._tied_weights_keys is not None  # the masked-language model; the encoder has no tied weights
     auto = AutoModelForMaskedLM if with_head else AutoModel
+    # transformers takes weights that it does not get for missing, and would read those of an older file.
+    any(find_file(name_or_path, f"model.safetensors{suffix}", **encoder_hub) for suffix in ("", ".index.json"))
     try:
         original_model, loading = auto.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **hub
+            name_or_path, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **encoder_hub
         )
     except Exception as error:
         if (
@@ -389,7 +395,7 @@ def convert_encoder(
         # Global tokens are compared only if all global projections come from the checkpoint.
         not new and all(getattr(pattern, "global_projections", False) for pattern in config.get_patterns()),
     )
-    if (tokenizer := load_tokenizer(name_or_path, **hub)) is not None:
+    if (tokenizer := load_tokenizer(name_or_path, **encoder_hub)) is not None:
         check_tokenizer(tokenizer, config.vocab_size)
         model.tokenizer = converted_tokenizer(tokenizer, do_lower_case, read_length, config)
     return model

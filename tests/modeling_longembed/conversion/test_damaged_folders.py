@@ -2,10 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
 
 from modeling_longembed import LongEmbedModel
-from tests.modeling_longembed.tiny_checkpoints import VOCAB_SIZE, save_checkpoint
+from tests.modeling_longembed.tiny_checkpoints import VOCAB_SIZE, random_text, save_checkpoint
 
 
 @pytest.fixture
@@ -38,18 +40,49 @@ def test_a_tokenizer_with_more_tokens_than_the_table_has_rows(folder):
         LongEmbedModel.from_encoder(folder)
 
 
-def test_an_adapter_and_an_encoder_in_a_subfolder(folder, tmp_path):
+def test_an_adapter(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))
     with pytest.raises(ValueError, match=r"is an adapter of org/base, .*merge_and_unload"):
         LongEmbedModel.from_encoder(folder)
-    (folder / "adapter_config.json").unlink()
+
+
+@pytest.fixture
+def old_layout(folder, tmp_path):
+    """A folder as old releases of sentence-transformers saved it."""
     outer = tmp_path / "outer"
-    outer.mkdir()
+    (outer / "1_Pooling").mkdir(parents=True)
     folder.rename(outer / "0_Transformer")
-    modules = [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.Transformer"}]
+    (outer / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 12}')
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+    (outer / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    modules = [
+        {"idx": n, "name": str(n), "path": f"{n}_{kind}", "type": f"sentence_transformers.models.{kind}"}
+        for n, kind in enumerate(("Transformer", "Pooling"))
+    ]
     (outer / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="keeps its encoder in 0_Transformer/"):
-        LongEmbedModel.from_encoder(outer)
+    (outer / "README.md").write_text("---\nlicense: mit\n---\n")
+    return outer
+
+
+def test_an_encoder_in_a_subfolder_gives_the_vectors_of_sentence_transformers(old_layout, capsys):
+    model = LongEmbedModel.from_encoder(old_layout)
+    assert (model.config.pooling, model.config.license) == ("cls", "mit")
+    assert "cuts texts off after 12 tokens" in capsys.readouterr().out
+    texts = [random_text(count, seed=count) for count in range(1, 10)]
+    reference = SentenceTransformer(str(old_layout), device="cpu")
+    np.testing.assert_allclose(model.encode(texts), reference.encode(texts), atol=1e-5)
+
+
+def test_an_encoder_in_a_subfolder_with_code_of_its_own_is_refused(old_layout):
+    change(old_layout / "0_Transformer" / "config.json", model_type="theirs", auto_map={"AutoConfig": "a.B"})
+    with pytest.raises(ValueError, match="runs code of its own"):
+        LongEmbedModel.from_encoder(old_layout)
+
+
+def test_a_subfolder_without_an_encoder(old_layout):
+    (old_layout / "0_Transformer" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"Unrecognized model .* config\.json"):
+        LongEmbedModel.from_encoder(old_layout)
 
 
 def test_a_model_with_code_of_its_own_is_refused_without_a_question(folder, monkeypatch):

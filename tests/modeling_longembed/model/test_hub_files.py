@@ -1,9 +1,12 @@
 """A file that nobody could ask for is not a file that is not there (a fake Hub, its cache, local folders)."""
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from modeling_longembed import LongEmbedModel
 from modeling_longembed.conversion_settings_longembed import TRANSFORMER_FILES
@@ -74,6 +77,58 @@ def test_a_conversion_refuses_where_the_hub_fails_for_any_one_file(file, checkpo
         LongEmbedModel.from_encoder("org/name")
     assert f" {file} " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [403, 503, 0])
+@pytest.mark.parametrize("suffix", ["", ".index.json"], ids=["whole", "sharded"])
+def test_older_weights_are_not_read_in_place_of_those_that_the_hub_does_not_give(
+    suffix, status, checkpoint, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(checkpoint, tmp_path / "both")
+    weights = load_file(folder / "model.safetensors")
+    torch.save({name: tensor + 1 for name, tensor in weights.items()}, folder / "pytorch_model.bin")
+    if suffix:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "model-1-of-1.safetensors")}
+        (folder / "model.safetensors").rename(folder / "model-1-of-1.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    answer = serving(folder, [f"model.safetensors{suffix}"], status)
+    with (
+        fake_hub(monkeypatch, tmp_path, answer) as hub,
+        pytest.raises(OSError, match=rf"a file model\.safetensors{re.escape(suffix)} could not be found out"),
+    ):
+        LongEmbedModel.from_encoder("org/name")
+    assert not any("pytorch_model" in path for _, path in hub.requests)
+
+
+def test_an_encoder_in_a_subfolder_of_the_hub_is_that_of_the_folder(checkpoint, tmp_path, monkeypatch):
+    outer = tmp_path / "outer"
+    shutil.copytree(checkpoint, outer / "0_Transformer", ignore=shutil.ignore_patterns("modules.json", "1_Pooling"))
+    shutil.copytree(checkpoint / "1_Pooling", outer / "1_Pooling")
+    modules = (checkpoint / "modules.json").read_text().replace('"path": ""', '"path": "0_Transformer"')
+    (outer / "modules.json").write_text(modules)
+    with fake_hub(monkeypatch, tmp_path, serving(outer)):
+        model = LongEmbedModel.from_encoder("org/name")
+    expected = LongEmbedModel.from_encoder(checkpoint)
+    assert model.config.pooling == expected.config.pooling == "cls"
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    assert model.tokenizer("w1 w2 w3")["input_ids"] == expected.tokenizer("w1 w2 w3")["input_ids"]
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        with (
+            fake_hub(monkeypatch, tmp_path / file, serving(outer, [f"0_Transformer/{file}"])),
+            pytest.raises(OSError, match=rf"org/name has a file 0_Transformer/{file} could not be found out"),
+        ):
+            LongEmbedModel.from_encoder("org/name")
+
+
+def test_a_checkpoint_of_older_weights_alone_is_read(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")  # for which transformers asks the Hub in a thread
+    folder = shutil.copytree(checkpoint, tmp_path / "older")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with fake_hub(monkeypatch, tmp_path, serving(folder)):
+        found = LongEmbedModel.from_encoder("org/name").state_dict()
+    expected = LongEmbedModel.from_encoder(checkpoint).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 500, 502, 503, 504, 0])
