@@ -125,6 +125,21 @@ def make_task(tmp_path):
 
 
 @pytest.fixture
+def tokenized(monkeypatch) -> list[list[str]]:
+    """The texts of each call of a tokenizer of transformers during the test."""
+    from transformers import PreTrainedTokenizerBase
+
+    calls, call = list[list[str]](), PreTrainedTokenizerBase.__call__
+
+    def recording(self, text=None, *args, **options):
+        calls.append([text] if isinstance(text, str) else list(text or []))
+        return call(self, text, *args, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "__call__", recording)
+    return calls
+
+
+@pytest.fixture
 def edit_code(monkeypatch):
     """Return a function after which a module looks as if it had been edited, to all that hashes its source code."""
     from common import provenance

@@ -21,7 +21,7 @@ from common.errors import UserError, reading
 
 # The import also registers our Auto classes, so that our folders load without trust_remote_code.
 from modeling_longembed.encoding_longembed import budget_batches
-from modeling_longembed.encoding_tokens_longembed import special_tokens_around
+from modeling_longembed.encoding_tokens_longembed import special_tokens_around, tokenize_beginnings
 from modeling_longembed.hub_sentence_transformers_longembed import TOKEN_VECTORS_REFERENCE, TokenVectors
 
 
@@ -142,7 +142,8 @@ class Encoder:
         tokenizer = self.model.tokenizer
         if not isinstance(tokenizer, PreTrainedTokenizerBase):  # of static word vectors, whose texts need little memory
             return [len(text) for text in texts]
-        return [len(ids) for ids in tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
+        beginnings = tokenize_beginnings(tokenizer, texts, self.max_length)
+        return [min(len(ids), self.max_length) for ids in beginnings]
 
 
 class ChunkEncoder(Encoder):

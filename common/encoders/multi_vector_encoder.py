@@ -12,6 +12,7 @@ from common.encoders.quantization import int8_weights
 from common.encoders.text_vectors import PromptType
 from common.errors import UserError, reading
 from modeling_longembed.encoding_longembed import budget_batches
+from modeling_longembed.encoding_tokens_longembed import tokenize_beginnings
 
 
 class MultiVectorTokenEncoder:
@@ -98,7 +99,7 @@ class MultiVectorTokenEncoder:
         """Return a matrix `(tokens, k)` for each text, without the tokens that the model leaves out."""
         encode: Callable[..., Any] = self.model.encode_query if prompt_type == "query" else self.model.encode_document
         limit = self.max_length or 1 << 31
-        counts = [min(len(ids), limit) for ids in self.model.tokenizer(texts, verbose=False)["input_ids"]]
+        counts = [min(len(ids), limit) for ids in tokenize_beginnings(self.model.tokenizer, texts, limit)]
         vectors: list[np.ndarray] = [np.empty(0)] * len(texts)
         for batch in budget_batches(counts, self.batch_tokens, padded=True):
             with autocast(self.model.device, self.precision):

@@ -16,6 +16,7 @@ from common.encoders.text_vectors import PromptType, cache_keys, stream
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
 from common.provenance import code_hash
+from modeling_longembed.encoding_tokens_longembed import tokenize_beginnings
 from training.data.pairs.batches import PairBatch
 from training.data.sources import Source
 from training.engine.distributed import own_share
@@ -121,6 +122,8 @@ class Teacher:
 class _Rows:
     """An encoder that returns one row for each text: its vector, followed by its number of tokens.
 
+    Of a text that is longer than the window, the number is one of more tokens than the window has.
+
     Attributes:
         kind: whether the texts are queries or documents.
         chunks: whether a vector is a sum over chunks, of which only the direction has a meaning.
@@ -137,7 +140,8 @@ class _Rows:
         if self.window is not None:
             tokenizer = self.encoder.model.tokenizer
             prompt = len(self.encoder.prompt_ids(prompt_type))
-            counts = [prompt + len(ids) for ids in tokenizer(texts, truncation=False, verbose=False)["input_ids"]]
+            beginnings = tokenize_beginnings(tokenizer, texts, max(1, self.window - prompt))
+            counts = [prompt + len(ids) for ids in beginnings]
         matrices = self.encoder(texts, prompt_type)
         return [np.append(m.sum(0), n)[None] for m, n in zip(matrices, counts, strict=True)]
 

@@ -99,6 +99,20 @@ def test_the_prompt_takes_room_in_the_window(word_tokenizer, tmp_path, words, in
     assert torch.equal(vectors[0], vectors[1]) != inside
 
 
+@pytest.mark.parametrize("prompt", ["river ", "river " * 60])
+def test_a_text_beyond_the_window_is_not_tokenised_to_its_end_to_say_so(word_tokenizer, tmp_path, tokenized, prompt):
+    """Only the encoder itself does that; also where the prompt leaves no room for any text."""
+    LongEmbedModel(tiny_config(prompts={"document": prompt})).save_pretrained(tmp_path)
+    word_tokenizer.save_pretrained(tmp_path)
+    texts = ["stone", " ".join(["stone"] * 5000)]
+    file = write_jsonl(tmp_path / "two.jsonl", [{"text": text} for text in texts])
+    reading = teacher(f"truncate:{tmp_path}:40", tmp_path / "cache")
+    reading.read_all(read_sources([str(file)], TEXTS))
+    whole = [text for call in tokenized for text in call if text.endswith(texts[1])]
+    assert whole == [prompt + texts[1]]
+    assert read(reading, texts)[1].tolist() == [len(prompt) < 40, False]
+
+
 def test_a_teacher_computes_in_the_precision_asked_for(documents_source, texts, word_tokenizer, tmp_path):
     """Large weights make the rounding visible."""
     torch.manual_seed(0)

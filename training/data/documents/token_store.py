@@ -20,12 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from common.errors import UserError
 from common.provenance import computed_by
+from modeling_longembed.encoding_longembed import divide_into_windows
 from training.data.document import Document
 from training.data.documents.next_sentence import Segment
 from training.data.sources import OFFSET_COLUMNS, Source, fingerprint
 from training.models.identity import tokenizer_identity
 
 CODE = ("training.data.documents.token_store", "training.data.document")  # what turns a text into tokens
+# Characters of the texts that are tokenised together. What a tokenizer returns takes many times their memory.
+CHARACTERS_AT_ONCE = 200_000
 ID_COLUMNS = {"input_ids": "int32", "starts_word": "bool"}
 
 
@@ -88,10 +91,14 @@ def tokenize_documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> To
     """
 
     def read(texts: list[str]) -> dict[str, list[Any]]:
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        kept = [(number, ids) for number, ids in enumerate(encoded["input_ids"]) if ids]
-        starts = [word_starts(tokenizer, ids, encoded.encodings, number) for number, ids in kept]
-        return {"input_ids": [ids for _, ids in kept], "starts_word": starts}
+        tokens, starts = list[np.ndarray](), list[np.ndarray]()
+        for part in divide_into_windows(texts, CHARACTERS_AT_ONCE):
+            encoded = tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            for number, ids in enumerate(encoded["input_ids"]):
+                if ids:
+                    tokens.append(np.array(ids, np.int32))
+                    starts.append(word_starts(tokenizer, ids, encoded.encodings, number))
+        return {"input_ids": tokens, "starts_word": starts}
 
     rows = _map_texts(source, tokenizer, read, ID_COLUMNS)
     if not len(rows):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from common.conditions import NOT_GIVEN
 from common.errors import UserError
 from common.jsonl import read_jsonl
+from modeling_longembed.encoding_tokens_longembed import special_tokens_around, tokenize_beginnings
 from training.data.sources import JSON_SUFFIXES, Source, text_id
 
 SHINGLE_WORDS, LEAK_WORDS, PERMUTATIONS = 5, 13, 128
@@ -75,10 +76,10 @@ def filtered(
     """
     filters: list[tuple[str, Filter]] = []
     if arguments.min_tokens:
+        least = arguments.min_tokens + sum(map(len, special_tokens_around(tokenizer)))
 
         def are_long(texts: list[str]) -> list[bool]:
-            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            return [len(ids) >= arguments.min_tokens for ids in encoded["input_ids"]]
+            return [len(ids) >= least for ids in tokenize_beginnings(tokenizer, texts, least)]
 
         filters.append((f"have fewer than {arguments.min_tokens} tokens", are_long))
     if arguments.near_duplicates:

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 from common.errors import UserError
-from tests.training.tiny_training import SPECIALS, WORDS, write_jsonl
+from tests.training.tiny_training import SPECIALS, WORDS, random_documents, write_jsonl
 from training.data.documents.next_sentence import Segment
 from training.data.documents.token_store import tokenize_documents, with_token_offsets, word_starts
 from training.data.sources import OFFSET_COLUMNS, TEXTS, Source, read_sources
@@ -46,6 +46,19 @@ def test_documents_without_tokens_are_left_out(word_tokenizer):
     assert tokenize_documents(Source("documents", texts, ("text",)), word_tokenizer).lengths.tolist() == [2]
     with pytest.raises(UserError, match="its texts hold no token"):
         tokenize_documents(Source("documents", texts.select([0, 2]), ("text",)), word_tokenizer)
+
+
+@pytest.mark.parametrize("characters", [1, 100, 10**6])
+def test_so_many_characters_are_tokenised_together(word_tokenizer, monkeypatch, tokenized, characters):
+    """What a tokenizer returns takes many times the memory of the texts, which may be books."""
+    monkeypatch.setattr("training.data.documents.token_store.CHARACTERS_AT_ONCE", characters)
+    texts = [*TEXT, " ", *(text["text"] for text in random_documents(20)), "paper " * 200]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    found = tokenize_documents(Source("documents", rows, ("text",)), word_tokenizer).rows.to_dict()
+    assert [text for call in tokenized for text in call] == texts
+    assert all(sum(map(len, call[:-1])) < characters for call in tokenized)
+    ids = [word_tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text != " "]
+    assert found == {"input_ids": ids, "starts_word": [[True] * len(row) for row in ids]}
 
 
 @pytest.mark.parametrize("tokenize", [tokenize_documents, with_token_offsets])

@@ -66,20 +66,14 @@ def test_what_is_kept_of_a_document_is_a_number_a_shingle():
     assert kept < 12 * 20000  # bytes; a set of Python's integers takes 70 a shingle
 
 
-def test_what_is_left_out_is_counted(word_tokenizer):
+def test_what_is_left_out_is_counted(word_tokenizer, tokenized):
     pytest.importorskip("datasketch")
     logged: list[str] = []
     long = [row["text"] for row in random_documents(30) if len(row["text"].split()) >= 20]
     texts = ["river stone", *long, long[0] + " river"]
     arguments = FilterArguments(near_duplicates=0.7, min_tokens=20)
-    calls = []
-
-    def tokenizer(texts, **options):
-        calls.append(len(texts))
-        return word_tokenizer(texts, **options)
-
-    (left,) = filtered([source(texts)], arguments, tokenizer, logged.append)
-    assert calls == [len(texts)]  # at once
+    (left,) = filtered([source(texts)], arguments, word_tokenizer, logged.append)
+    assert [*map(len, tokenized)].count(len(texts)) == 1  # at once
     assert [texts[row] for row in left] == long
     assert logged == [
         f"documents: 1 of {len(texts)} documents have fewer than 20 tokens: left out",
@@ -87,6 +81,14 @@ def test_what_is_left_out_is_counted(word_tokenizer):
     ]
     with pytest.raises(UserError, match="all 1 documents have fewer than 20 tokens"):
         filtered([source(texts[:1])], arguments, word_tokenizer, logged.append)
+
+
+def test_tokens_are_counted_without_special_ones_and_only_as_far_as_they_matter(word_tokenizer, tokenized):
+    sizes = [*range(17, 24), 20_000]
+    texts = [" ".join(["river"] * size) for size in sizes]
+    (left,) = filtered([source(texts)], FilterArguments(min_tokens=20), word_tokenizer, lambda line: None)
+    assert [sizes[row] for row in left] == [20, 21, 22, 23, 20_000]
+    assert max(len(text) for call in tokenized for text in call) < 1000
 
 
 def test_leakage_counts_the_rows_that_share_thirteen_words(tmp_path):
