@@ -255,6 +255,9 @@ def _read_source(name: str, weight: float, columns: Columns, split: str) -> Sour
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
     texts = text_columns(name, rows.column_names, columns)
     rows = rows.select_columns(list(dict.fromkeys((*texts, *columns.classes, *columns.numbers))))
+    for column, kind in rows.features.items():
+        if kind == datasets.Value("string_view"):  # as newer writers keep texts; few functions of pyarrow read it
+            rows = rows.cast_column(column, datasets.Value("large_string"))
     if not len(rows):
         raise UserError(f"{name}: holds no {columns.rows}; give at least one row with {columns}")
     _check_texts(name, rows.select_columns(list(dict.fromkeys(texts))))
