@@ -179,6 +179,8 @@ def test_options_that_were_ignored_are_refused():
         ("contrastive", "--lora_r 4", "lora_r"),
         ("contrastive", "--feature_weight 1", "feature_weight"),
         ("contrastive", "--crop_ratio 0.1 0.2", "crop_ratio"),
+        ("contrastive", "--pairs twins --query_max_length 9", "query_max_length"),
+        ("contrastive", "--objective simcse --query_max_length 9", "query_max_length"),
         ("pretraining", "--soft_weight 1", "soft_weight"),
         ("layout_search", "--queue_size 4", "queue_size"),
     ):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.conditions import GIVEN, Not
 from common.errors import UserError
 from training.data.pairs.batches import PairBatches, PairTokenizer
 from training.data.pairs.reading import PairArguments, read_pairs, stream_pairs
@@ -40,7 +41,11 @@ class ContrastiveArguments(PairArguments):
         metadata={"help": "tokens after which a document is truncated; default: the model's context length"},
     )
     query_max_length: int | None = field(
-        default=None, metadata={"help": "tokens after which a query is truncated; default --max_length"}
+        default=None,
+        metadata={
+            "help": "tokens after which a query is truncated; default --max_length",
+            "applies": [{"pairs": Not("twins"), "objective": Not("simcse")}, {"eval_data": GIVEN}],
+        },
     )
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "number of pairs of a batch on each process", "within": "[1, inf)"}

@@ -50,16 +50,19 @@ def span_penalty(model: Any, arguments: SpanArguments) -> Penalty | None:
         The penalty; None if the model has no adaptive spans.
 
     Raises:
-        UserError: there is a weight, but no span that it could shorten.
+        UserError: there is a weight or a learning rate for spans, but no span that trains.
     """
     weight, spans = arguments.span_penalty_weight, model.adaptive_spans()
-    if weight and not spans:
-        raise UserError(
-            f"--span_penalty_weight {weight}: no attention pattern of this model is 'adaptive'; convert it with "
-            "attention_patterns='adaptive', or leave the weight out"
-        )
-    if weight and not all(span.fraction.requires_grad for span in spans):
-        raise UserError(f"--span_penalty_weight {weight}: the spans do not train; use --tuning full")
+    for option, value in vars(arguments).items():
+        if value == getattr(SpanArguments, option):
+            continue  # the default
+        if not spans:
+            raise UserError(
+                f"--{option} {value}: no attention pattern of this model is 'adaptive'; convert it with "
+                f"attention_patterns='adaptive', or leave --{option} out"
+            )
+        if not all(span.fraction.requires_grad for span in spans):
+            raise UserError(f"--{option} {value}: the spans do not train; use --tuning full")
     if not spans:
         return None
 

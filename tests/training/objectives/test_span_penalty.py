@@ -99,8 +99,9 @@ def test_under_lora_the_spans_stay():
     select_parameters(base, TuningArguments(tuning="lora"))
     before = len(span_groups(base, SpanArguments(), 0.1))
     assert before == 1
-    with pytest.raises(UserError, match=r"^--span_penalty_weight 0.1: the spans do not train; use --tuning full$"):
-        span_penalty(base, SpanArguments(span_penalty_weight=0.1))
+    for option in ("span_penalty_weight", "span_learning_rate"):
+        with pytest.raises(UserError, match=rf"^--{option} 0.1: the spans do not train; use --tuning full$"):
+            span_penalty(base, SpanArguments(**{option: 0.1}))
     assert span_penalty(base, SpanArguments()) is not None  # their mean is reported
 
 
@@ -132,6 +133,7 @@ def test_the_script_shortens_spans_and_reports_them(train_spans):
     assert trained.span_penalty().item() / 2 == pytest.approx(4, abs=1)
 
 
-def test_the_script_refuses_a_penalty_on_nothing(train_spans):
-    with pytest.raises(UserError, match=r"^--span_penalty_weight 1.0: no attention pattern .* is 'adaptive'"):
-        train_spans("full", "--span_penalty_weight 1")
+@pytest.mark.parametrize("option", ["span_penalty_weight", "span_learning_rate"])
+def test_the_script_refuses_options_of_spans_without_one(train_spans, option):
+    with pytest.raises(UserError, match=rf"^--{option} 1.0: no attention pattern .* leave --{option} out$"):
+        train_spans("full", f"--{option} 1")
