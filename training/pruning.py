@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from common.arguments import parse
-from common.errors import UserError, run
+from common.errors import UserError, one_line, run
 from common.provenance import computed_by, device_kind
 from common.records import Records
 from modeling_longembed.layout_registry_longembed import layers_of
@@ -179,11 +179,19 @@ def _read(file: Path, made_by: dict[str, Any]) -> Records:
     records = Records(file)
     for row in records.rows.values():
         for name, value in made_by.items():
-            if row["case"].get(name) != value:
-                raise UserError(f"{file}: was made with another {name}; give another --output_dir")
+            if (old := row["case"].get(name)) != value:
+                raise UserError(f"{file}: was made with {_difference(name, old, value)}; give another --output_dir")
         if "ndcg_at_10" not in row:
             raise UserError(f"{file}: a score is missing; give another --output_dir")
     return records
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    """Say in words how two values differ; of two dictionaries, the first entry that does."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        name = next(key for key in new | old if old.get(key) != new.get(key))
+        old, new = old.get(name), new.get(name)
+    return f"{name} {one_line(old, most=200)}, and this run has {one_line(new, most=200)}"
 
 
 if __name__ == "__main__":

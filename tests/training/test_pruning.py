@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from common.errors import UserError
+from common.provenance import computed_by
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from training import pruning
@@ -157,8 +160,15 @@ def test_a_mistake_is_one_sentence(prune, options, complaint):
 
 def test_scores_of_another_length_are_not_taken(prune):
     prune("--depth 5")
-    with pytest.raises(UserError, match=r"search\.json: was made with another max_length"):
+    with pytest.raises(UserError, match=r"search\.json: was made with max_length 128, and this run has 20; give"):
         prune("--depth 5 --max_length 20")
+
+
+def test_scores_of_another_version_are_not_taken(prune, monkeypatch):
+    prune("--depth 6")
+    monkeypatch.setattr(pruning, "computed_by", lambda *code, **of: computed_by(*code, **of) | {"torch": "9"})
+    with pytest.raises(UserError, match=f"was made with torch {re.escape(version('torch'))}, and this run has 9; give"):
+        prune("--depth 6")
 
 
 def in_file(path: Path, old: str, new: str) -> None:
@@ -183,11 +193,15 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_scores_of_another_model_or_of_other_pairs_are_not_taken(prune, model_with_empty_layers, change):
-    prune("--depth 6")
+    (row,) = json.loads((prune("--depth 6") / "search.json").read_text())
     make, name = CHANGES[change]
     make(model_with_empty_layers)
-    with pytest.raises(UserError, match=rf"search\.json: was made with another {name}; give another --output_dir"):
+    complaint = rf"search\.json: was made with {name} (\w+), and this run has (\w+); give another --output_dir"
+    with pytest.raises(UserError, match=complaint) as refused:
         prune("--depth 6")
+    found = re.search(complaint, str(refused.value))
+    assert found is not None
+    assert row["case"][name] == found[1] != found[2]
 
 
 def test_scores_are_those_of_a_model_that_was_moved(prune, model_with_empty_layers, monkeypatch):
