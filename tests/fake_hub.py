@@ -16,16 +16,17 @@ class FakeHub:
     Attributes:
         url: address of the server.
         requests: method and path of each request so far.
+        bodies: what was sent with each of them.
         answer: method and path -> status, headers, body.
     """
 
     def __init__(self, answer: Callable[[str, str], tuple[int, dict[str, str], bytes]]):
-        self.answer, self.requests = answer, []
+        self.answer, self.requests, self.bodies = answer, list[tuple[str, str]](), list[bytes]()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def handle_any(self):
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                hub.bodies.append(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
                 hub.requests.append((self.command, self.path))
                 status, headers, body = hub.answer(self.command, self.path)
                 if status == 0:  # the connection breaks in the middle of an answer

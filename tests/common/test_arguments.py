@@ -94,6 +94,10 @@ def test_missing_required_argument():
     ("text", "words"),
     [
         ("learning_rte: 1", ["learning_rte", "learning_rate"]),
+        ("learning-rate: 1", ["unknown argument learning-rate", "did you mean learning_rate?"]),
+        ("learning_rate: nan", ["learning_rate", "nan is no finite number"]),  # a text in YAML
+        ("learning_rate: .nan", ["learning_rate", "nan is no finite number"]),
+        ("learning_rate: -.inf", ["learning_rate", "-inf is no finite number"]),
         ("no_symmetric: true", ["no_symmetric", "symmetric"]),  # an option of the command line, not a field
         ("config: other.yaml", ["unknown argument config"]),
         ("max_steps: many", ["max_steps", "many"]),

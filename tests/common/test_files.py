@@ -171,6 +171,23 @@ def test_trying_an_output_makes_nothing_that_a_kill_could_leave(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "complaint"),
+    [
+        ("file", "folder", r"--output .*/folder: is a folder; name a file in it"),
+        ("folder", "file", r"--output .*/file: is no folder; name another place"),
+        ("folder", "file/out", r"--output .*/file/out: .*/file is no folder; name another place"),
+        ("file", "file/out.json", r"--output .*/file/out\.json: .*/file is no folder; name another place"),
+    ],
+)
+def test_what_stands_where_an_output_is_to_go_is_named(tmp_path, kind, name, complaint):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=f"^{complaint}$"):
+        check_output(tmp_path / name, "output", kind)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_an_output_is_tried_also_where_files_need_names(tmp_path, monkeypatch):
     def without_nameless_files(path, flags, *mode):
         raise OSError(errno.EOPNOTSUPP, "not supported", str(path))

@@ -29,6 +29,8 @@ def test_rows_come_with_the_number_of_their_line(tmp_path, name):
         (b'{"id": 1}', "row 1: the column text is missing; it has id"),
         (b'{"id": 1, "text": 2}', "row 1: text is 2, not a string"),
         (b'{"id": 1.5, "text": "a"}', "row 1: id is 1.5, not a string"),
+        (b"[" * 100_000, "row 1: is nested too deep; write one JSON object per line"),
+        (b'{"id": ' + b"1" * 5000 + b', "text": "a"}', "row 1: is not JSON: Exceeds the limit"),
         (b'{"id": 1, "text": "\\ud800"}', "row 1: text has half a surrogate pair"),
     ],
 )

@@ -1,6 +1,8 @@
 """A saved adapter comes back as it was, or not at all."""
 
+import base64
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from peft import PeftModel
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
-from tests.fake_hub import fake_hub
+from tests.fake_hub import COMMIT, fake_hub
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
 from training.engine.saving import WHOLE_WEIGHTS, HubArguments, load_adapter, push, save_adapter
@@ -95,6 +97,40 @@ def test_an_upload_that_fails_says_in_one_sentence_why_and_how_to_go_on(status, 
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(f"uploads it: hf upload org/name '{final}' --private")
     assert [path.name for path in final.iterdir()] == ["config.json"]
+
+
+def taking_everything(method, path):
+    """A Hub on which an upload succeeds, into the repository and not into a large-file storage."""
+    found: dict[str, Any] = {"url": "http://127.0.0.1/org/name", "type": "user", "name": "x"}
+    if path.startswith("/api/models/org/name/preupload/"):
+        files = ("config.json", "deep/weights.bin")
+        found = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in files]}
+    elif path.startswith("/api/models/org/name/commit/"):
+        url = f"http://127.0.0.1/org/name/commit/{COMMIT}"
+        found = {"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""}
+    return 200, {}, json.dumps(found).encode()
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_an_upload_sends_every_file_as_it_is_in_one_commit(private, final, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_fake")
+    (final / "deep").mkdir()
+    (final / "deep" / "weights.bin").write_bytes(bytes(range(256)) * 5)
+    with fake_hub(monkeypatch, final.parent / "cache", taking_everything) as hub:
+        push(final, "org/name", private=private)
+    paths = ("repos/create", "models/org/name/preupload/main", "models/org/name/commit/main")
+    assert hub.requests == [("POST", f"/api/{path}") for path in paths]
+    created = json.loads(hub.bodies[0])
+    assert (created["organization"], created["name"]) == ("org", "name")
+    # Older releases of huggingface_hub say it in another field.
+    assert created.get("visibility", "private" if created.get("private") else "public") == (
+        "private" if private else "public"
+    )
+    _, *files = map(json.loads, hub.bodies[-1].splitlines())
+    assert {line["key"] for line in files} == {"file"}
+    assert {line["value"]["encoding"] for line in files} == {"base64"}
+    sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in files}
+    assert sent == {str(file.relative_to(final)): file.read_bytes() for file in final.rglob("*") if file.is_file()}
 
 
 def test_an_upload_without_a_connection_says_so(final, monkeypatch):
