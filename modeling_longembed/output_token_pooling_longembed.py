@@ -138,7 +138,9 @@ def _cluster(vectors: Tensor, sizes: Tensor, lengths: list[int], kept: list[int]
         count = -(-length // window)
         for number in range(count):
             start, end = length * number // count, length * (number + 1) // count
-            windows.append((first + start, first + end, clusters * end // length - clusters * start // length))
+            # Rounded up, so that the first window has a cluster even if there are no more than windows.
+            share = -(-clusters * end // length) - -(-clusters * start // length)
+            windows.append((first + start, first + end, share))
         first += length
     roots = torch.arange(len(vectors), device=vectors.device)
     windows.sort(key=lambda each: each[1] - each[0])
