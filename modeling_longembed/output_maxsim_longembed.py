@@ -8,7 +8,7 @@ of each query token in each document and, for the gradient, which token gave it.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ def maxsim(
         query_cu_seqlens: `(Q + 1,)` int, cumulative numbers of vectors of the queries, starting at 0.
         document_vectors: `(Td, k)`.
         document_cu_seqlens: `(D + 1,)` int, the same of the documents.
-        memory_mb: MiB that intermediate results may take at a time, beside inputs, scores, and places of maxima.
+        memory_mb: MiB that intermediate results may take at a time, beside inputs, scores, places of maxima, and
+            gradients, which are fp32 until they are whole.
         mean: divide the score by the number of the query's tokens, so that queries of all lengths compare.
 
     Returns:
@@ -144,45 +145,67 @@ class _MaxSim(torch.autograd.Function):
         document_gradient = torch.zeros_like(documents, dtype=gradient.dtype) if ctx.needs_input_grad[1] else None
         lengths = torch.tensor([end - start for start, end in pairwise(query_cu)], device=queries.device)
         query_of_token = torch.repeat_interleave(lengths, output_size=len(queries))
+        width, elements = queries.shape[1], memory // gradient.dtype.itemsize
+        step = max(1, min(QUERY_ROWS.get(queries.device.type, 8192), elements // (4 * width + 16)))
         with torch.autocast(queries.device.type, enabled=False):
             for group in range(groups):
-                start, end = query_cu[group * num_queries], query_cu[(group + 1) * num_queries]
-                if start == end:
-                    continue
-                group_queries = queries[start:end].to(gradient.dtype)
-                # At a time: places and their order in int64, and the weights, twice.
-                step = max(1, memory // (40 * (end - start)))
-                for first in range(0, per_group, step):
-                    last = min(first + step, per_group)
-                    low, high = document_cu[group * per_group + first], document_cu[group * per_group + last]
-                    if low == high:
-                        continue
-                    chosen = places[first:last, start:end]
-                    weights = gradient[query_of_token[start:end], first:last].masked_fill_(chosen.T < 0, 0.0)
-                    chosen = (chosen - low).clamp_(min=0)
-                    if query_gradient is not None:
-                        rows = documents[low:high].to(gradient.dtype)
-                        query_gradient[start:end] += embedding_bag(
-                            chosen.T.contiguous(), rows, mode="sum", per_sample_weights=weights
-                        )
-                    if (
-                        document_gradient is not None
-                    ):  # the terms sorted by document token: no order of addition is left
-                        chosen = chosen.flatten()
-                        order = chosen.argsort(stable=True)
-                        counts = torch.bincount(chosen, minlength=high - low)
-                        document_gradient[low:high] = embedding_bag(
-                            order % (end - start),
-                            group_queries,
-                            counts.cumsum(0) - counts,
-                            mode="sum",
-                            per_sample_weights=weights.T.flatten()[order],
+                own_cu = document_cu[group * per_group : (group + 1) * per_group + 1]
+                group_end = query_cu[(group + 1) * num_queries]
+                for start in range(query_cu[group * num_queries], group_end, step):
+                    end = min(start + step, group_end)
+                    # No more tokens of a document are chosen than there are query tokens.
+                    chosen_cu = [0, *accumulate(min(high - low, end - start) for low, high in pairwise(own_cu))]
+                    free = elements - 2 * width * (end - start)
+                    for first, last in _document_blocks(chosen_cu, 2 * width, 16 * (end - start), free):
+                        if own_cu[first] == own_cu[last]:
+                            continue
+                        _add_gradients(
+                            places[first:last, start:end],
+                            own_cu[first],
+                            gradient[query_of_token[start:end], first:last],
+                            (queries[start:end], documents),
+                            (None if query_gradient is None else query_gradient[start:end], document_gradient),
                         )
         if query_gradient is not None:
             query_gradient = query_gradient.to(queries.dtype)
         if document_gradient is not None:
             document_gradient = document_gradient.to(documents.dtype)
         return query_gradient, document_gradient, None, None, None, None
+
+
+def _add_gradients(
+    places: Tensor,
+    low: int,
+    weights: Tensor,
+    vectors: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor | None, Tensor | None],
+) -> None:
+    """Add what a block of maxima contributes to the gradients, always in the same order of addition.
+
+    Args:
+        places: `(n, r)`, the row of document vectors that is the maximum of each of r query tokens in n documents; -1
+            where there is none.
+        low: the first row of these documents.
+        weights: `(r, n)`, the gradients of the maxima.
+        vectors: `(r, k)` of the query tokens, and `(Td, k)` of all documents.
+        gradients: the same shapes; None for a side that needs none.
+    """
+    (queries, documents), (query_gradient, document_gradient) = vectors, gradients
+    weights = weights.masked_fill_(places.T < 0, 0.0)
+    # Sorted by document token, so that what belongs to one is together, and rows that were not chosen take no memory.
+    chosen, order = places.clamp(min=low).flatten().sort(stable=True)
+    chosen, number, counts = chosen.unique_consecutive(return_inverse=True, return_counts=True)
+    if query_gradient is not None:
+        number = torch.empty_like(number).scatter_(0, order, number).view_as(places)
+        rows = documents.index_select(0, chosen).to(weights.dtype)
+        query_gradient += embedding_bag(number.T.contiguous(), rows, mode="sum", per_sample_weights=weights)
+        del rows
+    del number
+    if document_gradient is not None:
+        begins = counts.cumsum(0).sub_(counts)
+        terms = weights.T.flatten()[order]
+        bags = order % len(queries), queries.to(weights.dtype), begins
+        document_gradient.index_add_(0, chosen, embedding_bag(*bags, mode="sum", per_sample_weights=terms))
 
 
 def _score_group(

@@ -38,7 +38,7 @@ def tiny_blocks(monkeypatch):
 
 
 @pytest.mark.promise("T1")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(queries=LENGTHS, documents=LENGTHS, width=st.integers(1, 5), mean=st.booleans(), block=st.integers(1, 2000))
 def test_scores_and_gradients_are_those_of_the_double_loop_in_blocks_of_any_size(
     queries, documents, width, mean, block
@@ -59,7 +59,7 @@ def test_scores_and_gradients_are_those_of_the_double_loop_in_blocks_of_any_size
 
 
 @pytest.mark.promise("T1")
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(queries=LENGTHS, candidates=st.integers(0, 4), data=st.data(), mean=st.booleans())
 def test_pairs_score_each_query_with_its_own_candidates(queries, candidates, data, mean):
     lengths = data.draw(
@@ -147,6 +147,22 @@ def test_memory_does_not_grow_with_the_lengths():
     assert used < 1.1 * 2**20 < whole / 200
     expected = [(query @ part.T).amax(1).sum() for part in vectors.split(documents)]
     torch.testing.assert_close(scores[0][0], torch.stack(expected), rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.promise("T2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("documents", [[300] * 200, [60_000], [3] * 800], ids=["many", "long", "short"])
+def test_memory_of_the_gradient_does_not_grow_with_the_lengths(documents, dtype):
+    lengths = [300, 1, 400]
+    leaves = [random(each, 64, dtype=torch.float32).to(dtype).requires_grad_() for each in (lengths, documents)]
+    scores = maxsim(leaves[0], cumulative(lengths), leaves[1], cumulative(documents), memory_mb=1)
+    found = []
+    used = peak_bytes(lambda: found.extend(torch.autograd.grad(scores.sum(), leaves, retain_graph=True)))
+    # The gradients are fp32 first, and what half precision is made of them is beside them.
+    gradients = sum(leaf.numel() for leaf in leaves) * (4 if dtype == torch.float32 else 6)
+    assert used - gradients < 1.1 * 2**20
+    for mine, other in zip(found, torch.autograd.grad(scores.sum(), leaves), strict=True):
+        assert torch.equal(mine, other)  # no order of addition is left to chance
 
 
 @pytest.mark.parametrize(
