@@ -41,13 +41,15 @@ def similarity(
         mean: divide MaxSim by the number of tokens of the query; for token vectors only.
         memory_mb: MiB that MaxSim takes at a time beside its input and output, whatever the lengths.
         codec: what the token vectors of the documents were encoded with, if they are codes. They are decoded some at a
-            time, a long document at once.
+            time, a long document at once. One that has seen no vectors, such as `TokenCodec("binary")`, takes the width
+            of the queries.
 
     Returns:
         `(Q, D)` fp32 or wider, on the CPU; larger is more alike. 0 for token vectors of a text without tokens.
 
     Raises:
-        ValueError: token vectors are compared with plain ones, widths differ, or an array has another shape.
+        ValueError: token vectors are compared with plain ones, widths differ, an array has another shape, or codes are
+            given for queries, or without the codec that made them.
     """
     (queries, by_tokens), (documents, documents_by_tokens) = _texts("queries", queries), _texts("documents", documents)
     if queries and documents and by_tokens != documents_by_tokens:
@@ -56,18 +58,26 @@ def similarity(
             f"similarity: queries are {kinds[by_tokens]} and documents {kinds[documents_by_tokens]}; encode both "
             "alike, and put the token vectors of one text into a list: [vectors]"
         )
+    if any(row.dtype in (torch.int8, torch.uint8) for row in queries):
+        raise ValueError("similarity: the queries are codes; give their vectors, only documents are kept as codes")
     if codec is None and any(row.dtype in (torch.int8, torch.uint8) for row in documents):
         raise ValueError("similarity: the documents are codes; give the TokenCodec that made them as codec=")
     if codec is not None and not documents_by_tokens and documents:
         raise ValueError("similarity: codec= is for codes of token vectors, and the documents are plain vectors")
-    of_documents: set[Any] = {row.shape[-1] for row in documents} if codec is None else {codec.dim for _ in documents}
+    if codec is not None and not codec.is_ready:
+        raise ValueError(f"similarity: this {codec.kind} codec has seen no sample; give the one that made the codes")
+    of_documents: set[Any] = {codec.dim if codec is not None else row.shape[-1] for row in documents} - {None}
     widths = sorted({row.shape[-1] for row in queries} | of_documents)
     if len(widths) > 1:
         raise ValueError(
             f"similarity: vectors of {' and '.join(map(str, widths))} dimensions cannot be compared; encode queries "
             "and documents with the same token_dim or truncate_dim"
         )
+    if not queries and not documents:
+        return torch.zeros(0, 0)
     if by_tokens or documents_by_tokens:
+        if codec is not None and codec.dim is None:
+            codec = TokenCodec(codec.kind, dim=next(iter(widths), None))
         return _similarity_of_tokens(queries, documents, mean, int(memory_mb * 2**20), model.device, codec)
     if mean:
         raise ValueError("similarity: mean=True is for token vectors, and these are plain vectors; leave it out")
@@ -101,6 +111,7 @@ def _similarity_of_tokens(
     codec: TokenCodec | None,
 ) -> Tensor:
     """Compute MaxSim in runs of queries and documents that are packed in a quarter of `memory` each, in bytes."""
+    codec = None if codec is None else codec.to(device)
     rows = []
     for query_run in _runs(queries, memory // 4):
         packed = _packed(query_run, device)

@@ -3,12 +3,12 @@
 A `TokenCodec` turns the token vectors of documents into codes and back. Queries stay as they are.
 """
 
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 # Bits of a dimension, for each kind.
 BITS = {"float32": 32, "float16": 16, "int8": 8, "binary": 1, "residual1": 1, "residual2": 2}
@@ -37,18 +37,21 @@ class TokenCodec:
         centroids: `residual`: number of centroids, at most 65,536; None: the power of two below 4 times the square root
             of the size of the sample.
         seed: of the rotation, and of the first centroids.
+        dim: width of the vectors; None: that of the sample, or of the first vectors that are encoded.
 
     Raises:
         ValueError: there is no such kind, or `centroids` is out of range.
     """
 
-    def __init__(self, kind: str, rotate: bool = False, centroids: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, kind: str, rotate: bool = False, centroids: int | None = None, seed: int = 0, dim: int | None = None
+    ) -> None:
         if kind not in BITS:
             raise ValueError(f"TokenCodec: kind={kind!r}; choose from {', '.join(map(repr, BITS))}")
         if centroids is not None and not 1 <= centroids <= 2**16:
             raise ValueError(f"TokenCodec: centroids={centroids}; give a number from 1 to 65536")
         self.kind, self.rotate, self.centroids, self.seed = kind, rotate, centroids, seed
-        self.dim: int | None = None
+        self.dim = dim
         self.tables: dict[str, Tensor] = {}
 
     def fit(self, sample: Tensor) -> "TokenCodec":
@@ -61,11 +64,16 @@ class TokenCodec:
             This codec.
 
         Raises:
-            ValueError: the sample is no `(n, k)` array of vectors.
+            ValueError: the sample is no `(n, k)` array of vectors, or smaller than the number of values of a residual.
         """
         sample = torch.as_tensor(sample)
         if sample.ndim != 2 or not len(sample):
             raise ValueError(f"TokenCodec: a sample of shape {tuple(sample.shape)}; give token vectors (n, k), n >= 1")
+        if self.kind.startswith("residual") and sample.numel() < 2 ** BITS[self.kind]:
+            raise ValueError(
+                f"TokenCodec: a sample of {sample.numel()} numbers, but a difference has {2 ** BITS[self.kind]} values "
+                f"in {self.kind}; give more token vectors"
+            )
         sample, self.dim, self.tables = sample.detach().float(), sample.shape[1], {}
         generator = torch.Generator().manual_seed(self.seed)
         if self.kind == "int8":
@@ -75,7 +83,7 @@ class TokenCodec:
             if self.rotate:
                 square = torch.randn(self.dim, self.dim, dtype=torch.float64, generator=generator)
                 self.tables["rotation"] = torch.linalg.qr(square).Q.float().to(sample.device)
-            self.tables["scale"] = self._centred(sample).abs().mean(0)
+            self.tables["scale"] = self._centred(sample, self.tables).abs().mean(0)
         elif self.kind.startswith("residual"):
             self._fit_residuals(sample, generator)
         return self
@@ -95,15 +103,29 @@ class TokenCodec:
         self.tables["values"] = torch.stack([part.mean() for part in values])
 
     @property
-    def bytes_per_vector(self) -> int:
-        """Bytes of the code of a vector, beside the tables of the codec."""
-        packed = -(-self._width() * BITS[self.kind] // 8)
-        return packed + 2 if self.kind.startswith("residual") else packed
+    def is_ready(self) -> bool:
+        """Whether this codec can encode: its kind needs no sample, or there was one."""
+        return bool(self.tables) or self.kind in ("float32", "float16", "binary")
 
-    def _width(self) -> int:
+    @property
+    def bytes_per_vector(self) -> int:
+        """Bytes of the code of a vector, beside the tables of the codec.
+
+        Raises:
+            ValueError: the width of the vectors is not known yet.
+        """
         if self.dim is None:
             raise ValueError(f"TokenCodec: {self.kind} codes have no size yet; call fit or encode first")
-        return self.dim
+        packed = -(-self.dim * BITS[self.kind] // 8)
+        return packed + 2 if self.kind.startswith("residual") else packed
+
+    def to(self, device: torch.device) -> "TokenCodec":
+        """Return this codec with its tables on a device; itself if they are there."""
+        if all(table.device == device for table in self.tables.values()):
+            return self
+        moved = copy(self)
+        moved.tables = {name: table.to(device) for name, table in self.tables.items()}
+        return moved
 
     def encode(self, vectors: Tensor) -> Tensor:
         """Turn token vectors into codes.
@@ -115,73 +137,77 @@ class TokenCodec:
             `(n, k)` float32, float16 or int8; otherwise `(n, bytes_per_vector)` uint8.
 
         Raises:
-            ValueError: the width is not that of the sample, or there was none and the kind needs one.
+            ValueError: the vectors have another shape, or there was no sample and the kind needs one.
         """
         vectors = torch.as_tensor(vectors).detach()
-        if self.kind in ("float32", "float16", "binary") and self.dim is None:
-            self.dim = vectors.shape[-1]
-        if self.dim is None:
+        if not self.is_ready:
             raise ValueError(f"TokenCodec: {self.kind} needs a sample of token vectors first; call fit")
-        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
-            raise ValueError(f"TokenCodec: vectors of shape {tuple(vectors.shape)}; this codec takes (n, {self.dim})")
+        if vectors.ndim != 2 or self.dim not in (None, vectors.shape[1]):
+            raise ValueError(
+                f"TokenCodec: vectors of shape {tuple(vectors.shape)}; this codec takes (n, {self.dim or 'k'})"
+            )
+        self.dim = vectors.shape[1]
         if self.kind in ("float32", "float16"):
             return vectors.to(getattr(torch, self.kind))
-        vectors = vectors.float()
+        vectors, tables = vectors.float(), self.to(vectors.device).tables
         if self.kind == "int8":
-            start, step = self._steps(vectors.device)
-            return (((vectors - start) / step).floor().clamp(0, 255) - 128).to(torch.int8)
+            start, step = self._steps(tables)
+            number = (vectors - start) / torch.where(step == 0, 1.0, step)
+            return (number.floor().clamp(0, 255) - 128).to(torch.int8)
         if self.kind == "binary":
-            return pack_bits(self._centred(vectors) > 0)
-        nearest = _nearest(vectors, self._table("centroids", vectors.device))
-        difference = vectors - self._table("centroids", vectors.device)[nearest]
-        places = torch.bucketize(difference, self._table("edges", vectors.device))
+            return pack_bits(self._centred(vectors, tables) > 0)
+        nearest = _nearest(vectors, tables["centroids"])
+        places = torch.bucketize(vectors - tables["centroids"][nearest], tables["edges"])
         shifts = torch.arange(BITS[self.kind] - 1, -1, -1, device=vectors.device)
         number = torch.stack([nearest % 256, nearest // 256], dim=1).to(torch.uint8)
         return torch.cat([number, pack_bits((places[:, :, None] >> shifts & 1).flatten(1) > 0)], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Turn codes into the vectors that they stand for.
+        """Turn codes into the vectors that they stand for, in about twice the memory of these.
 
         Args:
             codes: as `encode` returns.
 
         Returns:
             `(n, k)` fp32; of `residual` at unit length.
+
+        Raises:
+            ValueError: the codes have another shape than those of this codec.
         """
-        codes, width = torch.as_tensor(codes), self._width()
+        codes = torch.as_tensor(codes)
+        if codes.ndim != 2 or codes.shape[1] * codes.element_size() != self.bytes_per_vector:
+            raise ValueError(
+                f"TokenCodec: {codes.dtype} codes of shape {tuple(codes.shape)}; {self.kind} codes of {self.dim} "
+                f"dimensions have {self.bytes_per_vector} bytes a vector"
+            )
+        tables = self.to(codes.device).tables
         if self.kind in ("float32", "float16"):
             return codes.float()
         if self.kind == "int8":
-            start, step = self._steps(codes.device)
-            return (codes.float() + 128.5) * step + start  # the middle of the step
+            start, step = self._steps(tables)
+            return codes.float().add_(128.5).mul_(step).add_(start)  # the middle of the step
         if self.kind == "binary":
-            signs = unpack_bits(codes, width).float() * 2 - 1
-            if not self.tables:
-                return signs / width**0.5
-            signs = signs * self._table("scale", codes.device)
-            rotated = signs @ self._table("rotation", codes.device).T if "rotation" in self.tables else signs
-            return rotated + self._table("centre", codes.device)
-        bits = BITS[self.kind]
-        nearest = codes[:, 0].long() + 256 * codes[:, 1].long()
-        shifts = torch.arange(bits - 1, -1, -1, device=codes.device)
-        places = (unpack_bits(codes[:, 2:], width * bits).view(len(codes), width, bits).long() << shifts).sum(2)
-        decoded = self._table("centroids", codes.device)[nearest] + self._table("values", codes.device)[places]
-        return normalize(decoded, dim=-1)
+            signs = unpack(codes, torch.tensor([-1.0, 1.0], device=codes.device))[:, : self.dim]
+            if not tables:
+                return signs / signs.shape[1] ** 0.5
+            signs *= tables["scale"]
+            return (signs @ tables["rotation"].T if "rotation" in tables else signs).add_(tables["centre"])
+        decoded = tables["centroids"][codes[:, 0].long() + 256 * codes[:, 1].long()]
+        decoded += unpack(codes[:, 2:], tables["values"])[:, : self.dim]
+        return decoded.div_(decoded.norm(dim=-1, keepdim=True).clamp_(min=1e-12))
 
-    def _table(self, name: str, device: torch.device) -> Tensor:
-        return self.tables[name].to(device)
-
-    def _steps(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _steps(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return where the 256 steps of each dimension begin, and how large they are."""
-        start, end = self._table("ranges", device)
-        step = (end - start) / 255
-        return start, torch.where(step == 0, 1.0, step)
+        start, end = tables["ranges"]
+        return start, (end - start) / 255
 
-    def _centred(self, vectors: Tensor) -> Tensor:
-        """Return the vectors, centred and rotated if this codec does so."""
-        if "centre" in self.tables:
-            vectors = vectors - self._table("centre", vectors.device)
-        return vectors @ self._table("rotation", vectors.device) if "rotation" in self.tables else vectors
+    @staticmethod
+    def _centred(vectors: Tensor, tables: dict[str, Tensor]) -> Tensor:
+        """Return the vectors, centred and rotated if the codec does so."""
+        if "centre" in tables:
+            vectors = vectors - tables["centre"]
+        return vectors @ tables["rotation"] if "rotation" in tables else vectors
 
     def state(self) -> dict[str, Any]:
         """Return what `from_state` makes this codec of: its `kind` and `dim`, and tensors by name."""
@@ -194,8 +220,8 @@ class TokenCodec:
         Args:
             state: what `state` returned; tensors may come from a file.
         """
-        codec = cls(state["kind"], rotate="rotation" in state)
-        codec.dim = None if state["dim"] is None else int(state["dim"])
+        dim = None if state["dim"] is None else int(state["dim"])
+        codec = cls(state["kind"], rotate="rotation" in state, dim=dim)
         codec.tables = {name: torch.as_tensor(table) for name, table in state.items() if name not in ("kind", "dim")}
         return codec
 
@@ -207,10 +233,20 @@ def pack_bits(bits: Tensor) -> Tensor:
     return (bits.view(len(bits), bits.shape[1] // 8, 8) * weights).sum(2, dtype=torch.uint8)
 
 
-def unpack_bits(codes: Tensor, count: int) -> Tensor:
-    """Return the first `count` bits of each row of bytes `(n, b)` as booleans `(n, count)`."""
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
-    return ((codes[:, :, None] >> shifts) & 1).flatten(1)[:, :count] > 0
+def unpack(codes: Tensor, values: Tensor) -> Tensor:
+    """Return what bytes `(n, b)` stand for: groups of bits, the highest first, each the place of one of `values`.
+
+    Args:
+        codes: uint8.
+        values: `(2,)`, of a bit, or `(4,)`, of two bits.
+
+    Returns:
+        `(n, 8 b)`, or `(n, 4 b)`.
+    """
+    bits = len(values).bit_length() - 1
+    shifts = torch.arange(8 - bits, -1, -bits, device=codes.device)
+    of_byte = values[torch.arange(256, device=codes.device)[:, None] >> shifts & (len(values) - 1)]
+    return of_byte.index_select(0, codes.flatten().int()).view(len(codes), codes.shape[1] * len(shifts))
 
 
 def _nearest(vectors: Tensor, centroids: Tensor) -> Tensor:

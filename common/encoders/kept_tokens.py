@@ -71,8 +71,8 @@ class KeptTokens:
             encoder.check_dim(settings.dim)
         self.encoder, self.settings, self.store = encoder, settings, store
         # Dimensions in the order of their importance vary the less the later they come; rotated, all vary alike.
-        self.codec = TokenCodec(settings.precision, rotate=settings.precision == "binary" and encoder.is_ordered)
-        self.codec.dim = settings.dim or encoder.dimension
+        rotate = settings.precision == "binary" and encoder.is_ordered
+        self.codec = TokenCodec(settings.precision, rotate=rotate, dim=settings.dim or encoder.dimension)
 
     def windows(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[bytes]]]:
         """Compute what is missing, window by window, longest texts first.

@@ -25,6 +25,7 @@ def test_plain_vectors_compare_as_in_sentence_transformers(name, build_tiny_mode
     torch.testing.assert_close(model.similarity(list(queries), torch.from_numpy(documents)), expected)
     torch.testing.assert_close(model.similarity(queries[0], documents), expected[:1])
     assert model.similarity([], documents).shape == (0, 7)
+    assert model.similarity([], []).shape == (0, 0)
 
 
 @pytest.mark.promise("T1")
@@ -58,6 +59,17 @@ def test_codes_compare_as_what_they_stand_for(kind, memory_mb, build_tiny_model)
     torch.testing.assert_close(compare(queries, as_arrays, memory_mb=memory_mb, codec=codec), expected)
 
 
+@pytest.mark.promise("T5")
+@pytest.mark.parametrize("kind", ["float32", "float16", "binary"])
+def test_a_codec_without_a_sample_reads_what_another_has_encoded(kind, build_tiny_model):
+    queries, documents, compare = arrays([3, 1], 13), arrays([4, 7], 13, seed=1), build_tiny_model().similarity
+    used = TokenCodec(kind)
+    codes = [used.encode(document) for document in documents]
+    expected = compare(queries, [used.decode(each) for each in codes])
+    torch.testing.assert_close(compare(queries, codes, codec=TokenCodec(kind)), expected)
+    assert compare([], codes, codec=TokenCodec(kind)).shape == (0, 2)
+
+
 @pytest.mark.promise("T7")
 def test_codes_and_codecs_come_together(build_tiny_model):
     codec, documents = TokenCodec("int8").fit(arrays([9])[0]), arrays([4])
@@ -65,6 +77,14 @@ def test_codes_and_codecs_come_together(build_tiny_model):
         build_tiny_model().similarity(arrays([3]), [codec.encode(documents[0])])
     with pytest.raises(ValueError, match="the documents are plain vectors"):
         build_tiny_model().similarity(arrays([3])[0], documents[0], codec=codec)
+    with pytest.raises(ValueError, match="the queries are codes"):
+        build_tiny_model().similarity([codec.encode(documents[0])], [codec.encode(documents[0])], codec=codec)
+    with pytest.raises(ValueError, match="the queries are codes"):
+        build_tiny_model().similarity([np.ones(5, np.int8)], documents[0])
+    with pytest.raises(ValueError, match="this int8 codec has seen no sample"):
+        build_tiny_model().similarity(arrays([3]), [codec.encode(documents[0])], codec=TokenCodec("int8"))
+    with pytest.raises(ValueError, match=r"codes of shape .* have 2 bytes a vector"):
+        build_tiny_model().similarity(arrays([3], 9), [codec.encode(documents[0])], codec=TokenCodec("binary"))
     with pytest.raises(ValueError, match="of 5 and 6 dimensions cannot be compared"):
         build_tiny_model().similarity(arrays([3], 6), [codec.encode(documents[0])], codec=codec)
 
@@ -82,6 +102,11 @@ def test_memory_is_bounded_for_many_documents_and_for_long_ones(build_tiny_model
     compare, queries = build_tiny_model().similarity, [torch.randn(100, 32)]
     for documents in ([torch.randn(200, 32)] * 300, [torch.randn(60_000, 32)]):
         assert peak_bytes(lambda documents=documents: compare(queries, documents, memory_mb=1)) < 1.1 * 2**20
+    for kind in BITS:
+        codec = TokenCodec(kind).fit(torch.randn(100, 32))
+        codes = [codec.encode(torch.randn(200, 32))] * 300
+        peak = peak_bytes(lambda codec=codec, codes=codes: compare(queries, codes, memory_mb=1, codec=codec))
+        assert peak < 1.1 * 2**20
 
 
 @pytest.mark.promise("T7")

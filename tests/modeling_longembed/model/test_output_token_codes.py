@@ -10,7 +10,8 @@ from sentence_transformers.util import quantize_embeddings
 from sentence_transformers.util.quantization import _dequantize_embeddings
 from torch.nn.functional import normalize
 
-from modeling_longembed.output_token_codes_longembed import BITS, TokenCodec, pack_bits, unpack_bits
+from modeling_longembed.output_token_codes_longembed import BITS, TokenCodec, pack_bits, unpack
+from tests.modeling_longembed.memory_use import peak_bytes
 
 
 def unit_vectors(n: int, width: int = 16, seed: int = 0) -> torch.Tensor:
@@ -20,7 +21,7 @@ def unit_vectors(n: int, width: int = 16, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.promise("T5")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(n=st.integers(1, 30), width=st.integers(1, 40), seed=st.integers(0, 999))
 def test_int8_and_bits_are_those_of_sentence_transformers(n, width, seed):
     sample, vectors = unit_vectors(50, width), unit_vectors(n, width, seed + 1)
@@ -36,18 +37,19 @@ def test_int8_and_bits_are_those_of_sentence_transformers(n, width, seed):
 
 
 @pytest.mark.promise("T5")
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(n=st.integers(0, 9), width=st.integers(0, 40), seed=st.integers(0, 999))
 def test_bits_are_packed_as_in_numpy(n, width, seed):
     bits = torch.rand(n, width, generator=torch.Generator().manual_seed(seed)) > 0.5
     packed = pack_bits(bits)
     assert np.array_equal(packed.numpy(), np.packbits(bits.numpy(), axis=1))
-    assert torch.equal(unpack_bits(packed, width), bits)
+    assert torch.equal(unpack(packed, torch.tensor([False, True]))[:, :width], bits)
 
 
 @pytest.mark.promise("T5")
 def test_an_int8_number_is_at_most_half_a_step_off():
     vectors = unit_vectors(300)
+    vectors[:, 3] = 0.5  # the same in all of them
     codec = TokenCodec("int8").fit(vectors)
     step = (vectors.amax(0) - vectors.amin(0)) / 255
     error = (codec.decode(codec.encode(vectors)) - vectors).abs()
@@ -141,6 +143,10 @@ def test_the_values_of_a_difference_are_equally_frequent_and_the_centroid_is_the
         (lambda: TokenCodec("int8").encode(unit_vectors(2)), "int8 needs a sample of token vectors first; call fit"),
         (lambda: TokenCodec("int8").fit(torch.zeros(0, 4)), "a sample of shape \\(0, 4\\)"),
         (lambda: TokenCodec("int8").fit(unit_vectors(9)).encode(unit_vectors(2, 5)), "this codec takes \\(n, 16\\)"),
+        (lambda: TokenCodec("int8", dim=16).encode(unit_vectors(2)), "int8 needs a sample of token vectors first"),
+        (lambda: TokenCodec("residual2").fit(unit_vectors(1, 3)), "a sample of 3 numbers, but a difference has 4"),
+        (lambda: TokenCodec("binary", dim=9).decode(torch.zeros(4, 1).byte()), "shape \\(4, 1\\); binary codes of 9"),
+        (lambda: TokenCodec("binary").encode(torch.ones(16)), "shape \\(16,\\); this codec takes \\(n, k\\)"),
         (lambda: TokenCodec("float16").bytes_per_vector, "no size yet; call fit or encode"),
     ],
 )
@@ -148,3 +154,19 @@ def test_what_a_codec_cannot_do_is_refused_in_one_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.promise("T7")
+def test_a_refused_call_changes_nothing():
+    codec = TokenCodec("binary")
+    with pytest.raises(ValueError, match="shape"):
+        codec.encode(torch.ones(16))
+    assert codec.encode(unit_vectors(3, 5)).shape == (3, 1)
+
+
+@pytest.mark.parametrize("kind", list(BITS))
+def test_decoding_takes_little_more_memory_than_twice_the_vectors(kind):
+    vectors = unit_vectors(20_000, 32)
+    codec = TokenCodec(kind, rotate=True, centroids=64).fit(vectors[:2000])
+    codes = codec.encode(vectors)
+    assert peak_bytes(lambda: codec.decode(codes)) < 2.4 * vectors.nbytes
