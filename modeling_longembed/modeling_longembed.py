@@ -240,7 +240,7 @@ class LongEmbedPreTrainedModel(HubModel):
         output = cast(LongEmbedTokenOutput, self.base_model.token_output)
         if output.query_table is not None:
             table, rows = output.query_table.detach(), embeddings.num_embeddings
-            output.set_table(torch.cat([table[:rows], table.max().expand(max(0, rows - len(table)))]))
+            output.set_table(torch.cat([table[:rows], table.abs().max().expand(max(0, rows - len(table)))]))
         return embeddings
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:

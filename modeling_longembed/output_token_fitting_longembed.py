@@ -68,7 +68,7 @@ def fit_token_head(
             "documents"
         )
     axes, kept = principal_axes(moment, token_dim)
-    replace_output(model, config)
+    replace_output(model, config, kept="query_")
     set_head(model.token_output.head, axes)
     return kept
 
@@ -108,7 +108,7 @@ def fit_query_token_weights(model: Any, documents: Iterable[str], kind: str = "i
             count += len(rows)
     table = ((count + 1) / (frequency + 0.5)).log()
     table[[number for number in set(model.tokenizer.all_special_ids) if number < len(table)]] = 0
-    replace_output(model, config)
+    replace_output(model, config, kept="head.")
     model.token_output.set_table(table)
     return count
 
@@ -142,15 +142,12 @@ def changed_config(config: Any, **changes: Any) -> Any:
     return type(config)(**config.to_dict() | changes)
 
 
-def replace_output(model: Any, config: Any) -> None:
-    """Give the model the token output that `config` describes, with those of its weights that it has already."""
+def replace_output(model: Any, config: Any, kept: str) -> None:
+    """Give the model the token output that `config` describes, with those old weights whose names begin with `kept`."""
     old, place = model.token_output, next(model.parameters())
     new = LongEmbedTokenOutput(config)
     new.apply(model._init_weights)
-    theirs = {name: x for name, x in old.state_dict().items() if name in new.state_dict()}
-    new.load_state_dict(
-        {name: x for name, x in theirs.items() if x.shape == new.state_dict()[name].shape}, strict=False
-    )
+    new.load_state_dict({name: x for name, x in old.state_dict().items() if name.startswith(kept)}, strict=False)
     model.token_output = new.to(place.device, place.dtype).train(model.training)
     for name in ("token_dim", "token_head", "query_token_weights"):
         setattr(model.config, name, getattr(config, name))

@@ -53,8 +53,9 @@ def test_a_head_of_all_dimensions_changes_no_inner_product():
 
 @pytest.mark.promise("T15")
 @pytest.mark.parametrize("kind", ["idf", "table", "state"])
-def test_weights_are_inverse_document_frequencies(kind):
-    model = token_model(token_dim=4)
+@pytest.mark.parametrize("earlier", ["none", "state"])
+def test_weights_are_inverse_document_frequencies_whatever_they_were(kind, earlier):
+    model = token_model(token_dim=4, query_token_weights=earlier)
     with torch.no_grad():
         model.token_output.head.weight.uniform_()
     head = model.token_output.head.weight.clone()
@@ -97,9 +98,11 @@ def test_no_more_documents_are_read_than_needed():
 def test_new_tokens_weigh_as_much_as_the_rarest_and_removed_ones_are_gone():
     model = token_model()
     model.fit_query_token_weights(DOCUMENTS, "table")
+    with torch.no_grad():  # a trained table, in which the largest weight is that of a negative number
+        model.token_output.query_table[9] = -9
     table = model.token_output.query_table.detach().clone()
     model.resize_token_embeddings(VOCAB_SIZE + 3)
-    assert torch.equal(model.token_output.query_table, torch.cat([table, table.max().expand(3)]))
+    assert torch.equal(model.token_output.query_table, torch.cat([table, torch.full((3,), 9.0)]))
     model.resize_token_embeddings(VOCAB_SIZE - 2)
     assert torch.equal(model.token_output.query_table, table[:-2])
     assert tokens_of(model, TEXTS[0], is_query=True).shape == (5, 32)
