@@ -1,13 +1,14 @@
 """The choices of `model.encode`, which are checked before a text is read, and what they make of a document's states."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .output_token_codes_longembed import TokenCodec
-from .output_token_pooling_longembed import MAX_FACTOR, pool_tokens
+from .output_token_codes_longembed import BITS, TokenCodec
+from .output_token_pooling_longembed import MAX_FACTOR, pool_packed_tokens
 from .output_tokens_longembed import truncate_tokens
 
 # Precisions that no sample of vectors is needed for; others are given as a codec that was fitted to one.
@@ -45,6 +46,11 @@ class EncodingChoices:
     token_dim: int | None = None
     token_pooling: int | None = None
     token_precision: str | TokenCodec = "float32"
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "EncodingChoices":
+        """Return the choices among the arguments of a function, by their names."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     @property
     def has_vectors(self) -> bool:
@@ -85,6 +91,7 @@ class EncodingChoices:
             ("token_pooling", "tokens", self.has_tokens),
             ("token_precision", "tokens", self.has_tokens),
             ("is_query", "tokens", self.has_tokens),
+            ("normalize", "vector", self.has_vectors),
             ("truncate_dim", "vector", self.has_vectors),
             ("late_chunk_tokens", "vector", self.has_vectors),
         ):
@@ -102,25 +109,32 @@ class EncodingChoices:
             raise ValueError(
                 f"encode: token_dim={self.token_dim} is more than the {config.token_dim} dimensions of the token head"
             )
-
         self._check_compression(config)
 
     def _check_compression(self, config: Any) -> None:
         """Raise ValueError if token vectors cannot be made as small as asked."""
+        # A codec is known by its kind: that of a model loaded as remote code is of another class than the package's.
         precision = self.token_precision
-        if precision in ("int8", "residual1", "residual2"):
-            raise ValueError(
-                f"encode: token_precision={precision!r} needs a sample of token vectors; give "
-                f"TokenCodec({precision!r}).fit(sample) of output_token_codes_longembed instead of its name"
-            )
-        if not isinstance(precision, TokenCodec) and precision not in TOKEN_PRECISIONS:
+        kind = precision if isinstance(precision, str) else getattr(precision, "kind", None)
+        if kind not in BITS:
             raise ValueError(
                 f"encode: token_precision={precision!r}; choose from {', '.join(map(repr, TOKEN_PRECISIONS))}, or give "
                 "a TokenCodec"
             )
+        if isinstance(precision, str) and kind not in TOKEN_PRECISIONS:
+            raise ValueError(
+                f"encode: token_precision={precision!r} needs a sample of token vectors; give "
+                f"TokenCodec({precision!r}).fit(sample) of output_token_codes_longembed instead of its name"
+            )
+        width = self.token_dim or config.token_dim or config.hidden_size
+        if not isinstance(precision, str) and not (precision.is_ready and precision.dim in (None, width)):
+            state = f"takes {precision.dim} dimensions" if precision.is_ready else "has seen no sample"
+            raise ValueError(
+                f"encode: the {kind} codec of token_precision {state}, and the token vectors have {width} dimensions; "
+                "call its fit with such vectors of some documents"
+            )
         if self.token_pooling is not None and self.token_pooling > MAX_FACTOR:
             raise ValueError(f"encode: token_pooling={self.token_pooling}; give a whole number of at most {MAX_FACTOR}")
-        kind = precision.kind if isinstance(precision, TokenCodec) else precision
         if self.side(config) == "query" and (self.token_pooling is not None or kind not in ("float32", "float16")):
             name = "token_pooling" if self.token_pooling is not None else "token_precision"
             raise ValueError(
@@ -146,10 +160,20 @@ class EncodingChoices:
         unit_length = config.normalize if self.normalize is None else self.normalize
         return torch.nn.functional.normalize(vectors, dim=-1) if unit_length else vectors.clone()
 
-    def finish_tokens(self, vectors: Tensor) -> Tensor:
-        """Return the token vectors `(n, k)` of a text in the requested dimensions, number and precision, on the CPU."""
+    def finish_tokens(self, vectors: Tensor, cu_seqlens: Tensor) -> list[Tensor]:
+        """Return token vectors in the requested dimensions, number and precision, on the CPU.
+
+        Args:
+            vectors: `(T, k)`, packed.
+            cu_seqlens: `(D + 1,)` int, cumulative numbers of vectors of the texts.
+
+        Returns:
+            The vectors or codes of each text.
+        """
         vectors = vectors if self.token_dim is None else truncate_tokens(vectors, self.token_dim)
         if self.token_pooling is not None:
-            vectors, _ = pool_tokens(vectors, self.token_pooling)
+            vectors, _, cu_seqlens = pool_packed_tokens(vectors, cu_seqlens, self.token_pooling)
         codec = self.token_precision
-        return (codec if isinstance(codec, TokenCodec) else TokenCodec(codec)).encode(vectors).cpu()
+        codes = (TokenCodec(codec) if isinstance(codec, str) else codec).encode(vectors).cpu()
+        # Copies, so that the vectors of one text do not keep those of a whole batch in memory.
+        return [part.clone() for part in codes.split(cu_seqlens.diff().tolist())]

@@ -9,9 +9,10 @@ from array import array
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from itertools import chain
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -254,20 +255,7 @@ def encode_texts(
         )
     texts = [texts] if isinstance(texts, str) else texts
     width = truncate_dim or model.config.hidden_size
-    choices = EncodingChoices(
-        prompt_name,
-        batch_tokens,
-        normalize,
-        truncate_dim,
-        late_chunk_tokens,
-        overflow,
-        precision,
-        output_value,
-        is_query,
-        token_dim,
-        token_pooling,
-        token_precision,
-    )
+    choices = EncodingChoices.of(locals())
     with Progress(show_progress_bar, len(texts) if isinstance(texts, Sized) else None) as progress:
         windows = encode_windows(model, texts, choices, progress.update)
         with closing(windows):
@@ -334,20 +322,7 @@ def encode_stream(
     convert = converter(output)
     if isinstance(texts, str):
         raise ValueError("encode: a stream takes several texts, and this is one string; give [text], or call encode")
-    choices = EncodingChoices(
-        prompt_name,
-        batch_tokens,
-        normalize,
-        truncate_dim,
-        late_chunk_tokens,
-        overflow,
-        precision,
-        output_value,
-        is_query,
-        token_dim,
-        token_pooling,
-        token_precision,
-    )
+    choices = EncodingChoices.of(locals())
     windows = encode_windows(model, texts, choices)
 
     def vectors() -> Iterator[Any]:
@@ -399,8 +374,8 @@ def encode_windows(
         ValueError: a choice has a value that is not allowed.
     """
     choices.check(model.config)
-    if choices.has_tokens:
-        cast(Any, model).left_out_tokens(model.device)  # a model without a tokenizer is told before a text is read
+    if not isinstance(choices.token_precision, str):  # a codec: its tables are copied once, and not for each batch
+        choices = replace(choices, token_precision=choices.token_precision.to(model.device))
     _, prompt = choices.prompt(model.config)
 
     def compute() -> Iterator[list[tuple[Tensor, Tensor]]]:
@@ -456,22 +431,20 @@ def encode_rows(
                     return_dict=True,
                 )
             parts = tokens = [torch.empty(0, 0)] * len(batch)
-            if choices.has_vectors and size is None:
-                parts = states.pooler_output.float().cpu().split(1)
-            elif size is not None:
-                passages = split_documents(cu_seqlens, size)
-                counts = (lengths + size - 1) // size
-                pooled = pool(states.last_hidden_state[0], passages, model.config.pooling)
-                parts = pooled.float().cpu().split(counts.tolist())
+            if choices.has_vectors:
+                pooled, counts = states.pooler_output, torch.ones_like(lengths)
+                if size is not None:
+                    passages, counts = split_documents(cu_seqlens, size), (lengths + size - 1) // size
+                    pooled = pool(states.last_hidden_state[0], passages, model.config.pooling)
+                parts = [
+                    choices.finish_vectors(part, model.config) for part in pooled.float().cpu().split(counts.tolist())
+                ]
             if choices.has_tokens:
-                rows_of_tokens = zip(
-                    states.token_vectors[0].split(lengths.tolist()),
-                    states.token_mask[0].split(lengths.tolist()),
-                    strict=True,
-                )
-                tokens = [choices.finish_tokens(vectors[mask]) for vectors, mask in rows_of_tokens]
+                mask = states.token_mask[0]
+                before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))  # vectors before each token
+                tokens = choices.finish_tokens(states.token_vectors[0][mask], before[cu_seqlens.long()])
             for index, part, vectors in zip(batch, parts, tokens, strict=True):
-                outputs[index] = (choices.finish_vectors(part, model.config), vectors)
+                outputs[index] = (part, vectors)
             report(len(batch))
     finally:
         model.train(was_training)

@@ -1,5 +1,6 @@
 """A vector a token for late interaction: of the same pass as the vector, whatever the batch, saved with the model."""
 
+import importlib.util
 from itertools import chain
 
 import numpy as np
@@ -9,7 +10,7 @@ from sentence_transformers.util import quantize_embeddings
 from torch.nn.functional import normalize
 from transformers import AutoModel
 
-from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel
+from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel, output_token_codes_longembed
 from modeling_longembed.output_token_codes_longembed import TokenCodec
 from modeling_longembed.output_token_pooling_longembed import pool_tokens
 from tests.modeling_longembed.tiny_checkpoints import (
@@ -85,6 +86,25 @@ def test_padded_equals_packed_and_padding_is_zero(fields, side):
         torch.testing.assert_close(padded.token_vectors[real], flat.token_vectors[0], atol=1e-5, rtol=0)
         assert not padded.token_mask[~real].any()
         assert not padded.token_vectors[~padded.token_mask].any()
+
+
+@pytest.mark.promise("T10")
+@pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
+def test_texts_of_both_sides_in_one_batch_get_what_each_side_alone_gets(fields):
+    model, is_query = token_model(**fields), torch.tensor([True, False, False, True, True, False])
+    input_ids, cu_seqlens = packed(TEXTS)
+    batch = tiny_tokenizer(0)(TEXTS, padding=True, return_tensors="pt")
+    of_token = is_query.repeat_interleave(cu_seqlens.diff())[None, :, None]
+    for rows, inputs in (
+        (of_token, {"input_ids": input_ids, "cu_seq_lens_q": cu_seqlens}),
+        (is_query[:, None, None], {name: batch[name] for name in ("input_ids", "attention_mask")}),
+    ):
+        mixed = model(**inputs, token_vectors=is_query)
+        queries, documents = (model(**inputs, token_vectors=side) for side in ("query", "document"))
+        expected = torch.where(rows, queries.token_vectors, documents.token_vectors)
+        torch.testing.assert_close(mixed.token_vectors, expected)
+        assert torch.equal(mixed.token_mask, documents.token_mask)
+        assert torch.equal(queries.token_vectors, documents.token_vectors) == (model.token_output.query_table is None)
 
 
 @pytest.mark.promise("T11")
@@ -173,16 +193,6 @@ def test_fewer_dimensions_are_the_first_ones_at_the_same_length():
             np.testing.assert_allclose(few, first * lengths, atol=1e-6)
 
 
-@pytest.mark.promise("T4")
-def test_encode_pools_the_vectors_of_each_document_on_its_own():
-    model = token_model(token_dim=16)
-    whole, pooled = tokens_of(model, token_dim=8), tokens_of(model, token_dim=8, token_pooling=3)
-    for all_vectors, found in zip(whole, pooled, strict=True):
-        np.testing.assert_allclose(found, pool_tokens(torch.from_numpy(all_vectors), 3)[0], atol=1e-5)
-    for every, again in zip(whole, tokens_of(model, token_dim=8, token_pooling=1), strict=True):
-        assert np.array_equal(every, again)
-
-
 @pytest.mark.promise("T13")
 @pytest.mark.parametrize("cls", [LongEmbedModel, LongEmbedForMaskedLM])
 @pytest.mark.parametrize("fields", HEADS.values(), ids=HEADS)
@@ -209,6 +219,19 @@ def test_a_folder_without_token_vectors_loads_as_before_and_a_head_can_be_added(
     assert np.array_equal(model.encode(TEXTS), loaded.encode(TEXTS))
     assert [part.shape for part in tokens_of(loaded, is_query=True)] == [(n, 4) for n in (5, 0, 30, 1, 38, 12)]
     assert (loaded.token_output.query_table == 1).all()
+
+
+@pytest.mark.promise("T13")
+def test_a_static_table_can_be_trained_when_it_is_loaded(tmp_path):
+    model = token_model(token_dim=4, query_token_weights="idf")
+    model.save_pretrained(tmp_path)
+    loaded, loading = LongEmbedModel.from_pretrained(tmp_path, query_token_weights="table", output_loading_info=True)
+    assert not any(loading.values())
+    assert torch.equal(loaded.token_output.query_table, model.token_output.query_table)
+    assert "token_output.query_table" in dict(loaded.named_parameters())
+    assert "token_output.query_table" not in dict(model.named_parameters())
+    for before, after in zip(tokens_of(model, is_query=True), tokens_of(loaded, is_query=True), strict=True):
+        assert np.array_equal(before, after)
 
 
 def test_a_converted_encoder_has_them(tmp_path):
@@ -294,6 +317,9 @@ def test_shapes_of_every_output():
     assert (vectors.shape, tokens) == ((0, 32), [])
     passages, tokens = model.encode([random_text(9)], output_value="both", late_chunk_tokens=4, output="torch")
     assert (passages[0].shape, tokens[0].shape) == ((3, 32), (9, 8))
+    without_tokenizer = token_model(token_dim=8)
+    without_tokenizer.tokenizer = None
+    assert tokens_of(without_tokenizer, []) == []
     for value in ("tokens", "both"):
         once = model.encode(TEXTS, output_value=value, precision="float32")
         streamed = [*model.encode_stream(TEXTS, output_value=value, precision="float32")]
@@ -302,7 +328,7 @@ def test_shapes_of_every_output():
                 np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.promise("T16")
+@pytest.mark.promise("T4", "T16")
 @pytest.mark.parametrize("token_dim", [None, 6])
 def test_what_is_pooled_and_coded_in_encode_is_what_is_made_of_the_vectors_later(token_dim):
     model = token_model(token_dim=8)
@@ -331,6 +357,19 @@ def test_what_is_pooled_and_coded_in_encode_is_what_is_made_of_the_vectors_later
     assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(streamed, pooled, strict=True))
 
 
+def test_a_codec_of_the_package_serves_a_model_of_remote_code_and_the_other_way_round():
+    """transformers loads the code of a folder as modules of its own."""
+    spec = importlib.util.spec_from_file_location("elsewhere", output_token_codes_longembed.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(elsewhere)
+    model = token_model(token_dim=8)
+    sample = np.concatenate(tokens_of(model))
+    ours, theirs = (kind("int8").fit(sample) for kind in (TokenCodec, elsewhere.TokenCodec))
+    assert not isinstance(theirs, TokenCodec)
+    for a, b in zip(tokens_of(model, token_precision=ours), tokens_of(model, token_precision=theirs), strict=True):
+        assert np.array_equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("fields", "choices", "message"),
     [
@@ -340,8 +379,20 @@ def test_what_is_pooled_and_coded_in_encode_is_what_is_made_of_the_vectors_later
         ({"token_dim": 8}, {"output_value": "tokens", "token_dim": 0}, "token_dim=0; give a whole number"),
         ({"token_dim": 8}, {"token_dim": 4}, "token_dim=4 has no effect on output_value='vector'"),
         ({}, {"is_query": True}, "is_query=True has no effect"),
+        ({}, {"output_value": "tokens", "normalize": False}, "normalize=False has no effect"),
+        (
+            {},
+            {"output_value": "tokens", "token_precision": TokenCodec("int8")},
+            "the int8 codec of token_precision has seen no sample, and the token vectors have 32 dimensions",
+        ),
+        (
+            {"token_dim": 8},
+            {"output_value": "tokens", "token_dim": 6, "token_precision": TokenCodec("int8").fit(torch.ones(1, 8))},
+            "the int8 codec of token_precision takes 8 dimensions, and the token vectors have 6 dimensions",
+        ),
         ({}, {"output_value": "tokens", "late_chunk_tokens": 4}, "late_chunk_tokens=4 has no effect"),
         ({}, {"output_value": "tokens", "token_precision": "int1"}, "token_precision='int1'; choose from"),
+        ({}, {"output_value": "tokens", "token_precision": 8}, "token_precision=8; choose from"),
         ({}, {"output_value": "tokens", "token_precision": "int8"}, "token_precision='int8' needs a sample"),
         ({}, {"output_value": "tokens", "token_pooling": 0}, "token_pooling=0; give a whole number of at least 1"),
         ({}, {"output_value": "tokens", "token_pooling": 33}, "token_pooling=33; give a whole number of at most 32"),
@@ -360,8 +411,12 @@ def test_what_is_pooled_and_coded_in_encode_is_what_is_made_of_the_vectors_later
     ],
 )
 def test_mistakes_are_one_sentence(fields, choices, message):
+    def read():
+        raise AssertionError("a text was read")
+        yield
+
     with pytest.raises(ValueError, match=f"^encode: {message}.*") as error:
-        token_model(**fields).encode(TEXTS, **choices)
+        token_model(**fields).encode(read(), **choices)
     assert "\n" not in str(error.value)
 
 
