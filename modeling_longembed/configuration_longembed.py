@@ -109,6 +109,8 @@ class LongEmbedConfig(PretrainedConfig):
         query_token_weights: what the vector of a query token is multiplied by, so that MaxSim counts it more or less:
             `none`, `idf` (a table over the vocabulary that stays as it is), `table` (the same, trained) or `state` (the
             trained table times `2 * sigmoid(w . h + b)` of the state).
+        token_min_weight: tokens of documents have no vector if their entry in the table of `query_token_weights` is
+            smaller: words as frequent as these are hardly looked for. With 0 all tokens of words have one.
         prompts: text that is put in front of an input, by the name of the prompt; evaluation and inference use the
             names `query` and `document`.
         default_prompt_name: name of the prompt that `encode` uses where none is asked for; None: no prompt.
@@ -168,6 +170,7 @@ class LongEmbedConfig(PretrainedConfig):
     token_head: Literal["linear", "mlp"] = "linear"
     token_skip_punctuation: bool = False
     query_token_weights: Literal["none", "idf", "table", "state"] = "none"
+    token_min_weight: float | int = 0.0
     prompts: dict | None = None
     default_prompt_name: str | None = None
     normalize: bool = True
@@ -344,10 +347,10 @@ class LongEmbedConfig(PretrainedConfig):
             )
 
     def validate_token_vectors(self):
-        """Check that there is a head for each field that describes one.
+        """Check that there are the head and the weights that other fields describe.
 
         Raises:
-            ValueError: the width of the token vectors is out of range, or there is no head.
+            ValueError: a number is out of range, or there is no head, or no table of weights.
         """
         if self.token_dim is not None and not 1 <= self.token_dim <= self.hidden_size:
             raise ValueError(
@@ -357,6 +360,13 @@ class LongEmbedConfig(PretrainedConfig):
         if self.token_dim is None and self.token_head != "linear":
             raise ValueError(
                 f"token_head={self.token_head!r} but token_dim is not set, so that there is no head; set token_dim"
+            )
+        if not 0 <= self.token_min_weight < float("inf"):
+            raise ValueError(f"token_min_weight={self.token_min_weight}; give 0 or a positive number")
+        if self.token_min_weight and self.query_token_weights == "none":
+            raise ValueError(
+                f"token_min_weight={self.token_min_weight} but there are no query_token_weights, whose table tells "
+                "which tokens are left out; set query_token_weights, or leave it out"
             )
 
     def validate_positions(self):

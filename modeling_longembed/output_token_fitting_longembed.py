@@ -51,6 +51,7 @@ def fit_token_head(
     width = config.hidden_size
     moment, count = torch.zeros(width, width, dtype=torch.float64), 0
     model.token_output = LongEmbedTokenOutput(changed_config(config, token_dim=None, token_head="linear"))
+    model.token_output.query_table = output.query_table  # says which tokens of documents have a vector
     try:
         reading = {"prompt_name": "document", "batch_tokens": batch_tokens, "precision": precision}
         parts = model.encode_stream(documents, output_value="tokens", output="torch", **reading)

@@ -59,6 +59,7 @@ class LongEmbedTokenOutput(nn.Module):
             self.query_table = nn.Parameter(torch.ones(config.vocab_size))
         else:
             self.query_table = None
+        self.min_weight = config.token_min_weight
         self.query_gate = nn.Linear(config.hidden_size, 1) if config.query_token_weights == "state" else None
 
     def initialize(self) -> None:
@@ -100,7 +101,7 @@ class LongEmbedTokenOutput(nn.Module):
         Args:
             hidden_states: `(T, d)`, the states of the last sublayer, before they are weighted for pooling.
             input_ids: `(T,)`.
-            left_out: `(V,)` bool, ids that have no vector.
+            left_out: `(V,)` bool, ids that have no vector, beside those whose weight is too small in a document.
             side: `query` or `document`; if texts of both kinds are among them `(T,)` bool, True for tokens of queries.
 
         Returns:
@@ -109,6 +110,9 @@ class LongEmbedTokenOutput(nn.Module):
         """
         vectors = hidden_states if self.head is None else self.head(hidden_states)
         kept = ~left_out[input_ids]
+        if self.min_weight and not (isinstance(side, str) and side == "query"):
+            is_rare = self.query_table.detach()[input_ids].abs() >= self.min_weight
+            kept &= is_rare | side if isinstance(side, Tensor) else is_rare
         if isinstance(side, Tensor):  # every parameter has a gradient, which DDP waits for, whatever the texts are
             scale = torch.where(side, self.query_weights(hidden_states, input_ids), 1.0)
         else:

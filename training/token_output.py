@@ -46,6 +46,14 @@ class TokenOutputArguments:
         default="linear", metadata={"help": "a linear map, or two layers that start as one and can be trained further"}
     )
     token_skip_punctuation: bool = field(default=False, metadata={"help": "give tokens of punctuation no vector"})
+    token_min_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "give tokens of documents no vector if their weight in a query is smaller, such as 0.1; the "
+            "model's own limit if not given; 0: all have one",
+            "within": "[0, inf)",
+        },
+    )
     query_token_weights: Literal["idf", "table", "state"] | None = field(
         default=None,
         metadata={
@@ -63,7 +71,8 @@ class TokenOutputArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.token_dim is None and self.query_token_weights is None and not self.token_skip_punctuation:
+        given = (self.token_dim, self.query_token_weights, self.token_min_weight)
+        if given == (None, None, None) and not self.token_skip_punctuation:
             raise UserError("nothing to do: give --token_dim, --query_token_weights, or both")
         if self.token_dim is None and self.token_head != "linear":
             raise UserError(f"--token_head {self.token_head}: needs --token_dim, the width of the token vectors")
@@ -92,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.query_token_weights is not None:
         count = model.fit_query_token_weights(texts(sources), kind=args.query_token_weights)
         print(f"weights of query tokens: {args.query_token_weights}, from {count:,} documents")
+    if args.token_min_weight is not None:
+        set_min_weight(model, args.token_min_weight)
     if args.token_dim is not None:
         order = np.random.default_rng(args.seed).permutation(sum(len(source.rows) for source in sources))
         drawn, choices = texts(sources, order), {"max_tokens": args.max_tokens, "batch_tokens": args.batch_tokens}
@@ -102,6 +113,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"head of {args.token_dim} dimensions: keeps {kept:.1%} of the token states of the documents")
     output_dir.mkdir(parents=True, exist_ok=True)
     print(save(model, output_dir, title=output_dir.name))
+
+
+def set_min_weight(model: Any, weight: float) -> None:
+    """Leave tokens of documents out whose weight is smaller, in place.
+
+    Args:
+        model: the model.
+        weight: the smallest weight that is kept.
+
+    Raises:
+        UserError: the model has no weights of query tokens.
+    """
+    if weight and model.config.query_token_weights == "none":
+        raise UserError(
+            f"--token_min_weight {weight}: this model has no weights of query tokens; give --query_token_weights too"
+        )
+    model.config.token_min_weight = model.token_output.min_weight = weight
 
 
 def texts(sources: Sequence[Source], order: Sequence[int] | np.ndarray | None = None) -> Iterator[str]:

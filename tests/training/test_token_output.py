@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
@@ -59,6 +60,21 @@ def test_two_layers_and_a_gate_start_where_one_layer_and_the_table_do(fit):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def test_frequent_tokens_of_documents_have_no_vector(fit):
+    _, whole, texts = fit("--query_token_weights idf")
+    table = whole.token_output.query_table
+    context = whole.config.max_position_embeddings
+    rows = [table[row] for row in whole.tokenizer(texts, truncation=True, max_length=context)["input_ids"]]
+    limit = round(torch.cat(rows).median().item(), 4)
+    _, fitted, _ = fit(f"--token_dim 8 --query_token_weights idf --token_min_weight {limit}")
+    kept = [int((weights >= limit).sum()) for weights in rows]
+    assert 0 < sum(kept) < sum(map(len, rows)) - 2 * len(rows)
+    assert [len(vectors) for vectors in fitted.encode(texts, output_value="tokens")] == kept
+    whole.config.token_min_weight = whole.token_output.min_weight = limit
+    whole.fit_token_head(texts, 8)  # to the tokens that have a vector
+    np.testing.assert_allclose(*(m.token_output.head.weight.detach() for m in (whole, fitted)), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -67,6 +83,7 @@ def test_two_layers_and_a_gate_start_where_one_layer_and_the_table_do(fit):
         ("--token_dim 33", "--token_dim 33: must be at least 1 and at most 32"),
         ("--token_dim 0", "--token_dim 0: must be at least 1"),
         ("--token_dim 8 --max_tokens 0", "max_tokens.* must be at least 1"),
+        ("--token_min_weight 1", "--token_min_weight 1.0: this model has no weights of query tokens"),
         ("--query_token_weights tf", "--query_token_weights"),
         ("--token_dim 8 --text_column body", "body"),
     ],

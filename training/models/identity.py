@@ -21,6 +21,7 @@ LATER_FIELDS = {
     "token_head": "linear",
     "token_skip_punctuation": False,
     "query_token_weights": "none",
+    "token_min_weight": 0.0,
 }
 
 

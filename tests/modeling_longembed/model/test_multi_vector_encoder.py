@@ -24,6 +24,7 @@ MODELS = {
         "token_dim": 12,
         "token_head": "mlp",
         "query_token_weights": "state",
+        "token_min_weight": 0.7,
         "pooling": "weighted_mean",
         "token_weighting": "generalized_max",
         "token_weighting_regularization": 2.0,

@@ -28,7 +28,7 @@ HEADS = {
     "states": {},
     "linear": {"token_dim": 8},
     "two layers, idf": {"token_dim": 16, "token_head": "mlp", "query_token_weights": "idf"},
-    "gate": {"token_dim": 8, "query_token_weights": "state"},
+    "gate, no frequent words": {"token_dim": 8, "query_token_weights": "state", "token_min_weight": 0.8},
 }
 
 
@@ -259,6 +259,27 @@ def test_punctuation_is_left_out_on_request():
             assert model(ids, token_vectors=side).token_mask[0].nonzero().flatten().tolist() == [*kept]
 
 
+def test_document_tokens_whose_weight_is_too_small_have_no_vector():
+    model = token_model(token_dim=8, query_token_weights="state", token_min_weight=1.0)
+    whole = token_model(token_dim=8, query_token_weights="state")
+    whole.load_state_dict(model.state_dict())
+    input_ids, cu_seqlens = packed(TEXTS)
+    is_query = torch.tensor([True, False] * 3)
+    kept = {}
+    for side in ("query", "document", is_query):
+        with torch.no_grad():
+            ours, theirs = (m(input_ids, cu_seq_lens_q=cu_seqlens, token_vectors=side) for m in (model, whole))
+        kept[str(side)] = ours.token_mask
+        np.testing.assert_array_equal(ours.token_vectors, theirs.token_vectors * ours.token_mask[..., None])
+    is_rare = model.token_output.query_table[input_ids] >= 1
+    assert 0 < is_rare.sum() < is_rare.numel()
+    every = whole(input_ids, cu_seq_lens_q=cu_seqlens, token_vectors="query").token_mask
+    of_query = is_query.repeat_interleave(cu_seqlens.diff())
+    assert kept["query"].equal(every)
+    assert kept["document"].equal(every & is_rare)
+    assert kept[str(is_query)].equal(every & (is_rare | of_query))
+
+
 def test_another_tokenizer_or_more_special_tokens_are_noticed():
     model = token_model()
     ids = torch.tensor([[1, 5, 6, 2]])
@@ -425,6 +446,8 @@ def test_mistakes_in_the_config_and_in_a_forward_pass():
         ({"token_dim": 0}, "token_dim=0"),
         ({"token_dim": 33}, "token_dim=33; .* hidden_size=32"),
         ({"token_head": "mlp"}, "token_head='mlp' but token_dim is not set"),
+        ({"token_min_weight": 0.5}, "token_min_weight=0.5 but there are no query_token_weights"),
+        ({"token_min_weight": -1, "query_token_weights": "idf"}, "token_min_weight=-1; give 0 or"),
         ({"token_head": "deep", "token_dim": 4}, "token_head"),
         ({"query_token_weights": "tf"}, "query_token_weights"),
     ):
