@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -39,4 +39,4 @@ class Evaluation(Generic[OfSource]):
         return {f"{metric}/{name}": value for name, values in results.items() for metric, value in values.items()}
 
 
-NO_EVALUATION: Evaluation = Evaluation({}, lambda of_source, model: {}, list)  # on nothing
+NO_EVALUATION: Evaluation[Any] = Evaluation({}, lambda of_source, model: {}, list)  # on nothing
