@@ -110,7 +110,8 @@ class Segmenter:
         if self._context is None or self._limit is None:
             return [self._reading(text, 0, len(text))]
         starts, _ = _in_order(self._encode(text, whole=False).offsets)
-        readings, start, first = [], 0, 0
+        readings: list[Reading] = []
+        start = first = 0
         while not readings or start < len(text):
             stop = first + self._limit
             while True:

@@ -237,9 +237,9 @@ class OneVector(AbsEncoder):
         """Score documents, block by block; see `Scorer`."""
         self._current = costs
         costs.bytes += len(documents) * self._bytes_per_document
-        asked = self._encode(queries, PromptType.query)
+        asked = self._encode(queries, PromptType("query"))
         if self.vectors == "int8":  # the steps of a dimension are those of the whole corpus
-            vectors = self._encode(documents, PromptType.document)
+            vectors = self._encode(documents, PromptType("document"))
             yield range(len(documents)), torch.as_tensor(self.similarity(asked, vectors))
             return
         for window, matrices in stream(documents, self.encoder, "document", self.cache, "documents"):
