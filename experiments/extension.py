@@ -36,9 +36,9 @@ from eval.speed.lengths import parse_lengths
 from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from eval.tasks.retrieval import get_tasks
 from eval.tasks.texts import read_texts
-from experiments import training_runs
-from experiments.extension_report import as_markdown, draw
-from experiments.training_runs import check_stamp, training_cost
+from experiments.studies import training_runs
+from experiments.studies.extension_report import as_markdown, draw
+from experiments.studies.training_runs import check_stamp, training_cost
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM
 from training.data.sources import data_files, split_weight
 

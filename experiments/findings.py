@@ -31,9 +31,9 @@ from common.errors import UserError, run
 from common.files import atomic_folder, atomic_write, sha256_file
 from eval.tasks import similarity
 from eval.tasks.evaluation import EvaluationArguments, RetrievalArguments, evaluate_retrieval, evaluate_tasks
-from experiments.findings_data import DATA, DataArguments, data_file
-from experiments.findings_report import as_markdown, draw, draw_plane
-from experiments.training_runs import check_stamp, train, training_cost
+from experiments.studies.findings_data import DATA, DataArguments, data_file
+from experiments.studies.findings_report import as_markdown, draw, draw_plane
+from experiments.studies.training_runs import check_stamp, train, training_cost
 from modeling_longembed import LongEmbedModel
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,8 @@ import yaml
 from common.errors import UserError
 from eval import perplexity
 from eval.tasks import evaluation
-from experiments import extension, training_runs
+from experiments import extension
+from experiments.studies import training_runs
 from tests.eval.task_files import words
 from training import pretraining
 

@@ -13,7 +13,8 @@ from transformers import AutoModel
 from common.errors import UserError
 from common.jsonl import read_text_columns
 from eval.tasks import evaluation
-from experiments import findings, findings_data, one_mask, training_runs
+from experiments import findings, one_mask
+from experiments.studies import findings_data, training_runs
 from tests.eval.task_files import words, write_rows
 from training import contrastive
 from training.data.packing import pack

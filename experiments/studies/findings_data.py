@@ -14,9 +14,9 @@ from common.jsonl import read_text_columns
 from common.sentences import SENTENCE_END
 from eval import questions
 from eval.tasks.task_files import write_task_files
-from experiments.training_runs import check_stamp, run_script
+from experiments.studies.training_runs import check_stamp, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MINE = ROOT / "training" / "mine_negatives.py"
 SENTENCE_WORDS = range(6, 41)  # words of a sentence that is trained on
 

@@ -1,0 +1,1 @@
+"""Trainings that are compared: the parts of `findings.py` and `extension.py`."""
