@@ -167,7 +167,7 @@ class EvaluatedModel(ModelSpec):
         return self.meta.model_copy(update=details)
 
 
-class OneVector(AbsEncoder):
+class OneVector(AbsEncoder, Scorer):
     """A model with one vector per text, behind MTEB's encoder protocol.
 
     The vector is the sum of the encoder's rows: a model has one row, and the rows of chunk-mean sum up to the direction

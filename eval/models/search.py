@@ -126,7 +126,7 @@ class Search:
         return best, indices
 
 
-class ChunkScores:
+class ChunkScores(Scorer):
     """The score of a document is the cosine of its best chunk (MaxP, Dai & Callan 2019, arXiv:1905.09217).
 
     Args:
@@ -153,7 +153,7 @@ class ChunkScores:
             yield window, scores
 
 
-class WordScores:
+class WordScores(Scorer):
     """The scores of BM25."""
 
     def blocks(
@@ -212,7 +212,7 @@ class WordSearch(Search):
         return self.scorer.best(queries, documents, k, costs)
 
 
-class TokenScores:
+class TokenScores(Scorer):
     """MaxSim of token vectors (ColBERT, Khattab and Zaharia 2020, arXiv:2004.12832).
 
     A window of documents at a time is read from the store and compared, so that their number does not decide the
@@ -248,7 +248,7 @@ class TokenScores:
             yield window, scores
 
 
-class HybridScores:
+class HybridScores(Scorer):
     """A convex combination of two scorers, each min-max normalized a query over the corpus.
 
     `weight * norm(first) + (1 - weight) * norm(second)` with `norm(s) = (s - min) / (max - min)`, the minimum and the
