@@ -7,6 +7,14 @@ import numpy as np
 
 from common.errors import UserError
 
+# The parameters of BM25: how soon more of a word counts no more, and how much the length of a text counts.
+K1, B = 1.5, 0.75
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text: two letters or digits and more, in lower case, without English stop words."""
+    return bm25s.tokenize([text], stopwords="en", return_ids=False, show_progress=False)[0]
+
 
 class BM25Index:
     """An index with Lucene's BM25 as bm25s implements it (Lù 2024): k1 = 1.5, b = 0.75, English stop words.
@@ -22,7 +30,7 @@ class BM25Index:
 
     def __init__(self, texts: Sequence[str]):
         self._size = len(texts)
-        self._retriever = bm25s.BM25(k1=1.5, b=0.75, method="lucene")
+        self._retriever = bm25s.BM25(k1=K1, b=B, method="lucene")
         words = bm25s.tokenize(list(texts), stopwords="en")
         if not words.vocab:
             raise UserError(
@@ -47,7 +55,7 @@ class BM25Index:
 
     def scores(self, query: str) -> np.ndarray:
         """Return the scores of all texts for one query, float32 `(texts,)`; 0 for a query of stop words alone."""
-        (words,) = bm25s.tokenize([query], stopwords="en", return_ids=False, show_progress=False)
+        words = words_of(query)
         if not words:
             return np.zeros(self._size, np.float32)
         return self._retriever.get_scores(words).astype(np.float32)

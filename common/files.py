@@ -76,7 +76,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         path: the file; missing parent folders are created.
         data: the content; a string is written as UTF-8.
     """
-    with _atomic_file(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
@@ -87,7 +87,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
         path: the file, compressed with gzip if its name ends in .gz; missing parent folders are created.
         rows: the values of the lines; they are never all in memory.
     """
-    with _atomic_file(path) as temporary, open(temporary, "wb") as raw:
+    with atomic_file(path) as temporary, open(temporary, "wb") as raw:
         # The header of a gzip file gets no name and no time, which would differ between equal files.
         packed = gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if Path(path).suffix == ".gz" else nullcontext(raw)
         with packed as file:
@@ -96,8 +96,15 @@ def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
 
 
 @contextmanager
-def _atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield the path of a temporary file that is renamed to `path` after the block, or removed if the block raises."""
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Write a file atomically, as `atomic_write` does, by what needs the path of a file.
+
+    Args:
+        path: the file; missing parent folders are created.
+
+    Yields:
+        The path of a temporary file, which is renamed to `path` after the block, or removed if the block raises.
+    """
     path = Path(path)
     _check_regular(path)
     path.parent.mkdir(parents=True, exist_ok=True)

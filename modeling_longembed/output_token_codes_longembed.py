@@ -196,6 +196,41 @@ class TokenCodec:
         decoded += unpack(codes[:, 2:], tables["values"])[:, : self.dim]
         return decoded.div_(decoded.norm(dim=-1, keepdim=True).clamp_(min=1e-12))
 
+    def numbers(self, codes: Tensor) -> Tensor:
+        """Turn codes into numbers whose products with prepared queries tell those with the vectors.
+
+        Args:
+            codes: as `encode` returns.
+
+        Returns:
+            `(n, k)` fp32: of `binary` signs, plus or minus 1; of `int8` the numbers of the steps; else the vectors.
+        """
+        codes = torch.as_tensor(codes)
+        if self.kind == "binary":
+            return unpack(codes, torch.tensor([-1.0, 1.0], device=codes.device))[:, : self.dim]
+        return codes.float() if self.kind == "int8" else self.decode(codes)
+
+    def prepare(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Do to a query what `decode` does to millions of codes, such as a rotation.
+
+        Args:
+            queries: `(q, k)`, token vectors of queries.
+
+        Returns:
+            Prepared queries `(q, k)` and constants `(q,)`, of which the products are made:
+            `prepared @ numbers(codes).T + constants[:, None]` is `queries @ decode(codes).T`.
+        """
+        constants, tables = queries.new_zeros(len(queries)), self.to(queries.device).tables
+        if self.kind == "int8":
+            start, step = self._steps(tables)
+            return queries * step, queries @ (start + 128.5 * step)
+        if self.kind != "binary":
+            return queries, constants
+        if not tables:
+            return queries / queries.shape[1] ** 0.5, constants
+        rotated = queries @ tables["rotation"] if "rotation" in tables else queries
+        return rotated * tables["scale"], queries @ tables["centre"]
+
     @staticmethod
     def _steps(tables: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return where the 256 steps of each dimension begin, and how large they are."""

@@ -1,0 +1,1 @@
+"""The index: shards of documents on disk, and the three ways to score them."""

@@ -1,0 +1,367 @@
+"""`Index`: long documents on disk, and the passages in them that answer a question."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from retrieval.documents.document import Document
+from retrieval.index.filters import check_filters
+from retrieval.index.identity import check_model, describe_model, load_model
+from retrieval.index.manifest import MANIFEST, UNFINISHED, Manifest, Settings, only_writer
+from retrieval.index.reading import DocumentReader, QueryReader
+from retrieval.index.snapshot import Snapshot
+from retrieval.index.vectors import choose_kind
+from retrieval.index.writing import Writer
+from retrieval.ranking import Hit, Query, best_passages, score_candidates
+
+PARTS = ("vector", "tokens", "words")
+TOKEN_PRECISIONS = ("float32", "float16", "int8", "binary", "residual1", "residual2")
+
+
+class Index:
+    """An index that is opened; made by `Index.build` or `Index.open`.
+
+    It stays what it was when it was opened while others write; `refresh` makes it what it is now.
+
+    Args:
+        folder: of the index.
+        model: what queries and new documents are read with; None: what the index was built with, when it is needed.
+        batch_tokens: tokens in one forward pass.
+    """
+
+    def __init__(self, folder: Path, model: Any = None, batch_tokens: int = 16_384):
+        self.folder, self.batch_tokens = folder, batch_tokens
+        self.snapshot = Snapshot.open(folder)
+        self._model: Any = None
+        if model is not None:
+            self._set_model(model)
+
+    @classmethod
+    def build(
+        cls,
+        path: str | Path,
+        documents: Iterable[Document],
+        model: Any,
+        *,
+        segments: str = "late:254",
+        parts: Sequence[str] = PARTS,
+        token_precision: str = "binary",
+        token_dim: int | None = None,
+        shard_mb: float = 256,
+        memory: int | None = None,
+        batch_tokens: int = 16_384,
+        on_shard: Callable[[int], None] | None = None,
+    ) -> "Index":
+        """Build an index of documents.
+
+        After a kill, the same call goes on where it stopped: a document of the same id, text and metadata is not read
+        again. The index can be opened when it is whole.
+
+        Args:
+            path: a folder that holds no index.
+            documents: any number of documents, with different ids.
+            model: a model of ours, its folder or its id on the Hub.
+            segments: how documents are divided into passages; see `retrieval.segments`.
+            parts: what documents are scored by: `vector`, one a passage; `tokens`, one a token; `words`, for BM25.
+            token_precision: of token vectors: `float32`, `float16`, `int8`, `binary`, `residual1` or `residual2`; all
+                but the first two are fitted to the first documents.
+            token_dim: leading dimensions of token vectors that are kept; None: all.
+            shard_mb: MiB of a shard, nearly, which are in memory while it is built.
+            memory: bytes that the vectors of passages may take in memory; None: half of the machine's.
+            batch_tokens: tokens in one forward pass.
+            on_shard: is called after each shard with the number of documents so far.
+
+        Returns:
+            The index, opened.
+
+        Raises:
+            UserError: there is an index, an argument is none of what is allowed, or no document was given.
+        """
+        folder = Path(path)
+        settings = Settings(segments, _checked_parts(parts), token_precision, token_dim)
+        if token_precision not in TOKEN_PRECISIONS:
+            raise UserError(f"token_precision {token_precision!r}: choose from {', '.join(TOKEN_PRECISIONS)}")
+        loaded = load_model(model)
+        described = describe_model(loaded)
+        with only_writer(folder):
+            if (folder / MANIFEST).exists():
+                raise UserError(f"{folder} holds an index; add documents to it, or name another folder")
+            manifest = Manifest(settings, described)
+            if (folder / UNFINISHED).exists():
+                begun = Manifest.read(folder, UNFINISHED)
+                if begun.settings != settings:
+                    raise UserError(
+                        f"{folder} holds the beginning of an index with other settings ({begun.settings}); name "
+                        "the same ones, or remove the folder"
+                    )
+                check_model(loaded, begun.model, str(folder))
+                manifest = begun
+            writer = Writer(folder, shard_mb, memory)
+            writer.tidy(manifest)
+            reader = _reader(loaded, settings, batch_tokens)
+
+            def save(current: Manifest) -> None:
+                current.write(folder, UNFINISHED)
+                if on_shard is not None:
+                    on_shard(sum(entry.documents - len(entry.deleted) for entry in current.shards))
+
+            manifest = writer.add(manifest, documents, reader, save, whole=True)
+            if not manifest.shards:
+                raise UserError(f"there is no document to index in {folder}; give at least one")
+            manifest.write(folder)
+            (folder / UNFINISHED).unlink(missing_ok=True)
+        index = cls(folder, batch_tokens=batch_tokens)
+        index._model = loaded
+        return index
+
+    @classmethod
+    def open(cls, path: str | Path, model: Any = None, batch_tokens: int = 16_384) -> "Index":
+        """Open an index.
+
+        Args:
+            path: its folder.
+            model: a model of ours, its folder or its id on the Hub; None: the one that the index was built with, which
+                is loaded when it is needed.
+            batch_tokens: tokens in one forward pass.
+
+        Returns:
+            The index, as it is now.
+
+        Raises:
+            UserError: there is no index, it is damaged, or it was built with another model.
+        """
+        return cls(Path(path), model, batch_tokens)
+
+    @property
+    def model(self) -> Any:
+        """The model, which is loaded when it is first needed.
+
+        Raises:
+            UserError: it is not where it was, or it is another one.
+        """
+        if self._model is None:
+            name = self.snapshot.manifest.model["name"]
+            try:
+                self._set_model(name)
+            except UserError as error:
+                raise UserError(f"{self.folder} was built with {name}: {error}; name the model where it is") from error
+        return self._model
+
+    def _set_model(self, model: Any) -> None:
+        loaded = load_model(model)
+        check_model(loaded, self.snapshot.manifest.model, str(self.folder))
+        self._model = loaded
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return len(self.snapshot)
+
+    def __enter__(self) -> "Index":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files and the model; the index cannot be used any more."""
+        del self.snapshot
+        self._model = None
+
+    def refresh(self) -> None:
+        """Read what others have written since the index was opened."""
+        self.snapshot = Snapshot.open(self.folder)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the index consists of and was built with."""
+        return self.snapshot.manifest
+
+    @property
+    def vector_search(self) -> str:
+        """How the vectors of passages are searched, and why, in a sentence."""
+        if self.snapshot.vectors is None:
+            return "the index has no vectors of passages"
+        if self.manifest.vectors is not None:
+            return self.manifest.vectors.reason
+        count = sum(entry.passages for entry in self.manifest.shards)
+        return choose_kind(count, self.manifest.model["hidden_size"]).reason
+
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        *,
+        passages: int = 3,
+        candidates: int = 100,
+        weight: float | None = None,
+        parts: Sequence[str] | None = None,
+        filters: Mapping[str, Any] | None = None,
+    ) -> list[Hit]:
+        """Find the documents that answer a query, and where in them the answer is.
+
+        Candidates are the nearest documents by the vectors of their passages and by BM25 together. Their score is
+        `weight` times MaxSim over all their token vectors, and the rest times BM25, both scaled to 0 to 1 over the
+        candidates. Without token vectors the best passage's cosine stands in the place of MaxSim; with token vectors
+        alone all documents are candidates.
+
+        Args:
+            query: the text; what is beyond the context of the model is cut off. An empty one finds nothing.
+            k: most documents that are returned.
+            passages: most passages of each.
+            candidates: number of documents that vectors and BM25 find each; at least k.
+            weight: of the model, 0 to 1; None: that of the index, 0.5 unless it was tuned.
+            parts: what is used: `vector`, `tokens` and `words`, or some of them; None: all that the index has.
+            filters: limit the search to documents with such metadata; see `retrieval.index.filters`.
+
+        Returns:
+            The documents, best first.
+
+        Raises:
+            UserError: an argument is none of what is allowed, or the index does not have such a part.
+        """
+        _check_counts(k=k, passages=passages, candidates=candidates)
+        if weight is not None and not 0 <= weight <= 1:
+            raise UserError(f"weight {weight}: give the weight of the model beside BM25, from 0 to 1")
+        check_filters(filters or {})
+        used, read = self._used(parts), self.read_query(query, parts)
+        if not query.strip() or not len(self):
+            return []
+        scores = score_candidates(self.snapshot, read, used, max(k, candidates), filters)
+        combined = scores.combined(self.manifest.weight if weight is None else weight)
+        hits = []
+        for place in (-combined).argsort(kind="stable")[:k]:
+            number = int(scores.numbers[place])
+            shard, row = self.snapshot.locate(number)
+            found = best_passages(self.snapshot, read, used, number, passages) if passages else []
+            own = {part: float(values[place]) for part, values in scores.parts.items()}
+            hits.append(Hit(shard.id(row), float(combined[place]), own, found, shard.metadata(row)))
+        return hits
+
+    def read_query(self, query: str, parts: Sequence[str] | None = None) -> Query:
+        """Read a query with the model.
+
+        Args:
+            query: the text.
+            parts: what will be used; None: all that the index has.
+
+        Raises:
+            UserError: the query is no text, or the index does not have such a part.
+        """
+        used = self._used(parts)
+        if not isinstance(query, str):
+            raise UserError(f"a query is a {type(query).__name__}; give a text")
+        try:
+            query.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the query has half a surrogate pair at character {error.start}; leave it out") from None
+        if not query.strip() or used == ("words",):
+            return Query(query)
+        return Query(query, *QueryReader(self.model, self.manifest.settings, self.batch_tokens)(query, used))
+
+    def _used(self, parts: Sequence[str] | None) -> tuple[str, ...]:
+        has = self.manifest.settings.parts
+        used = has if parts is None else _checked_parts(parts)
+        if missing := [part for part in used if part not in has]:
+            raise UserError(f"{self.folder} was built without {missing[0]}; it has {', '.join(has)}")
+        return used
+
+    def document(self, id: str) -> Document:
+        """Return a document of the index.
+
+        Args:
+            id: of the document.
+
+        Raises:
+            UserError: there is none with this id.
+        """
+        number = self.snapshot.places().get(id)
+        if number is None:
+            raise UserError(f"{self.folder} has no document with the id {id!r}")
+        return self.snapshot.document(number)
+
+    def add(self, documents: Iterable[Document], *, shard_mb: float = 256, memory: int | None = None) -> None:
+        """Add documents. One with the id of another replaces it; one that is there already is not read again.
+
+        All of them are added, or, if the process is killed, none.
+
+        Args:
+            documents: with different ids.
+            shard_mb: as in `build`.
+            memory: as in `build`.
+
+        Raises:
+            UserError: two documents have one id, or another process is writing.
+        """
+        reader = _reader(self.model, self.manifest.settings, self.batch_tokens)
+        self._write(lambda writer, manifest: writer.add(manifest, documents, reader), shard_mb, memory)
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Delete documents: they are found no more, and take no space after `compact`.
+
+        Args:
+            ids: of the documents.
+
+        Raises:
+            UserError: there is none with one of the ids, or another process is writing.
+        """
+        chosen = [ids] if isinstance(ids, str) else list(ids)
+        self._write(lambda writer, manifest: writer.delete(manifest, chosen))
+
+    def compact(self, *, shard_mb: float = 256, memory: int | None = None) -> None:
+        """Write the index anew without deleted documents and with few shards; no document is read again.
+
+        Args:
+            shard_mb: as in `build`.
+            memory: as in `build`.
+
+        Raises:
+            UserError: another process is writing.
+        """
+        self._write(lambda writer, manifest: writer.compact(manifest), shard_mb, memory)
+
+    def set_weight(self, weight: float) -> None:
+        """Set the weight of the model beside BM25 for searches that name none.
+
+        Args:
+            weight: 0 to 1.
+
+        Raises:
+            UserError: it is not from 0 to 1, or another process is writing.
+        """
+        if not 0 <= weight <= 1:
+            raise UserError(f"weight {weight}: give the weight of the model beside BM25, from 0 to 1")
+        self._write(lambda _, manifest: replace(manifest, weight=float(weight)))
+
+    def _write(
+        self, change: Callable[[Writer, Manifest], Manifest], shard_mb: float = 256, memory: int | None = None
+    ) -> None:
+        """Change the index as it is now on disk, and open what it has become."""
+        with only_writer(self.folder):
+            writer, manifest = Writer(self.folder, shard_mb, memory), Manifest.read(self.folder)
+            writer.tidy(manifest)
+            changed = change(writer, manifest)
+            changed.write(self.folder)
+            self.snapshot = Snapshot(self.folder, changed)
+            writer.tidy(changed)
+
+
+def _reader(model: Any, settings: Settings, batch_tokens: int) -> DocumentReader:
+    try:
+        return DocumentReader(model, settings, batch_tokens)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _checked_parts(parts: Sequence[str]) -> tuple[str, ...]:
+    chosen = {parts} if isinstance(parts, str) else set(parts)
+    if not chosen or not chosen <= set(PARTS):
+        raise UserError(f"parts {', '.join(sorted(chosen)) or '(none)'}: choose from {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in chosen)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < (0 if name == "passages" else 1):
+            raise UserError(f"{name} {count!r}: give a whole number of at least {0 if name == 'passages' else 1}")

@@ -1,0 +1,198 @@
+"""The manifest of an index: which files it consists of, and what its documents were read with.
+
+Every file that it names is whole and never changes again. A change of the index writes new files and then replaces the
+manifest, so that a process that is killed leaves the old index or the new one.
+"""
+
+import fcntl
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import UserError
+from common.files import atomic_write
+
+FORMAT, VERSION = "longembed-index", 1
+# What the folder of an index holds.
+MANIFEST, UNFINISHED, LOCK = "manifest.json", "building.json", "lock"
+SHARDS, VECTORS, CODECS = "shards", "vectors", "codecs"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is kept of a document.
+
+    Args:
+        segments: how documents are divided into passages, such as `late:254`.
+        parts: `vector`, `tokens` and `words`, or some of them.
+        token_precision: kind of the codes of token vectors.
+        token_dim: number of leading dimensions of token vectors; None: all.
+    """
+
+    segments: str
+    parts: tuple[str, ...]
+    token_precision: str
+    token_dim: int | None
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard, as the manifest names it.
+
+    Args:
+        name: of its file.
+        size: bytes of the file.
+        documents: how many it holds.
+        passages: of these documents.
+        tokens: token vectors of these documents.
+        deleted: places of documents that have been deleted or replaced, in ascending order.
+    """
+
+    name: str
+    size: int
+    documents: int
+    passages: int
+    tokens: int
+    deleted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VectorsEntry:
+    """An approximate index of passage vectors, as the manifest names it.
+
+    Args:
+        name: of its folder.
+        kind: faiss's name of it.
+        reason: why this kind was chosen.
+        nprobe: number of lists that a search reads.
+        shards: the shards whose vectors it holds, in their order.
+    """
+
+    name: str
+    kind: str
+    reason: str
+    nprobe: int
+    shards: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an index consists of.
+
+    Args:
+        settings: what is kept of a document.
+        model: what the documents were read with; see `retrieval.index.identity`.
+        codec: name of the file with the codec of the token vectors; None: there are none yet.
+        shards: in the order in which their documents count.
+        vectors: the approximate index of passage vectors; None: all are compared.
+        weight: of the model beside BM25, 0 to 1, in a search that names none.
+        format: what kind of file this is.
+        version: of the format.
+    """
+
+    settings: Settings
+    model: Mapping[str, Any]
+    codec: str | None = None
+    shards: tuple[ShardEntry, ...] = ()
+    vectors: VectorsEntry | None = None
+    weight: float = 0.5
+    format: str = field(default=FORMAT, init=False)
+    version: int = field(default=VERSION, init=False)
+
+    @classmethod
+    def read(cls, folder: Path, name: str = MANIFEST) -> "Manifest":
+        """Read the manifest of an index.
+
+        Args:
+            folder: of the index.
+            name: of the file.
+
+        Raises:
+            UserError: there is none, or it is damaged or of another program or version.
+        """
+        path = folder / name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            if (folder / UNFINISHED).exists():
+                raise UserError(
+                    f"{folder}: this index is not finished; start the command that builds it again, which goes on "
+                    "where it stopped"
+                ) from None
+            raise UserError(f"{folder} holds no index: it has no {MANIFEST}; build one with retrieval.build") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: the manifest is damaged ({error}); copy the index again, or build it") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise UserError(f"{path} is no manifest of an index of ours; name the folder of an index")
+        if content.get("version") != VERSION:
+            raise UserError(
+                f"{path}: the index has version {content.get('version')}, and this program reads version {VERSION}; "
+                "build it again"
+            )
+        try:
+            vectors = content["vectors"]
+            return cls(
+                Settings(**{**content["settings"], "parts": tuple(content["settings"]["parts"])}),
+                content["model"],
+                content["codec"],
+                tuple(ShardEntry(**{**entry, "deleted": tuple(entry["deleted"])}) for entry in content["shards"]),
+                None if vectors is None else VectorsEntry(**{**vectors, "shards": tuple(vectors["shards"])}),
+                float(content["weight"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: the manifest is damaged ({error!r}); copy the index again") from None
+
+    def write(self, folder: Path, name: str = MANIFEST) -> None:
+        """Write the manifest in place of the one that is there, all of it or nothing."""
+        atomic_write(folder / name, json.dumps(asdict(self), indent=1))
+
+    def without(self, deleted: Mapping[str, set[int]]) -> "Manifest":
+        """Return the manifest with more documents deleted: for the name of a shard, places in it."""
+        shards = (
+            replace(entry, deleted=tuple(sorted({*entry.deleted, *deleted.get(entry.name, ())})))
+            for entry in self.shards
+        )
+        return replace(self, shards=tuple(shards))
+
+    @property
+    def files(self) -> set[Path]:
+        """The files and folders that the manifest names, relative to the folder of the index."""
+        found = {Path(SHARDS, entry.name) for entry in self.shards}
+        found |= set() if self.codec is None else {Path(CODECS, self.codec)}
+        return found | (set() if self.vectors is None else {Path(VECTORS, self.vectors.name)})
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Let one process at a time write; the system ends the claim of a process that has ended in whatever way.
+
+    Raises:
+        UserError: another writer is at work, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise UserError(f"{folder}: the index cannot be written ({error.strerror}); name another place") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is writing this index; try again when it has ended") from None
+        except OSError as error:
+            raise UserError(f"{folder}: the file system has no locks ({error.strerror}); copy the index") from None
+        yield
+
+
+def new_name(number: int, ending: str = "") -> str:
+    """Return a name that no file has had before, so that a reader of an older manifest never finds another file.
+
+    Args:
+        number: what the name begins with, for the eye.
+        ending: of the name.
+    """
+    return f"{number:06}-{secrets.token_hex(4)}{ending}"
