@@ -25,7 +25,7 @@ import torch
 PROMISES = Path(__file__).parents[1] / "docs" / "promises.md"
 
 # `make test` draws fewer examples, with --hypothesis-profile fast. An expensive test takes a fraction of the profile's.
-for _name, _examples in (("thorough", 50), ("fast", 20)):
+for _name, _examples in (("thorough", 50), ("fast", 12)):
     hypothesis.settings.register_profile(_name, deadline=None, derandomize=True, database=None, max_examples=_examples)
 hypothesis.settings.load_profile("thorough")
 

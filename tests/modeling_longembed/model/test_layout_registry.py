@@ -92,7 +92,7 @@ def test_the_par_of_the_paper():
 def test_a_larger_ratio_costs_less_at_4096_tokens():
     """Counted by torch, in the matrix products of a forward pass. The number of parameters rises meanwhile."""
     flops, parameters = [], []
-    for ratio in (2.1, 3, 4, 6, 12):
+    for ratio in (2.1, 4, 12):
         config = LongEmbedConfig(
             vocab_size=8,
             hidden_size=16,

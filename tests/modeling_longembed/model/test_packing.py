@@ -75,22 +75,23 @@ def run_single(model, documents):
 
 
 @pytest.mark.promise("A12")
-@pytest.mark.parametrize("side", ["right", "left", "holes"])
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=settings.default.max_examples // 4)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(lengths=BATCHES)
-def test_packed_equals_padded_equals_single(build_tiny_model, pattern, side, lengths):
+def test_packed_equals_padded_equals_single(build_tiny_model, pattern, lengths):
     model = build_tiny_model(attention_patterns={"type": pattern} | PATTERN_SETTINGS.get(pattern, {}))
     documents = draw_documents(lengths)
-    input_ids, attention_mask = pad_batch(documents, side)
     with torch.no_grad():
         states, pooled = run_single(model, documents)
-        packed, padded = run_packed(model, documents), model(input_ids, attention_mask=attention_mask)
-    for output in (packed.last_hidden_state[0], padded.last_hidden_state[attention_mask == 1]):
-        torch.testing.assert_close(output, states, atol=1e-5, rtol=0)
-    for output in (packed.pooler_output, padded.pooler_output):
-        torch.testing.assert_close(output, pooled, atol=1e-5, rtol=0)
-    assert not padded.last_hidden_state[attention_mask == 0].any()
+        packed = run_packed(model, documents)
+        torch.testing.assert_close(packed.last_hidden_state[0], states, atol=1e-5, rtol=0)
+        torch.testing.assert_close(packed.pooler_output, pooled, atol=1e-5, rtol=0)
+        for side in ("right", "left", "holes"):
+            input_ids, attention_mask = pad_batch(documents, side)
+            padded = model(input_ids, attention_mask=attention_mask)
+            torch.testing.assert_close(padded.last_hidden_state[attention_mask == 1], states, atol=1e-5, rtol=0)
+            torch.testing.assert_close(padded.pooler_output, pooled, atol=1e-5, rtol=0)
+            assert not padded.last_hidden_state[attention_mask == 0].any()
 
 
 @pytest.mark.promise("A12")

@@ -198,6 +198,21 @@ TRAINABLE = covering_first(
 )
 
 
+def whose_path_is_its_own(cases: list) -> list:
+    """Mark the cases slow that differ from an earlier one in the mask alone, which most kernels add to the scores."""
+    found, seen = [], set()
+    for case in cases:
+        pattern, scheme, kernel = case.values
+        path = (scheme, kernel, pattern if kernel == "longembed_varlen" else None)
+        found.append(pytest.param(*case.values, id=case.id, marks=case.marks if path not in seen else pytest.mark.slow))
+        if not case.marks:
+            seen.add(path)
+    return found
+
+
+ROUNDED = whose_path_is_its_own(BOTH_WAYS)
+
+
 # The predicates -------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +350,7 @@ def test_lengths_around_the_window_and_the_blocks_of_the_computation(entry, leng
     torch.testing.assert_close(problem.attend("longembed_varlen"), dense_attention(problem), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize(("pattern", "scheme", "kernel"), BOTH_WAYS)
+@pytest.mark.parametrize(("pattern", "scheme", "kernel"), ROUNDED)
 def test_single_precision(pattern, scheme, kernel):
     with torch.no_grad():
         problem = make_problem(pattern, scheme, [67, 1, 131], dtype=torch.float32)
@@ -343,7 +358,7 @@ def test_single_precision(pattern, scheme, kernel):
         torch.testing.assert_close(problem.attend(kernel), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("pattern", "scheme", "kernel"), BOTH_WAYS)
+@pytest.mark.parametrize(("pattern", "scheme", "kernel"), ROUNDED)
 def test_half_precision_loses_no_more_than_a_dense_softmax_would(pattern, scheme, kernel):
     with torch.no_grad():
         problem = make_problem(pattern, scheme, [67, 131], dtype=torch.bfloat16)
@@ -427,7 +442,11 @@ def test_a_document_that_is_all_padding_gives_zeros(build_tiny_model, pattern, k
 
 
 @pytest.mark.promise("A1")
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
+@pytest.mark.parametrize(
+    "kernel",
+    # The others are compared with the dense softmax under the same predicate above.
+    [k if k in ("eager", "longembed_varlen") else pytest.param(k, marks=pytest.mark.slow) for k in CPU_KERNELS],
+)
 def test_the_window_is_that_of_modernbert(tmp_path, kernel):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 3}
     config = ModernBertConfig(
