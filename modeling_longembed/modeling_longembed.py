@@ -28,6 +28,7 @@ from .layout_layerdrop_longembed import draw_layers, prune_to_layers, prune_to_s
 from .output_pooling_longembed import pool, token_weights
 from .output_similarity_longembed import similarity
 from .output_token_fitting_longembed import fit_query_token_weights, fit_token_head
+from .output_token_spans_longembed import token_spans
 from .output_tokens_longembed import LongEmbedTokenOutput, check_side, left_out_ids
 from .packing_longembed import PackedDocuments
 from .pattern_adaptive_span_longembed import find_adaptive_spans, total_span_penalty
@@ -273,6 +274,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
     encode_stream = encode_stream
     similarity = similarity
     to_onnx = export_onnx
+    token_spans = token_spans
     fit_token_head = fit_token_head
     fit_query_token_weights = fit_query_token_weights
     states_with_token_vectors = states_with_token_vectors

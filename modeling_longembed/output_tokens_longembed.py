@@ -93,6 +93,18 @@ class LongEmbedTokenOutput(nn.Module):
             weights = weights * 2 * torch.sigmoid(self.query_gate(hidden_states)[:, 0].to(wide))
         return weights
 
+    def has_vector(self, input_ids: Tensor, left_out: Tensor, side: str | Tensor) -> Tensor:
+        """Return which tokens have a vector, `(T,)` bool.
+
+        Args:
+            input_ids, left_out, side: as in `forward`.
+        """
+        kept = ~left_out[input_ids]
+        if self.min_weight and not (isinstance(side, str) and side == "query"):
+            is_rare = self.query_table.detach()[input_ids].abs() >= self.min_weight
+            kept &= is_rare | side if isinstance(side, Tensor) else is_rare
+        return kept
+
     def forward(
         self, hidden_states: Tensor, input_ids: Tensor, left_out: Tensor, side: str | Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -109,10 +121,7 @@ class LongEmbedTokenOutput(nn.Module):
             out; and `(T,)` bool, False for these tokens.
         """
         vectors = hidden_states if self.head is None else self.head(hidden_states)
-        kept = ~left_out[input_ids]
-        if self.min_weight and not (isinstance(side, str) and side == "query"):
-            is_rare = self.query_table.detach()[input_ids].abs() >= self.min_weight
-            kept &= is_rare | side if isinstance(side, Tensor) else is_rare
+        kept = self.has_vector(input_ids, left_out, side)
         if isinstance(side, Tensor):  # every parameter has a gradient, which DDP waits for, whatever the texts are
             scale = torch.where(side, self.query_weights(hidden_states, input_ids), 1.0)
         else:

@@ -259,6 +259,7 @@ def test_punctuation_is_left_out_on_request():
             assert model(ids, token_vectors=side).token_mask[0].nonzero().flatten().tolist() == [*kept]
 
 
+@pytest.mark.promise("T17")
 def test_document_tokens_whose_weight_is_too_small_have_no_vector():
     model = token_model(token_dim=8, query_token_weights="state", token_min_weight=1.0)
     whole = token_model(token_dim=8, query_token_weights="state")
