@@ -147,7 +147,7 @@ class Shard:
                 for name, entry in header.items()
                 if name != "__metadata__"
             }
-            self.path, self._columns = path, {}
+            self.path = path
             self.documents = len(self.arrays["ids_ends"])
             self.passage_ends = self.arrays["passage_ends"]
 

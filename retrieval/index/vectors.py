@@ -117,7 +117,8 @@ def build_lists(folder: Path, shards: Sequence[np.ndarray], kind: Kind, memory: 
         shards, np.sort(random.choice(count, min(count, rows, TRAINING_VECTORS * kind.lists), replace=False))
     )
     index.train(sample)
-    blocks, first = [], 0
+    blocks: list[str] = []
+    first = 0
     for vectors in shards:
         for start in range(0, len(vectors), rows):
             block = np.ascontiguousarray(vectors[start : start + rows])
