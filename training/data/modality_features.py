@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common.data_files import PARQUET_SUFFIX
 from common.errors import UserError, one_line
 from common.provenance import code_hash, content_hashes
 from modeling_longembed.encoding_longembed import budget_batches
 from training.data.packing import cumulative_lengths
 from training.data.row_order import RowOrder
-from training.data.sources import PARQUET_SUFFIX, Columns, check_class, data_files, json_rows
+from training.data.sources import Columns, check_class, data_files, json_rows
 
 FEATURES = Columns(("features",), None, "rows of features", ("label",))
 ORDER, PARTNERS = 1000, 1001  # streams of random numbers that the sources of texts do not use

@@ -17,14 +17,11 @@ import pyarrow.parquet
 from datasets.packaged_modules.parquet.parquet import Parquet
 from transformers import PreTrainedTokenizerBase
 
+from common.data_files import JSON_SUFFIXES, PARQUET_SUFFIX, is_hub_id, load_hub_dataset
 from common.errors import UserError, one_line
 from common.jsonl import read_jsonl
 from common.provenance import code_hash, content_hashes
 from training.data.document import Document, PairStrategy
-
-JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".ndjson")
-PARQUET_SUFFIX = ".parquet"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -220,11 +217,6 @@ def read_sources(specifications: list[str], columns: Columns = PAIRS, *, split: 
     return [_read_source(*split_weight(specification), columns, split) for specification in specifications]
 
 
-def is_hub_id(name: str) -> bool:
-    """Check whether a name that is no path may be that of a dataset on the Hub."""
-    return HUB_ID.fullmatch(name) is not None and not name.endswith((*JSON_SUFFIXES, PARQUET_SUFFIX))
-
-
 def split_weight(specification: str) -> tuple[str, float]:
     """Split `path_or_id[:weight]` into its name and its weight.
 
@@ -250,7 +242,7 @@ def _read_source(name: str, weight: float, columns: Columns, split: str) -> Sour
     if path.exists():
         rows = _read_files(name, data_files(path), columns)
     elif is_hub_id(name):
-        rows = _read_hub(name, split)
+        rows = load_hub_dataset(name, split)
     else:
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
     texts = text_columns(name, rows.column_names, columns)
@@ -412,17 +404,6 @@ def json_rows(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any
         yield number, row
     if empty:
         raise UserError(f"{path}: holds no rows; give JSON lines with {columns}")
-
-
-def _read_hub(name: str, split: str) -> datasets.Dataset:
-    repository, _, config = name.partition("@")
-    try:
-        return datasets.load_dataset(repository, config or None, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = one_line(
-            error.__cause__ or error
-        )  # of a dataset whose files differ in their columns the cause says so
-        raise UserError(f"{name}: is neither a local file nor loadable from the Hub: {reason}") from None
 
 
 def text_columns(name: str, present: Collection[str], columns: Columns) -> tuple[str, ...]:

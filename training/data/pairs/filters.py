@@ -10,10 +10,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from common.conditions import NOT_GIVEN
+from common.data_files import JSON_SUFFIXES
 from common.errors import UserError
 from common.jsonl import read_jsonl
 from modeling_longembed.encoding_tokens_longembed import special_tokens_around, tokenize_beginnings
-from training.data.sources import JSON_SUFFIXES, Source, text_id
+from training.data.sources import Source, text_id
 
 SHINGLE_WORDS, LEAK_WORDS, PERMUTATIONS = 5, 13, 128
 ROWS_AT_ONCE = 100  # that are read and tokenised together; they may be long documents

@@ -21,20 +21,12 @@ import pyarrow
 import pyarrow.parquet
 from torch.utils.data import Dataset
 
+from common.data_files import PARQUET_SUFFIX, is_hub_id, load_hub_dataset
 from common.errors import UserError, one_line
 from common.jsonl import parse_row
 from training.data.document import Document, PairStrategy
 from training.data.pairs.batches import PairBatch, PairBatches, PairTokenizer
-from training.data.sources import (
-    PARQUET_SUFFIX,
-    Columns,
-    Source,
-    checked_row,
-    data_files,
-    is_hub_id,
-    split_weight,
-    text_columns,
-)
+from training.data.sources import Columns, Source, checked_row, data_files, split_weight, text_columns
 
 SHARD_BYTES = 2**24  # of JSON lines; a resumed run reads at most a shard and a block again
 BEGINNING = 2**12  # characters that are enough to see of most documents that they are long enough
@@ -213,11 +205,7 @@ def _open_shards(name: str) -> Any:
         return datasets.IterableDataset.from_generator(_read_shards, gen_kwargs={"shards": shards})
     if not is_hub_id(name):
         raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
-    repository, _, config = name.partition("@")
-    try:
-        return datasets.load_dataset(repository, config or None, split="train", streaming=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{name}: is not loadable from the Hub: {one_line(error)}") from None
+    return load_hub_dataset(name, "train", streaming=True)
 
 
 def _content(name: str, shards: datasets.IterableDataset) -> str:
