@@ -3,10 +3,12 @@
 sentence-transformers has no late chunks, so that these encoders call `model.encode`.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 
+from common.encoders.encoder import Encoder
 from common.encoders.model_folder import ModelFolder
 from common.encoders.quantization import int8_weights
 from common.encoders.text_vectors import PromptType
@@ -99,9 +101,15 @@ class LateChunkEncoder(LongEmbedEncoder):
 
 
 class LongEmbedTokenEncoder(LongEmbedEncoder):
-    """Encode each text as one vector per token, for late interaction; those of a query are weighted by the model."""
+    """Encode each text as one vector per token, for late interaction; those of a query are weighted by the model.
+
+    Attributes:
+        keep_vectors: if set, it is called with documents and their one vectors `(n, d)`, which come from the same
+            reading.
+    """
 
     similarity_fn_name = "maxsim"
+    keep_vectors: Callable[[list[str], np.ndarray], None] | None = None
 
     @property
     def identity(self) -> str:
@@ -134,4 +142,23 @@ class LongEmbedTokenEncoder(LongEmbedEncoder):
 
     def __call__(self, texts: list[str], prompt_type: PromptType | None) -> list[np.ndarray]:
         """Return a matrix `(tokens, k)` for each text; special tokens are left out."""
-        return self._encode(texts, prompt_type, output_value="tokens", is_query=prompt_type == "query")
+        if prompt_type != "document" or self.keep_vectors is None:
+            return self._encode(texts, prompt_type, output_value="tokens", is_query=prompt_type == "query")
+        vectors, matrices = self._encode(texts, prompt_type, output_value="both", is_query=False)
+        self.keep_vectors(texts, vectors)
+        return matrices
+
+    def gives_vectors_of(self, encoder: Encoder) -> bool:
+        """Return whether an encoder of the same folder gives the one vectors that come with the token vectors.
+
+        It reads the folder as sentence-transformers does, and somebody may have changed the settings for that.
+
+        Args:
+            encoder: encodes each text as one vector.
+        """
+        if encoder.max_length != self.max_length:
+            return False
+        probe = ["The deposit is returned within thirty days."]
+        own: np.ndarray = self._encode(probe, "document")[0]
+        served = encoder(probe, "document")[0][0]
+        return own.shape == served.shape and np.allclose(own, served, rtol=0, atol=1e-4 * np.linalg.norm(served))

@@ -107,3 +107,17 @@ def vectors_of(
     for window, matrices in stream(texts, encoder, prompt_type, cache, label):
         vectors[window] = [matrix.sum(0) for matrix in matrices]
     return vectors
+
+
+def keep(texts: Sequence[str], vectors: np.ndarray, encoder: TextEncoder, cache: VectorCache) -> None:
+    """Store one vector of each document as if the encoder had computed it; vectors that are there stay.
+
+    Args:
+        texts: n documents.
+        vectors: `(n, d)`.
+        encoder: whose vectors they are.
+        cache: where they are stored.
+    """
+    keys = cache_keys(texts, encoder, "document")
+    known = cache.get(keys)
+    cache.put({key: vector[None] for key, vector in zip(keys, vectors, strict=True) if key not in known})

@@ -1,8 +1,9 @@
 """Models and baselines behind MTEB's interfaces: everything that `--model` may name (common/encoders/model_spec.py)."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,8 +15,9 @@ from mteb.similarity_functions import cos_sim
 from mteb.types import PromptType
 
 from common.encoders.encoder import ChunkEncoder, Encoder
+from common.encoders.longembed_encoder import LongEmbedTokenEncoder
 from common.encoders.model_spec import ModelSpec
-from common.encoders.text_vectors import stream, vectors_of
+from common.encoders.text_vectors import keep, stream, vectors_of
 from common.encoders.token_store import TokenStore
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
@@ -140,6 +142,8 @@ class EvaluatedModel(ModelSpec):
             return Search(ChunkScores(chunks, cache), self._described(chunks))
         if self.token_settings is not None:
             tokens = self.load_token_encoder(batch_tokens, trust_remote_code)
+            if isinstance(tokens, LongEmbedTokenEncoder):
+                self._keep_vectors(tokens, cache, trust_remote_code)
             store = TokenStore(cache.path.parent / "tokens")
             return Search(TokenScores(tokens, self.token_settings, cache, store), self._described(tokens))
         encoder = self.load_encoder(batch_tokens, trust_remote_code)
@@ -156,6 +160,14 @@ class EvaluatedModel(ModelSpec):
         if self.kind == "chunk-max":
             return Search(ChunkScores(encoder, cache), meta)
         return OneVector(encoder, cache, meta, self.vectors)
+
+    def _keep_vectors(self, tokens: LongEmbedTokenEncoder, cache: VectorCache, trust_remote_code: bool) -> None:
+        """Keep the one vectors of documents that are read for their token vectors, so that they are not read again."""
+        one_vector = replace(self, kind="model", token_settings=None)
+        with suppress(UserError):  # a folder that has no one vector for sentence-transformers still has token vectors
+            encoder = one_vector.load_encoder(tokens.batch_tokens, trust_remote_code)
+            if tokens.gives_vectors_of(encoder):
+                tokens.keep_vectors = partial(keep, encoder=encoder, cache=cache)
 
     def _described(self, encoder: Any) -> ModelMeta:
         """Return MTEB's description of a model that is loaded as a vector a chunk or a token."""

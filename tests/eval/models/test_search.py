@@ -1,6 +1,8 @@
 """Late interaction, late chunks and combinations with BM25 score as their definitions say, on any MTEB task."""
 
+import json
 import re
+import shutil
 
 import mteb
 import numpy as np
@@ -10,6 +12,7 @@ from mteb.models.search_wrappers import SearchEncoderWrapper
 from mteb.types import PromptType
 from tokenizers.processors import TemplateProcessing
 
+from common.encoders.encoder import Encoder
 from common.encoders.model_spec import ModelSpec
 from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
@@ -179,6 +182,24 @@ def test_documents_are_read_once_and_other_settings_are_derived(folders, tmp_pat
     alone = matrix(model_of(f"{folders / 'head'}@tokens:dim=3", tmp_path / "b"))
     assert read.count("document") == len(DOCUMENTS)
     np.testing.assert_array_equal(derived, alone)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["as saved", "another pooling"])
+def test_the_one_vector_comes_from_the_reading_for_token_vectors(folders, tmp_path, monkeypatch, changed):
+    """A folder whose settings for sentence-transformers give another vector is read again, with that vector."""
+    folder = shutil.copytree(folders / "head", tmp_path / "model")
+    if changed:
+        pooling = folder / "1_Pooling" / "config.json"
+        settings = json.loads(pooling.read_text())
+        pooling.write_text(json.dumps({name: value for name, value in settings.items() if "pooling_mode" not in name}))
+        pooling.write_text(json.dumps(json.loads(pooling.read_text()) | {"pooling_mode_cls_token": True}))
+    alone = matrix(searching(model_of(str(folder), tmp_path / "alone")))
+    matrix(model_of(f"{folder}@tokens", tmp_path / "beside"))
+    read, encode = [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda self, texts, kind: read.append(kind) or encode(self, texts, kind))
+    beside = matrix(searching(model_of(str(folder), tmp_path / "beside")))
+    assert ("document" in read) == changed
+    np.testing.assert_allclose(beside, alone, atol=1e-6)
 
 
 def test_costs_are_the_bytes_that_are_kept(folders, tmp_path):
