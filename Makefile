@@ -15,7 +15,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(VENV)/.stamp-demo ## convert, train, judge and publish a real model; goes on where it was stopped
+demo: $(VENV)/.stamp-demo ## convert, judge, train and publish a real model; goes on where it was stopped
 	$(BIN)/python experiments/demo.py
 
 test: lint ## lint, then all tests that are not slow, then the result for each promise

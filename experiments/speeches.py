@@ -37,17 +37,18 @@ def pick(paragraphs: list[str], count: int, generator: random.Random) -> list[in
     return generator.sample(candidates, min(count, len(candidates)))
 
 
-def write_speech_task(folder: Path, queries: int, seed: int = 0) -> None:
+def write_speech_task(folder: Path, queries: int, every: int = 1, seed: int = 0) -> None:
     """Write the retrieval task.
 
     Args:
         folder: of the task.
         queries: number of paragraphs that are taken out of each address; the rest of it is the document.
+        every: 2 takes the second of every two addresses for evaluation, and so on; 1 all of them.
         seed: random seed.
     """
     generator = random.Random(seed)
     documents, questions, relevant = dict[str, str](), dict[str, str](), list[tuple[str, str]]()
-    for name, paragraphs in addresses(judged=True).items():
+    for name, paragraphs in list(addresses(judged=True).items())[every - 1 :: every]:
         taken = pick(paragraphs, queries, generator)
         rest = [paragraph for place, paragraph in enumerate(paragraphs) if place not in taken]
         documents[name] = "\n\n".join(rest)

@@ -16,8 +16,10 @@ def finished_folder(tmp_path):
     """A folder as the training leaves it, with the real encoder, and scores as the judging gives them."""
     settings = demo.Settings(context=1024)
     (tmp_path / "training").mkdir()
-    demo.convert(tmp_path / "training" / "final", settings)
-    names = ("untrained extension", "trained model")
+    demo.convert(
+        tmp_path / "training" / "final", settings, [demo.PROBE[:2000], "A roof and a garden, not the lease. " * 40]
+    )
+    names = ("untrained, one vector", demo.TRAINED)
     return tmp_path, [demo.Score(name, "PasskeyRetrieval", "test_256", 75.0) for name in names]
 
 
@@ -65,3 +67,55 @@ def test_other_settings_do_not_go_on_with_old_files(tmp_path):
     with pytest.raises(UserError, match="other settings"):
         demo.check_settings(tmp_path, demo.Settings(block=254))
     assert json.loads((tmp_path / "settings.json").read_text())["settings"]["block"] == demo.Settings().block
+
+
+def test_rows_are_reported_as_they_arrive(tmp_path, monkeypatch):
+    """The first row is there before the second system is evaluated; a row has its name in the table."""
+    events = []
+
+    def evaluate(arguments):
+        events.append(arguments.model[0])
+        return [demo.Score("org/name", "SpeechRetrieval", "test", 50.0)]
+
+    monkeypatch.setattr(demo, "evaluate_retrieval", evaluate)
+    scores = demo.evaluate(tmp_path, {"bm25": "words", "folder": "ours"}, events.append)
+    assert [event if isinstance(event, str) else event[0].model for event in events] == [
+        "bm25",
+        "words",
+        "folder",
+        "ours",
+    ]
+    assert [score.model for score in scores] == ["words", "ours"]
+
+
+@pytest.mark.parametrize(("idle", "threads"), [(4.0, 4), (1.98, 2), (1.76, 2), (1.5, 1), (0.9, 1), (0.0, 1), (64.0, 4)])
+def test_there_are_as_many_threads_as_free_cores(monkeypatch, idle, threads):
+    chosen = []
+    monkeypatch.setattr(demo, "free_cores", lambda: idle)
+    monkeypatch.setattr(demo.torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(demo.torch, "set_num_threads", chosen.append)
+    demo.use_free_cores()
+    assert chosen == [threads]
+
+
+def test_idle_time_is_read_as_the_system_writes_it(monkeypatch):
+    """proc(5): user, nice, system, idle, iowait, irq, ... of all cores, in ticks."""
+    monkeypatch.setattr(demo.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
+    stat = "cpu  6602776 863600 732291 1415719 31289 0 11849 57797 0 0\ncpu0 3178720 434318 343019 861418 9259 0 0\n"
+    assert demo.idle_seconds(stat) == 14157.19 + 312.89
+
+
+def test_where_the_system_does_not_say_all_cores_are_free(monkeypatch):
+    def missing(self):
+        raise FileNotFoundError(self)
+
+    monkeypatch.setattr(demo.Path, "read_text", missing)
+    assert demo.free_cores(0.0) == demo.os.cpu_count()
+
+
+def test_what_takes_least_is_evaluated_first_and_tokens_before_the_one_vector(tmp_path):
+    """The one vector comes from the reading for token vectors."""
+    systems = list(demo.untrained_systems(tmp_path))
+    assert systems[0] == "bm25"
+    folder = str(tmp_path / "untrained")
+    assert systems.index(f"{folder}@tokens:precision=binary") < systems.index(folder)

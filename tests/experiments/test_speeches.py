@@ -52,6 +52,12 @@ def test_a_paragraph_is_taken_out_and_the_rest_is_whole(task):
         assert len(words(documents[name])) + left_out[name] == sum(len(words(text)) for text in paragraphs)
 
 
+def test_every_second_address_is_a_half_of_them(tmp_path):
+    speeches.write_speech_task(tmp_path / "half", queries=1, every=2)
+    documents = [row["doc_id"] for row in rows(tmp_path / "half" / "corpus.jsonl.gz")]
+    assert documents == list(speeches.addresses(judged=True))[1::2]
+
+
 def test_every_round_holds_every_address_once(rounds):
     texts = {name: " ".join(paragraphs) for name, paragraphs in speeches.addresses(judged=False).items()}
     for pairs in rounds:
