@@ -273,7 +273,8 @@ def read_docx(data: bytes) -> Text:
     # Not python-docx's own paragraphs and tables: they leave out what was inserted while changes were tracked, and the
     # content of fields to fill in, and repeat merged cells. Text boxes are left out: they stand there twice.
     parts = ".//w:t | .//w:tab[parent::w:r] | .//w:br | .//w:cr | .//w:noBreakHyphen | .//w:lastRenderedPageBreak"
-    row = cell = None
+    row: Any = None
+    cell: Any = None
     for paragraph in body.xpath(".//w:p[not(ancestor::w:txbxContent)]"):
         row_before, cell_before = row, cell
         row, cell = (next(iter(paragraph.xpath(f"ancestor::w:{tag}[1]")), None) for tag in ("tr", "tc"))
