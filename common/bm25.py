@@ -1,8 +1,8 @@
 """BM25 (Robertson et al. 1994), the lexical baseline: scores by the words that a query and a text share."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import bm25s
 import numpy as np
 
 from common.errors import UserError
@@ -11,9 +11,22 @@ from common.errors import UserError
 K1, B = 1.5, 0.75
 
 
+def import_bm25s() -> Any:
+    """Import bm25s.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import bm25s
+    except ImportError:
+        raise UserError("BM25 needs bm25s; install the extra 'search': pip install -e '.[search]'") from None
+    return bm25s
+
+
 def words_of(text: str) -> list[str]:
     """Return the words of a text: two letters or digits and more, in lower case, without English stop words."""
-    return bm25s.tokenize([text], stopwords="en", return_ids=False, show_progress=False)[0]
+    return import_bm25s().tokenize([text], stopwords="en", return_ids=False, show_progress=False)[0]
 
 
 class BM25Index:
@@ -30,6 +43,7 @@ class BM25Index:
 
     def __init__(self, texts: Sequence[str]):
         self._size = len(texts)
+        bm25s = import_bm25s()
         self._retriever = bm25s.BM25(k1=K1, b=B, method="lucene")
         words = bm25s.tokenize(list(texts), stopwords="en")
         if not words.vocab:
@@ -49,7 +63,7 @@ class BM25Index:
         Returns:
             Scores (float32) and indices into the texts (int64), both `(queries, min(k, texts))`.
         """
-        words = bm25s.tokenize(list(queries), stopwords="en")
+        words = import_bm25s().tokenize(list(queries), stopwords="en")
         indices, scores = self._retriever.retrieve(words, k=min(k, self._size))
         return scores.astype(np.float32), indices.astype(np.int64)
 

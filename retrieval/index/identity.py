@@ -31,6 +31,10 @@ def load_model(model: Any) -> Any:
         UserError: there is no such model, or it is none of ours.
     """
     if not isinstance(model, str | Path):
+        if not hasattr(model, "encode_tokenizer"):
+            raise UserError(
+                f"a {type(model).__name__} is no LongEmbed model; give one, its folder or its id on the Hub"
+            )
         return model
     return LongEmbedEncoder(ModelFolder.find(str(model)), precision="auto").model
 

@@ -84,6 +84,7 @@ class Index:
         if token_precision not in TOKEN_PRECISIONS:
             raise UserError(f"token_precision {token_precision!r}: choose from {', '.join(TOKEN_PRECISIONS)}")
         loaded = load_model(model)
+        reader = _reader(loaded, settings, batch_tokens)
         described = describe_model(loaded)
         with only_writer(folder):
             if (folder / MANIFEST).exists():
@@ -100,7 +101,6 @@ class Index:
                 manifest = begun
             writer = Writer(folder, shard_mb, memory)
             writer.tidy(manifest)
-            reader = _reader(loaded, settings, batch_tokens)
 
             def save(current: Manifest) -> None:
                 current.write(folder, UNFINISHED)

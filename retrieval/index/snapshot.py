@@ -65,6 +65,7 @@ class Snapshot:
                 0 if found is None else found.nprobe,
             )
         self._metadata: list[dict[str, Any]] | None = None
+        self._places: dict[str, int] | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "Snapshot":
@@ -113,8 +114,10 @@ class Snapshot:
 
     def places(self) -> dict[str, int]:
         """Return the number of each document that is not deleted, by its id."""
-        ids = (one for shard in self.shards for one in shard.ids())
-        return {one: number for number, one in enumerate(ids) if self.all_alive[number]}
+        if self._places is None:
+            ids = (one for shard in self.shards for one in shard.ids())
+            self._places = {one: number for number, one in enumerate(ids) if self.all_alive[number]}
+        return self._places
 
 
 def read_codec(path: Path) -> TokenCodec:

@@ -37,7 +37,7 @@ class TokenScores:
         scores = [np.zeros(0, np.float32)]
         for run in _runs(documents):
             lengths = torch.tensor([0, *map(len, run)])
-            vectors = self.codec.numbers(_tensor(np.concatenate(run)))
+            vectors = self.codec.numbers(torch.from_numpy(np.concatenate(run)))
             found = maxsim(self.query, torch.tensor([0, len(self.query)]), vectors, lengths.cumsum(0))[0]
             scores.append((found + self.constants.sum() * (lengths[1:] > 0)).numpy())
         return np.concatenate(scores)
@@ -53,7 +53,8 @@ class TokenScores:
         if len(document) and len(self.query):
             products = torch.cat(
                 [
-                    self.query @ self.codec.numbers(_tensor(document[start : start + TOKENS_AT_A_TIME])).T
+                    # A copy, because a memory-mapped array cannot be written to, which torch warns of.
+                    self.query @ self.codec.numbers(torch.tensor(document[start : start + TOKENS_AT_A_TIME])).T
                     for start in range(0, len(document), TOKENS_AT_A_TIME)
                 ],
                 dim=1,
@@ -76,8 +77,3 @@ def _runs(documents: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
         size += len(codes)
     if run:
         yield run
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    # A copy, because a memory-mapped array cannot be written to, which torch warns of.
-    return torch.from_numpy(np.array(array))

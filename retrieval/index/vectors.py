@@ -5,8 +5,12 @@ sample, filled shard by shard, and merged on disk, so that the memory of all vec
 compared again with the vectors themselves, which the shards hold.
 """
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,15 @@ from common.memory import machine_memory
 
 # Vectors that are compared with a query one by one, in some 10 ms.
 EXACT_LIMIT = 100_000
-# Vectors for each list with which the lists are trained: more change nothing (faiss's own limit).
-TRAINING_VECTORS = 256
+# Vectors for each list with which the lists are trained; faiss asks for 39 to 256, and the time grows with them.
+TRAINING_VECTORS = 64
 # Searches by which `nprobe` is chosen: their recall of the 10 nearest must be at least this.
 TRIALS, TRIAL_K, LEAST_RECALL = 64, 10, 0.97
 # Vectors that are found for each document that is asked for, at first and at most.
 FEWEST, MOST = 4, 256
+# Where filters leave so few documents for each one that is asked for, all of them are compared: the lists that a search
+# reads may have none of them.
+FEW = 20
 LISTS = "lists.faiss"
 
 
@@ -42,6 +49,20 @@ def import_faiss() -> Any:
             "-e '.[search]'"
         ) from None
     return faiss
+
+
+@contextmanager
+def printing_to_stderr() -> Iterator[None]:
+    """Send what C code prints in the block to stderr: faiss says where its files are, among what a script answers."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 @dataclass(frozen=True)
@@ -127,7 +148,8 @@ def build_lists(folder: Path, shards: Sequence[np.ndarray], kind: Kind, memory: 
             blocks.append(str(folder / f"block-{len(blocks)}"))
             faiss.write_index(index, blocks[-1])
             index.reset()
-    faiss.contrib.ondisk.merge_ondisk(index, blocks, str(folder / "lists.data"))
+    with printing_to_stderr():
+        faiss.contrib.ondisk.merge_ondisk(index, blocks, str(folder / "lists.data"))
     for path in blocks:
         Path(path).unlink()
     faiss.write_index(index, str(folder / LISTS))
@@ -210,7 +232,7 @@ class VectorScores:
         self.lists: Any = None
         if lists is not None:
             faiss = import_faiss()
-            with reading(f"{lists}", lists):
+            with reading(f"{lists}", lists), printing_to_stderr():
                 flags = faiss.IO_FLAG_READ_ONLY | faiss.IO_FLAG_ONDISK_SAME_DIR
                 self.lists = faiss.read_index(str(lists / LISTS), flags)
             counts = np.concatenate(self.counts[:covered])
@@ -272,7 +294,10 @@ class VectorScores:
         """Return the numbers of documents whose passages the lists find: `count` of them, or all that they find."""
         faiss = import_faiss()
         options = {}
-        if not allowed[: self.first_document[self.covered]].all():
+        left = np.flatnonzero(allowed[: self.first_document[self.covered]])
+        if len(left) <= FEW * count:
+            return left
+        if len(left) < self.first_document[self.covered]:
             bits = np.packbits(allowed[self.document_of], bitorder="little")
             options["sel"] = faiss.IDSelectorBitmap(bits)
         parameters = faiss.SearchParametersIVF(nprobe=self.nprobe, **options)

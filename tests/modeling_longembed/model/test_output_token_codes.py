@@ -98,6 +98,19 @@ def test_the_more_bytes_the_smaller_the_error():
     assert (more.decode(more.encode(vectors)) - vectors).square().mean() < errors["residual1"]
 
 
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("kind", BITS)
+def test_prepared_queries_have_the_products_with_numbers_that_queries_have_with_vectors(kind, rotate):
+    vectors, queries = unit_vectors(200, 20), unit_vectors(7, 20, 1)
+    for codec in (TokenCodec(kind, rotate=rotate).fit(vectors), TokenCodec(kind)):
+        if not codec.is_ready:
+            continue
+        codes = codec.encode(vectors)
+        prepared, constants = codec.prepare(queries)
+        found = prepared @ codec.numbers(codes).T + constants[:, None]
+        torch.testing.assert_close(found, queries @ codec.decode(codes).T, rtol=0, atol=1e-5)
+
+
 @pytest.mark.promise("T5")
 @pytest.mark.parametrize("kind", list(BITS))
 @pytest.mark.parametrize("width", [16, 13])
