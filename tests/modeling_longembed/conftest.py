@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
+from tests.modeling_longembed.tiny_checkpoints import leave_out_code
 
 SIZES = {
     "vocab_size": 64,
@@ -13,6 +14,12 @@ SIZES = {
     "num_hidden_layers": 2,
     "initializer_range": 0.3,
 }
+
+
+@pytest.fixture
+def without_code(monkeypatch):
+    """Folders that are saved have no copy of the package."""
+    leave_out_code(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Random checkpoints of every architecture that we read, with a tokenizer of a few words."""
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -113,6 +114,12 @@ def save_checkpoint(folder, family: str, with_head: bool = False, **changes):
     model.save_pretrained(folder)
     tiny_tokenizer(config.pad_token_id).save_pretrained(folder)
     return model
+
+
+def leave_out_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save folders without a copy of the package, which takes most of the time of saving a tiny model."""
+    for module in ("modeling_utils", "configuration_utils"):
+        monkeypatch.setattr(f"transformers.{module}.custom_object_save", lambda *args, **kwargs: [])
 
 
 def random_batch(lengths: list[int], pad_token_id: int, seed: int = 0) -> dict[str, torch.Tensor]:

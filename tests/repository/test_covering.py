@@ -23,3 +23,8 @@ def test_what_is_not_slow_has_every_pair_of_values_and_far_fewer_cases():
     assert not any(case.marks for case in fives if case.values[0] == 5)
     assert pairs([case for case in fives if not case.marks]) == pairs(cases)
     assert all(case.marks == [pytest.mark.slow] for case in thinned if case.marks)
+    few = covering_first(cases, factors=lambda number, *letters: (number, *(letters if number == 0 else (None, None))))
+    kept = [case.values for case in few if not case.marks]
+    assert len(kept) == 8 + len([values for values in kept if values[0] == 0])
+    zeros = [pytest.param(*values) for values in allowed if values[0] == 0]
+    assert pairs([pytest.param(*values) for values in kept if values[0] == 0]) == pairs(zeros)

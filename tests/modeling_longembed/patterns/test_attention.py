@@ -175,7 +175,10 @@ def allowed(pattern, scheme, kernel, causal):
 # Patterns that are more than a mask have tests, and an oracle, of their own.
 ALL_PATTERNS = [p for name in PATTERNS for p in map(build_pattern, entries(name)) if p.is_mask]
 MASKS = sorted({pattern.type for pattern in ALL_PATTERNS})
-LARGEST_CAUSAL = {pattern.type: pattern for pattern in ALL_PATTERNS if allowed(pattern, "absolute", "eager", True)}
+LARGEST = {  # of each kind, among those that can be causal, and among all
+    causal: {pattern.type: pattern for pattern in ALL_PATTERNS if allowed(pattern, "absolute", "eager", causal)}
+    for causal in (False, True)
+}
 COMBINATIONS = covering_first(
     [
         pytest.param(pattern, scheme, kernel, causal, id=f"{pattern}-{scheme}-{kernel}-{'causal' * causal}")
@@ -186,8 +189,9 @@ COMBINATIONS = covering_first(
         if allowed(pattern, scheme, kernel, causal)
     ],
     # The one kernel with a path of its own for each pattern; mistakes of it have shown in three values together.
+    # Those of a setting that is not the largest are drawn, under every scheme, in a test below.
     keep=lambda pattern, scheme, kernel, causal: (
-        kernel == "longembed_varlen" and (not causal or pattern == LARGEST_CAUSAL[pattern.type])
+        kernel == "longembed_varlen" and pattern == LARGEST[causal][pattern.type]
     ),
 )
 BOTH_WAYS = covering_first(
@@ -199,11 +203,18 @@ TRAINABLE = covering_first(
 
 
 def whose_path_is_its_own(cases: list) -> list:
-    """Mark the cases slow that differ from an earlier one in the mask alone, which most kernels add to the scores."""
+    """Mark the cases slow that differ from an earlier one in the mask alone, which most kernels add to the scores.
+
+    FlexAttention takes seconds a case outside of a compiler, and adds the bias of a scheme to the scores as well.
+    """
     found, seen = [], set()
     for case in cases:
         pattern, scheme, kernel = case.values
-        path = (scheme, kernel, pattern if kernel == "longembed_varlen" else None)
+        path = (
+            None if kernel == "flex_attention" else scheme,
+            kernel,
+            pattern if kernel == "longembed_varlen" else None,
+        )
         found.append(pytest.param(*case.values, id=case.id, marks=case.marks if path not in seen else pytest.mark.slow))
         if not case.marks:
             seen.add(path)
@@ -272,8 +283,8 @@ def test_reach_is_as_far_as_the_predicate_sees(pattern):
 def test_equals_dense_attention(pattern, scheme, kernel, causal):
     with torch.set_grad_enabled(kernel in TRAINABLE_KERNELS):
         # Blocks of one or two tokens take time by their number, and have nothing new to show in long documents.
-        medium, long = (17, 23) if getattr(pattern, "size", 64) <= 2 else (67, 131)
-        problem = make_problem(pattern, scheme, [1, medium, 0, 2, 6, long, 5, 4, 13], causal=causal)
+        lengths = [1, 7, 0, 2, 9, 5, 4] if getattr(pattern, "size", 64) <= 2 else [1, 67, 0, 2, 6, 131, 5, 4, 13]
+        problem = make_problem(pattern, scheme, lengths, causal=causal)
         output, expected = problem.attend(kernel), dense_attention(problem)
     torch.testing.assert_close(output, expected, atol=1e-10, rtol=0)
     if kernel in TRAINABLE_KERNELS:
@@ -294,7 +305,7 @@ def cases(draw, name, scheme):
             entry[field.name] = draw(st.integers(least, least + (2 if field.name == "dilation" else 70)))
     sizes = [size for size in entry.values() if type(size) is int]
     around = [max(0, size * times + more) for size in sizes for times in (1, 2) for more in (-1, 0, 1)]
-    longest = 24 * entry.get("size", 64)  # the time of blocks goes by their number
+    longest = 12 * entry.get("size", 64)  # the time of blocks goes by their number
     lengths = [length for length in (*LENGTHS, *around) if length <= longest]
     lengths = draw(st.lists(st.sampled_from(lengths), min_size=1, max_size=3).filter(any))
     is_global = None
@@ -309,7 +320,7 @@ def cases(draw, name, scheme):
 @pytest.mark.promise("A1")
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", MASKS)
-@settings(max_examples=settings.default.max_examples // 2)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(data=st.data())
 def test_the_packed_path_equals_dense_attention_on_any_batch(name, scheme, data):
     pattern, lengths, is_global, max_scores = data.draw(cases(name, scheme))
@@ -322,8 +333,20 @@ def test_the_packed_path_equals_dense_attention_on_any_batch(name, scheme, data)
 
 
 @pytest.mark.promise("A1")
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
-@pytest.mark.parametrize("pattern", ALL_PATTERNS, ids=str)
+@pytest.mark.parametrize(
+    ("pattern", "kernel"),
+    [
+        # FlexAttention takes seconds a case, and is given one mask, of the predicate, whatever the pattern.
+        pytest.param(
+            pattern,
+            kernel,
+            id=f"{pattern}-{kernel}",
+            marks=[pytest.mark.slow] if kernel == "flex_attention" and pattern != LARGEST[False]["sliding"] else [],
+        )
+        for pattern in ALL_PATTERNS
+        for kernel in CPU_KERNELS
+    ],
+)
 def test_global_tokens_of_a_mask(pattern, kernel):
     lengths = [70, 1, 9, 67]
     is_global = torch.zeros(sum(lengths), dtype=torch.bool)

@@ -349,9 +349,9 @@ def test_dropout_keeps_the_mean(function):
     states = [x.detach() for x in random_states()]
     mask = packed_mask(mask_function=function)
     expected, _ = longembed_varlen(None, *states, mask)
-    draws = torch.stack([longembed_varlen(None, *states, mask, dropout=0.3)[0] for _ in range(200)])
+    draws = torch.stack([longembed_varlen(None, *states, mask, dropout=0.3)[0] for _ in range(60)])
     assert draws.std(dim=0).max() > 0.1
-    error = (draws.mean(dim=0) - expected).abs() / (draws.std(dim=0) / 200**0.5 + 1e-9)
+    error = (draws.mean(dim=0) - expected).abs() / (draws.std(dim=0) / 60**0.5 + 1e-9)
     assert error.mean() < 1.0  # of a standard normal: 0.8
 
 

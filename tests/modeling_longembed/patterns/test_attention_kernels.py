@@ -27,18 +27,18 @@ def whole_softmax(query, key, value, mask, bias):
 
 
 @pytest.mark.promise("A2")
-@pytest.mark.parametrize("key_chunk", [1, 7, 19])
-@pytest.mark.parametrize("query_chunk", [1, 7, 19])
+@pytest.mark.parametrize("key_chunk", [1, 4, 9])  # the time goes by the number of pairs of chunks
+@pytest.mark.parametrize("query_chunk", [1, 4, 9])
 @pytest.mark.parametrize("kind", ["plain", "causal", "band", "blind"])
 def test_any_chunks_give_the_whole_softmax(query_chunk, key_chunk, kind):
-    length = 19
+    length = 9
     inputs = problem(length)
     index = torch.arange(length)
     difference = index[:, None] - index
     mask = {
         "plain": torch.ones(length, length, dtype=torch.bool),
         "causal": difference >= 0,
-        "band": difference.abs() <= 3,
+        "band": difference.abs() <= 2,
         "blind": (difference >= 0) & (index[:, None] % 5 > 0),  # every fifth query sees nothing
     }[kind]
     alibi = AlibiBias(torch.tensor(alibi_slopes(HEADS)))
@@ -62,7 +62,7 @@ def test_any_chunks_give_the_whole_softmax(query_chunk, key_chunk, kind):
 
 
 @pytest.mark.promise("A2")
-@given(length=st.integers(1, 60), query_chunk=st.integers(1, 70), key_chunk=st.integers(1, 70))
+@given(length=st.integers(1, 30), query_chunk=st.integers(1, 35), key_chunk=st.integers(1, 35))
 def test_any_length_and_any_chunks(length, query_chunk, key_chunk):
     inputs = problem(length)
     output = online_attention(*inputs, 0.4, 0.0, query_chunk=query_chunk, key_chunk=key_chunk)
@@ -81,16 +81,16 @@ def test_scores_far_out_of_the_range_of_exp():
 
 def test_dropout_leaves_out_weights_and_keeps_their_mean():
     torch.manual_seed(0)
-    query, key, _ = (x.detach().repeat(1, 200, 1) for x in problem(24))
+    query, key, _ = (x.detach().repeat(1, 50, 1) for x in problem(24))
     inputs = query, key, torch.ones_like(query)
-    samples = torch.stack([online_attention(*inputs, 0.4, 0.3, query_chunk=7, key_chunk=5) for _ in range(10)])
+    samples = torch.stack([online_attention(*inputs, 0.4, 0.3, query_chunk=7, key_chunk=5) for _ in range(4)])
     assert samples.std() > 0.01
     assert samples.mean().item() == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.promise("A2")
 def test_neither_forward_nor_backward_holds_length_times_length_elements():
-    length, chunk = 800, 50
+    length, chunk = 400, 40
     inputs = problem(length, torch.float32)
     with (
         KeptForBackward() as kept,

@@ -194,7 +194,7 @@ def gradients(model, output):
         ]
     ),
 )
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(data=st.data())
 def test_both_paths_are_the_formula(build_focused, scheme, causal, training, data):
     fields = SCHEMES[scheme] | {"is_causal": causal}

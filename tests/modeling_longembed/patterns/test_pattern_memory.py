@@ -172,7 +172,7 @@ FIELDS = [
 
 @pytest.mark.promise("A9")
 @pytest.mark.parametrize("fields", FIELDS)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=settings.default.max_examples // 6)
 @given(data=st.data())
 def test_a_document_at_once_is_the_recurrence_segment_by_segment(build_memory, fields, data):
     size = data.draw(st.integers(1, 9))
@@ -363,7 +363,7 @@ def streamed(model, documents, cuts, padding):
 
 @pytest.mark.promise("A9")
 @pytest.mark.parametrize("fields", FIELDS)
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=settings.default.max_examples // 12)
 @given(data=st.data())
 def test_chunks_are_the_whole(build_memory, fields, data):
     kernel, padding = data.draw(st.sampled_from(KERNELS_OF_MEMORY)), data.draw(st.sampled_from([None, "right", "left"]))
