@@ -514,7 +514,15 @@ def test_the_export_prints_the_difference(built, tmp_path, capsys):
     assert 0 <= float(re.search(r"up to 40 tokens: (\S+)\n", printed).group(1)) <= 1e-5
 
 
-@pytest.mark.parametrize("like", [{}, LIKE_MODERN, LIKE_NOMIC], ids=["bert", "modernbert", "nomic_bert"])
+@pytest.mark.parametrize(
+    "like",
+    [
+        pytest.param({}, id="bert"),
+        # The check is one for all families.
+        pytest.param(LIKE_MODERN, id="modernbert", marks=pytest.mark.slow),
+        pytest.param(LIKE_NOMIC, id="nomic_bert", marks=pytest.mark.slow),
+    ],
+)
 def test_every_weight_that_is_written_wrongly_is_found(like, built, tmp_path, monkeypatch):
     model, write = built(**like), native.native_weights
     (tmp_path / "probe").mkdir()

@@ -167,6 +167,14 @@ def test_processes_that_are_not_the_main_one_write_nothing(extended_model, tmp_p
 
 # --- readers who never saw this repository ----------------------------------------------------------------------------
 
+REFUSED = """
+from transformers import AutoModel
+try:
+    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
+    raise SystemExit("loaded without trust")
+except ValueError as error:
+    assert "trust_remote_code=True" in str(error), error
+"""
 READER = """
 import json
 import numpy as np
@@ -174,7 +182,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
-source, revision, folder, out = sys.argv[1:]
+source, revision, folder, out = sys.argv[1:5]
 where = {"trust_remote_code": True} | ({"revision": revision} if revision else {})
 texts = json.load(open(f"{out}/texts.json"))
 others = ("accelerate", "peft", "datasets", "sentence_transformers", "mteb", "faiss")
@@ -216,18 +224,30 @@ again = AutoModel.from_pretrained(f"{out}/tuned", trust_remote_code=True)
 np.testing.assert_array_equal(again.encode(texts, precision="float32"), tuned)
 print(json.dumps({"kernel": model.config._attn_implementation, "moved": float(abs(tuned).sum())}))
 """
+INSTALLED = """
+sys.path.append(sys.argv[5])
+import modeling_longembed
+model = AutoModel.from_pretrained(source)
+assert type(model) is modeling_longembed.LongEmbedModel
+assert type(AutoModelForMaskedLM.from_pretrained(source)) is modeling_longembed.LongEmbedForMaskedLM
+np.save(f"{out}/installed.npy", model.encode(texts, prompt_name="query", precision="float32"))
+"""
 
 
-def read(environment, source, revision, folder, out, **settings):
+def read(environment, script, source, revision, folder, out, *more, **settings):
     (out / "texts.json").write_text(json.dumps(TEXTS))
-    result = succeed(environment.run(READER, source, revision, folder, out, **settings))
+    result = succeed(environment.run(script, source, revision, folder, out, *more, **settings))
     assert result["kernel"] == "longembed_varlen"
     return np.load(out / "vectors.npy")
 
 
 @pytest.mark.promise("X1")
 def test_a_local_folder_in_an_environment_of_torch_and_transformers(environment, published, extended_vectors, tmp_path):
-    theirs = read(environment, published, "", published, tmp_path)
+    """Trust is demanded, unless the package is installed. One process does all: most of its time is the imports."""
+    (tmp_path / "wheel").mkdir()
+    (tmp_path / "wheel" / "modeling_longembed").symlink_to(Path(modeling_longembed.__file__).parent)
+    script = REFUSED + READER + INSTALLED
+    theirs = read(environment, script, published, "", published, tmp_path, tmp_path / "wheel")
     np.testing.assert_array_equal(theirs, extended_vectors)
     assert {path.name for path in (tmp_path / "tuned").glob("*.py")} == CODE
     for name in CODE:
@@ -235,6 +255,7 @@ def test_a_local_folder_in_an_environment_of_torch_and_transformers(environment,
     assert "AutoModelForMaskedLM" in json.loads((tmp_path / "tuned" / "config.json").read_text())["auto_map"]
     assert (tmp_path / "tuned" / "modules.json").exists()
     assert (tmp_path / "tuned" / "tokenizer.json").exists()
+    np.testing.assert_allclose(np.load(tmp_path / "installed.npy"), extended_vectors, atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow  # the fast tests read a folder by the same script, and `main` of a repository offline
@@ -249,7 +270,7 @@ def test_the_hub_offline_with_a_pinned_revision(environment, extended_model, pub
     home = tmp_path / "hf"
     fake_hub(home, "org/tiny", {first: published, second: tmp_path / "second"})
     settings = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    theirs = read(environment, "org/tiny", first, published, tmp_path, **settings)
+    theirs = read(environment, READER, "org/tiny", first, published, tmp_path, **settings)
     np.testing.assert_allclose(theirs, extended_vectors, atol=1e-6, rtol=0)
     of_main = other.encode(TEXTS, precision="float32", prompt_name="query")
     assert not np.allclose(theirs, of_main, atol=1e-3)
@@ -274,9 +295,9 @@ for number, source in enumerate(sys.argv[1:]):
     for kind in ("query", "document"):
         np.save(f"{kind}{number}.npy", getattr(model, f"encode_{kind}")(texts))
     np.save(f"plain{number}.npy", model.encode(texts, normalize_embeddings=True))
-    model.save("again")
-    reloaded = SentenceTransformer("again", trust_remote_code=True, device="cpu")
-    np.testing.assert_allclose(reloaded.encode_query(texts), np.load(f"query{number}.npy"), atol=1e-6)
+model.save("again")  # the one of the Hub
+reloaded = SentenceTransformer("again", trust_remote_code=True, device="cpu")
+np.testing.assert_allclose(reloaded.encode_query(texts), np.load(f"query{number}.npy"), atol=1e-6)
 print(json.dumps(out))
 """
     (folder / "texts.json").write_text(json.dumps(TEXTS))
@@ -302,28 +323,6 @@ def test_sentence_transformers_read_the_settings_of_a_vector_from_the_folder(tmp
     assert np.abs(np.linalg.norm(ours, axis=1) - 1).min() > 1e-3
     unit = model.encode(TEXTS[1], prompt_name="query", normalize=True, precision="float32")
     np.testing.assert_allclose(unit, ours[0] / np.linalg.norm(ours[0]), atol=1e-6, rtol=0)
-
-
-def test_trust_is_demanded_unless_the_package_is_installed(environment, published, extended_vectors, tmp_path):
-    (tmp_path / "wheel").mkdir()
-    (tmp_path / "wheel" / "modeling_longembed").symlink_to(Path(modeling_longembed.__file__).parent)
-    script = """
-import json
-from transformers import AutoModel, AutoModelForMaskedLM
-try:
-    AutoModel.from_pretrained(sys.argv[1], trust_remote_code=False)
-    raise SystemExit("loaded without trust")
-except ValueError as error:
-    assert "trust_remote_code=True" in str(error), error
-sys.path.append(sys.argv[2])
-import modeling_longembed
-model = AutoModel.from_pretrained(sys.argv[1])
-assert type(model) is modeling_longembed.LongEmbedModel
-assert type(AutoModelForMaskedLM.from_pretrained(sys.argv[1])) is modeling_longembed.LongEmbedForMaskedLM
-print(json.dumps(model.encode(json.loads(sys.argv[3]), prompt_name="query", precision="float32").tolist()))
-"""
-    theirs = succeed(environment.run(script, published, tmp_path / "wheel", json.dumps(TEXTS)))
-    np.testing.assert_allclose(np.array(theirs), extended_vectors, atol=1e-6, rtol=0)
 
 
 # --- in this process --------------------------------------------------------------------------------------------------

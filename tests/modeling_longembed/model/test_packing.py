@@ -76,7 +76,7 @@ def run_single(model, documents):
 
 @pytest.mark.promise("A12")
 @pytest.mark.parametrize("pattern", PATTERNS)
-@settings(max_examples=settings.default.max_examples // 3)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(lengths=BATCHES)
 def test_packed_equals_padded_equals_single(build_tiny_model, pattern, lengths):
     model = build_tiny_model(attention_patterns={"type": pattern} | PATTERN_SETTINGS.get(pattern, {}))

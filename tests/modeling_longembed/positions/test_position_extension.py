@@ -29,6 +29,7 @@ def own_parameters(scheme, method):
     return {} if (scheme, method) != ("rope", "group") and method == "group" else parameters(method)
 
 
+@pytest.mark.usefixtures("without_code")
 @pytest.mark.parametrize("cls", [LongEmbedModel, LongEmbedForMaskedLM])
 @pytest.mark.parametrize(("scheme", "method"), METHODS)
 def test_what_fitted_reads_as_before_and_longer_documents_can_be_read(build_tiny_model, tmp_path, scheme, method, cls):
