@@ -25,6 +25,17 @@ def script(request) -> str:
     return request.param
 
 
+# What the loop alone decides: one script of pairs and one of documents are enough for the fast tests.
+of_the_loop = pytest.mark.parametrize(
+    "script",
+    [
+        name if name in ("contrastive", "pretraining") else pytest.param(name, marks=pytest.mark.slow)
+        for name in SCRIPTS
+    ],
+    indirect=True,
+)
+
+
 def metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -96,7 +107,7 @@ def test_late_interaction_trains_them_and_their_learning_rate_counts(built, name
 
 
 def test_gradient_checkpointing_and_the_token_budget_change_nothing(train_script, script, tmp_path):
-    options = "--dropout 0 --logging_steps 1 --max_steps 3"
+    options = "--dropout 0 --logging_steps 1 --max_steps 2"
     with double_precision():
         plain = losses(train_script(script, options))
         for number, more in enumerate(("--gradient_checkpointing", "--batch_tokens 1", "--batch_tokens 1000")):
@@ -147,6 +158,7 @@ def test_layerdrop_is_an_option_of_every_training_but_of_attention(train_script,
     assert (config["layerdrop"], config["layerdrop_unit"]) == (0.9, "sublayer")
 
 
+@of_the_loop
 def test_a_finished_run_that_is_started_again_ends_at_once_with_the_same_model(train_script, script):
     output = train_script(script)
     before = (output / "final" / "model.safetensors").read_bytes(), metrics(output)
@@ -154,6 +166,7 @@ def test_a_finished_run_that_is_started_again_ends_at_once_with_the_same_model(t
     assert ((output / "final" / "model.safetensors").read_bytes(), metrics(output)) == before
 
 
+@of_the_loop
 def test_going_on_with_something_else_is_refused(train_script, script, inputs, tmp_path):
     data = inputs[script][1]
     train_script(script)

@@ -21,7 +21,7 @@ def processes():
 
 
 # The tests of a script stay in one process of pytest-xdist: the undisturbed run is made once. The scripts share the
-# loop: the fast tests kill one of pairs and one of documents.
+# loop: the fast tests kill one of them.
 @pytest.fixture(
     scope="module",
     params=[
@@ -29,7 +29,7 @@ def processes():
             name,
             marks=[
                 pytest.mark.xdist_group(f"loop_{name}"),
-                *([] if name in ("contrastive", "pretraining") else [pytest.mark.slow]),
+                *([] if name == "contrastive" else [pytest.mark.slow]),
             ],
         )
         for name in SCRIPTS

@@ -1,14 +1,12 @@
 """What precedes a training: the search for the token budget, and a rehearsal that ends the script."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from common.arguments import parse
 from common.errors import UserError
-from training import contrastive
+from common.errors import run as run_script
 from training.engine import run
 from training.engine.rehearsal import Probe
 from training.engine.run import FOUND, RunArguments, find_batch_tokens
@@ -55,12 +53,11 @@ def test_mistakes(tmp_path, monkeypatch):
         find_batch_tokens(arguments, 64, "script.py", [])
 
 
-def test_the_script_ends_with_2(model_folder, pairs_file, tmp_path):
-    options = f"--model_name_or_path {model_folder} --train_data {pairs_file} --output_dir {tmp_path / 'out'}"
-    command = [sys.executable, contrastive.__file__, *options.split(), "--memory_limit_gib", "0.1"]
-    command += ["--per_device_train_batch_size", "8"]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert process.returncode == 2
-    assert process.stderr.strip().splitlines()[-1].startswith("error: out of memory: a peak of")
-    assert "Traceback" not in process.stderr
+def test_a_script_that_is_out_of_memory_ends_with_2(train_contrastive, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_script(lambda: train_contrastive("--memory_limit_gib 0.1"))
+    assert caught.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.strip().splitlines()[-1].startswith("error: out of memory: a peak of")
+    assert "Traceback" not in errors
     assert not (tmp_path / "out").exists()
