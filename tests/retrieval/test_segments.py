@@ -137,7 +137,7 @@ def test_a_text_beyond_the_context_is_read_to_its_end(tokenizer, text, context, 
 
 
 @pytest.mark.promise("R1")
-@settings(max_examples=15)
+@settings(max_examples=settings.default.max_examples // 3)
 @given(text=TEXTS, size=st.integers(2, 60), repeated=st.integers(1, 8))
 def test_late_chunks_are_the_passages_of_encode(model, text, size, repeated):
     segmenter = Segmenter(f"late:{size}", model.encode_tokenizer, context=model.config.max_position_embeddings)

@@ -109,7 +109,9 @@ def test_passkey_is_all_for_an_oracle_and_one_in_a_hundred_for_chance(minilm_tok
     assert means[1] < 0.04  # 200 queries at 1/100: mean 0.01, standard deviation 0.007
 
 
-@pytest.mark.parametrize("name", ["{}", "chunk-mean:{}:16", "chunk-max:{}:16", "bm25"])
+@pytest.mark.parametrize(
+    "name", ["{}", "chunk-mean:{}:16", pytest.param("chunk-max:{}:16", marks=pytest.mark.slow), "bm25"]
+)
 def test_mtebs_own_check_of_models_passes(tiny_sentence_transformer, tmp_path, name):
     from mteb.mocks.mock_run import mock_run
 

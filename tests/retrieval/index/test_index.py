@@ -175,7 +175,7 @@ CHANGE = st.one_of(
 
 
 @pytest.mark.promise("I5")
-@settings(max_examples=6)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(changes=st.lists(CHANGE, min_size=1, max_size=5))
 def test_any_changes_give_the_index_of_the_documents_that_remain(tmp_path_factory, tiny_model, changes):
     folder = tmp_path_factory.mktemp("changes")
