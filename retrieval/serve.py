@@ -1,0 +1,88 @@
+"""Serve an index to programs: the embeddings API of OpenAI, and a search.
+
+python -m retrieval.serve --index my-index
+
+It needs the extra `api`.
+"""
+
+import socket
+from dataclasses import dataclass, field
+
+from common.arguments import parse
+from common.errors import UserError, run
+from retrieval.index.index import Index
+from retrieval.server.limits import Limits
+
+# Connections that are open at a time; a request beyond is answered by 503.
+MAX_CONNECTIONS = 512
+# Seconds that requests have to be answered after Ctrl-C.
+GRACE = 10
+
+
+@dataclass
+class ServeArguments:
+    """The index, and where and how it is served."""
+
+    index: str = field(metadata={"help": "folder of the index"})
+    model: str | None = field(
+        default=None, metadata={"help": "where the model of the index is now, if it is not where it was"}
+    )
+    host: str = field(
+        default="127.0.0.1",
+        metadata={"help": "address to listen at; 0.0.0.0 makes the documents readable for the whole network"},
+    )
+    port: int = field(default=8000, metadata={"help": "port; 0: any that is free", "within": "[0, 65535]"})
+    batch_tokens: int = field(default=16_384, metadata={"help": "tokens in one forward pass", "within": "[1, inf)"})
+    queue_tokens: int = field(
+        default=1_000_000,
+        metadata={"help": "tokens that may wait; a request beyond is answered by 429", "within": "[1, inf)"},
+    )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: name or address.
+        port: 0 for any that is free.
+
+    Raises:
+        UserError: the port is taken, or there is no such address.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}:{port} ({error.strerror}); give another --host or --port") from None
+
+
+def main() -> None:
+    """Run the script.
+
+    Raises:
+        UserError: a package is missing, the address cannot be listened at, or the index does not open.
+    """
+    arguments, limits = parse(ServeArguments, Limits)
+    try:
+        import uvicorn
+
+        from retrieval.server.api import make_app
+        from retrieval.server.service import Service
+    except ImportError as error:
+        raise UserError(f"serving needs {error.name}, which is not installed: pip install -e .[api]") from None
+    with listen(arguments.host, arguments.port) as listening:
+        service = Service(Index.open(arguments.index, arguments.model), arguments.batch_tokens, arguments.queue_tokens)
+        app = make_app(service, limits)
+        host, port = listening.getsockname()[:2]
+        print(f"{len(service.index):,} documents at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_graceful_shutdown=GRACE,
+        )
+        uvicorn.Server(config).run([listening])
+
+
+if __name__ == "__main__":
+    run(main, "start it again")

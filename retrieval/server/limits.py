@@ -1,0 +1,16 @@
+"""What a request may ask for."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Limits:
+    """What a request may ask for."""
+
+    max_inputs: int = field(
+        default=2048, metadata={"help": "most texts of one request for embeddings", "within": "[1, inf)"}
+    )
+    max_request_mb: float = field(default=16.0, metadata={"help": "most MiB of a request", "within": "(0, inf)"})
+    timeout: float = field(
+        default=60.0, metadata={"help": "seconds after which a request is given up", "within": "(0, inf)"}
+    )
