@@ -154,7 +154,9 @@ def test_the_objective_and_held_out_retrieval_improve(name, docstrings, tmp_path
     [
         ("info_nce", "--learnable_temperature --objective_learning_rate 0.1", {"log_scale"}),
         ("nt_xent", "", {"head.layers.0.weight", "head.layers.3.weight"}),
-        ("vicreg", "", {"head.layers.0.weight", "head.layers.1.bias"}),
+        pytest.param(
+            "vicreg", "", {"head.layers.0.weight", "head.layers.1.bias"}, marks=pytest.mark.slow
+        ),  # a head too
         ("momentum", "", {"queue.keys", "queue.count", "momentum_encoder.layers/0/attention/q_proj/weight"}),
     ],
 )
