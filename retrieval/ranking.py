@@ -142,34 +142,45 @@ def score_candidates(
     return Scores(numbers, scores)
 
 
-def best_passages(snapshot: Snapshot, query: Query, parts: Sequence[str], number: int, count: int) -> list[Passage]:
-    """Return the best passages of a document, none of which overlaps another.
+def score_passages(snapshot: Snapshot, query: Query, parts: Sequence[str], number: int) -> list[Passage]:
+    """Return all passages of a document, in the order of the text.
 
     Args:
         snapshot: the index.
         query: what is sought.
         parts: that are used: passages are compared by their tokens, without these by their vectors, or by words alone.
         number: of the document.
-        count: number of passages.
     """
     shard, place = snapshot.locate(number)
     rows, document = shard.rows("passage", place), shard.document(place)
-    spans = shard.arrays["passages"][rows]
+    spans = shard.arrays["passages"][rows].tolist()
+    texts = [document.text[start:end] for start, end in spans]
     if "tokens" in parts and query.tokens is not None and snapshot.codec is not None:
         maxsim = TokenScores(snapshot.codec, query.tokens)
         scores = maxsim.of_passages(shard.codes(place), shard.arrays["passage_tokens"][rows])
     elif "vector" in parts and query.vector is not None and snapshot.vectors is not None:
         scores = snapshot.vectors.of_passages(query.vector, number)
     elif snapshot.words is not None:
-        scores = snapshot.words.of_passages(query.text, [document.text[start:end] for start, end in spans.tolist()])
+        scores = snapshot.words.of_passages(query.text, texts)
     else:
         scores = np.zeros(len(spans), np.float32)
+    return [
+        Passage(start, end, text, score, document.mark("page", start), document.mark("heading", start))
+        for (start, end), text, score in zip(spans, texts, scores.tolist(), strict=True)
+    ]
+
+
+def best_passages(passages: Sequence[Passage], count: int) -> list[Passage]:
+    """Return the passages with the largest scores, best first, none of which overlaps another.
+
+    Args:
+        passages: of a document.
+        count: most passages that are returned; one without any token that could answer is none.
+    """
     chosen: list[Passage] = []
-    for best in np.argsort(-scores, kind="stable"):
-        start, end = map(int, spans[best])
-        if len(chosen) == count or not np.isfinite(scores[best]):
+    for passage in sorted(passages, key=lambda passage: -passage.score):
+        if len(chosen) == count or not np.isfinite(passage.score):
             break
-        if all(end <= other.start or other.end <= start for other in chosen):
-            page, heading = document.mark("page", start), document.mark("heading", start)
-            chosen.append(Passage(start, end, document.text[start:end], float(scores[best]), page, heading))
+        if all(passage.end <= other.start or other.end <= passage.start for other in chosen):
+            chosen.append(passage)
     return chosen

@@ -11,6 +11,7 @@ divides into several tokens, such as an emoji, may be in two of them.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +79,7 @@ class Segmenter:
         if self._limit is not None and self._limit < 1:
             raise UserError(f"the prompt {prompt[:40]!r} fills the context of {context} tokens; give a shorter one")
 
-    def __call__(self, text: str) -> list[Span]:
+    def __call__(self, text: str, readings: Sequence[Reading] | None = None) -> list[Span]:
         """Return where the segments of a text start and end.
 
         Those of `late:SIZE` are the passages that the model makes of each `Reading`, one by one. A passage of special
@@ -87,11 +88,13 @@ class Segmenter:
 
         Args:
             text: any string.
+            readings: what `read` has returned for it; None: it is read here where that is needed.
         """
         if self.spec == "document":
             return [(0, len(text))]
         if size := self.sizes.get("late"):
-            return [span for reading in self.read(text) for span in _late_chunks(reading, size)]
+            readings = self.read(text) if readings is None else readings
+            return [span for reading in readings for span in _late_chunks(reading, size)]
         starts, ends = _in_order(self._encode(text, whole=False).offsets)
         if size := self.sizes.get("window"):
             stride = self.sizes.get("stride", size)

@@ -14,7 +14,7 @@ from retrieval.index.reading import DocumentReader, QueryReader
 from retrieval.index.snapshot import Snapshot
 from retrieval.index.vectors import choose_kind
 from retrieval.index.writing import Writer
-from retrieval.ranking import Hit, Query, best_passages, score_candidates
+from retrieval.ranking import Hit, Passage, Query, best_passages, score_candidates, score_passages
 
 PARTS = ("vector", "tokens", "words")
 TOKEN_PRECISIONS = ("float32", "float16", "int8", "binary", "residual1", "residual2")
@@ -234,10 +234,27 @@ class Index:
         for place in (-combined).argsort(kind="stable")[:k]:
             number = int(scores.numbers[place])
             shard, row = self.snapshot.locate(number)
-            found = best_passages(self.snapshot, read, used, number, passages) if passages else []
+            found = best_passages(score_passages(self.snapshot, read, used, number), passages) if passages else []
             own = {part: float(values[place]) for part, values in scores.parts.items()}
             hits.append(Hit(shard.id(row), float(combined[place]), own, found, shard.metadata(row)))
         return hits
+
+    def passages(self, query: str, id: str, parts: Sequence[str] | None = None) -> list[Passage]:
+        """Score all passages of a document, to see where in it the answer is.
+
+        Args:
+            query: the text.
+            id: of the document.
+            parts: as in `search`.
+
+        Returns:
+            The passages in the order of the text, which overlap if `segments` do. Where token vectors count, the score
+            of a passage without any is minus infinity.
+
+        Raises:
+            UserError: there is no document with this id, or as in `search`.
+        """
+        return score_passages(self.snapshot, self.read_query(query, parts), self._used(parts), self._number(id))
 
     def read_query(self, query: str, parts: Sequence[str] | None = None) -> Query:
         """Read a query with the model.
@@ -276,10 +293,13 @@ class Index:
         Raises:
             UserError: there is none with this id.
         """
+        return self.snapshot.document(self._number(id))
+
+    def _number(self, id: str) -> int:
         number = self.snapshot.places().get(id)
         if number is None:
             raise UserError(f"{self.folder} has no document with the id {id!r}")
-        return self.snapshot.document(number)
+        return number
 
     def add(self, documents: Iterable[Document], *, shard_mb: float = 256, memory: int | None = None) -> None:
         """Add documents. One with the id of another replaces it; one that is there already is not read again.

@@ -88,7 +88,9 @@ class DocumentReader:
         found: Iterator[Any] = iter([])
         if self.output is not None:
             found = iter(encode_rows(self.model, rows, self._choices(self.output), lambda _: None))
-        segments = [_pairs(self.segmenter(document.text)) for document in documents]
+        segments = [
+            _pairs(self.segmenter(document.text, parts)) for document, parts in zip(documents, readings, strict=True)
+        ]
         apart: Iterator[np.ndarray] = iter([])
         if "vector" in self.settings.parts and self.chunk_tokens is None:
             apart = self._vectors_of_segments(documents, segments)

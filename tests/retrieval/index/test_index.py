@@ -129,6 +129,13 @@ def test_passages_do_not_overlap_and_say_page_and_heading(build):
     assert {passage.heading for passage in hit.passages} == {"Rivers"}
     scores = [passage.score for passage in hit.passages]
     assert scores == sorted(scores, reverse=True)
+    passages = index.passages("river stone", "d")
+    assert [passage.start for passage in passages] == sorted(passage.start for passage in passages)
+    assert set(hit.passages) <= set(passages)
+    assert len(passages) > 2 * len(hit.passages)
+    assert max(passage.score for passage in passages) == scores[0]
+    with pytest.raises(UserError, match="has no document with the id 'e'"):
+        index.passages("river", "e")
 
 
 @pytest.mark.promise("I4")
