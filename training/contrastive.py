@@ -16,6 +16,7 @@ from training.models.identity import model_identity
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective, objective_groups
+from training.objectives.contrastive.words import load_words
 from training.objectives.guide import load_guide
 from training.objectives.pair_data import ContrastiveArguments, pair_batches, pair_retrieval, pair_tokenizer
 from training.objectives.pair_step import pair_gradient
@@ -53,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     guide = load_guide(objective_args.guide_model, data_args.batch_tokens)
     if guide:
         settings["guide_model"] = guide.encoder.identity
+    words = load_words(objective_args.teach_bm25_weight, batches)
     decay = run_args.weight_decay
     training = Training(
         model=model,
         batches=batches,
         evaluate=pair_retrieval(data_args, objective, batches, held_out, loop),
-        gradient=pair_gradient(objective, guide, span_penalty(encoder, span_args)),
+        gradient=pair_gradient(objective, guide, span_penalty(encoder, span_args), words),
         groups=[
             *objective_args.groups(encoder, span_groups(encoder, span_args, decay)),
             *objective_groups(objective, decay),

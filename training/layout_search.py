@@ -29,6 +29,7 @@ from training.models.supernet import Supernet
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective, objective_groups
+from training.objectives.contrastive.words import load_words
 from training.objectives.guide import load_guide
 from training.objectives.layout_search_step import SearchArguments, alternate, cycle_end, search_groups, write_layout
 from training.objectives.pair_data import ContrastiveArguments, pair_batches, pair_retrieval, pair_tokenizer
@@ -71,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     guide = load_guide(objective_args.guide_model, data_args.batch_tokens)
     if guide:
         settings["guide_model"] = guide.encoder.identity
+    words = load_words(objective_args.teach_bm25_weight, batches)
     training = Training(
         model=supernet,
         batches=batches,
-        gradient=alternate(supernet, search_args, pair_gradient(objective, guide)),
+        gradient=alternate(supernet, search_args, pair_gradient(objective, guide, words=words)),
         evaluate=pair_retrieval(data_args, objective, batches, held_out, loop),
         groups=[
             *objective_args.groups(supernet, search_groups(supernet, search_args, run_args.weight_decay)),

@@ -16,6 +16,7 @@ from common.encoders.token_settings import TokenSettings
 from common.encoders.token_store import TokenStore
 from common.encoders.vector_cache import VectorCache
 from common.provenance import device_kind
+from common.score_scaling import min_max_
 from eval.models.costs import Costs
 from modeling_longembed.output_maxsim_longembed import maxsim
 
@@ -251,10 +252,9 @@ class TokenScores(Scorer):
 class HybridScores(Scorer):
     """A convex combination of two scorers, each min-max normalized a query over the corpus.
 
-    `weight * norm(first) + (1 - weight) * norm(second)` with `norm(s) = (s - min) / (max - min)`, the minimum and the
-    maximum being those of the query's scores over all documents (Bruch et al. 2023, arXiv:2210.11934, equations 1 and
-    3). Where all scores are equal, they count nothing. All scores are in memory: 4 bytes a query and document, at most
-    three times.
+    `weight * norm(first) + (1 - weight) * norm(second)`, where `norm` is `min_max_` over all documents (Bruch et al.
+    2023, arXiv:2210.11934, equation 3). Where all scores are equal, they count nothing. All scores are in memory: 4
+    bytes a query and document, at most three times.
 
     Args:
         first: scores with this weight.
@@ -275,8 +275,7 @@ class HybridScores(Scorer):
             for window, found in scorer.blocks(queries, documents, costs):
                 scores[:, torch.tensor(window)] = found.float()
             with costs.comparing():
-                low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
-                combined += scores.sub_(low).div_(torch.where(high > low, high - low, 1)).mul_(weight)
+                combined += min_max_(scores).mul_(weight)
         yield range(len(documents)), combined
 
 

@@ -69,6 +69,22 @@ def from_main_process(compute: Callable[[], T]) -> T:
     return sent[0]
 
 
+def gather_values(value: T) -> list[T]:
+    """Return the value of each process, in process order.
+
+    Args:
+        value: any object; it is pickled for the other processes.
+
+    Returns:
+        As many values as there are processes.
+    """
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Return the rows of all processes in process order, differentiable with respect to the rows of each process.
 

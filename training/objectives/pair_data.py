@@ -115,7 +115,7 @@ def pair_batches(
         "seed": loop.arguments.seed,
         "rank": loop.accelerator.process_index,
         "world_size": loop.accelerator.num_processes,
-        "keep_texts": objective.guide_model is not None,
+        "keep_texts": objective.guide_model is not None or objective.teach_bm25_weight > 0,
     }
     columns = objective_columns(objective)
     if arguments.streaming:

@@ -8,6 +8,7 @@ from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.blocks import GatheredBatch, Metrics
 from training.objectives.contrastive.objective import Objective
+from training.objectives.contrastive.words import BatchWords
 from training.objectives.embed import outputs, with_queries
 from training.objectives.guide import Guide
 from training.objectives.losses.token_vectors import TokenVectors
@@ -15,7 +16,10 @@ from training.objectives.span_penalty import Penalty
 
 
 def pair_gradient(
-    objective: Objective, guide: Guide | None = None, penalty: Penalty | None = None
+    objective: Objective,
+    guide: Guide | None = None,
+    penalty: Penalty | None = None,
+    words: BatchWords | None = None,
 ) -> AccumulateGradient:
     """Build the gradient of an objective over the batches of all processes.
 
@@ -23,6 +27,7 @@ def pair_gradient(
         objective: the contrastive objective.
         guide: a model that detects false negatives.
         penalty: a term of the loss that depends on parameters only.
+        words: BM25, if it teaches the one vector.
 
     Returns:
         The function that the loop calls for each batch.
@@ -37,6 +42,10 @@ def pair_gradient(
         if guide is not None:
             assert batch.texts is not None
             guide_vectors = gather_rows(guide(batch.texts, text_ids.device))
+        of_words = None
+        if words is not None:
+            assert batch.texts is not None
+            of_words = gather_rows(words(batch.texts).to(text_ids.device))
         key = objective.keys(model, batch)
         if key is not None:
             key = gather_rows(key)
@@ -48,7 +57,8 @@ def pair_gradient(
                 vectors, counts = of_tokens
                 tokens = gather_tokens(arguments.for_scoring(vectors, counts, batch.pairs).by_row(batch.pairs))
             rows = own_rows(batch.pairs)
-            value, metrics = objective(GatheredBatch(gathered, text_ids, rows, classes, guide_vectors, key, tokens))
+            gathered_batch = GatheredBatch(gathered, text_ids, rows, classes, guide_vectors, key, tokens, of_words)
+            value, metrics = objective(gathered_batch)
             if penalty is not None:
                 term, measures = penalty()
                 value, metrics = value + term, metrics | measures

@@ -8,8 +8,10 @@ from training.data.packing import pack
 from training.data.pairs.batches import PairBatch
 from training.models.tuning import TuningArguments, select_parameters
 from training.objectives.contrastive.arguments import ObjectiveArguments
+from training.objectives.contrastive.corpus_words import CorpusWords
 from training.objectives.contrastive.objective import Objective
 from training.objectives.contrastive.registry import build_objective
+from training.objectives.contrastive.words import BatchWords
 
 # Options by case; a case is named after its objective. Queues are longer than a batch and no multiple of it.
 CASES = {
@@ -31,6 +33,7 @@ CASES = {
         "teach_temperature": 0.2,
         "teach_vector_temperature": 0.1,
     },
+    "info_nce auxiliary bm25": {"teach_vector_by": "maxsim", "teach_bm25_weight": 0.3},
     "simcse": {"temperature": 0.1},
     "nt_xent": {"learnable_temperature": True, "head_dims": [16, 8]},
     "nt_xent matryoshka": {"matryoshka_dims": [32, 8]},
@@ -74,6 +77,15 @@ def double_objective(case: str, encoder: torch.nn.Module, rows: int, options: di
     return objective.double().train()
 
 
+def words_of(case: str) -> BatchWords | None:
+    """BM25 of the case, with documents of words that are named after the token ids of `batch_of`."""
+    if not CASES[case].get("teach_bm25_weight"):
+        return None
+    corpus = CorpusWords()
+    corpus.add([" ".join(f"word{number}" for number in range(5, stop)) for stop in range(6, 32)])
+    return BatchWords(corpus)
+
+
 def batch_of(case: str, pairs: int, budget: int, seed: int = 0, rows: slice = slice(None)) -> PairBatch:
     """Random texts of 1 to 40 tokens, one of them twice; `rows` are those of a process of a distributed run."""
     name = case.split()[0]
@@ -94,7 +106,14 @@ def batch_of(case: str, pairs: int, budget: int, seed: int = 0, rows: slice = sl
     texts = [text for column in own for text in column]
     classes = {name: (torch.arange(pairs) % 3)[rows] for name in ("label", "group")}
     return PairBatch(
-        pack(texts, budget), ids[:, rows].flatten(), len(own[0]), sum(map(len, texts)), (40,) * len(own), 0, classes
+        pack(texts, budget),
+        ids[:, rows].flatten(),
+        len(own[0]),
+        sum(map(len, texts)),
+        (40,) * len(own),
+        0,
+        classes,
+        [[" ".join(f"word{number}" for number in text) for text in column] for column in own],
     )
 
 

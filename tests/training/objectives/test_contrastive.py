@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.arguments import parse
 from common.errors import UserError
+from common.score_scaling import min_max_
 from modeling_longembed import LongEmbedModel
 from tests.covering import covering_first
 from tests.training.objectives.objective_cases import (
@@ -21,6 +22,7 @@ from tests.training.objectives.objective_cases import (
     double_objective,
     gradients,
     state_of,
+    words_of,
 )
 from tests.training.tiny_training import tiny_config
 from training.data.packing import pack
@@ -67,8 +69,9 @@ def random_batch(columns: int, **more) -> GatheredBatch:
     counts = torch.randint(1, 9, (PAIRS, columns), generator=generator)
     vectors = unit(torch.randn(int(counts.sum()), 16, dtype=torch.float64, generator=generator))
     vectors[: len(vectors) // 3] *= 0.5  # weights
+    words = 9 * torch.rand(PAIRS, (columns - 1) * PAIRS, generator=generator)
     tokens = TokenVectors(vectors, (counts.flatten().cumsum(0) - counts.flatten()).view_as(counts), counts)
-    return GatheredBatch(embeddings, text_ids, slice(None), classes, **({"tokens": tokens} | more))
+    return GatheredBatch(embeddings, text_ids, slice(None), classes, **({"tokens": tokens, "words": words} | more))
 
 
 def unit(rows: Tensor) -> Tensor:
@@ -209,17 +212,41 @@ def masked_late_interaction_by_hand(objective: Objective, batch: GatheredBatch) 
 
 def taught_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
     """InfoNCE of the vectors, and the divergence of their scores from those of the token vectors."""
+    cosine = cosines_with_all_documents(batch)
+    taught = divergence(max_sims_with_all_documents(batch) / 0.2, cosine / 0.1)
+    return 0.25 * F.cross_entropy(cosine / 0.05, torch.arange(PAIRS)) + 0.5 * taught
+
+
+def taught_with_words_by_hand(objective: Objective, batch: GatheredBatch) -> Tensor:
+    """The same from both scores of each query, one number at a time scaled to what lies between 0 and 1."""
+    cosine = cosines_with_all_documents(batch)
+    rows = []
+    for of_query in zip(max_sims_with_all_documents(batch).tolist(), batch.words.tolist(), strict=True):
+        late, words = ([(s - min(scores)) / (max(scores) - min(scores)) for s in scores] for scores in of_query)
+        rows.append([(0.7 * one + 0.3 * other) / 0.05 for one, other in zip(late, words, strict=True)])
+    taught = divergence(torch.tensor(rows, dtype=torch.float64), cosine / 0.05)
+    return F.cross_entropy(cosine / 0.05, torch.arange(PAIRS)) + taught
+
+
+def max_sims_with_all_documents(batch: GatheredBatch) -> Tensor:
+    """MaxSim of each query with the documents of all columns, one column after the other."""
     tokens = batch.tokens
     texts = [
         [tokens.vectors[first : first + count] for first, count in zip(*row, strict=True)]
         for row in zip(tokens.first.tolist(), tokens.count.tolist(), strict=True)
     ]
     documents = [row[column] for column in range(1, 4) for row in texts]
-    teacher = torch.stack([torch.stack([max_sim(row[0], document) for document in documents]) for row in texts]) / 0.2
+    return torch.stack([torch.stack([max_sim(row[0], document) for document in documents]) for row in texts])
+
+
+def cosines_with_all_documents(batch: GatheredBatch) -> Tensor:
     query, *columns = unit(batch.embeddings).unbind(1)
-    cosine = query @ torch.cat(columns).T
-    taught = (teacher.softmax(1) * (teacher.log_softmax(1) - (cosine / 0.1).log_softmax(1))).sum(1).mean()
-    return 0.25 * F.cross_entropy(cosine / 0.05, torch.arange(PAIRS)) + 0.5 * taught
+    return query @ torch.cat(columns).T
+
+
+def divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL( softmax(teacher) || softmax(student) ), a mean over rows."""
+    return (teacher.softmax(1) * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1).mean()
 
 
 BY_HAND = {  # the columns of the batch, and the loss
@@ -228,6 +255,7 @@ BY_HAND = {  # the columns of the batch, and the loss
     "info_nce auxiliary": (4, auxiliary_terms_by_hand),
     "info_nce matryoshka": (4, matryoshka_by_hand),
     "info_nce auxiliary teaching": (4, taught_by_hand),
+    "info_nce auxiliary bm25": (4, taught_with_words_by_hand),
     "info_nce maxsim": (4, late_interaction_by_hand),
     "info_nce meanmaxsim": (4, masked_late_interaction_by_hand),
     "simcse": (2, simcse_by_hand),
@@ -316,6 +344,25 @@ def test_the_teachers_scores_have_the_temperature_of_their_scale(kind, temperatu
     torch.testing.assert_close(by_default, given, atol=0, rtol=0)
 
 
+def test_the_teachers_scores_with_bm25_have_the_temperature_of_cosines():
+    options = {"teach_vector_by": "maxsim", "teach_bm25_weight": 0.5}
+    by_default, given = (
+        teaching.teach_vector(random_batch(4), ObjectiveArguments(**options, **more))[0]
+        for more in ({}, {"teach_temperature": 0.05})
+    )
+    torch.testing.assert_close(by_default, given, atol=0, rtol=0)
+
+
+def test_a_query_without_words_learns_from_late_interaction_alone():
+    """All of its BM25 scores are 0, of which nothing is left when they are scaled."""
+    batch = random_batch(4, words=torch.zeros(PAIRS, 3 * PAIRS))
+    options = {"teach_vector_by": "maxsim", "teach_temperature": 0.5}
+    with_words, _ = teaching.teach_vector(batch, ObjectiveArguments(**options, teach_bm25_weight=0.5))
+    late = min_max_(max_sims_with_all_documents(batch))
+    torch.testing.assert_close(with_words, divergence(late, cosines_with_all_documents(batch) / 0.05))
+    torch.testing.assert_close(batch.words, torch.zeros(PAIRS, 3 * PAIRS), atol=0, rtol=0)
+
+
 def test_a_guide_decides_instead_of_the_own_scores():
     """A document that the guide scores higher than the positive leaves the cross entropy."""
     objective = build_objective(ObjectiveArguments(guide_model="somewhere"), double_encoder(), PAIRS)
@@ -342,7 +389,7 @@ def plain_backward(model, chunks, embed, loss, *, synchronize=True):
 def two_steps(case: str, encoder: torch.nn.Module, budget: int) -> list[tuple]:
     """Compute loss, gradients and buffers of two batches in chunks of `budget` tokens."""
     objective = double_objective(case, encoder, PAIRS)
-    accumulate = pair_gradient(objective)
+    accumulate = pair_gradient(objective, words=words_of(case))
     torch.manual_seed(7)
     results = []
     for seed in (0, 1):
@@ -356,7 +403,7 @@ def test_blocks_of_rows_change_no_gradient_and_no_metric(case, monkeypatch):
     def step():
         encoder = double_encoder()
         objective = double_objective(case, encoder, PAIRS)
-        accumulate = pair_gradient(objective)
+        accumulate = pair_gradient(objective, words=words_of(case))
         metrics = [accumulate(encoder, batch_of(case, PAIRS, 100, seed), 1.0, True) for seed in (0, 1)]
         return metrics, gradients(encoder, objective)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from common.conditions import GIVEN, Not
+from common.conditions import GIVEN, NOT_GIVEN, Not
 from common.errors import UserError
 from training.objectives.token_arguments import NOT_MAXSIM, SIMILARITY, Similarity, TokenArguments
 
@@ -180,11 +180,20 @@ class ObjectiveArguments(TokenArguments):
             "applies": {"teach_vector_by": GIVEN},
         },
     )
+    teach_bm25_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "weight of BM25 in the scores of the teacher: a combination of both, each scaled from 0 to 1 over "
+            "the documents of the batch. Words count as in the documents of the training data; needs the extra search",
+            "within": "[0, 1]",
+            "applies": {"teach_vector_by": GIVEN, "streaming": NOT_GIVEN},
+        },
+    )
     teach_temperature: float | None = field(
         default=None,
         metadata={
             "help": "the teacher's scores are divided by this temperature; default 1 for maxsim, 0.05 for meanmaxsim, "
-            "whose scores are those of cosines",
+            "whose scores are those of cosines, and with --teach_bm25_weight",
             "within": "(0, inf)",
             "applies": {"teach_vector_by": GIVEN},
         },
@@ -230,4 +239,4 @@ class ObjectiveArguments(TokenArguments):
     @property
     def temperature_of_teacher(self) -> float:
         """What the scores of `teach_vector_by` are divided by."""
-        return self.teach_temperature or (0.05 if self.mean else 1.0)
+        return self.teach_temperature or (0.05 if self.mean or self.teach_bm25_weight else 1.0)

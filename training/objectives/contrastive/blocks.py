@@ -27,6 +27,7 @@ class GatheredBatch:
         guide: `(N, columns, g)`, unit vectors of the same texts from a guide model.
         key: `(N, d)`, unit vectors of the second column from the momentum encoder.
         tokens: the same texts as token vectors, `(N, columns)`, if texts are compared by them.
+        words: BM25 scores of the queries with all documents, `(N, (columns - 1) N)`, one column after the other.
     """
 
     embeddings: Tensor
@@ -36,6 +37,7 @@ class GatheredBatch:
     guide: Tensor | None = None
     key: Tensor | None = None
     tokens: TokenVectors | None = None
+    words: Tensor | None = None
 
 
 def in_blocks(loss: Loss, rows: slice, count: int) -> Loss:
