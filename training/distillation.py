@@ -23,6 +23,7 @@ from training.models.layer_choice import LayerArguments
 from training.models.tuning import TuningArguments, select_parameters
 from training.teachers.arguments import TeachingArguments
 from training.teachers.embedding_teachers import Teacher
+from training.teachers.late_chunks import LateChunks
 from training.teachers.loading import load_teachers, report_mask
 from training.teachers.objective import Teaching
 from training.teachers.step import TaughtBatches, TeachingEvaluation, teaching_gradient
@@ -105,6 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with loop.accelerator.main_process_first():
         train = data_args.sources(data_args.train_data, teaching_args)
         held_out = data_args.sources(data_args.eval_data, teaching_args)
+    size = teaching_args.late_chunk_tokens
+    late_chunks = LateChunks(tokenize, size) if size is not None else None
     batches = TaughtBatches(
         train,
         tokenize,
@@ -113,11 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=run_args.seed,
         rank=loop.accelerator.process_index,
         world_size=loop.accelerator.num_processes,
-        keep_texts=True,
+        late_chunks=late_chunks,
     )
 
     # The teachers, and what the student learns of them.
-    teachers = load_teachers(teaching_args, len(data_args.text_columns) - 1, data_args.batch_tokens, loop.output_dir)
+    candidates = len(data_args.text_columns) - 1
+    teachers = load_teachers(teaching_args, candidates, data_args.batch_tokens, loop.output_dir, late_chunks)
     student = select_parameters(encoder, tuning_args, token_output=teaching_args.by_tokens)
     if loop.is_main:
         teaching_args.report_frozen(encoder)
@@ -137,10 +141,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             teachers,
             batch_size=batches.global_batch_size,
             batch_tokens=data_args.batch_tokens,
+            late_chunks=late_chunks,
         )
         for source in held_out
     }
-    for role, teacher in teachers.items():  # the scores of the data have no teacher
+    for role, teacher in teachers.items():
+        if role == "chunk":  # the structural teacher
+            continue
+        # The scores of the data have no teacher.
         settings["score_column" if teaching_args.score_column else f"{role}_teacher"] = teacher.identity
     decay = run_args.weight_decay
     training = Training(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling_longembed.output_pooling_longembed import pool as pool_segments
+from modeling_longembed.packing_longembed import split_documents
 from training.data.packing import PackedTexts
 from training.objectives.losses.token_vectors import TokenVectors
 from training.objectives.token_arguments import TokenArguments
@@ -48,6 +50,27 @@ def outputs(model: Callable[..., Any], chunk: PackedTexts, is_query: Tensor, by_
     kept = output.token_mask[0]
     ends = F.pad(kept.cumsum(0), (1, 0))[chunk.cu_seq_lens_q.long()]
     return output.pooler_output, output.token_vectors[0][kept], ends.diff()
+
+
+def outputs_with_chunks(
+    model: Callable[..., Any], chunk: PackedTexts, is_cut: Tensor, size: int, pooling: str
+) -> tuple[Tensor, Tensor]:
+    """Return vectors of n packed texts and of the late chunks of some of them, all of one forward pass.
+
+    Args:
+        model: the model.
+        chunk: the texts.
+        is_cut: `(n,)` bool, which texts are cut into late chunks.
+        size: tokens of a late chunk, as in `encode(late_chunk_tokens=size)`.
+        pooling: how tokens become a vector, a name in `POOLINGS`.
+
+    Returns:
+        Pooled vectors `(n, d)`, and those of the late chunks, `(chunks, d)`, text after text; neither is normalised.
+    """
+    output = model(input_ids=chunk.input_ids, cu_seq_lens_q=chunk.cu_seq_lens_q, max_length_q=chunk.max_length_q)
+    vectors = pool_segments(output.last_hidden_state[0], split_documents(chunk.cu_seq_lens_q, size), pooling)
+    counts = (chunk.cu_seq_lens_q.diff() + size - 1) // size
+    return output.pooler_output, vectors[is_cut.repeat_interleave(counts)]
 
 
 def with_queries(chunks: Sequence[PackedTexts], queries: int) -> Iterator[tuple[PackedTexts, Tensor]]:

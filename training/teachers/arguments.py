@@ -69,6 +69,23 @@ class TeachingArguments(TokenArguments):
             "applies": {"structural_teacher": GIVEN},
         },
     )
+    late_chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "chunk alignment (Dewey): the late chunks of so many tokens that the student makes of one reading "
+            "of a text learn the structural teacher's vectors of the texts of these chunks, by the same loss",
+            "within": "[1, inf)",
+            "applies": {"structural_loss": ("mse", "cosine")},
+        },
+    )
+    late_chunk_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "weight of the loss of the chunks",
+            "within": "[0, inf)",
+            "applies": {"late_chunk_tokens": GIVEN},
+        },
+    )
     contextual_teacher: str | None = field(
         default=None,
         metadata={"help": "teacher whose information the student learns, in the formats of --structural_teacher"},

@@ -1,6 +1,6 @@
 """Embedding teachers: models whose vectors of the training texts are computed once and cached on disk."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,16 +84,31 @@ class Teacher:
         Raises:
             UserError: the file is not a cache of vectors, or the disk is full.
         """
-        cache = VectorCache(self.cache)
         for source in sources:
             rows = source.rows.select(own_share(len(source.rows)))
             texts: Any = rows[source.columns[0]]  # a column that is read from disk as needed
-            inside = 0
-            for _, matrices in stream(texts, self._rows, self._rows.kind, cache, f"--{self.option}"):
-                inside += int(self._inside(np.concatenate(matrices)[:, -1]).sum())
+            inside = self.fill(texts)
             self.shares[source.name] = sum(gather_object([inside])) / len(source.rows)
         self._rows.encoder = None
         wait_for_everyone()
+
+    def fill(self, texts: Sequence[str], what: str = "texts") -> int:
+        """Embed texts that are not cached yet.
+
+        Args:
+            texts: any sequence, also a column of a table on disk.
+            what: what they are, for the progress bar.
+
+        Returns:
+            How many of them fit into the window.
+
+        Raises:
+            UserError: the file is not a cache of vectors, or the disk is full.
+        """
+        inside, label = 0, f"--{self.option}, {what}"
+        for _, matrices in stream(texts, self._rows, self._rows.kind, VectorCache(self.cache), label):
+            inside += int(self._inside(np.concatenate(matrices)[:, -1]).sum())
+        return inside
 
     def read(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """Read the vectors of the first column of a batch.
@@ -108,7 +123,23 @@ class Teacher:
             UserError: a vector is no longer in the cache.
         """
         assert batch.texts is not None
-        keys = cache_keys(batch.texts[0], self._rows, self._rows.kind)
+        return self.vectors(batch.texts[0])
+
+    def vectors(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Read the vectors of texts that have been embedded.
+
+        Args:
+            texts: n texts.
+
+        Returns:
+            Float32 vectors `(n, t)`, and whether each text fits into the teacher's window, `(n,)`.
+
+        Raises:
+            UserError: a vector is no longer in the cache.
+        """
+        if not texts:
+            return torch.empty(0, self.width), torch.empty(0, dtype=torch.bool)
+        keys = cache_keys(texts, self._rows, self._rows.kind)
         # Opened for each batch: a process must not use a SQLite connection that was opened before a fork.
         rows = VectorCache(self.cache).rows(keys)
         vectors, tokens = torch.from_numpy(rows[:, :-1]), rows[:, -1]

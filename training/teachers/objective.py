@@ -18,7 +18,7 @@ from training.objectives.losses.token_vectors import TokenVectors
 from training.teachers.arguments import TeachingArguments
 
 LOSSES = {"mse": embedding_mse, "cosine": embedding_cosine}
-# By role (structural, contextual or score): vectors or scores `(N, width)`, and which rows have a target, `(N,)`.
+# By role (structural, contextual, score or chunk): vectors or scores `(N, width)`, and which have a target, `(N,)`.
 Targets = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -168,7 +168,8 @@ class Teaching(nn.Module):
         arguments.check_model(encoder)
         self.arguments = arguments
         self.weights = {"structural": arguments.structural_weight, "contextual": arguments.contextual_weight}
-        self.weights["score"] = arguments.score_weight
+        self.weights |= {"score": arguments.score_weight, "chunk": arguments.late_chunk_weight}
+        self.pooling: str = config.pooling
         self.parts = nn.ModuleDict()
         if "structural" in widths:
             self.parts["structural"] = Structural(arguments, config.hidden_size, widths["structural"])
@@ -195,26 +196,34 @@ class Teaching(nn.Module):
                 "a smaller --contextual_width"
             )
 
-    def forward(self, student: Tensor | TokenVectors, targets: Targets) -> tuple[Tensor, Metrics]:
+    def forward(
+        self, student: Tensor | TokenVectors, targets: Targets, chunks: Tensor | None = None
+    ) -> tuple[Tensor, Metrics]:
         """Compute the loss of N rows.
 
         Args:
             student: `(N, columns, d)`: a text and its translations, which all learn the teacher's vector of the first;
                 or a query and its candidates, maybe `(N, columns)` texts as token vectors.
             targets: by role the teacher's vectors `(N, t)` or scores `(N, candidates)`, and which texts fit into its
-                window, `(N,)`.
+                window, `(N,)`; of `chunk` those of M chunks.
+            chunks: `(M, d)`, the late chunks of the first column that have a text, not normalised.
 
         Returns:
-            The weighted sum of the losses, each a mean over the columns, and detached scalars by role.
+            The weighted sum of the losses, each a mean over the columns, that of the chunks a mean over all chunks, and
+            detached scalars by role.
         """
         total, metrics = torch.zeros(()), Metrics()
+        found: dict[str, list[tuple[Tensor, Metrics]]] = {}
         for role, part in self.parts.items():
             vectors, inside = targets[role]
             if role == "score":
-                results = [part(student, vectors)]
+                found[role] = [part(student, vectors)]
             else:
                 assert isinstance(student, Tensor)
-                results = [part(column, vectors, inside) for column in student.unbind(1)]
+                found[role] = [part(column, vectors, inside) for column in student.unbind(1)]
+        if chunks is not None:
+            found["chunk"] = [self.parts["structural"](chunks, *targets["chunk"])]
+        for role, results in found.items():
             loss = torch.stack([value for value, _ in results]).mean()
             total = total + self.weights[role] * loss
             metrics[f"{role}_loss"] = loss.detach()

@@ -2,22 +2,25 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from itertools import chain
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from training.data.packing import PackedTexts
 from training.data.pairs.batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
 from training.data.sources import Source
-from training.engine.distributed import gather_rows, own_share
+from training.engine.distributed import gather_rows, gather_uneven_rows, own_share
 from training.engine.gradient_cache import cached_backward
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.blocks import Metrics
-from training.objectives.embed import outputs, with_queries
+from training.objectives.embed import outputs, outputs_with_chunks, with_queries
 from training.objectives.losses.token_vectors import TokenVectors
 from training.objectives.pair_step import by_row, gather_tokens
+from training.teachers.late_chunks import LateChunks
 from training.teachers.objective import Targets, Teaching
 
 
@@ -39,21 +42,46 @@ class TextTeacher(Protocol):
         """Return the targets of a batch, float32 `(n, width)`, and which texts fit into the window, `(n,)`."""
 
 
-Teachers = Mapping[str, TextTeacher]  # by role: `structural` and `contextual`, or `score`
+Teachers = Mapping[str, TextTeacher]  # by role: `structural` and `contextual`, maybe `chunk`, or `score`
 
 
 class TaughtBatches(PairBatches):
-    """Batches of texts that the teachers have read."""
+    """Batches of texts that the teachers have read.
+
+    Args:
+        sources, tokenize, options: as of `PairBatches`.
+        late_chunks: cuts the texts of the first column into chunks that a teacher has read too.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        tokenize: PairTokenizer,
+        *,
+        late_chunks: LateChunks | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(sources, tokenize, keep_texts=True, **options)
+        self.late_chunks = late_chunks
+
+    def __getitem__(self, index: int) -> PairBatch:
+        return _with_chunks(super().__getitem__(index), self.late_chunks)
 
     def heaviest(self) -> PairBatch:
         """Return the heaviest batch, with the texts of the source's first rows for the teachers.
 
         The longest texts of the columns, which make up the batch, come from different rows, which no teacher has
-        scored.
+        scored. For the same reason, and because they are cut off, one chunk stands for all.
         """
         batch = super().heaviest()
         source = next(source for source in self.sources if source.name == batch.source)
-        return replace(batch, texts=source.texts(list(range(batch.pairs))))
+        batch = replace(batch, texts=source.texts(list(range(batch.pairs))))
+        if self.late_chunks is None:
+            return batch
+        known = chain.from_iterable(_with_chunks(batch, self.late_chunks).chunk_texts or ())
+        lengths = torch.cat([chunk.cu_seq_lens_q.diff() for chunk in batch.chunks])[: batch.pairs]
+        text = next(filter(None, known), "")
+        return replace(batch, chunk_texts=[[text] * -(-length // self.late_chunks.size) for length in lengths.tolist()])
 
 
 def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGradient:
@@ -70,20 +98,22 @@ def teaching_gradient(objective: Teaching, teachers: Teachers) -> AccumulateGrad
     def accumulate_gradient(model: nn.Module, batch: PairBatch, scale: float, synchronize: bool) -> Metrics:
         device = batch.text_ids.device
         targets = {
-            role: (gather_rows(vectors), gather_rows(inside.float()).bool())
+            role: (gather_uneven_rows(vectors)[0], gather_uneven_rows(inside.float())[0].bool())
             for role, (vectors, inside) in _read_targets(batch, teachers, device).items()
         }
 
         def loss(*read: Tensor) -> tuple[Tensor, Metrics]:
-            rows = _rows(read, batch.pairs, objective)
+            rows, chunks = _rows(read, batch, objective)
             rows = gather_tokens(rows) if isinstance(rows, TokenVectors) else gather_rows(rows)
-            value, metrics = objective(rows, targets)
+            if chunks is not None:
+                chunks, _ = gather_uneven_rows(chunks)
+            value, metrics = objective(rows, targets, chunks)
             return value * scale, metrics
 
         metrics = cached_backward(
             model,
             list(with_queries(batch.chunks, batch.pairs)),
-            lambda part: outputs(model, *part, objective.arguments.by_tokens),
+            lambda part: _outputs(model, *part, objective),
             loss,
             synchronize=synchronize,
         )
@@ -103,6 +133,7 @@ class TeachingEvaluation:
         batch_size: smallest number of rows of a batch, if the source has as many; the remainder is spread over the
             batches.
         batch_tokens: number of tokens of one packed chunk.
+        late_chunks: cuts the texts of the first column into chunks that a teacher has read too.
     """
 
     def __init__(
@@ -114,7 +145,9 @@ class TeachingEvaluation:
         *,
         batch_size: int,
         batch_tokens: int,
+        late_chunks: LateChunks | None = None,
     ) -> None:
+        self.late_chunks = late_chunks
         self.source, self.tokenize, self.objective, self.teachers = source, tokenize, objective, teachers
         rows = np.arange(len(source.rows))
         self.batches = np.array_split(rows, max(1, len(rows) // batch_size))
@@ -138,10 +171,11 @@ class TeachingEvaluation:
             texts = self.source.texts(rows)
             batch = collate_pairs(texts, self.tokenize, self.batch_tokens, anchor_kind=self.source.anchor_kind)
             batch = replace(batch, texts=texts, source=self.source.name, rows=self.source.numbers(rows))
+            batch = _with_chunks(batch, self.late_chunks)
             chunks = with_queries([chunk.to(device) for chunk in batch.chunks], batch.pairs)
-            parts = [outputs(model, *part, self.objective.arguments.by_tokens) for part in chunks]
-            student = _rows([torch.cat(column) for column in zip(*parts, strict=True)], batch.pairs, self.objective)
-            _, metrics = self.objective(student, _read_targets(batch, self.teachers, device))
+            parts = [_outputs(model, *part, self.objective) for part in chunks]
+            student = _rows([torch.cat(column) for column in zip(*parts, strict=True)], batch, self.objective)
+            _, metrics = self.objective(student[0], _read_targets(batch, self.teachers, device), student[1])
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in metrics.items()}
         self.objective.train()
         shares = gather_object([sums])
@@ -149,13 +183,42 @@ class TeachingEvaluation:
         return {f"eval_{name}": sum(share.get(name, 0.0) for share in shares) / len(self.batches) for name in names}
 
 
-def _rows(read: Sequence[Tensor], pairs: int, objective: Teaching) -> Tensor | TokenVectors:
-    """Return the texts of one process as the objective reads them, `(pairs, columns, d)` or token vectors."""
-    pooled, *of_tokens = read
-    if of_tokens:
-        vectors, counts = of_tokens
-        return objective.arguments.for_scoring(vectors, counts, pairs).by_row(pairs)
-    return by_row(pooled, pairs)
+def _with_chunks(batch: PairBatch, late_chunks: LateChunks | None) -> PairBatch:
+    """Return a batch with the texts of its late chunks, if there are any."""
+    if late_chunks is None:
+        return batch
+    assert batch.texts is not None
+    return replace(batch, chunk_texts=late_chunks(batch.texts[0]))
+
+
+def _outputs(model: nn.Module, chunk: PackedTexts, is_first: Tensor, objective: Teaching) -> tuple[Tensor, ...]:
+    """Return what the objective reads of packed texts; `is_first` are those of the first column."""
+    size = objective.arguments.late_chunk_tokens
+    if size is not None:
+        return outputs_with_chunks(model, chunk, is_first, size, objective.pooling)
+    return outputs(model, chunk, is_first, objective.arguments.by_tokens)
+
+
+def _rows(read: Sequence[Tensor], batch: PairBatch, objective: Teaching) -> tuple[Tensor | TokenVectors, Tensor | None]:
+    """Return the texts of one process as the objective reads them.
+
+    Args:
+        read: what `_outputs` returns, of all texts.
+        batch: the texts.
+        objective: the losses against the teachers.
+
+    Returns:
+        `(pairs, columns, d)` or token vectors, and the late chunks that have a text, `(chunks, d)`, if there are any.
+    """
+    pooled, *more = read
+    if objective.arguments.late_chunk_tokens is not None:
+        assert batch.chunk_texts is not None
+        has_text = [bool(text) for text in chain.from_iterable(batch.chunk_texts)]
+        return by_row(pooled, batch.pairs), more[0][torch.tensor(has_text, device=pooled.device)]
+    if more:
+        vectors, counts = more
+        return objective.arguments.for_scoring(vectors, counts, batch.pairs).by_row(batch.pairs), None
+    return by_row(pooled, batch.pairs), None
 
 
 def _read_targets(batch: PairBatch, teachers: Teachers, device: torch.device) -> Targets:

@@ -39,6 +39,13 @@ CASES = {
         "token_dims": [16, 8],
         "token_pooling": 2,
     },
+    "late chunks": {
+        "structural_loss": "cosine",
+        "structural_mask": True,
+        "late_chunk_tokens": 7,
+        "late_chunk_weight": 0.4,
+        "structural_head_dims": [9],
+    },
     "both": {"structural_mask": True, "contextual_loss": "mse", "structural_weight": 0.2, "normalize_student": False},
 }
 
@@ -65,28 +72,34 @@ def objective_of(case: str, model: torch.nn.Module, **more) -> Teaching:
 
 
 class FixedTeacher:
-    """A teacher with fixed random vectors or scores; a text is its number."""
+    """A teacher with fixed random vectors or scores; a text is its number, and a chunk that of its text and its own."""
 
     def __init__(self, role: str) -> None:
         self.role = role
 
     def read(self, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.role == "chunk":
+            return fixed_vectors([int(text) for chunks in batch.chunk_texts for text in chunks if text])
         vectors, inside = fixed_vectors([int(text) for text in batch.texts[0]])
         return (5 * vectors[:, : len(batch.texts) - 1] if self.role == "score" else vectors), inside
 
 
 def fixed_vectors(numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    rows = F.normalize(torch.randn(ROWS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
+    rows = F.normalize(torch.randn(10 * ROWS, WIDTH, generator=generator, dtype=torch.float64), dim=-1)
     return rows[numbers], torch.tensor(numbers) % 3 > 0
 
 
 def fixed_teachers(objective: Teaching) -> dict[str, FixedTeacher]:
-    return {role: FixedTeacher(role) for role in objective.parts}
+    more = [] if objective.arguments.late_chunk_tokens is None else ["chunk"]
+    return {role: FixedTeacher(role) for role in [*objective.parts, *more]}
 
 
 def batch_of(columns: int, budget: int, rows: slice = slice(None)) -> PairBatch:
-    """Random texts of 1 to 40 tokens; those of the first column are named by their number."""
+    """Random texts of 1 to 40 tokens; those of the first column are named by their number.
+
+    Every fifth of the chunks of 7 tokens has no text, whatever its tokens are.
+    """
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 41, (columns, ROWS), generator=generator)
     ids = [[torch.randint(5, 31, (int(n),), generator=generator).tolist() for n in column] for column in lengths]
@@ -94,8 +107,19 @@ def batch_of(columns: int, budget: int, rows: slice = slice(None)) -> PairBatch:
     names = [str(number) for number in range(ROWS)][rows]
     texts = [text for column in own for text in column]
     text_ids = torch.arange(len(texts))
+    chunks = [
+        [str(10 * int(name) + place) if (int(name) + place) % 5 else "" for place in range(-(-len(text) // 7))]
+        for name, text in zip(names, own[0], strict=True)
+    ]
     return PairBatch(
-        pack(texts, budget), text_ids, len(names), sum(map(len, texts)), (40,) * columns, 0, texts=[names] * columns
+        pack(texts, budget),
+        text_ids,
+        len(names),
+        sum(map(len, texts)),
+        (40,) * columns,
+        0,
+        texts=[names] * columns,
+        chunk_texts=chunks,
     )
 
 
@@ -180,19 +204,46 @@ def test_a_batch_of_masked_texts_alone_is_no_mistake():
     assert some[1].keys() == none[1].keys()
 
 
+@pytest.mark.promise("D8")
+def test_the_loss_of_chunks_is_that_of_each_chunk_against_its_vector():
+    """Chunk by chunk of text by text, from one padded pass a text; chunks without text or beyond the window are out.
+
+    The head is that of whole texts, and the further columns have no chunks.
+    """
+    model, distances = encoder(), []
+    objective = objective_of("late chunks", model)
+    batch = batch_of(2, 10**6)
+    for number, chunks in enumerate(batch.chunk_texts):
+        start, stop = batch.chunks[0].cu_seq_lens_q[number : number + 2].tolist()
+        states = model(batch.chunks[0].input_ids[:, start:stop]).last_hidden_state[0]
+        for place, name in enumerate(chunks):
+            if not name or int(name) % 3 == 0:  # beyond the window
+                continue
+            mine = objective.parts["structural"].head(states[7 * place : 7 * place + 7].mean(0))
+            distances.append(1 - F.cosine_similarity(mine, fixed_vectors([int(name)])[0][0], dim=0))
+    assert 10 < len(distances) < sum(map(len, batch.chunk_texts)) / 1.5
+    _, metrics = computed("late chunks", 2, 100)
+    torch.testing.assert_close(metrics["chunk_loss"], torch.stack(distances).mean().detach(), atol=1e-12, rtol=0)
+    expected = metrics["structural_loss"] + 0.4 * metrics["chunk_loss"]
+    torch.testing.assert_close(metrics["loss"], expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.promise("D3")
 def test_a_student_with_the_teachers_vectors_has_no_loss_and_no_gradient():
     model = LongEmbedModel(tiny_config())
     _, _, inside = random_targets()
     vectors = F.normalize(torch.randn(ROWS, 32, dtype=torch.float64), dim=-1)
     for loss in ("mse", "cosine"):
-        objective = Teaching(arguments_of("mse", structural_loss=loss), model, {"structural": 32})
+        arguments = arguments_of("mse", structural_loss=loss, late_chunk_tokens=7)
+        objective = Teaching(arguments, model, {"structural": 32, "chunk": 32})
         assert not list(objective.parameters())  # equal widths: no projection
-        student = (3 * vectors[:, None]).requires_grad_()
-        value, _ = objective(student, {"structural": (vectors, inside)})
+        student, chunks = (3 * vectors[:, None]).requires_grad_(), (2 * vectors[:5]).requires_grad_()
+        targets = {"structural": (vectors, inside), "chunk": (vectors[:5], inside[:5])}
+        value, _ = objective(student, targets, chunks)
         value.backward()
         assert value.item() == pytest.approx(0, abs=1e-12)
-        assert student.grad.abs().max() < 1e-12
+        assert max(student.grad.abs().max(), chunks.grad.abs().max()) < 1e-12
+        assert objective(student, targets, chunks.flip(0))[0] > 1e-3
 
 
 def test_translations_learn_the_vector_of_the_first_column():
@@ -321,7 +372,7 @@ def test_invalid_options_are_refused(options, complaint):
         TeachingArguments(**teacher, **options)
 
 
-WEIGHTS = ("structural_weight", "contextual_weight", "score_weight", "sdl_weight")
+WEIGHTS = ("structural_weight", "late_chunk_weight", "contextual_weight", "score_weight", "sdl_weight")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +386,7 @@ WEIGHTS = ("structural_weight", "contextual_weight", "score_weight", "sdl_weight
             (f"{name}_head_dims", 0, "must be at least 1")
             for name in ("structural", "contextual", "contextual_teacher")
         ],
-        *[(name, 0, "must be at least 1") for name in ("contextual_width", "dcca_components")],
+        *[(name, 0, "must be at least 1") for name in ("contextual_width", "dcca_components", "late_chunk_tokens")],
         ("sdl_momentum", 1.5, "must be at least 0 and at most 1"),
     ],
 )

@@ -66,6 +66,8 @@ class PairBatch:
         cut_off: number of texts that fill the limit of their kind.
         classes: for each class column the class of each pair, `(n,)` int64, equal where the classes are equal.
         texts: the columns of texts, if another model reads them as well.
+        chunk_texts: for each text of the first column the texts of its late chunks, if a teacher reads them; empty
+            where a chunk has none.
         source: name of the source.
         rows: numbers of the rows in the source, from 1.
         bookmark: of a stream, where the next batch begins.
@@ -80,6 +82,7 @@ class PairBatch:
     cut_off: int
     classes: dict[str, Tensor] = field(default_factory=dict)
     texts: list[list[str]] | None = None
+    chunk_texts: list[list[str]] | None = None
     source: str = ""
     rows: tuple[int, ...] = ()
     bookmark: dict[str, Any] | None = None
