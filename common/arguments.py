@@ -17,7 +17,7 @@ from common.errors import UserError, one_line
 from common.files import check_output
 from common.ranges import contains, words_of_range
 
-_OURS = ("applies", "within", "output")  # what an option declares beside its help: see `parse`
+_OURS = ("applies", "within", "output", "word")  # what an option declares beside its help: see `parse`
 
 
 class _Parser(HfArgumentParser):
@@ -72,8 +72,8 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     """Fill dataclasses from `--config recipe.yaml` and from the command line, which takes precedence.
 
     Beside its help text the metadata of a field may declare when it applies (`applies`, see `common.conditions`), the
-    range of its number (`within`, see `common.ranges`), and that it names what the script writes (`output`: `folder` or
-    `file`), which is tried before the script begins.
+    range of its number (`within`, see `common.ranges`), that it names what the script writes (`output`: `folder` or
+    `file`), which is tried before the script begins, and that its name may be left out (`word`: `grep PATTERN`).
 
     Args:
         *dataclass_types: dataclasses as `transformers.HfArgumentParser` takes them (help texts in `metadata`). Their
@@ -88,7 +88,7 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
             wrong type, is empty, NaN or infinite, or outside its range, a required argument is missing, the recipe
             cannot be read, an output cannot be written, or an argument was given that does not apply, given the others.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = _with_names(list(sys.argv[1:] if argv is None else argv), dataclass_types)
     parser = _new_parser(dataclass_types)
     recipe, _ = _config_parser().parse_known_args(argv)
     defaults = _recipe_argv(Path(recipe.config), dataclass_types) if recipe.config else []
@@ -101,6 +101,31 @@ def parse(*dataclass_types: Any, argv: Sequence[str] | None = None) -> tuple[Any
     Options(instances).check(given | dict.fromkeys(_given(argv, dataclass_types), ""))
     _check_outputs(instances)
     return tuple(instances)
+
+
+def _with_names(argv: list[str], dataclass_types: Iterable[Any]) -> list[str]:
+    """Return command-line words in which the option whose name may be left out has it."""
+    options = [option for one in dataclass_types for option in dataclasses.fields(one)]
+    name = next((option.name for option in options if option.metadata.get("word")), None)
+    if name is None or {"-h", "--help"} & set(argv):
+        return argv
+    rest = _rest(argv, dataclass_types)
+    if rest is None or len(rest) != 1 or rest[0].startswith("-"):
+        return argv
+    # The same word may be the value of another option.
+    for place in (place for place, word in enumerate(argv) if word == rest[0]):
+        others = argv[:place] + argv[place + 1 :]
+        if _rest(others, dataclass_types) == []:
+            return [*others, f"--{name}={rest[0]}"]
+    return argv
+
+
+def _rest(words: Sequence[str], dataclass_types: Iterable[Any]) -> list[str] | None:
+    """Return the words that no option takes; None if an option has no value or a wrong one."""
+    try:
+        return _lenient_parser(dataclass_types).parse_known_args(list(words))[1]
+    except UserError:
+        return None
 
 
 def _check_outputs(instances: Iterable[Any]) -> None:
@@ -123,12 +148,17 @@ def _new_parser(dataclass_types: Iterable[Any]) -> _Parser:
     return _Parser(dataclass_types, parents=[_config_parser()], allow_abbrev=False)
 
 
-def _given(words: Sequence[str], dataclass_types: Iterable[Any]) -> set[str]:
-    """Return the names of the arguments that command-line words set."""
+def _lenient_parser(dataclass_types: Iterable[Any]) -> _Parser:
+    """Return a parser that requires nothing and sets nothing by default."""
     parser = _new_parser(dataclass_types)
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    return set(vars(parser.parse_known_args(list(words))[0]))
+    return parser
+
+
+def _given(words: Sequence[str], dataclass_types: Iterable[Any]) -> set[str]:
+    """Return the names of the arguments that command-line words set."""
+    return set(vars(_lenient_parser(dataclass_types).parse_known_args(list(words))[0]))
 
 
 def _recipe_argv(path: Path, dataclass_types: Iterable[Any]) -> list[str]:

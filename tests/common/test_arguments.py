@@ -140,3 +140,27 @@ def test_minus_infinity_is_a_number_where_a_range_includes_it(word):
 
 def test_a_range_that_holds_all_numbers_has_words_too():
     assert words_of_range("[-inf, inf)") == "less than infinity"
+
+
+@dataclass
+class Search:
+    index: str = field(metadata={"help": "folder"})
+    pattern: str | None = field(default=None, metadata={"help": "what is searched", "word": True})
+    k: int = 10
+    parts: list[str] = field(default_factory=list)
+
+
+@pytest.mark.parametrize("words", [["who?"], ["--pattern", "who?"], ["--pattern=who?"]])
+@pytest.mark.parametrize("before", [[], ["--k", "3"], ["--parts", "a", "b", "--k", "3"]])
+def test_the_name_of_an_option_may_be_left_out(before, words):
+    index = ["--index", "who?"]  # the same word as that of the other option
+    for argv in (before + index + words, words + before + index, index + words + before):
+        (arguments,) = parse(Search, argv=argv)
+        assert (arguments.index, arguments.pattern) == ("who?", "who?")
+        assert arguments.k == (3 if before else 10)
+
+
+@pytest.mark.parametrize("argv", [["one", "two"], ["-x"], ["one", "--pattern", "two", "three"], ["--k", "one"]])
+def test_other_words_without_an_option_are_refused(argv):
+    with pytest.raises(UserError):
+        parse(Search, argv=["--index", "i", *argv])

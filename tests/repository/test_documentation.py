@@ -227,6 +227,9 @@ def check_command(command: list[str]) -> None:
         check_command(["python", launch.training_script, *launch.training_script_args])
     elif arguments[:1] == ["-m"]:
         assert importlib.util.find_spec(arguments[1])
+        script = Path(*arguments[1].split(".")).with_suffix(".py")
+        if script in make_reference.scripts():
+            make_reference.parse_command(script, arguments[2:])
     else:
         make_reference.parse_command(Path(arguments[0]), arguments[1:])
 
