@@ -82,7 +82,7 @@ class Row:
 
 
 def combinations(arguments: Arguments) -> dict[str, tuple[str, str]]:
-    """Return what is measured, all tokens in float16 first: value of `--model` -> its label and its precision."""
+    """Return what is measured, BM25 and all tokens first: value of `--model` -> its label and its precision."""
     model, found = arguments.model, dict[str, tuple[str, str]]()
     dims, pools = [None, *arguments.dims], [1, *arguments.pools]
     ending = [] if arguments.weights is None else [f"weights={arguments.weights}"]
@@ -99,7 +99,7 @@ def combinations(arguments: Arguments) -> dict[str, tuple[str, str]]:
         label = ", ".join(filter(None, [label, f"pooled by {pool}" if pool > 1 else "", precision]))
         found[f"{model}@tokens:{','.join(settings + ending)}"] = (label, precision)
     found |= {f"{model}@chunks:{size}": (f"late chunks of {size}", "") for size in arguments.chunks}
-    return found | {f"{model}@vector": ("one vector", ""), "bm25": ("BM25", "")}
+    return {"bm25": ("BM25", "")} | found | {f"{model}@vector": ("one vector", "")}
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
@@ -127,8 +127,8 @@ def as_row(scores: Sequence[Score], label: str, precision: str) -> Row:
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
-    """Format the table, by size; a Pareto row has a mark."""
-    best = pareto(rows)
+    """Format the table, by size; a Pareto row of the vectors has a mark."""
+    best = pareto([row for row in rows if row.label != "BM25"])
     columns = list(rows[0].scores)
     lines = [
         [

@@ -33,7 +33,7 @@ def test_all_tokens_come_first_and_every_combination_once():
     values = combinations(
         Arguments(model="m", output_dir="o", dims=[64], pools=[2, 4], precisions=["binary", "float16"], weights="none")
     )
-    assert next(iter(values)) == "m@tokens:precision=float16,weights=none"
+    assert list(values)[:2] == ["bm25", "m@tokens:precision=float16,weights=none"]
     assert "m@tokens:dim=64,pool=4,precision=binary,weights=none" in values
     assert len({label for label, _ in values.values()}) == len(values) == 2 * 3 * 2 + 3
 
@@ -41,7 +41,7 @@ def test_all_tokens_come_first_and_every_combination_once():
 def test_all_tokens_come_first_also_where_nobody_asks_for_them():
     """What is kept in other precisions is made of them, so that no document is read twice."""
     values = list(combinations(Arguments(model="m", output_dir="o", pools=[2], precisions=["int8", "float32"])))
-    assert values[:3] == [f"m@tokens:precision={name}" for name in ("float16", "int8", "float32")]
+    assert values[1:4] == [f"m@tokens:precision={name}" for name in ("float16", "int8", "float32")]
     assert "m@tokens:pool=2,precision=float16" not in values
 
 
@@ -66,8 +66,14 @@ def test_a_run_writes_table_and_plot_and_repeats_nothing(make_task, tmp_path, mo
     sizes = {row.label: row.size for row in rows}
     assert sizes["all tokens, float16"] == 2 * sizes["8 dimensions, float16"] == 16 * sizes["all tokens, binary"]
     assert sizes["one vector"] == 32 * 4
-    assert json.loads((tmp_path / "out" / "results.json").read_text())[0]["label"] == "all tokens, float16"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())[1]["label"] == "all tokens, float16"
     assert "| all tokens, float16 |" in (tmp_path / "out" / "table.md").read_text()
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr("eval.tasks.evaluation.mteb.evaluate", None)
     assert token_storage.measure(arguments) == rows
+
+
+def test_bm25_is_a_level_and_takes_no_mark_from_the_vectors():
+    rows = [Row("BM25", "", 10, {"Words": 90.0}), Row("one vector", "", 100, {"Words": 50.0})]
+    table = token_storage.as_markdown(rows).splitlines()
+    assert [line.split("|")[-2].strip() for line in table if "BM25" in line or "one vector" in line] == ["", "x"]
