@@ -1,8 +1,8 @@
-"""Serve an index to programs: the embeddings API of OpenAI, and a search.
+"""Serve an index: a page for people, and for programs the embeddings API of OpenAI and a search.
 
 python -m retrieval.serve --index my-index
 
-It needs the extra `api`.
+It needs the extra `serve`, or with `--no_page` the extra `api` alone.
 """
 
 import socket
@@ -32,6 +32,7 @@ class ServeArguments:
         metadata={"help": "address to listen at; 0.0.0.0 makes the documents readable for the whole network"},
     )
     port: int = field(default=8000, metadata={"help": "port; 0: any that is free", "within": "[0, 65535]"})
+    page: bool = field(default=True, metadata={"help": "serve the page for people, which needs the extra serve"})
     batch_tokens: int = field(default=16_384, metadata={"help": "tokens in one forward pass", "within": "[1, inf)"})
     queue_tokens: int = field(
         default=1_000_000,
@@ -67,11 +68,18 @@ def main() -> None:
 
         from retrieval.server.api import make_app
         from retrieval.server.service import Service
+
+        if arguments.page:
+            from retrieval.server.page import make_page, mount_page
     except ImportError as error:
-        raise UserError(f"serving needs {error.name}, which is not installed: pip install -e .[api]") from None
+        raise UserError(
+            f"serving needs {error.name}, which is not installed: pip install -e .[serve], or .[api] for --no_page"
+        ) from None
     with listen(arguments.host, arguments.port) as listening:
         service = Service(Index.open(arguments.index, arguments.model), arguments.batch_tokens, arguments.queue_tokens)
         app = make_app(service, limits)
+        if arguments.page:
+            app = mount_page(app, make_page(service, limits.timeout))
         host, port = listening.getsockname()[:2]
         print(f"{len(service.index):,} documents at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
         config = uvicorn.Config(

@@ -1,9 +1,8 @@
 """What the server computes: vectors of texts and answers to queries, both by one worker, for programs and the page."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from retrieval.index.index import Index
 from retrieval.index.manifest import MANIFEST
 from retrieval.ranking import Hit
 from retrieval.server.metrics import Metrics
+from retrieval.server.view import Found
 from retrieval.server.worker import Worker
 
 # Tokens that a search counts for in the queue, whatever its length: it takes about as long as reading so many.
@@ -104,14 +104,38 @@ class Service:
         Raises:
             BusyError: the queue is full.
         """
-        # A function of its own: searches are not put together.
-        return self.worker.submit(partial(self._search, options), [query], [SEARCH_TOKENS])[0]
+        return self._alone(lambda: self.index.search(query, **options))
 
-    def _search(self, options: dict[str, Any], queries: list[str]) -> list[list[Hit]]:
-        if (found := self._manifest_state()) != self._opened:  # another process has written
-            self.index.refresh()
-            self._opened = found
-        return [self.index.search(query, **options) for query in queries]
+    def look(self, query: str, k: int) -> "Future[list[Found]]":
+        """Ask for a search with what is shown of each document.
+
+        Args:
+            query: the text.
+            k: most documents.
+
+        Returns:
+            A future of the documents, best first.
+
+        Raises:
+            BusyError: the queue is full.
+        """
+
+        def compute() -> list[Found]:
+            index = self.index
+            return [Found(hit, index.document(hit.id), index.passages(query, hit.id)) for hit in index.search(query, k)]
+
+        return self._alone(compute)
+
+    def _alone(self, compute: Callable[[], Any]) -> "Future[Any]":
+        """Put a search into the queue, which is computed alone, in the index as it is on disk then."""
+
+        def work(_: list[None]) -> list[Any]:
+            if (found := self._manifest_state()) != self._opened:  # another process has written
+                self.index.refresh()
+                self._opened = found
+            return [compute()]
+
+        return self.worker.submit(work, [None], [SEARCH_TOKENS])[0]
 
     def _manifest_state(self) -> tuple[int, int]:
         found = (self.index.folder / MANIFEST).stat()

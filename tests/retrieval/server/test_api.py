@@ -225,16 +225,16 @@ def test_documents_that_another_process_adds_are_found(tmp_path, tiny_model):
 def test_the_script_listens_at_this_machine_alone_unless_told(index, monkeypatch, capsys):
     served = []
     monkeypatch.setattr("uvicorn.Server.run", lambda server, sockets: served.append(sockets[0].getsockname()))
-    monkeypatch.setattr("sys.argv", ["serve.py", "--index", str(index.folder), "--port", "0"])
+    monkeypatch.setattr("sys.argv", ["serve.py", "--index", str(index.folder), "--port", "0", "--no_page"])
     serve.main()
     assert served[0][0] == "127.0.0.1"
     assert capsys.readouterr().out == f"12 documents at http://127.0.0.1:{served[0][1]}\n"
     with serve.listen("127.0.0.1", 0) as taken:
         monkeypatch.setattr(
-            "sys.argv", ["serve.py", "--index", str(index.folder), "--port", str(taken.getsockname()[1])]
+            "sys.argv", ["serve.py", "--index", str(index.folder), "--no_page", "--port", str(taken.getsockname()[1])]
         )
         with pytest.raises(UserError, match="give another --host or --port"):
             serve.main()
-    monkeypatch.setattr("sys.argv", ["serve.py", "--index", str(index.folder / "none"), "--port", "0"])
+    monkeypatch.setattr("sys.argv", ["serve.py", "--index", str(index.folder / "none"), "--port", "0", "--no_page"])
     with pytest.raises(UserError, match="none"):
         serve.main()
