@@ -103,7 +103,8 @@ def test_texts_of_both_sides_in_one_batch_get_what_each_side_alone_gets(fields):
         queries, documents = (model(**inputs, token_vectors=side) for side in ("query", "document"))
         expected = torch.where(rows, queries.token_vectors, documents.token_vectors)
         torch.testing.assert_close(mixed.token_vectors, expected)
-        assert torch.equal(mixed.token_mask, documents.token_mask)
+        of_row = rows[..., 0]
+        assert torch.equal(mixed.token_mask, torch.where(of_row, queries.token_mask, documents.token_mask))
         assert torch.equal(queries.token_vectors, documents.token_vectors) == (model.token_output.query_table is None)
 
 
