@@ -39,7 +39,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory, tiny_model, rows):
+def index_of_rows(tmp_path_factory, tiny_model, rows):
     from retrieval.documents.sources import read_documents
 
     folder = tmp_path_factory.mktemp("index") / "index"
@@ -86,23 +86,23 @@ def test_a_folder_of_files_is_built_searched_and_added_to(tmp_path, tiny_longemb
 
 
 @pytest.mark.promise("R5")
-def test_many_queries_give_what_one_gives_and_a_run_file(tmp_path, index, command, tiny_model):
+def test_many_queries_give_what_one_gives_and_a_run_file(tmp_path, index_of_rows, command, tiny_model):
     queries = tmp_path / "queries.jsonl"
     texts = ["river stone", "   ", "bread " * 16_667, "green paper"]  # one is blank, one has 100,000 characters
     queries.write_text("".join(json.dumps({"qid": f"q{n}", "text": text}) + "\n" for n, text in enumerate(texts)))
-    code, output, _ = command(search, "--index", index, "--queries", queries, "--json", "--k", 3)
+    code, output, _ = command(search, "--index", index_of_rows, "--queries", queries, "--json", "--k", 3)
     assert code == 0
     answers = [json.loads(line) for line in output.splitlines()]
     assert [(answer["id"], answer["query"]) for answer in answers] == [(f"q{n}", text) for n, text in enumerate(texts)]
     assert [len(answer["hits"]) for answer in answers] == [3, 0, 3, 3]
-    with Index.open(index, tiny_model) as opened:
+    with Index.open(index_of_rows, tiny_model) as opened:
         for answer, text in zip(answers, texts, strict=True):
             hits = opened.search(text, 3)
             assert [hit["id"] for hit in answer["hits"]] == [hit.id for hit in hits]
             assert [hit["score"] for hit in answer["hits"]] == pytest.approx([hit.score for hit in hits])
 
     run_file = tmp_path / "run.txt"
-    assert command(search, "--index", index, "--queries", queries, "--run_file", run_file, "--k", 3)[0] == 0
+    assert command(search, "--index", index_of_rows, "--queries", queries, "--run_file", run_file, "--k", 3)[0] == 0
     pytrec_eval = pytest.importorskip("pytrec_eval")
     with open(run_file) as file:
         parsed = pytrec_eval.parse_run(file)
@@ -114,9 +114,9 @@ def test_many_queries_give_what_one_gives_and_a_run_file(tmp_path, index, comman
 
 
 @pytest.mark.promise("R5")
-def test_filters_limit_the_answer(index, command):
+def test_filters_limit_the_answer(index_of_rows, command):
     filters = '{"number": {">=": 3, "<": 5}}'
-    _, output, _ = command(search, "--index", index, "--json", "--filters", filters, "river stone house")
+    _, output, _ = command(search, "--index", index_of_rows, "--json", "--filters", filters, "river stone house")
     assert {hit["id"] for hit in json.loads(output)["hits"]} == {"d3", "d4"}
 
 
@@ -137,22 +137,22 @@ def test_filters_limit_the_answer(index, command):
         (["one", "--run_file", "r.txt"], "run_file: applies only"),
     ],
 )
-def test_a_search_that_cannot_be_made_is_one_sentence(index, command, words, told):
-    code, output, errors = command(search, "--index", index, *words)
+def test_a_search_that_cannot_be_made_is_one_sentence(index_of_rows, command, words, told):
+    code, output, errors = command(search, "--index", index_of_rows, *words)
     assert (code, output) == (2, "")
     assert told in errors
     assert len(errors.strip().splitlines()) == 1
 
 
 @pytest.mark.promise("R5")
-def test_queries_that_cannot_be_read_are_one_sentence(tmp_path, index, command):
+def test_queries_that_cannot_be_read_are_one_sentence(tmp_path, index_of_rows, command):
     for data, told in (
         (b'{"text": "caf\xe9"}\n', "row 1: is not JSON"),
         (b'{"text": "a", "id": "q"}\n{"text": "b", "id": "q"}\n', "row 2: another query is called q"),
         (b'{"text": "\\udcff"}\n', "row 1: text has half a surrogate pair"),
     ):
         (tmp_path / "queries.jsonl").write_bytes(data)
-        code, output, errors = command(search, "--index", index, "--queries", tmp_path / "queries.jsonl")
+        code, output, errors = command(search, "--index", index_of_rows, "--queries", tmp_path / "queries.jsonl")
         assert (code, output) == (2, "")
         assert told in errors
 

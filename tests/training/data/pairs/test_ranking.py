@@ -171,7 +171,7 @@ class Fixed:
 
 
 def test_candidates_of_two_rankers_come_by_turns_in_the_order_of_the_first():
-    ranker = RankerWithWords(Fixed([[9, 8, 7, 6, 5, 4]]), Fixed([[0, 1, 2, 3, 4, 5]]))
+    ranker = RankerWithWords(Fixed([[9, 8, 7, 6, 5, 4]]), Fixed([[0, 1, 2, 3, 4, 5]]), [set()], 4)
     scores, found = ranker.nearest(4)  # 0, 5, 1, 4 by turns
     assert found.tolist() == [[0, 1, 4, 5]]
     assert scores.tolist() == [[9, 8, 5, 4]]
