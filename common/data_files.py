@@ -27,10 +27,12 @@ def load_hub_dataset(name: str, split: str, streaming: bool = False) -> Any:
         A `datasets.Dataset`, memory-mapped; with `streaming` a `datasets.IterableDataset`.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or the package datasets is not installed.
     """
-    import datasets  # slow to import, and part of extras only
-
+    try:
+        import datasets  # slow to import, and part of extras only
+    except ImportError:
+        raise UserError(f"{name}: the Hub's datasets need the package datasets: pip install datasets") from None
     repository, _, config = name.partition("@")
     try:
         return datasets.load_dataset(repository, config or None, split=split, streaming=streaming)

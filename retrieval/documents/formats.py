@@ -20,7 +20,8 @@ _BYTE_ORDER_MARKS = {  # that of UTF-32 begins with that of UTF-16
     b"\xfe\xff": "utf-16",
 }
 _LINE_END = re.compile(r"\r\n?|\n")
-_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(?:.*\r?\n)*?(?:---|\.\.\.)[ \t]*(?:\r?\n|$)")
+# A dot takes a carriage return too: one more way to match the end of a line would double the time for each line.
+_FRONT_MATTER = re.compile(r"---[ \t]*\r?\n(?:.*\n)*?(?:---|\.\.\.)[ \t]*(?:\r?\n|$)")
 _CHARSET = re.compile(rb"""<meta[^>]{0,200}?charset\s*=\s*["']?\s*([\w.:-]+)""", re.IGNORECASE)
 _SEPARATORS = ("", " ", "\t", "\n", "\n\n")  # between two pieces of text; of several the last of these counts
 _LEFT_OUT = {
@@ -64,10 +65,10 @@ class Text:
         self._separator = max(self._separator, separator, key=_SEPARATORS.index)
 
     def write(self, text: str) -> None:
-        """Write a piece of text. Halves of surrogate pairs, which some files have, are joined or replaced."""
+        """Write a piece of text."""
         if not text:
             return
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        text = _with_whole_pairs(text)
         self.pieces += [self._separator, text] if self._length else [text]
         self._length = self.place + len(text)
         self._separator = ""
@@ -85,7 +86,7 @@ class Text:
             value: its number or its heading.
             start: the character with which it begins; None: the next one.
         """
-        value = " ".join(value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").split())
+        value = " ".join(_with_whole_pairs(value).split())
         if value:
             self.marks.append(Mark(self.place if start is None else start, kind, value))
 
@@ -93,6 +94,11 @@ class Text:
         """Return the marks in the order of the text. A page without text at the end begins at the end."""
         marks = [Mark(min(mark.start, self._length), mark.kind, mark.value) for mark in self.marks]
         return tuple(sorted(marks, key=lambda mark: mark.start))
+
+
+def _with_whole_pairs(text: str) -> str:
+    """Return text whose halves of surrogate pairs, which some files have, are joined or replaced."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_file(path: Path) -> Text:
@@ -168,7 +174,11 @@ def _decode(data: bytes) -> str:
 
 
 def read_html(data: bytes) -> Text:
-    """Read what a page of HTML says: its text without scripts, forms and drawings, a line break after each block."""
+    """Read what a page of HTML says: its text without scripts, forms and drawings, a line break after each block.
+
+    The parser looks through the elements that are open at each new block, so that its time grows with the square of
+    how deeply blocks are nested.
+    """
     parser = _package("selectolax.lexbor", ".html").LexborHTMLParser
     declared = _CHARSET.search(data[:1024])
     try:
@@ -242,10 +252,9 @@ def read_pdf(data: bytes) -> Text:
         headings.setdefault(-1 if page is None else page, []).append(str(entry.title))
     for number, page in enumerate(reader.pages):
         text.separate("\n\n")
-        start = text.place
+        start, shown = text.place, _with_whole_pairs(page.extract_text())
         text.mark("page", str(number + 1))
-        text.write(page.extract_text())
-        shown = str(text)[start:] if number in headings else ""
+        text.write(shown)
         for heading in headings.get(number, ()):
             found = re.search(r"\s+".join(map(re.escape, heading.split())), shown, re.IGNORECASE)
             text.mark("heading", heading, start + (found.start() if found else 0))

@@ -83,14 +83,13 @@ def read_documents(
         if path.is_dir():
             yield from _read_folder(path, columns, log)
         elif path.exists() and name.endswith(ROW_SUFFIXES):
-            yield from _read_rows(path, columns, log)
+            yield from _read_rows(path, path.name, columns, log)
         elif path.exists():
             if path.suffix.lower() not in FORMATS:
                 raise UserError(f"{path}: is none of the files that are read: {_kinds()}")
             yield from _read_file(path, path.name, log)
         elif is_hub_id(name):
-            rows = enumerate(load_hub_dataset(name, split), start=1)
-            for number, row in rows:
+            for number, row in enumerate(load_hub_dataset(name, split), start=1):
                 yield from _document(f"{name}, row {number}", f"{name}:{number}", row, columns, log)
         else:
             raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
@@ -105,8 +104,9 @@ def _read_folder(folder: Path, columns: Columns, skipped: list[Skipped]) -> Iter
     found = 0
     for file in _files(folder):
         name = file.relative_to(folder).as_posix()
-        if name.endswith(ROW_SUFFIXES):
-            yield from _read_rows(file, columns, skipped)
+        # What is called .json among other files is seldom rows; such a file is read if it is named itself.
+        if name.endswith(ROW_SUFFIXES) and not name.endswith((".json", ".json.gz")):
+            yield from _read_rows(file, name, columns, skipped)
         elif file.suffix.lower() in FORMATS:
             yield from _read_file(file, name, skipped)
         else:
@@ -151,10 +151,10 @@ def _skip(name: str, reason: str, skipped: list[Skipped]) -> None:
     logger.warning(f"skipped: {skipped[-1]}")
 
 
-def _read_rows(file: Path, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
+def _read_rows(file: Path, name: str, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
     rows = _parquet_rows(file) if file.name.endswith(PARQUET_SUFFIX) else read_jsonl(file)
     for number, row in rows:
-        yield from _document(f"{file}, row {number}", f"{file.name}:{number}", row, columns, skipped)
+        yield from _document(f"{file}, row {number}", f"{name}:{number}", row, columns, skipped)
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -162,7 +162,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{file}: reading Parquet needs the extra 'search' (pyarrow is missing)") from None
+        raise UserError(f"{file}: reading Parquet needs the extra 'files' (pyarrow is missing)") from None
     try:
         with pyarrow.parquet.ParquetFile(file) as opened:
             number = 0

@@ -65,6 +65,12 @@ def test_headings_of_markdown(line_end):
     assert found == expected
 
 
+def test_front_matter_that_never_ends_is_text():
+    """Ended by carriage returns, its lines once took twice the time for each more."""
+    text = read_markdown(b"---\r\n" + b"line\r\n" * 10_000 + b"# Last\r\n")
+    assert [mark.value for mark in text.marks] == ["Last"]
+
+
 class Words(HTMLParser):
     """The words of a page by the parser of Python."""
 

@@ -4,6 +4,7 @@ import datetime
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import datasets
@@ -57,6 +58,29 @@ def test_columns_are_chosen(tmp_path):
     assert documents[0].metadata == {"id": "a"}
     unnamed = write_rows(tmp_path / "unnamed.jsonl", [{"text": "one"}, {"text": "two"}])
     assert [document.id for document in read_documents([unnamed])] == ["unnamed.jsonl:1", "unnamed.jsonl:2"]
+
+
+def test_rows_without_ids_are_named_by_where_they_are_in_a_folder(tmp_path):
+    for part in ("a", "b"):
+        (tmp_path / part).mkdir()
+        write_rows(tmp_path / part / "rows.jsonl", [{"text": part}])
+    (tmp_path / "a" / "package.json").write_text('{\n"name": "no rows"\n}')
+    found = {document.id: document.text for document in read_documents([tmp_path])}
+    assert found == {"a/rows.jsonl:1": "a", "b/rows.jsonl:1": "b"}
+    named = write_rows(tmp_path / "a" / "package.json", [{"text": "rows"}])
+    assert [document.id for document in read_documents([named])] == ["package.json:1"]
+
+
+@pytest.mark.parametrize(
+    ("package", "source", "told"),
+    [("pyarrow", "rows.parquet", "the extra 'files'"), ("datasets", "org/rows", "pip install datasets")],
+)
+def test_a_package_of_rows_that_is_missing_is_named(tmp_path, monkeypatch, package, source, told):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.parquet").touch()
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=told):
+        list(read_documents([source]))
 
 
 @pytest.mark.promise("R4")
