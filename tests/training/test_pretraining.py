@@ -26,7 +26,7 @@ from training.data.documents.batches import mask_batch, pack_masked
 from training.data.documents.masking import Masking
 from training.data.documents.next_sentence import NextSentenceHead
 from training.data.documents.sequences import MaskedText
-from training.engine.checkpoints import find_checkpoint
+from training.engine.checkpoints.folders import find_checkpoint
 from training.engine.saving import WHOLE_WEIGHTS, load_adapter
 from training.objectives.masked_lm import MaskedLanguageModel, masked_gradient
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from training.engine.chunks import parts_of_batch
-from training.engine.distributed import passes_together, synchronizing
+from training.engine.processes.distributed import passes_together, synchronizing
 
 Chunk = TypeVar("Chunk")
 Metrics = dict[str, Tensor]

@@ -22,15 +22,15 @@ from tqdm import tqdm
 
 from common.conditions import Options, default_of
 from common.errors import UserError
-from training.engine.checkpoints import Progress, has_checkpoints, remove_later, remove_old, save_checkpoint
-from training.engine.distributed import average_gradients, mean_over_processes, settle
+from training.engine.checkpoints.folders import Progress, has_checkpoints, remove_later, remove_old, save_checkpoint
+from training.engine.checkpoints.random_state import set_random_state
+from training.engine.checkpoints.resuming import Settings, change_settings, choose_checkpoint
 from training.engine.held_out import Evaluation
 from training.engine.loop_arguments import LoopArguments
-from training.engine.random_state import set_random_state
-from training.engine.resuming import Settings, change_settings, choose_checkpoint
+from training.engine.processes.distributed import average_gradients, mean_over_processes, settle
+from training.engine.processes.sharding import clip_gradients, launched_sharding
 from training.engine.run_log import MetricsLog, Throughput
 from training.engine.schedule import PLATEAU, check_metric
-from training.engine.sharding import clip_gradients, launched_sharding
 from training.engine.state import State, prepare
 from training.engine.training import AccumulateGradient, AnyBatch, AnyModel, Batches, Stream, Training
 

@@ -10,8 +10,8 @@ import torch
 
 from common.errors import UserError
 from common.memory import is_out_of_memory, machine_memory
+from training.engine.checkpoints.resuming import change_settings
 from training.engine.loop import Loop
-from training.engine.resuming import change_settings
 from training.engine.training import PackedTokens, Training
 
 GIB = 2**30

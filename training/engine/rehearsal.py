@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from common.errors import UserError
 from common.memory import is_out_of_memory
+from training.engine.checkpoints.random_state import restored_random_state
 from training.engine.loop import Loop
 from training.engine.memory import Memory
-from training.engine.random_state import restored_random_state
 from training.engine.run_log import peak_memory_gib
 from training.engine.training import Training
 

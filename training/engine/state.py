@@ -11,12 +11,12 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from common.errors import UserError
-from training.engine.distributed import broadcast
+from training.engine.checkpoints.random_state import get_random_state
 from training.engine.loop_arguments import LoopArguments
 from training.engine.optimizer import make_optimizer, parameter_groups
-from training.engine.random_state import get_random_state
+from training.engine.processes.distributed import broadcast
+from training.engine.processes.sharding import Sharding, load_optimizer_state, share, whole, whole_optimizer_state
 from training.engine.schedule import Schedule
-from training.engine.sharding import Sharding, load_optimizer_state, share, whole, whole_optimizer_state
 from training.engine.training import AnyBatch, AnyModel, Training
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from training.engine.chunks import parts_of_batch
-from training.engine.distributed import (
+from training.engine.processes.distributed import (
     mean_over_processes,
     own_share,
     passes_together,

@@ -14,7 +14,7 @@ from training.data.documents.batches import MaskedBatch, MaskedChunk, mask_batch
 from training.data.documents.next_sentence import NextSentenceHead
 from training.data.documents.sequences import SequenceReader, Sequences
 from training.data.documents.token_store import TokenizedDocuments
-from training.engine.distributed import mean_over_processes
+from training.engine.processes.distributed import mean_over_processes
 from training.engine.training import AccumulateGradient
 from training.objectives.chunked_loss import (
     LossModule,

@@ -12,7 +12,7 @@ from common.alignment import alignment, uniformity
 from training.data.packing import PackedTexts, pack
 from training.data.pairs.batches import PairTokenizer
 from training.data.sources import Source
-from training.engine.distributed import own_share
+from training.engine.processes.distributed import own_share
 from training.objectives.losses.contrastive import info_nce
 from training.objectives.losses.similarity import Texts, in_one, similarity
 from training.objectives.losses.token_vectors import TokenVectors

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from training.data.pairs.batches import PairBatch
-from training.engine.distributed import gather_rows, gather_uneven_rows, own_rows
 from training.engine.gradient_cache import cached_backward
+from training.engine.processes.distributed import gather_rows, gather_uneven_rows, own_rows
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.blocks import GatheredBatch, Metrics
 from training.objectives.contrastive.objective import Objective

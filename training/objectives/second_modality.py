@@ -17,10 +17,10 @@ from common.conditions import GIVEN, Not
 from training.data.modality_features import FeatureBatch, FeatureBatches, FeatureSource, PackedFeatures, read_features
 from training.data.packing import PackedTexts
 from training.data.pairs.batches import PairBatch
-from training.engine.distributed import gather_rows, own_rows
 from training.engine.gradient_cache import cached_backward
 from training.engine.loop import Loop
 from training.engine.optimizer import parameter_groups
+from training.engine.processes.distributed import gather_rows, own_rows
 from training.engine.training import AccumulateGradient, AnyModel, Batches, Stream, Training
 from training.objectives.contrastive.blocks import Metrics
 from training.objectives.losses.supcon import sup_con

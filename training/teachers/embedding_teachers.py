@@ -19,7 +19,7 @@ from common.provenance import code_hash
 from modeling_longembed.encoding_tokens_longembed import tokenize_beginnings
 from training.data.pairs.batches import PairBatch
 from training.data.sources import Source
-from training.engine.distributed import own_share
+from training.engine.processes.distributed import own_share
 from training.teachers.paragraph_vector import ParagraphVector
 
 PARAGRAPH_VECTOR = "paragraph-vector:"

@@ -14,7 +14,7 @@ from common.provenance import computed_by
 from modeling_longembed.encoding_tokens_longembed import special_tokens_around
 from training.data.pairs.batches import PairBatch, PairTokenizer
 from training.data.sources import Source, fingerprint
-from training.engine.distributed import own_share
+from training.engine.processes.distributed import own_share
 from training.models.identity import tokenizer_identity
 from training.teachers.embedding_teachers import Teacher
 

@@ -15,7 +15,7 @@ from common.errors import UserError
 from training.data.documents.batches import MaskedBatch, MaskedChunk
 from training.data.documents.sequences import Sequences, SpecialTokens
 from training.data.packing import PackedTexts, pack
-from training.engine.distributed import mean_over_processes
+from training.engine.processes.distributed import mean_over_processes
 from training.engine.training import AccumulateGradient
 from training.objectives.chunked_loss import (
     LossModule,

@@ -19,7 +19,7 @@ from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
 from training.data.pairs.batches import PairBatch
 from training.data.sources import Source, check_numbers
-from training.engine.distributed import own_share
+from training.engine.processes.distributed import own_share
 
 _ROWS_AT_ONCE = 64  # rows that are scored before they are stored; a killed run loses no more
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from training.data.packing import PackedTexts
 from training.data.pairs.batches import PairBatch, PairBatches, PairTokenizer, collate_pairs
 from training.data.sources import Source
-from training.engine.distributed import gather_rows, gather_uneven_rows, own_share
 from training.engine.gradient_cache import cached_backward
+from training.engine.processes.distributed import gather_rows, gather_uneven_rows, own_share
 from training.engine.training import AccumulateGradient
 from training.objectives.contrastive.blocks import Metrics
 from training.objectives.embed import outputs, outputs_with_chunks, with_queries

@@ -19,7 +19,7 @@ from common.errors import UserError
 from common.files import sha256_file
 from tests.training.double_precision import double_precision
 from tests.training.tiny_training import SCRIPTS
-from training.engine.checkpoints import WEIGHTS
+from training.engine.checkpoints.folders import WEIGHTS
 
 TRAINING = Path(__file__).parents[3] / "training"
 # Parallel test processes would each make the runs of this file again.

@@ -10,7 +10,7 @@ import pytest
 from common.files import sha256_file
 from tests.fresh_processes import fresh_processes
 from tests.training.tiny_training import SCRIPTS, losses, train_until_killed
-from training.engine.checkpoints import COMPLETE, WEIGHTS
+from training.engine.checkpoints.folders import COMPLETE, WEIGHTS
 
 STEPS = 12
 

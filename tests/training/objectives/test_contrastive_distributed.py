@@ -17,7 +17,7 @@ from tests.training.objectives.objective_cases import (
 from tests.training.tiny_training import random_pairs
 from tests.two_processes import PROCESSES, in_two_processes
 from training.data.sources import Source
-from training.engine.distributed import average_gradients, broadcast, mean_over_processes, own_rows, settle
+from training.engine.processes.distributed import average_gradients, broadcast, mean_over_processes, own_rows, settle
 from training.objectives.contrastive.words import read_words
 from training.objectives.pair_step import pair_gradient
 

@@ -23,7 +23,7 @@ from tests.training.tiny_training import tiny_config, write_jsonl
 from training.contrastive import main
 from training.data.pairs.batches import PairTokenizer
 from training.data.sources import read_sources
-from training.engine.checkpoints import WEIGHTS
+from training.engine.checkpoints.folders import WEIGHTS
 from training.engine.loop_arguments import LoopArguments
 from training.models.encoder import ModelArguments
 from training.objectives.contrastive.arguments import ObjectiveArguments

@@ -30,7 +30,7 @@ from tests.training.tiny_training import random_pairs, tiny_config, unit, write_
 from training import contrastive, distillation
 from training.data.pairs.batches import PairTokenizer, collate_pairs
 from training.data.sources import Source
-from training.engine.checkpoints import WEIGHTS
+from training.engine.checkpoints.folders import WEIGHTS
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective
 from training.objectives.embed import embed_for_scoring

@@ -19,7 +19,7 @@ from tests.training.tiny_training import losses, random_pairs, tiny_config, writ
 from training import contrastive
 from training.data.modality_features import FeatureBatches
 from training.data.pairs.batches import PairTokenizer, collate_pairs
-from training.engine.checkpoints import WEIGHTS
+from training.engine.checkpoints.folders import WEIGHTS
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective
 from training.objectives.pair_step import pair_gradient

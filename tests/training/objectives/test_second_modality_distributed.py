@@ -15,7 +15,7 @@ from tests.two_processes import PROCESSES, in_two_processes
 from training.data.modality_features import FeatureBatches
 from training.data.packing import pack
 from training.data.pairs.batches import PairBatch, text_id
-from training.engine.distributed import average_gradients, settle
+from training.engine.processes.distributed import average_gradients, settle
 from training.objectives.contrastive.arguments import ObjectiveArguments
 from training.objectives.contrastive.registry import build_objective
 from training.objectives.pair_step import pair_gradient

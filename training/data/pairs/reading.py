@@ -21,7 +21,7 @@ from training.data.pairs.makers import Crops, InverseCloze, Neighbours, Segments
 from training.data.pairs.splitting import SplitArguments, hold_out
 from training.data.pairs.streams import Stream, open_streams
 from training.data.sources import Columns, Source, fingerprint, read_sources
-from training.engine.distributed import from_main_process
+from training.engine.processes.distributed import from_main_process
 
 REALM_WINDOW = 288  # tokens of a segment, as in REALM and ORQA
 LABELS = {"entailment": "entailment", "0": "entailment", "contradiction": "contradiction", "2": "contradiction"}

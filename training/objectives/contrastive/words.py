@@ -10,7 +10,7 @@ from common.errors import UserError
 from training.data.pairs.batches import PairBatches
 from training.data.pairs.streams import StreamedBatches
 from training.data.sources import Source, text_id
-from training.engine.distributed import gather_values, own_rows, world_size
+from training.engine.processes.distributed import gather_values, own_rows, world_size
 
 if TYPE_CHECKING:
     from training.objectives.contrastive.corpus_words import CorpusWords

@@ -15,7 +15,7 @@ from training.data.pairs import filters, reading, splitting
 from training.data.pairs.batches import PairBatches, PairTokenizer
 from training.data.pairs.reading import PairArguments, read_pairs
 from training.data.sources import PAIRS, read_sources
-from training.engine import distributed
+from training.engine.processes import distributed
 
 OPTIONS = {"near_duplicates": 0.5, "min_tokens": 12, "eval_split": 0.3}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.two_processes import PROCESSES, in_two_processes
-from training.engine.distributed import gather_rows, own_rows
+from training.engine.processes.distributed import gather_rows, own_rows
 from training.objectives.losses.contrastive import info_nce
 from training.objectives.losses.matryoshka import matryoshka
 from training.objectives.losses.momentum import momentum_contrast

@@ -12,9 +12,9 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from tests.two_processes import PROCESSES, in_two_processes
 from training.data.packing import pack
-from training.engine.distributed import from_main_process, gather_rows, own_rows, settle
 from training.engine.gradient_cache import cached_backward
-from training.engine.sharding import Sharding, whole
+from training.engine.processes.distributed import from_main_process, gather_rows, own_rows, settle
+from training.engine.processes.sharding import Sharding, whole
 from training.objectives.embed import embed
 from training.objectives.losses.contrastive import info_nce
 

@@ -5,7 +5,7 @@ configuration asks for it (training/accelerate/fsdp2.yaml), but the loop shards 
 CPUs and GPUs, because Accelerate silently leaves the model whole if the processes run on CPUs.
 
 Gathering is a collective. Wherever processes may run the model a different number of times, they must agree on a number
-first (`training.engine.distributed.passes_together`), or hold all weights (`whole_weights`).
+first (`training.engine.processes.distributed.passes_together`), or hold all weights (`whole_weights`).
 """
 
 import os
@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import UserError
-from training.engine.distributed import broadcast
+from training.engine.processes.distributed import broadcast
 
 # What a launcher's configuration may ask for and this loop does not support. Accelerate would do something else, and
 # would not say so if the processes run on CPUs.

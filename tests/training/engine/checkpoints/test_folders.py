@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from training.engine.checkpoints import (
+from training.engine.checkpoints.folders import (
     COMPLETE,
     STATE,
     WEIGHTS,

@@ -8,7 +8,7 @@ import torch
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
-from training.engine.sharding import Sharding, launched_sharding
+from training.engine.processes.sharding import Sharding, launched_sharding
 from training.models.tuning import TuningArguments, select_parameters
 
 

@@ -20,8 +20,8 @@ from tests.training.tiny_training import SCRIPTS, random_pairs, tiny_config, wri
 from training.data.pairs.batches import PairBatches
 from training.data.pairs.streams import StreamedBatches
 from training.engine import loop
-from training.engine.checkpoints import COMPLETE, WEIGHTS, Progress
-from training.engine.resuming import EVALUATION, MAY_CHANGE, ONLY_AT_START, PLATEAU, Settings
+from training.engine.checkpoints.folders import COMPLETE, WEIGHTS, Progress
+from training.engine.checkpoints.resuming import EVALUATION, MAY_CHANGE, ONLY_AT_START, PLATEAU, Settings
 
 OVER_THE_LOOP = (*SCRIPTS, "layout_search")
 

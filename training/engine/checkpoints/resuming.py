@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 
 from common.conditions import Options, default_of
 from common.errors import UserError
-from training.engine.checkpoints import Checkpoint, Progress, find_checkpoint, has_checkpoints
+from training.engine.checkpoints.folders import Checkpoint, Progress, find_checkpoint, has_checkpoints
 from training.engine.schedule import PLATEAU
 
 # Options that change no number of a training. Of names of models and data it is the content that is compared.
