@@ -8,7 +8,6 @@ Hub. A killed build goes on where it stopped. docs/guides/documents.md says what
 
 import logging
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from tqdm.auto import tqdm
 
 from common.arguments import parse
 from common.errors import UserError, run
-from retrieval.documents.document import Document
 from retrieval.documents.sources import Columns, Skipped, read_documents
 from retrieval.index.index import PARTS, Index
 
@@ -115,7 +113,8 @@ def build_index(arguments: Arguments, skipped: list[Skipped]) -> Index:
     """
     memory = None if arguments.memory is None else size_in_bytes(arguments.memory)
     columns = Columns(tuple(arguments.text_columns), arguments.id_column)
-    documents = _with_progress(read_documents(arguments.data, columns, split=arguments.split, skipped=skipped))
+    read = read_documents(arguments.data, columns, split=arguments.split, skipped=skipped)
+    documents = tqdm(read, unit=" documents", disable=None)
     if arguments.add:
         index = Index.open(arguments.index, arguments.model, arguments.batch_tokens)
         index.add(documents, shard_mb=arguments.shard_mb, memory=memory)
@@ -134,10 +133,6 @@ def build_index(arguments: Arguments, skipped: list[Skipped]) -> Index:
         memory=memory,
         batch_tokens=arguments.batch_tokens,
     )
-
-
-def _with_progress(documents: Iterator[Document]) -> Iterator[Document]:
-    return iter(tqdm(documents, unit=" documents", disable=None))
 
 
 def main() -> None:

@@ -50,7 +50,10 @@ class Arguments:
         },
     )
     k: int = field(default=10, metadata={"help": "most documents", "within": "[1, inf)"})
-    passages: int = field(default=3, metadata={"help": "most passages of each document", "within": "[0, inf)"})
+    passages: int = field(
+        default=3,
+        metadata={"help": "most passages of each document", "within": "[0, inf)", "applies": {"run_file": NOT_GIVEN}},
+    )
     candidates: int = field(
         default=100,
         metadata={
@@ -69,7 +72,9 @@ class Arguments:
         default=None,
         metadata={"help": """JSON of what the metadata of documents must be, such as {"year": {">=": 2020}}"""},
     )
-    json: bool = field(default=False, metadata={"help": "print JSON, one line a query"})
+    json: bool = field(
+        default=False, metadata={"help": "print JSON, one line a query", "applies": {"run_file": NOT_GIVEN}}
+    )
     model: str | None = field(
         default=None, metadata={"help": "the model of the index, if it is not where it was when the index was built"}
     )

@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass, field
 
 from common.arguments import parse
-from common.errors import UserError, run
+from common.errors import UserError, one_line, run
 from retrieval.index.index import Index
 from retrieval.server.limits import Limits
 
@@ -36,7 +36,10 @@ class ServeArguments:
     batch_tokens: int = field(default=16_384, metadata={"help": "tokens in one forward pass", "within": "[1, inf)"})
     queue_tokens: int = field(
         default=1_000_000,
-        metadata={"help": "tokens that may wait; a request beyond is answered by 429", "within": "[1, inf)"},
+        metadata={
+            "help": "tokens that may wait, of which a search counts as 512; a request beyond is answered by 429",
+            "within": "[512, inf)",
+        },
     )
 
 
@@ -52,8 +55,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(f"cannot listen at {host}:{port} ({error.strerror}); give another --host or --port") from None
+    except (OSError, UnicodeError) as error:  # the second of a name that cannot be one, such as a..b
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"cannot listen at {host}:{port} ({reason}); give another --host or --port") from None
 
 
 def main() -> None:

@@ -190,7 +190,7 @@ class Index:
 
     def search(
         self,
-        query: str,
+        query: str | Query,
         k: int = 10,
         *,
         passages: int = 3,
@@ -207,7 +207,8 @@ class Index:
         alone all documents are candidates.
 
         Args:
-            query: the text; what is beyond the context of the model is cut off. An empty one finds nothing.
+            query: the text; what is beyond the context of the model is cut off. An empty one finds nothing. It may also
+                be what `read_query` has returned for the same parts, so that it is not read once more.
             k: most documents that are returned.
             passages: most passages of each.
             candidates: number of documents that vectors and BM25 find each; at least k.
@@ -226,7 +227,7 @@ class Index:
             raise UserError(f"weight {weight}: give the weight of the model beside BM25, from 0 to 1")
         check_filters(filters or {})
         used, read = self._used(parts), self.read_query(query, parts)
-        if not query.strip() or not len(self):
+        if not read.text.strip() or not len(self):
             return []
         scores = score_candidates(self.snapshot, read, used, max(k, candidates), filters)
         combined = scores.combined(self.manifest.weight if weight is None else weight)
@@ -239,11 +240,11 @@ class Index:
             hits.append(Hit(shard.id(row), float(combined[place]), own, found, shard.metadata(row)))
         return hits
 
-    def passages(self, query: str, id: str, parts: Sequence[str] | None = None) -> list[Passage]:
+    def passages(self, query: str | Query, id: str, parts: Sequence[str] | None = None) -> list[Passage]:
         """Score all passages of a document, to see where in it the answer is.
 
         Args:
-            query: the text.
+            query: as in `search`.
             id: of the document.
             parts: as in `search`.
 
@@ -256,17 +257,19 @@ class Index:
         """
         return score_passages(self.snapshot, self.read_query(query, parts), self._used(parts), self._number(id))
 
-    def read_query(self, query: str, parts: Sequence[str] | None = None) -> Query:
+    def read_query(self, query: str | Query, parts: Sequence[str] | None = None) -> Query:
         """Read a query with the model.
 
         Args:
-            query: the text.
+            query: the text; one that was read is returned as it is.
             parts: what will be used; None: all that the index has.
 
         Raises:
             UserError: the query is no text, or the index does not have such a part.
         """
         used = self._used(parts)
+        if isinstance(query, Query):
+            return query
         if not isinstance(query, str):
             raise UserError(f"a query is a {type(query).__name__}; give a text")
         try:

@@ -75,11 +75,11 @@ def make_app(service: Service, limits: Limits | None = None) -> FastAPI:
     async def results(futures: Sequence["Future[Any]"]) -> list[Any]:
         try:
             return await asyncio.wait_for(asyncio.gather(*map(asyncio.wrap_future, futures)), limits.timeout)
-        except asyncio.TimeoutError:
-            for future in futures:
-                future.cancel()
-            service.worker.forget_cancelled()
-            raise RequestError(f"no answer after {limits.timeout:g} seconds; try again later", 503) from None
+        except BaseException as error:  # also where one text of a request has failed, or the server is shutting down
+            service.worker.cancel(futures)
+            if isinstance(error, asyncio.TimeoutError):
+                raise RequestError(f"no answer after {limits.timeout:g} seconds; try again later", 503) from None
+            raise
 
     def rows_of(request: EmbeddingsRequest) -> list[array]:
         """Return the token ids of each input; token ids are read as they are given."""

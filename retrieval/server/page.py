@@ -38,8 +38,7 @@ def make_page(service: Service, timeout: float = 60.0) -> gr.Blocks:
         try:
             return page_of(future.result(timeout))
         except TimeoutError:
-            future.cancel()
-            service.worker.forget_cancelled()
+            service.worker.cancel([future])
             return message(f"There was no answer after {timeout:g} seconds; try again later.")
         except UserError as error:
             return message(str(error).replace(str(service.index.folder), "the index"))

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ from modeling_longembed.encoding_choices_longembed import EncodingChoices
 from modeling_longembed.encoding_longembed import encode_rows, tokenize_texts
 from retrieval.index.index import Index
 from retrieval.index.manifest import MANIFEST
-from retrieval.ranking import Hit
+from retrieval.ranking import Hit, best_passages
 from retrieval.server.metrics import Metrics
 from retrieval.server.view import Found
 from retrieval.server.worker import Worker
 
 # Tokens that a search counts for in the queue, whatever its length: it takes about as long as reading so many.
 SEARCH_TOKENS = 512
+# Passages of a document that the page shows.
+SHOWN = 3
 
 
 class Service:
@@ -121,8 +124,13 @@ class Service:
         """
 
         def compute() -> list[Found]:
-            index = self.index
-            return [Found(hit, index.document(hit.id), index.passages(query, hit.id)) for hit in index.search(query, k)]
+            index, found = self.index, []
+            read = index.read_query(query)
+            for hit in index.search(read, k, passages=0):
+                passages = index.passages(read, hit.id)
+                shown = replace(hit, passages=best_passages(passages, SHOWN))
+                found.append(Found(shown, index.document(hit.id), passages))
+            return found
 
         return self._alone(compute)
 

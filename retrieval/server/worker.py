@@ -69,7 +69,7 @@ class Worker:
             tokens: that each of them counts for.
 
         Returns:
-            A future for each item. One that is cancelled is not computed any more; see `forget_cancelled`.
+            A future for each item; see `cancel`.
 
         Raises:
             BusyError: there is no room in the queue, or the server is shutting down.
@@ -88,8 +88,14 @@ class Worker:
             self._changed.notify()
         return [job.future for job in jobs]
 
-    def forget_cancelled(self) -> None:
-        """Take items out of the queue whose futures were cancelled, so that others have room."""
+    def cancel(self, futures: Sequence[Future]) -> None:
+        """Take what nobody waits for any more out of the queue, so that others have room.
+
+        Args:
+            futures: of `submit`. What is computed already, or at this moment, stays as it is.
+        """
+        for future in futures:
+            future.cancel()
         with self._changed:
             self.waiting = deque(job for job in self.waiting if not job.future.cancelled())
             self.waiting_tokens = sum(job.tokens for job in self.waiting)
@@ -131,9 +137,10 @@ class Worker:
         try:
             results = batch[0].work([job.item for job in batch])
             assert len(results) == len(batch)
-        except Exception as error:
+        except BaseException as error:  # a panic of a library in Rust is no Exception, and must not end the thread
             if len(batch) == 1:
-                batch[0].future.set_exception(error)
+                is_plain = isinstance(error, Exception)
+                batch[0].future.set_exception(error if is_plain else RuntimeError(f"{type(error).__name__}: {error}"))
             else:
                 for job in batch:
                     self._compute([job])

@@ -135,6 +135,8 @@ def test_filters_limit_the_answer(index_of_rows, command):
         (["one", "--weight", "2"], "at most 1"),
         (["one", "--k", "0"], "at least 1"),
         (["one", "--run_file", "r.txt"], "run_file: applies only"),
+        (["--queries", "q.jsonl", "--run_file", "r.txt", "--json"], "json: applies only"),
+        (["--queries", "q.jsonl", "--run_file", "r.txt", "--passages", "5"], "passages: applies only"),
     ],
 )
 def test_a_search_that_cannot_be_made_is_one_sentence(index_of_rows, command, words, told):

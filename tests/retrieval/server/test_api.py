@@ -196,6 +196,39 @@ def test_a_full_queue_and_a_late_answer_are_told_and_leave_nothing_behind(index)
     assert not service.worker.is_alive
 
 
+@pytest.mark.promise("S3")
+def test_what_is_left_of_a_request_that_failed_is_not_computed(index, monkeypatch):
+    service = Service(index, batch_tokens=1)
+    computed, leave = [], threading.Event()
+
+    def embed_one(rows):
+        computed.append(rows)
+        if len(computed) == 1:
+            raise RuntimeError("no memory")
+        leave.wait(60)
+        return [None]
+
+    monkeypatch.setattr(service, "_embed", embed_one)
+    with running(make_app(service)) as port:
+        status, answer = ask(port, "/v1/embeddings", {"input": ["a", "b", "c"], "model": service.name})
+        assert (status, answer["error"]["type"]) == (500, "server_error")
+        leave.set()
+    assert len(computed) < 3  # the second may have begun when the first failed
+
+
+def test_the_page_reads_a_question_once(index, monkeypatch):
+    service, texts = Service(index), []
+    encode = index.model.encode
+    monkeypatch.setattr(index.model, "encode", lambda text, **options: texts.append(text) or encode(text, **options))
+    found = service.look("river stone", 5).result(60)
+    service.close()
+    assert texts == ["river stone"]
+    for one, hit in zip(found, index.search("river stone", 5), strict=True):
+        assert one.hit == hit
+        assert one.document == index.document(hit.id)
+        assert one.passages == index.passages("river stone", hit.id)
+
+
 def test_health_models_and_metrics(port, service):
     assert ask(port, "/health") == (200, {"status": "ok", "model": "tiny-longembed", "documents": 12})
     assert ask(port, "/v1/models")[1]["data"][0]["id"] == "tiny-longembed"
@@ -235,6 +268,8 @@ def test_the_script_listens_at_this_machine_alone_unless_told(index, monkeypatch
         )
         with pytest.raises(UserError, match="give another --host or --port"):
             serve.main()
+    with pytest.raises(UserError, match=r"cannot listen at a\.\.b:0"):
+        serve.listen("a..b", 0)
     monkeypatch.setattr("sys.argv", ["serve.py", "--index", str(index.folder / "none"), "--port", "0", "--no_page"])
     with pytest.raises(UserError, match="none"):
         serve.main()

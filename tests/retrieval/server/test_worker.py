@@ -1,5 +1,6 @@
 """One thread computes what is submitted: in order, in batches of a budget, each result to its own request."""
 
+import sys
 import threading
 
 import pytest
@@ -65,6 +66,19 @@ def test_a_failure_is_that_of_its_own_item():
             futures[1].result(60)
 
 
+@pytest.mark.promise("S2")
+def test_a_panic_ends_one_request_and_not_the_thread():
+    """What Rust's libraries raise is no Exception, as here."""
+    with Blocked() as blocked:
+        (failed,) = blocked.worker.submit(lambda items: sys.exit("panic"), [None], [1])
+        (after,) = blocked.worker.submit(list, ["a"], [1])
+        blocked.leave.set()
+        with pytest.raises(RuntimeError, match="SystemExit: panic"):
+            failed.result(60)
+        assert after.result(60) == "a"
+        assert blocked.worker.is_alive
+
+
 @pytest.mark.promise("S3")
 def test_the_queue_takes_a_request_whole_or_not_at_all():
     with Blocked(queue_tokens=10) as blocked:
@@ -73,8 +87,7 @@ def test_the_queue_takes_a_request_whole_or_not_at_all():
         with pytest.raises(BusyError, match="6 tokens are waiting"):
             submit(list, ["b", "c"], [4, 1])
         (second,) = submit(list, ["d"], [4])
-        first.cancel()
-        blocked.worker.forget_cancelled()
+        blocked.worker.cancel([first])
         assert blocked.worker.waiting_tokens == 4
         (third,) = submit(list, ["e"], [6])
         second.cancel()
