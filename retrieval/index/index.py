@@ -170,8 +170,16 @@ class Index:
         self._model = None
 
     def refresh(self) -> None:
-        """Read what others have written since the index was opened."""
-        self.snapshot = Snapshot.open(self.folder)
+        """Read what others have written since the index was opened.
+
+        Raises:
+            UserError: it has been built again with another model than the one that is loaded, or is gone or damaged; the
+                index stays what it was.
+        """
+        snapshot = Snapshot.open(self.folder)
+        if self._model is not None and snapshot.manifest.model != self.manifest.model:
+            check_model(self._model, snapshot.manifest.model, str(self.folder))
+        self.snapshot = snapshot
 
     @property
     def manifest(self) -> Manifest:
@@ -317,8 +325,11 @@ class Index:
         Raises:
             UserError: two documents have one id, or another process is writing.
         """
-        reader = _reader(self.model, self.manifest.settings, self.batch_tokens)
-        self._write(lambda writer, manifest: writer.add(manifest, documents, reader), shard_mb, memory)
+
+        def change(writer: Writer, manifest: Manifest) -> Manifest:
+            return writer.add(manifest, documents, _reader(self.model, manifest.settings, self.batch_tokens))
+
+        self._write(change, shard_mb, memory)
 
     def delete(self, ids: Iterable[str]) -> None:
         """Delete documents: they are found no more, and take no space after `compact`.
@@ -362,9 +373,10 @@ class Index:
     ) -> None:
         """Change the index as it is now on disk, and open what it has become."""
         with only_writer(self.folder):
-            writer, manifest = Writer(self.folder, shard_mb, memory), Manifest.read(self.folder)
-            writer.tidy(manifest)
-            changed = change(writer, manifest)
+            self.refresh()
+            writer = Writer(self.folder, shard_mb, memory)
+            writer.tidy(self.manifest)
+            changed = change(writer, self.manifest)
             changed.write(self.folder)
             self.snapshot = Snapshot(self.folder, changed)
             writer.tidy(changed)

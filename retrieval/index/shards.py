@@ -104,7 +104,8 @@ class ShardContent:
         for name, ends in (("vectors", None), ("codes", "code_ends")):
             kept = [array for record in records if (array := getattr(record, name)) is not None]
             if kept:
-                arrays[name] = np.concatenate(kept)
+                # Before there is a codec, documents without tokens have rows of another width than codes.
+                arrays[name] = np.concatenate([array for array in kept if len(array)] or kept[:1])
                 arrays |= {} if ends is None else {ends: _ends(kept)}
         if words:
             arrays |= postings([document.text for document in documents])

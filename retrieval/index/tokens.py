@@ -34,13 +34,14 @@ class TokenScores:
         Args:
             documents: the codes of each.
         """
-        scores = [np.zeros(0, np.float32)]
-        for run in _runs(documents):
+        scores = np.zeros(len(documents), np.float32)
+        for places in _runs(documents):
+            run = [documents[place] for place in places]
             lengths = torch.tensor([0, *map(len, run)])
             vectors = self.codec.numbers(torch.from_numpy(np.concatenate(run)))
             found = maxsim(self.query, torch.tensor([0, len(self.query)]), vectors, lengths.cumsum(0))[0]
-            scores.append((found + self.constants.sum() * (lengths[1:] > 0)).numpy())
-        return np.concatenate(scores)
+            scores[places] = (found + self.constants.sum()).numpy()
+        return scores
 
     def of_passages(self, document: np.ndarray, passages: np.ndarray) -> np.ndarray:
         """Return the MaxSim of each passage of a document, `(p,)` float32; minus infinity if it has no token vectors.
@@ -65,15 +66,16 @@ class TokenScores:
         return scores
 
 
-def _runs(documents: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Divide documents into runs of at most `TOKENS_AT_A_TIME` vectors; a longer one is a run of its own."""
-    run: list[np.ndarray] = []
+def _runs(documents: Sequence[np.ndarray]) -> Iterator[list[int]]:
+    """Yield the places of documents with vectors, in runs of at most `TOKENS_AT_A_TIME`; a longer one is a run alone."""
+    run: list[int] = []
     size = 0
-    for codes in documents:
+    for place, codes in enumerate(documents):
         if run and size + len(codes) > TOKENS_AT_A_TIME:
             yield run
             run, size = [], 0
-        run.append(codes)
-        size += len(codes)
+        if len(codes):
+            run.append(place)
+            size += len(codes)
     if run:
         yield run
