@@ -1,5 +1,6 @@
 """BM25 (Robertson et al. 1994), the lexical baseline: scores by the words that a query and a text share."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,9 +25,19 @@ def import_bm25s() -> Any:
     return bm25s
 
 
-def words_of(text: str) -> list[str]:
-    """Return the words of a text: two letters or digits and more, in lower case, without English stop words."""
-    return import_bm25s().tokenize([text], stopwords="en", return_ids=False, show_progress=False)[0]
+def words_of(texts: Sequence[str]) -> list[list[str]]:
+    """Return the words of each text: two letters or digits and more, in lower case, without English stop words."""
+    return import_bm25s().tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+
+
+def weight_of_word(texts: int, frequency: int) -> float:
+    """Return the inverse document frequency of a word, as Lucene has it.
+
+    Args:
+        texts: number of all texts.
+        frequency: number of the texts that have the word.
+    """
+    return math.log(1 + (texts - frequency + 0.5) / (frequency + 0.5))
 
 
 class BM25Index:
@@ -69,7 +80,7 @@ class BM25Index:
 
     def scores(self, query: str) -> np.ndarray:
         """Return the scores of all texts for one query, float32 `(texts,)`; 0 for a query of stop words alone."""
-        words = words_of(query)
+        (words,) = words_of([query])
         if not words:
             return np.zeros(self._size, np.float32)
         return self._retriever.get_scores(words).astype(np.float32)

@@ -9,13 +9,12 @@ The V different words of a shard of D documents: `words`, UTF-8 one after anothe
 `posting_ends` `(V,)`; `lengths` `(D,)` int32, the number of words of each document.
 """
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from common.bm25 import K1, B, words_of
+from common.bm25 import K1, B, weight_of_word, words_of
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -32,7 +31,7 @@ def postings(texts: Sequence[str]) -> dict[str, np.ndarray]:
     found: dict[bytes, list[tuple[int, int]]] = defaultdict(list)
     lengths = []
     for place, text in enumerate(texts):
-        words = words_of(text)
+        (words,) = words_of([text])  # the words of all texts together would take many times their memory
         lengths.append(len(words))
         for word, count in Counter(words).items():
             found[word.encode()].append((place, count))
@@ -78,44 +77,46 @@ class WordScores:
             int(arrays["lengths"][kept].sum(dtype=np.int64)) for arrays, kept in zip(shards, alive, strict=True)
         )
         self.average_length = total / self.documents if self.documents else 0.0
+        self._frequencies: dict[str, int] = {}  # of the words that were sought, whose postings are long
 
-    def weights(self, words: Sequence[str]) -> dict[str, float]:
-        """Return what each word weighs, its inverse document frequency; words that no document has are left out."""
-        found = {}
-        for word in set(words):
-            frequency = 0
-            for arrays, kept in zip(self.shards, self.alive, strict=True):
-                if (rows := find_word(arrays, word)) is not None:
-                    frequency += int(kept[arrays["word_documents"][rows]].sum())
-            if frequency:
-                found[word] = math.log(1 + (self.documents - frequency + 0.5) / (frequency + 0.5))
-        return found
+    def frequency(self, word: str) -> int:
+        """Return the number of documents that have a word."""
+        if word not in self._frequencies:
+            self._frequencies[word] = sum(
+                int(kept[arrays["word_documents"][rows]].sum())
+                for arrays, kept in zip(self.shards, self.alive, strict=True)
+                if (rows := find_word(arrays, word)) is not None
+            )
+        return self._frequencies[word]
+
+    def weights(self, query: str) -> dict[str, float]:
+        """Return what each word of a query weighs: how often it is there times its inverse document frequency.
+
+        Words that no document has are left out.
+        """
+        (words,) = words_of([query])
+        counts = {word: count for word, count in Counter(words).items() if self.frequency(word)}
+        return {word: count * weight_of_word(self.documents, self.frequency(word)) for word, count in counts.items()}
 
     def __call__(self, query: str) -> np.ndarray:
         """Return the scores of all documents, those of deleted ones too, in the order of the shards, `(D,)` float32."""
-        words = words_of(query)
-        counts, weights = Counter(words), self.weights(words)
-        scores = []
+        weights, scores = self.weights(query), []
         for arrays in self.shards:
             found = np.zeros(len(arrays["lengths"]), np.float32)
-            for word in sorted(weights):
+            for word, weight in weights.items():
                 if (rows := find_word(arrays, word)) is None:
                     continue
                 documents = arrays["word_documents"][rows]
                 frequency = arrays["word_counts"][rows].astype(np.float32)
                 length = arrays["lengths"][documents] / self.average_length
-                found[documents] += counts[word] * weights[word] * frequency / (K1 * (1 - B + B * length) + frequency)
+                found[documents] += weight * frequency / (K1 * (1 - B + B * length) + frequency)
             scores.append(found)
         return np.concatenate([*scores, np.zeros(0, np.float32)])
 
     def of_passages(self, query: str, passages: Sequence[str]) -> np.ndarray:
         """Return scores of passages by the words of a query, `(p,)` float32, as if all passages were equally long."""
-        words = words_of(query)
-        counts, weights = Counter(words), self.weights(words)
-        scores = np.zeros(len(passages), np.float32)
-        for place, passage in enumerate(passages):
-            found = Counter(words_of(passage))
-            scores[place] = sum(
-                counts[word] * weight * found[word] / (K1 + found[word]) for word, weight in weights.items()
-            )
+        weights, scores = self.weights(query), np.zeros(len(passages), np.float32)
+        for place, words in enumerate(words_of(passages)):
+            counts = Counter(words)
+            scores[place] = sum(weight * counts[word] / (K1 + counts[word]) for word, weight in weights.items())
         return scores

@@ -25,7 +25,7 @@ def test_scores_are_those_of_one_index_of_the_documents_that_are_not_deleted(sha
         text for texts, kept in zip(shards, alive, strict=True) for text, one in zip(texts, kept, strict=True) if one
     ]
     scores = WordScores([postings(texts) for texts in shards], alive)(query)[np.concatenate(alive)]
-    if any(map(words_of, texts)):
+    if any(words_of(texts)):
         np.testing.assert_allclose(scores, BM25Index(texts).scores(query), rtol=1e-5, atol=1e-6)
     else:
         assert not scores.any()
@@ -34,10 +34,10 @@ def test_scores_are_those_of_one_index_of_the_documents_that_are_not_deleted(sha
 @given(st.lists(TEXT, max_size=6))
 def test_each_word_is_found_and_no_other(texts):
     arrays = postings(texts)
-    words = {word for text in texts for word in words_of(text)}
-    for word in words:
+    words = words_of(texts)
+    for word in {word for row in words for word in row}:
         rows = find_word(arrays, word)
-        expected = {place: words_of(text).count(word) for place, text in enumerate(texts) if word in words_of(text)}
+        expected = {place: row.count(word) for place, row in enumerate(words) if word in row}
         found = dict(zip(arrays["word_documents"][rows].tolist(), arrays["word_counts"][rows].tolist(), strict=True))
         assert found == expected
     assert all(find_word(arrays, word) is None for word in ("", "riv", "rivers", "zz", "aa"))

@@ -1,13 +1,11 @@
 """BM25 of texts that are in no index, with the document frequencies of a corpus."""
 
-import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-import bm25s
 import numpy as np
 
-K1, B = 1.5, 0.75  # as in `common.bm25`, whose scores these are
+from common.bm25 import K1, B, weight_of_word, words_of
 
 
 class CorpusWords:
@@ -26,7 +24,7 @@ class CorpusWords:
     def add(self, texts: Sequence[str]) -> None:
         """Add texts to the corpus."""
         self.texts += len(texts)
-        for words in _words(texts):
+        for words in words_of(texts):
             self.words += len(words)
             self.frequencies.update(set(words))
 
@@ -54,25 +52,19 @@ class CorpusWords:
             float32 `(Q, D)`.
         """
         asked: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)  # of a word: queries, how often it is there
-        for number, words in enumerate(_words(queries)):
+        for number, words in enumerate(words_of(queries)):
             for word, count in Counter(words).items():
                 if word in self.frequencies:
                     asked[word].append((number, count))
         found: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)  # documents, what is multiplied by idf
-        for number, words in enumerate(_words(documents)):
+        for number, words in enumerate(words_of(documents)):
             saturation = K1 * (1 - B + B * len(words) * self.texts / max(1, self.words))
             for word, count in Counter(words).items():
                 if word in asked:
                     found[word].append((number, count / (count + saturation)))
         scores = np.zeros((len(queries), len(documents)), np.float32)
         for word, weights in found.items():
-            frequency = self.frequencies[word]
-            idf = math.log(1 + (self.texts - frequency + 0.5) / (frequency + 0.5))
+            idf = weight_of_word(self.texts, self.frequencies[word])
             (rows, counts), (columns, shares) = (zip(*pairs, strict=True) for pairs in (asked[word], weights))
             scores[np.ix_(rows, columns)] += idf * np.outer(counts, shares)
         return scores
-
-
-def _words(texts: Sequence[str]) -> list[list[str]]:
-    """Return the words of each text, without stop words."""
-    return bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
