@@ -173,8 +173,8 @@ class Index:
         """Read what others have written since the index was opened.
 
         Raises:
-            UserError: it has been built again with another model than the one that is loaded, or is gone or damaged; the
-                index stays what it was.
+            UserError: it has been built again with another model than the one that is loaded, or is gone or damaged;
+                the index stays what it was.
         """
         snapshot = Snapshot.open(self.folder)
         if self._model is not None and snapshot.manifest.model != self.manifest.model:

@@ -67,7 +67,7 @@ class TokenScores:
 
 
 def _runs(documents: Sequence[np.ndarray]) -> Iterator[list[int]]:
-    """Yield the places of documents with vectors, in runs of at most `TOKENS_AT_A_TIME`; a longer one is a run alone."""
+    """Yield the places of documents with vectors in runs of at most `TOKENS_AT_A_TIME`; a longer one is a run alone."""
     run: list[int] = []
     size = 0
     for place, codes in enumerate(documents):
