@@ -40,7 +40,6 @@ from eval.report.results import Score, as_markdown, as_table
 from eval.tasks.evaluation import RetrievalArguments, evaluate_retrieval
 from experiments import speeches
 from modeling_longembed import LongEmbedModel
-from training.token_output import set_min_weight
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "experiments" / "demo.yaml"
@@ -140,7 +139,7 @@ def convert(folder: Path, settings: Settings, documents: Sequence[str]) -> None:
         attention_dropout=0.0,
     )
     model.fit_query_token_weights(documents)
-    set_min_weight(model, settings.token_min_weight)
+    model.config.token_min_weight = settings.token_min_weight
     model.fit_token_head(
         documents, settings.token_dim, max_tokens=settings.head_tokens, batch_tokens=EVALUATION_BATCH_TOKENS
     )

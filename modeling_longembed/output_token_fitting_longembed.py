@@ -146,12 +146,12 @@ def changed_config(config: Any, **changes: Any) -> Any:
 def replace_output(model: Any, config: Any, kept: str) -> None:
     """Give the model the token output that `config` describes, with those old weights whose names begin with `kept`."""
     old, place = model.token_output, next(model.parameters())
-    new = LongEmbedTokenOutput(config)
+    for name in ("token_dim", "token_head", "query_token_weights"):
+        setattr(model.config, name, getattr(config, name))
+    new = LongEmbedTokenOutput(model.config)
     new.apply(model._init_weights)
     new.load_state_dict({name: x for name, x in old.state_dict().items() if name.startswith(kept)}, strict=False)
     model.token_output = new.to(place.device, place.dtype).train(model.training)
-    for name in ("token_dim", "token_head", "query_token_weights"):
-        setattr(model.config, name, getattr(config, name))
 
 
 def _refuse_string(name: str, documents: Any) -> None:

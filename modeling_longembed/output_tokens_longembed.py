@@ -41,11 +41,12 @@ class LongEmbedTokenOutput(nn.Module):
     There are no parameters without `token_dim` and `query_token_weights`: the vectors are then the states themselves.
 
     Args:
-        config: the config of the model.
+        config: the config of the model, whose `token_min_weight` may change later.
     """
 
     def __init__(self, config):
         super().__init__()
+        self.config = config
         self.head: nn.Module | None = None
         if config.token_dim is not None:
             if config.token_head == "mlp":
@@ -59,7 +60,6 @@ class LongEmbedTokenOutput(nn.Module):
             self.query_table = nn.Parameter(torch.ones(config.vocab_size))
         else:
             self.query_table = None
-        self.min_weight = config.token_min_weight
         self.query_gate = nn.Linear(config.hidden_size, 1) if config.query_token_weights == "state" else None
 
     def initialize(self) -> None:
@@ -99,9 +99,9 @@ class LongEmbedTokenOutput(nn.Module):
         Args:
             input_ids, left_out, side: as in `forward`.
         """
-        kept = ~left_out[input_ids]
-        if self.min_weight and not (isinstance(side, str) and side == "query"):
-            is_rare = self.query_table.detach()[input_ids].abs() >= self.min_weight
+        kept, min_weight = ~left_out[input_ids], self.config.token_min_weight
+        if min_weight and not (isinstance(side, str) and side == "query"):
+            is_rare = self.query_table.detach()[input_ids].abs() >= min_weight
             kept &= is_rare | side if isinstance(side, Tensor) else is_rare
         return kept
 

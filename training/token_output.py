@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: command-line options; None: those of the process.
 
     Raises:
-        UserError: the model is narrower than the head, or the documents are too few for it.
+        UserError: the model is narrower than the head, or has no weights that a smallest one applies to, or the
+            documents are too few for the head.
     """
     model_args, args = parse(ModelArguments, TokenOutputArguments, argv=argv)
     loaded, _ = load_encoder(model_args)
@@ -102,7 +103,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         count = model.fit_query_token_weights(texts(sources), kind=args.query_token_weights)
         print(f"weights of query tokens: {args.query_token_weights}, from {count:,} documents")
     if args.token_min_weight is not None:
-        set_min_weight(model, args.token_min_weight)
+        if args.token_min_weight and model.config.query_token_weights == "none":
+            raise UserError(
+                f"--token_min_weight {args.token_min_weight}: this model has no weights of query tokens; give "
+                "--query_token_weights too"
+            )
+        model.config.token_min_weight = args.token_min_weight
     if args.token_dim is not None:
         order = np.random.default_rng(args.seed).permutation(sum(len(source.rows) for source in sources))
         drawn, choices = texts(sources, order), {"max_tokens": args.max_tokens, "batch_tokens": args.batch_tokens}
@@ -113,23 +119,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"head of {args.token_dim} dimensions: keeps {kept:.1%} of the token states of the documents")
     output_dir.mkdir(parents=True, exist_ok=True)
     print(save(model, output_dir, title=output_dir.name))
-
-
-def set_min_weight(model: Any, weight: float) -> None:
-    """Leave tokens of documents out whose weight is smaller, in place.
-
-    Args:
-        model: the model.
-        weight: the smallest weight that is kept.
-
-    Raises:
-        UserError: the model has no weights of query tokens.
-    """
-    if weight and model.config.query_token_weights == "none":
-        raise UserError(
-            f"--token_min_weight {weight}: this model has no weights of query tokens; give --query_token_weights too"
-        )
-    model.config.token_min_weight = model.token_output.min_weight = weight
 
 
 def texts(sources: Sequence[Source], order: Sequence[int] | np.ndarray | None = None) -> Iterator[str]:

@@ -121,11 +121,10 @@ class DocumentReader:
         """Return which of the token vectors of a document are of tokens that begin in a passage, `(p, 2)`."""
         if "tokens" not in self.settings.parts:
             return np.zeros_like(spans)
-        left_out = self.model.left_out_tokens(torch.device("cpu")).clone()
-        output = self.model.token_output
-        if output.min_weight:
-            left_out |= output.query_table.detach().abs().cpu() < output.min_weight
-        kept = ~left_out.numpy()[np.concatenate([reading.ids for reading in readings])]
+        device = self.model.device
+        ids = torch.from_numpy(np.concatenate([reading.ids for reading in readings])).to(device)
+        left_out = self.model.left_out_tokens(device)
+        kept = self.model.token_output.has_vector(ids, left_out, "document").cpu().numpy()
         is_text = np.concatenate([reading.is_text for reading in readings])
         starts = np.concatenate([reading.offsets[:, 0] for reading in readings])[is_text]
         # How many token vectors there are before each token of the text, and in all.

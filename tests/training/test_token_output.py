@@ -70,7 +70,7 @@ def test_frequent_tokens_of_documents_have_no_vector(fit):
     kept = [int((weights >= limit).sum()) for weights in rows]
     assert 0 < sum(kept) < sum(map(len, rows)) - 2 * len(rows)
     assert [len(vectors) for vectors in fitted.encode(texts, output_value="tokens")] == kept
-    whole.config.token_min_weight = whole.token_output.min_weight = limit
+    whole.config.token_min_weight = limit
     whole.fit_token_head(texts, 8)  # to the tokens that have a vector
     np.testing.assert_allclose(*(m.token_output.head.weight.detach() for m in (whole, fitted)), atol=1e-3)
 

@@ -280,6 +280,8 @@ def test_document_tokens_whose_weight_is_too_small_have_no_vector():
     assert kept["query"].equal(every)
     assert kept["document"].equal(every & is_rare)
     assert kept[str(is_query)].equal(every & (is_rare | of_query))
+    whole.config.token_min_weight = 1.0  # at any time
+    assert whole(input_ids, cu_seq_lens_q=cu_seqlens, token_vectors="document").token_mask.equal(kept["document"])
 
 
 def test_another_tokenizer_or_more_special_tokens_are_noticed():

@@ -89,17 +89,24 @@ def test_codes_are_compared_as_they_are_decoded(build, tiny_model, precision):
 
 
 @pytest.mark.promise("I3")
-@pytest.mark.parametrize("segments", ["late:8", "tokens:12/4", "sentences:10", "document"])
-def test_the_best_passage_is_the_one_with_the_largest_score(build, tiny_model, segments):
+@pytest.mark.parametrize(
+    ("segments", "min_weight"),
+    [("late:8", 0), ("late:8", 0.2), ("tokens:12/4", 0), ("sentences:10", 0), ("document", 0)],
+)
+def test_the_best_passage_is_the_one_with_the_largest_score(tmp_path, tiny_model, segments, min_weight):
     """By tokens: MaxSim of the tokens that begin in it; by vectors: the cosine of the vector that is kept of it."""
     documents = make_documents(6)
-    index = build(documents, segments=segments)
+    if min_weight:  # frequent words have no vector
+        tiny_model = copy.deepcopy(tiny_model)
+        tiny_model.fit_query_token_weights([document.text for document in documents])
+        tiny_model.config.token_min_weight = min_weight
+    index = Index.build(tmp_path / "index", documents, tiny_model, segments=segments, token_precision="float32")
     texts = {document.id: document.text for document in documents}
-    tokens, query = tiny_model.tokenizer, "river green house"
+    query = "river green house"
     of_query = tiny_model.encode(query, prompt_name="query", output_value="tokens")
     for hit in index.search(query, 6, parts=["tokens"], passages=1):
         vectors = tiny_model.encode(texts[hit.id], output_value="tokens", is_query=False)
-        starts = np.array(tokens(texts[hit.id], add_special_tokens=False, return_offsets_mapping=True).offset_mapping)
+        starts = tiny_model.token_spans(texts[hit.id], is_query=False).numpy()
         products = of_query @ vectors.T
         best = -np.inf
         for start, end in index.snapshot.shards[0].arrays["passages"].tolist():
