@@ -23,7 +23,7 @@ from common.encoders.vector_cache import VectorCache
 from common.errors import UserError
 from eval.models.costs import Costs
 from eval.models.quantization import quantize
-from eval.models.search import ChunkScores, HybridScores, Scorer, Search, TokenScores, WordScores, WordSearch
+from eval.models.search import ChunkScores, HybridScores, Scorer, Search, TokenScores, WordScores
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class EvaluatedModel(ModelSpec):
     def _load(self, cache: VectorCache, batch_tokens: int, trust_remote_code: bool) -> Any:
         """Load the model itself, as `load` does where it is not combined with BM25."""
         if self.folder is None:
-            return WordSearch(self.meta)
+            return Search(WordScores(), self.meta)
         if self.kind == "chunks":
             chunks = self.load_chunk_encoder(batch_tokens)
             return Search(ChunkScores(chunks, cache), self._described(chunks))

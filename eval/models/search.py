@@ -38,6 +38,32 @@ class Scorer(Protocol):
             Indices of n documents, and their scores `(Q, n)`; each document comes once.
         """
 
+    def best(
+        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs, allowed: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the k largest scores of each query.
+
+        Args:
+            queries: Q texts.
+            documents: D texts, as in `blocks`.
+            k: number of documents for each query.
+            costs: what they take is added to it.
+            allowed: `(Q, D)` bool, false where a document is no candidate for a query; None: all are.
+
+        Returns:
+            Scores, -inf of documents that are no candidates, and indices of documents, both `(Q, min(k, D))`.
+        """
+        best = torch.full((len(queries), 0), -torch.inf)
+        indices = torch.zeros((len(queries), 0), dtype=torch.long)
+        for window, scores in self.blocks(queries, documents, costs):
+            if allowed is not None:
+                scores = scores.where(allowed[:, torch.tensor(window)], -torch.inf)
+            best = torch.cat([best, scores], dim=1)
+            indices = torch.cat([indices, torch.tensor(window).expand(len(best), -1)], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            indices = indices.gather(1, order)
+        return best, indices
+
 
 class Search:
     """A scorer behind MTEB's search protocol.
@@ -89,42 +115,11 @@ class Search:
             allowed = torch.zeros(len(query_texts), len(ids), dtype=torch.bool)
             for row, query in zip(allowed, queries["id"], strict=True):
                 row[[places[name] for name in top_ranked.get(query, ())]] = True
-        best, indices = self._best(query_texts, texts, top_k, costs, allowed)
+        best, indices = self.scorer.best(query_texts, texts, top_k, costs, allowed)
         return {
             query: {ids[i]: score for i, score in zip(row, values, strict=True) if score > -torch.inf}
             for query, row, values in zip(queries["id"], indices.tolist(), best.tolist(), strict=True)
         }
-
-    def _best(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        k: int,
-        costs: Costs,
-        allowed: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the k largest scores of each query.
-
-        Args:
-            queries: Q texts.
-            documents: D texts.
-            k: number of documents for each query.
-            costs: what they take is added to it.
-            allowed: `(Q, D)` bool, false where a document is no candidate for a query; None: all are.
-
-        Returns:
-            Scores, -inf of documents that are no candidates, and indices of documents, both `(Q, min(k, D))`.
-        """
-        best = torch.full((len(queries), 0), -torch.inf)
-        indices = torch.zeros((len(queries), 0), dtype=torch.long)
-        for window, scores in self.scorer.blocks(queries, documents, costs):
-            if allowed is not None:
-                scores = scores.where(allowed[:, torch.tensor(window)], -torch.inf)
-            best = torch.cat([best, scores], dim=1)
-            indices = torch.cat([indices, torch.tensor(window).expand(len(best), -1)], dim=1)
-            best, order = best.topk(min(k, best.shape[1]), dim=1)
-            indices = indices.gather(1, order)
-        return best, indices
 
 
 class ChunkScores(Scorer):
@@ -168,49 +163,16 @@ class WordScores(Scorer):
         yield range(len(documents)), torch.from_numpy(scores)
 
     def best(
-        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs
+        self, queries: Sequence[str], documents: Sequence[str], k: int, costs: Costs, allowed: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the documents with the largest scores.
-
-        Args:
-            queries: Q texts.
-            documents: any sequence of texts.
-            k: number of documents for each query.
-            costs: what they take is added to it.
-
-        Returns:
-            Scores and indices of documents, both `(Q, min(k, documents))`.
-        """
+        """Find the k largest scores of each query; see `Scorer`. Only these are in memory, if `allowed` is None."""
+        if allowed is not None:
+            return super().best(queries, documents, k, costs, allowed)
         words = BM25Index(documents)
         costs.bytes += words.nbytes
         with costs.comparing():
             scores, indices = words.search(queries, k)
         return torch.from_numpy(scores), torch.from_numpy(indices)
-
-
-class WordSearch(Search):
-    """BM25 behind MTEB's search protocol; only the scores of the best documents are in memory.
-
-    Args:
-        meta: MTEB's description of the model.
-    """
-
-    scorer: WordScores
-
-    def __init__(self, meta: ModelMeta):
-        super().__init__(WordScores(), meta)
-
-    def _best(
-        self,
-        queries: Sequence[str],
-        documents: Sequence[str],
-        k: int,
-        costs: Costs,
-        allowed: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if allowed is not None:
-            return super()._best(queries, documents, k, costs, allowed)
-        return self.scorer.best(queries, documents, k, costs)
 
 
 class TokenScores(Scorer):

@@ -11,7 +11,7 @@ from mteb.types import PromptType
 
 from common.errors import UserError
 from eval.models.mteb_models import EvaluatedModel
-from eval.models.search import WordSearch
+from eval.models.search import Search, WordScores
 from eval.tasks.retrieval import get_tasks, load, local_task
 from tests.eval.task_files import write_rows
 
@@ -23,7 +23,7 @@ TITLED = (("A fox", TEXTS[0]), ("", TEXTS[1]), (None, TEXTS[2]))
 def evaluate_words(task) -> list[dict]:
     """All scores of BM25."""
     load(task)
-    results = mteb.evaluate(WordSearch(EvaluatedModel("bm25").meta), task, cache=None, co2_tracker=False)
+    results = mteb.evaluate(Search(WordScores(), EvaluatedModel("bm25").meta), task, cache=None, co2_tracker=False)
     return results.task_results[0].scores["test"]
 
 
