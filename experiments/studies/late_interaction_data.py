@@ -44,7 +44,7 @@ class Arguments:
     output_dir: str = field(metadata={"help": "folder of the five files", "output": "folder"})
 
 
-def with_negatives(pairs: list[tuple[str, str]], generator: random.Random) -> list[dict[str, str]]:
+def with_negatives(pairs: Sequence[Sequence[str]], generator: random.Random) -> list[dict[str, str]]:
     """Give each pair a positive of another pair that BM25 finds near its anchor, in random order.
 
     Args:
@@ -97,16 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     bodies = {
         name: [x for _, (x,) in read_text_columns(data / name / "documents.jsonl.gz", "body")] for name in SOURCES
     }
-    abstracts = [
-        (anchor, positive)
-        for _, (anchor, positive) in read_text_columns(
-            data / "pubmed" / "title_abstract.jsonl.gz", "anchor", "positive"
-        )
-    ]
-    questions = [
-        (question, answer)
-        for _, (question, answer) in read_text_columns(arguments.questions, "question", "long_answer")
-    ][:QUESTIONS]
+    titles = read_text_columns(data / "pubmed" / "title_abstract.jsonl.gz", "anchor", "positive")
+    abstracts = [pair for _, pair in titles]
+    questions = [pair for _, pair in read_text_columns(arguments.questions, "question", "long_answer")][:QUESTIONS]
 
     counted: list[str] = []
     passages: list[str] = []
