@@ -67,6 +67,8 @@ def main() -> None:
         UserError: a package is missing, the address cannot be listened at, or the index does not open.
     """
     arguments, limits = parse(ServeArguments, Limits)
+    # Before packages: who misspelt the folder need not install any to be told.
+    index = Index.open(arguments.index, arguments.model)
     try:
         import uvicorn
 
@@ -77,10 +79,10 @@ def main() -> None:
             from retrieval.server.page import make_page, mount_page
     except ImportError as error:
         raise UserError(
-            f"serving needs {error.name}, which is not installed: pip install -e .[serve], or .[api] for --no_page"
+            f"serving needs {error.name}, which is not installed: pip install -e '.[serve]', or '.[api]' for --no_page"
         ) from None
     with listen(arguments.host, arguments.port) as listening:
-        service = Service(Index.open(arguments.index, arguments.model), arguments.batch_tokens, arguments.queue_tokens)
+        service = Service(index, arguments.batch_tokens, arguments.queue_tokens)
         app = make_app(service, limits)
         if arguments.page:
             app = mount_page(app, make_page(service, limits.timeout))

@@ -4,7 +4,7 @@
         --relative_margin 0.05 --output mined.jsonl
 
 Reads pairs as training/contrastive.py does, and writes JSON lines {anchor, positive, negative_1, ...} for it.
-Needs `pip install -e .[train,eval,search]`. docs/guides/pairs.md says which settings are for what.
+Needs `pip install -e '.[train,eval,search]'`. docs/guides/pairs.md says which settings are for what.
 """
 
 from collections import Counter

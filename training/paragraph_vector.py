@@ -3,7 +3,7 @@
     python training/paragraph_vector.py --train_data documents.jsonl --eval_data held-out.jsonl --output_dir runs/pv
 
 Trains gensim's Doc2Vec (Le and Mikolov 2014, arXiv:1405.4053) and writes `runs/pv/final`, which is a teacher of
-training/distillation.py as `paragraph-vector:runs/pv/final`. Needs `pip install -e .[train,eval,paragraph-vector]`.
+training/distillation.py as `paragraph-vector:runs/pv/final`. Needs `pip install -e '.[train,eval,paragraph-vector]'`.
 """
 
 import json

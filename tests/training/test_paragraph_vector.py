@@ -200,5 +200,5 @@ def test_mistakes_are_sentences(trained_model, tmp_path):
 def test_without_gensim_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gensim.models", None)
     data = write_jsonl(tmp_path / "train.jsonl", documents(3, 0))
-    with pytest.raises(UserError, match=r"needs gensim: pip install -e .\[paragraph-vector\]"):
+    with pytest.raises(UserError, match=r"needs gensim: pip install -e '.\[paragraph-vector\]'"):
         paragraph_vector.main(f"--train_data {data} --output_dir {tmp_path}".split())

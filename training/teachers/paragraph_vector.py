@@ -287,5 +287,5 @@ def gensim_doc2vec() -> Any:
     try:
         from gensim.models import doc2vec
     except ImportError:
-        raise UserError("Paragraph Vector needs gensim: pip install -e .[paragraph-vector]") from None
+        raise UserError("Paragraph Vector needs gensim: pip install -e '.[paragraph-vector]'") from None
     return doc2vec

@@ -135,7 +135,7 @@ class NearDuplicates:
         try:
             import datasketch
         except ImportError:
-            raise UserError("--near_duplicates needs datasketch: pip install -e .[dedup]") from None
+            raise UserError("--near_duplicates needs datasketch: pip install -e '.[dedup]'") from None
         self._threshold, self._library = threshold, datasketch
         self._index: Any = datasketch.MinHashLSH(threshold=max(0.1, threshold - 0.2), num_perm=PERMUTATIONS)
         self._kept: list[np.ndarray] = []  # the hashes of each, sorted: 8 bytes each, of which a set takes 60

@@ -318,5 +318,5 @@ def _faiss() -> Any:
     try:
         import faiss
     except ImportError:
-        raise UserError("mining needs faiss, which is not installed: pip install -e .[search]") from None
+        raise UserError("mining needs faiss, which is not installed: pip install -e '.[search]'") from None
     return faiss

@@ -57,7 +57,7 @@ def read_words(sources: Sequence[Source]) -> "CorpusWords":
     try:
         from training.objectives.contrastive.corpus_words import CorpusWords
     except ImportError:
-        raise UserError("--teach_bm25_weight needs bm25s: pip install -e .[search]") from None
+        raise UserError("--teach_bm25_weight needs bm25s: pip install -e '.[search]'") from None
     own, seen, rank, processes = CorpusWords(), set[int](), own_rows(1).start, world_size()
     for source in sources:
         columns = list(dict.fromkeys(source.columns[1:] or source.columns))

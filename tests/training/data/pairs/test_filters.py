@@ -177,7 +177,7 @@ def test_a_resumed_run_has_the_same_filters(trained_on, tmp_path):
 
 def test_without_datasketch_it_is_said_what_to_install(trained_on, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
-    with pytest.raises(UserError, match=r"^--near_duplicates needs datasketch: pip install -e .\[dedup\]$"):
+    with pytest.raises(UserError, match=r"^--near_duplicates needs datasketch: pip install -e '.\[dedup\]'$"):
         trained_on("--near_duplicates 0.7")
 
 

@@ -189,5 +189,5 @@ def test_vectors_that_are_not_finite_are_refused():
 
 def test_without_faiss_the_extra_is_named(model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UserError, match=r"pip install -e .\[search\]"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[search\]'"):
         load_ranker(ModelSpec.parse(str(model_folder)), ["a"], ["b"], VectorCache(":memory:"))
