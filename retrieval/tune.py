@@ -32,7 +32,7 @@ class Arguments:
         metadata={"help": ".jsonl or .jsonl.gz file with the fields query and documents (a list of ids)"}
     )
     model: str | None = field(
-        default=None, metadata={"help": "folder or Hub id of the model, if it is no longer where it was"}
+        default=None, metadata={"help": "the model of the index, if it is not where it was when the index was built"}
     )
     candidates: int = field(
         default=100, metadata={"help": "documents that vectors and BM25 find each", "within": "[1, inf)"}

@@ -1,6 +1,7 @@
 """Files of documents as text: plain text, Markdown, HTML, PDF and Word, with their pages and headings."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -35,6 +36,15 @@ _BLOCKS = {
     **dict.fromkeys(("section", "article", "main", "nav", "aside", "header", "footer", "address", "details"), "\n\n"),
     **dict.fromkeys(("h1", "h2", "h3", "h4", "h5", "h6"), "\n\n"),
 }
+# Elements that may be left open without a mistake, that have no content, or whose content is not read.
+_NOT_NESTED = {
+    *("html", "body", "p", "li", "dt", "dd", "option", "tr", "td", "th", "thead", "tbody", "tfoot", "rt", "rp"),
+    *("area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"),
+    *("title", "noscript", "noframes", "xmp"),
+    *_LEFT_OUT,
+}
+_TAG = re.compile(r"<(/?)([a-z][a-z0-9-]*)", re.IGNORECASE)
+_DEEPEST = 512  # elements in each other, as in browsers
 
 
 class UnreadableFile(Exception):
@@ -174,11 +184,7 @@ def _decode(data: bytes) -> str:
 
 
 def read_html(data: bytes) -> Text:
-    """Read what a page of HTML says: its text without scripts, forms and drawings, a line break after each block.
-
-    The parser looks through the elements that are open at each new block, so that its time grows with the square of
-    how deeply blocks are nested.
-    """
+    """Read what a page of HTML says: its text without scripts, forms and drawings, a line break after each block."""
     parser = _package("selectolax.lexbor", ".html").LexborHTMLParser
     declared = _CHARSET.search(data[:1024])
     try:
@@ -188,7 +194,7 @@ def read_html(data: bytes) -> Text:
             source = _decode(data)
     except (LookupError, UnicodeDecodeError) as error:
         raise UnreadableFile(f"is not what its charset says ({one_line(error)}); correct one of them") from None
-    tree, text = parser(source), Text()
+    tree, text = parser(_flattened(source)), Text()
     if (title := tree.css_first("head > title")) is not None and title.text().strip():
         text.metadata["title"] = " ".join(title.text().split())
     headings: list[tuple[int, int]] = []  # the characters and the pieces with which the headings around a node begin
@@ -206,6 +212,29 @@ def read_html(data: bytes) -> Text:
             start, pieces = headings.pop()
             text.mark("heading", "".join(text.pieces[pieces:]), start)
     return text
+
+
+def _flattened(source: str) -> str:
+    """Return HTML in which no more than 512 elements are in each other; blocks beyond are line breaks.
+
+    At each new block the parser looks through all elements that are open, so that a page of a megabyte that opens
+    100,000 of them would take minutes.
+    """
+    opened: Counter[str] = Counter()
+    depth = 0
+
+    def shallow(match: re.Match[str]) -> str:
+        nonlocal depth
+        name, ends = match[2].lower(), bool(match[1])
+        if name in _NOT_NESTED or (ends and not opened[name]):
+            return match[0]
+        opened[name] += -1 if ends else 1
+        depth += -1 if ends else 1
+        if depth + ends <= _DEEPEST:
+            return match[0]
+        return "<br" if name in _BLOCKS else "<wbr"
+
+    return _TAG.sub(shallow, source)
 
 
 def _nodes(node: Any) -> Iterator[tuple[Any, bool]]:

@@ -11,11 +11,21 @@ from hypothesis import strategies as st
 
 from common.errors import UserError
 from retrieval.documents.document import Document
-from retrieval.documents.formats import FORMATS, UnreadableFile, read_file, read_html, read_markdown, read_text
+from retrieval.documents.formats import (
+    FORMATS,
+    UnreadableFile,
+    _flattened,
+    read_file,
+    read_html,
+    read_markdown,
+    read_text,
+)
 from tests.retrieval.documents import sample_files
 
 for _package in ("selectolax", "pypdf", "docx", "markdown_it"):
     pytest.importorskip(_package, reason="the extra 'files' is not installed")
+
+from selectolax.lexbor import LexborHTMLParser  # noqa: E402
 
 
 def write(tmp_path, name: str, data: bytes | str):
@@ -117,8 +127,17 @@ def test_a_page_is_read_in_its_encoding():
         assert str(read_html(f"{head}<p>Café".encode(encoding))) == "Café"
 
 
-def test_a_page_nested_five_thousand_deep_is_read():
-    assert str(read_html(b"<div>" * 5_000 + b"deep")) == "deep"
+def test_a_page_that_is_nested_deeper_than_browsers_go_has_its_text():
+    blocks = "".join(f"<div class='a>b'>{n}<!-- ? -->" for n in range(1_000))
+    ends = "".join(f"</div><b>{n}</b>c<script>left out</script>" for n in range(1_000))
+    lines = [*map(str, range(1_000)), *(f"{n}c" for n in range(1_000))]
+    assert str(read_html(f"{blocks}{ends}".encode())) == "\n".join(lines)
+    page = "<div>" * 5_000 + "<p>deep" + "</b>" * 9 + "</div>" * 5_000 + "<p>end"
+    assert str(read_html(page.encode())) == "deep\n\nend"
+    node, depth = LexborHTMLParser(_flattened(page)).root, 0
+    while node is not None:
+        node, depth = node.child if node.tag != "head" else node.next, depth + 1
+    assert 500 < depth < 530
 
 
 @pytest.mark.promise("R4")
