@@ -10,7 +10,7 @@ def min_max_(scores: Tensor) -> Tensor:
     equations 1 and 3). Where all scores are equal, they become 0.
 
     Args:
-        scores: `(queries, documents)`, of which no gradient is taken.
+        scores: `(queries, documents)`, of which no gradient is taken; without documents they stay as they are.
 
     Returns:
         `scores`.
@@ -21,5 +21,7 @@ def min_max_(scores: Tensor) -> Tensor:
         tensor([[0.0000, 1.0000, 0.5000],
                 [0.0000, 0.0000, 0.0000]])
     """
+    if not scores.numel():
+        return scores
     low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
     return scores.sub_(low).div_((high - low).where(high > low, 1))

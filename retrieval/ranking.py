@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.score_scaling import min_max_
 from retrieval.index.snapshot import Snapshot
 from retrieval.index.tokens import TokenScores
 
@@ -82,7 +83,7 @@ class Scores:
         """Return one score for each document, `(n,)` float32.
 
         The model's score is MaxSim, or without token vectors that of the best passage. Beside words it is scaled as
-        they are, and counts with the weight: `weight * scaled(model) + (1 - weight) * scaled(words)`.
+        they are, by `min_max_`, and counts with the weight: `weight * scaled(model) + (1 - weight) * scaled(words)`.
 
         Args:
             weight: of the model, 0 to 1.
@@ -91,13 +92,8 @@ class Scores:
         words = self.parts.get("words")
         if model is None or words is None:
             return words if model is None else model  # type: ignore[return-value]
-        return weight * scaled(model) + (1 - weight) * scaled(words)
-
-
-def scaled(scores: np.ndarray) -> np.ndarray:
-    """Scale scores so that the smallest is 0 and the largest 1; where all are equal, they are 0 (arXiv:2210.11934)."""
-    low, high = scores.min(initial=np.inf), scores.max(initial=-np.inf)
-    return (scores - low) / (high - low) if high > low else np.zeros_like(scores)
+        scaled = min_max_(torch.from_numpy(np.stack([model, words]))).numpy()
+        return weight * scaled[0] + (1 - weight) * scaled[1]
 
 
 def score_candidates(

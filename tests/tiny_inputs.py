@@ -15,7 +15,8 @@ TRAINING = "--train_data {data} --output_dir out --max_steps 2 --logging_steps 1
 PAIRS = TRAINING.format(data="in/pairs.jsonl") + " --per_device_train_batch_size 8 --max_length 64"
 TEXTS = TRAINING.format(data="in/documents.jsonl")
 TOKENS = "--per_device_train_tokens 240 --sequence_length 16:0.5 60:0.5"
-# Relative to a folder with the inputs in `in`; `out` is written. The last one reads what the one for mteb_long writes.
+# Relative to a folder with the inputs in `in`; `out` is written. eval.plot reads what eval.mteb_long writes,
+# and retrieval.search and retrieval.tune read the index of retrieval.build.
 COMMANDS = {
     "training.contrastive": f"--model_name_or_path in/model {PAIRS}",
     "training.distillation": f"--model_name_or_path in/model {TEXTS} --per_device_train_batch_size 8 --max_length 64 "
@@ -41,7 +42,12 @@ COMMANDS = {
     "eval.questions": "--data in/questions.jsonl --output_dir out/Task",
     "eval.synthetic": "--output_dir out --tokenizer in/model --tasks passkey --lengths 64 --queries 2 --documents 3",
     "eval.plot": "--results_dir in/results --output out/plot.png",
+    "retrieval.build": "--model in/model --data in/documents.jsonl --index out --segments late:8",
+    "retrieval.search": "--index in/index --model in/model --query river",
+    "retrieval.tune": "--index in/index --model in/model --queries in/judged.jsonl",
 }
+# Inputs that a script is there to change.
+CHANGED = {"retrieval.tune": "in/index/"}
 
 
 def write_inputs(folder: Path) -> None:
@@ -65,4 +71,6 @@ def write_inputs(folder: Path) -> None:
     write_rows(folder / "sts" / "Alike.jsonl", rows)
     answers = [{"question": f"what is {n}", "long_answer": text} for n, text in enumerate(texts)]
     write_rows(folder / "questions.jsonl", answers)
+    judged = [{"query": text, "documents": [f"documents.jsonl:{n + 1}"]} for n, text in enumerate(texts[:4])]
+    write_rows(folder / "judged.jsonl", judged)
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"seed": 1}))

@@ -9,7 +9,7 @@ from common.errors import UserError
 from retrieval.documents.document import Document
 from retrieval.index.filters import check_filters
 from retrieval.index.identity import check_model, describe_model, load_model
-from retrieval.index.manifest import MANIFEST, UNFINISHED, Manifest, Settings, only_writer
+from retrieval.index.manifest import LOCK, MANIFEST, UNFINISHED, Manifest, Settings, only_writer
 from retrieval.index.reading import DocumentReader, QueryReader
 from retrieval.index.snapshot import Snapshot
 from retrieval.index.vectors import choose_kind
@@ -60,7 +60,7 @@ class Index:
         again. The index can be opened when it is whole.
 
         Args:
-            path: a folder that holds no index.
+            path: an empty folder, or a new one.
             documents: any number of documents, with different ids.
             model: a model of ours, its folder or its id on the Hub.
             segments: how documents are divided into passages; see `retrieval.segments`.
@@ -86,10 +86,11 @@ class Index:
         loaded = load_model(model)
         reader = _reader(loaded, settings, batch_tokens)
         described = describe_model(loaded)
+        _check_place(folder)
         with only_writer(folder):
             if (folder / MANIFEST).exists():
                 raise UserError(f"{folder} holds an index; add documents to it, or name another folder")
-            manifest = Manifest(settings, described)
+            begun = Manifest(settings, described)
             if (folder / UNFINISHED).exists():
                 begun = Manifest.read(folder, UNFINISHED)
                 if begun.settings != settings:
@@ -98,20 +99,25 @@ class Index:
                         "the same ones, or remove the folder"
                     )
                 check_model(loaded, begun.model, str(folder))
-                manifest = begun
             writer = Writer(folder, shard_mb, memory)
-            writer.tidy(manifest)
+            writer.tidy(begun)
 
             def save(current: Manifest) -> None:
+                nonlocal begun
                 current.write(folder, UNFINISHED)
+                begun = current
                 if on_shard is not None:
                     on_shard(sum(entry.documents - len(entry.deleted) for entry in current.shards))
 
-            manifest = writer.add(manifest, documents, reader, save, whole=True)
-            if not manifest.shards:
-                raise UserError(f"there is no document to index in {folder}; give at least one")
+            try:
+                manifest = writer.add(begun, documents, reader, save, whole=True)
+                if not any(len(entry.deleted) < entry.documents for entry in manifest.shards):
+                    raise UserError(f"there is no document to index in {folder}; give at least one")
+            except BaseException:
+                writer.tidy(begun)
+                raise
             manifest.write(folder)
-            (folder / UNFINISHED).unlink(missing_ok=True)
+            (folder / UNFINISHED).unlink()
         index = cls(folder, batch_tokens=batch_tokens)
         index._model = loaded
         return index
@@ -380,6 +386,13 @@ class Index:
             changed.write(self.folder)
             self.snapshot = Snapshot(self.folder, changed)
             writer.tidy(changed)
+
+
+def _check_place(folder: Path) -> None:
+    """Raise an error if a folder holds what is no index: nothing of that may be taken for leftovers and removed."""
+    other = {path.name for path in folder.iterdir() if ".tmp-" not in path.name} if folder.is_dir() else set()
+    if other and other.isdisjoint({LOCK, MANIFEST, UNFINISHED}):
+        raise UserError(f"{folder} holds {min(other)} and is no index; name an empty folder or a new one")
 
 
 def _reader(model: Any, settings: Settings, batch_tokens: int) -> DocumentReader:

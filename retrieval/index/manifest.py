@@ -6,12 +6,13 @@ manifest, so that a process that is killed leaves the old index or the new one.
 
 import fcntl
 import json
+import os
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from common.errors import UserError
 from common.files import atomic_write
@@ -170,22 +171,45 @@ class Manifest:
 def only_writer(folder: Path) -> Iterator[None]:
     """Let one process at a time write; the system ends the claim of a process that has ended in whatever way.
 
+    A folder that holds no more than the claim afterwards, because what was to be written was refused, is removed.
+
     Raises:
         UserError: another writer is at work, or nothing can be written there.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise UserError(f"{folder}: the index cannot be written ({error.strerror}); name another place") from None
-    with file:
+    with _claim(folder):
+        try:
+            yield
+        finally:
+            for kind in (SHARDS, VECTORS, CODECS):
+                with suppress(OSError):  # most often because there are files in it
+                    (folder / kind).rmdir()
+            with suppress(OSError):  # another process may claim the folder after the first of the two
+                if [path.name for path in folder.iterdir()] == [LOCK]:
+                    (folder / LOCK).unlink()
+                    folder.rmdir()
+
+
+def _claim(folder: Path) -> IO[str]:
+    """Make the folder if it is not there, and return its file `lock`, which is locked until it is closed."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = open(folder / LOCK, "a")  # noqa: SIM115 (the caller closes it)
+        except OSError as error:
+            raise UserError(f"{folder}: the index cannot be written ({error.strerror}); name another place") from None
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+                return file
+        except FileNotFoundError:
+            pass  # another process has removed the folder since the file was opened
         except BlockingIOError:
+            file.close()
             raise UserError(f"{folder}: another process is writing this index; try again when it has ended") from None
         except OSError as error:
+            file.close()
             raise UserError(f"{folder}: the file system has no locks ({error.strerror}); copy the index") from None
-        yield
+        file.close()
 
 
 def new_name(number: int, ending: str = "") -> str:

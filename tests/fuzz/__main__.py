@@ -31,6 +31,8 @@ from tests.fuzz.run import options_of, run_case
 from tests.tiny_inputs import COMMANDS, write_inputs
 
 PER_DRAW = 300
+# What a script writes is an input of others.
+READ_AS = {"eval.mteb_long": "results", "retrieval.build": "index"}
 
 
 def main() -> None:
@@ -89,7 +91,7 @@ def main() -> None:
 def check_good_commands(scripts: list[str], inputs: Path, folder: Path) -> None:
     """Run every command line as it is: what is refused later is refused for what was changed.
 
-    The results that eval.mteb_long writes become an input of eval.plot.
+    The results that eval.mteb_long writes become an input of eval.plot, and the index of retrieval.build one of others.
     """
     import datasets
 
@@ -111,8 +113,8 @@ def check_good_commands(scripts: list[str], inputs: Path, folder: Path) -> None:
         if ended.code:
             raise SystemExit(f"{script} does not end well with good inputs: {ended.stderr[-3000:]}")
         print(f"{script}: {ended.seconds:.1f} s", flush=True)
-        if script == "eval.mteb_long":
-            shutil.copytree(work / "out", inputs / "results", ignore=shutil.ignore_patterns("*.sqlite"))
+        if script in READ_AS:
+            shutil.copytree(work / "out", inputs / READ_AS[script], ignore=shutil.ignore_patterns("*.sqlite"))
         shutil.rmtree(work)
 
 

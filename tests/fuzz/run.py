@@ -23,7 +23,7 @@ from common.errors import run as run_script
 from docs.make_reference import parser_of
 from tests.forked import run_forked
 from tests.fuzz.cases import Case, prepare
-from tests.tiny_inputs import COMMANDS
+from tests.tiny_inputs import CHANGED, COMMANDS
 
 MEMORY = 6 << 30
 # Python's own words about our code: a message with one of them was not written for a reader.
@@ -100,7 +100,12 @@ def run_case(case: Case, inputs: Path, folder: Path, seconds: float = 30.0) -> O
 
 
 def is_asked_for(name: str, case: Case) -> bool:
-    """Return whether a case may write to a file: a word beside the good ones names it, or a place around it."""
+    """Return whether a case may write to a file: the script is there to do so, or a word beside the good ones names it.
+
+    The word may also name a place around it.
+    """
+    if name.startswith(CHANGED.get(case.script, "\0")):
+        return True
     added = Counter(case.words) - Counter(COMMANDS[case.script].split())
     places = [word.partition("=")[2] if word.startswith("--") else word for word in added]
     return any(name in place or (place and name.startswith(place)) for place in places)
@@ -181,7 +186,7 @@ def unreadable(path: Path) -> str | None:
             return None if verdict == "ok" else verdict
         elif path.suffix == ".png" and not path.read_bytes().endswith(b"IEND\xaeB`\x82"):
             return "ends early"
-        elif path.stat().st_size == 0 and not path.name.endswith((".lock", "-journal")):
+        elif path.stat().st_size == 0 and not path.name.endswith(("lock", "-journal")):
             return "is empty"
     except (ValueError, OSError, SafetensorError, sqlite3.Error, yaml.YAMLError) as error:
         return str(error)[:200]

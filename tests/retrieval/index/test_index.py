@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.preprocessing import minmax_scale
 
 from common.bm25 import BM25Index
 from common.errors import UserError
@@ -18,7 +19,6 @@ from retrieval.documents.document import Document, Mark
 from retrieval.index import writing
 from retrieval.index.index import Index
 from retrieval.index.manifest import Manifest, only_writer
-from retrieval.ranking import scaled
 from retrieval.segments import Segmenter
 from tests.retrieval.conftest import make_documents
 
@@ -65,7 +65,8 @@ def test_each_way_to_score_is_what_the_model_and_bm25s_give(build, tiny_model):
             assert found == pytest.approx({key: values[int(key[1:])] for key in found}, abs=1e-5)
             assert list(found) == sorted(found, key=found.get, reverse=True)
         hits = index.search(query, 20, candidates=20, weight=0.7)
-        combined = 0.7 * scaled(expected["tokens"]) + 0.3 * scaled(expected["words"])
+        of_model, of_words = minmax_scale(np.stack([expected["tokens"], expected["words"]], 1)).T
+        combined = 0.7 * of_model + 0.3 * of_words
         assert scores_by_id(hits) == pytest.approx({f"d{i}": value for i, value in enumerate(combined)}, abs=1e-5)
         for part, values in expected.items():
             of_part = {f"d{i}": value for i, value in enumerate(values)}

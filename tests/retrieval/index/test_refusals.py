@@ -110,7 +110,7 @@ def test_another_model_is_refused(copied, tiny_model, tiny_longembed, tiny_sente
 @pytest.mark.promise("I8")
 def test_nothing_to_index_and_documents_of_one_id_are_refused(tmp_path, tiny_model):
     with pytest.raises(UserError, match="there is no document to index"):
-        Index.build(tmp_path / "empty", [], tiny_model)
+        Index.build(tmp_path / "empty", [], tiny_model, token_precision="float32")
     twice = [Document("a", "river"), Document("b", "stone"), Document("a", "night")]
     with pytest.raises(UserError, match="two documents have the id 'a'; give each an id of its own"):
         Index.build(tmp_path / "twice", twice, tiny_model)
@@ -122,6 +122,13 @@ def test_nothing_to_index_and_documents_of_one_id_are_refused(tmp_path, tiny_mod
     ):
         with pytest.raises(UserError, match=message):
             Index.build(tmp_path / "wrong", [Document("a", "river")], tiny_model, **options)
-    for name in ("empty", "twice", "wrong"):
-        with pytest.raises(UserError, match=r"holds no index|is not finished"):
-            Index.open(tmp_path / name, tiny_model)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.promise("I8")
+def test_a_folder_with_something_else_is_no_place_for_an_index(tmp_path, tiny_model):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds shards and is no index; name an empty folder or a new one"):
+        Index.build(tmp_path, [Document("a", "river")], tiny_model)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / "shards" / "mine.txt"]
