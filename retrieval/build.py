@@ -10,6 +10,7 @@ import logging
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tqdm.auto import tqdm
 
@@ -73,6 +74,14 @@ class Arguments:
         default=None, metadata={"help": "column of rows that names a document; by default id, doc_id or _id"}
     )
     split: str = field(default="train", metadata={"help": "split of a data set on the Hub"})
+    vector_search: Literal["lists", "graph"] = field(
+        default="lists",
+        metadata={
+            "help": "search of more than 100,000 vectors of passages: inverted lists, or a graph (HNSW), which answers "
+            "faster, is built more slowly, and suits documents that are rarely deleted",
+            "applies": {"add": False},
+        },
+    )
     memory: str | None = field(
         default=None,
         metadata={"help": "memory that vectors of passages may take, such as 4GB; half of the machine's by default"},
@@ -129,6 +138,7 @@ def build_index(arguments: Arguments, skipped: list[Skipped]) -> Index:
         parts=arguments.parts,
         token_precision=arguments.token_precision,
         token_dim=arguments.token_dim,
+        vector_search=arguments.vector_search,
         shard_mb=arguments.shard_mb,
         memory=memory,
         batch_tokens=arguments.batch_tokens,

@@ -7,12 +7,12 @@ from typing import Any
 
 from common.errors import UserError
 from retrieval.documents.document import Document
+from retrieval.index.approximate import WAYS, choose_kind
 from retrieval.index.filters import check_filters
 from retrieval.index.identity import check_model, describe_model, load_model
 from retrieval.index.manifest import LOCK, MANIFEST, UNFINISHED, Manifest, Settings, only_writer
 from retrieval.index.reading import DocumentReader, QueryReader
 from retrieval.index.snapshot import Snapshot
-from retrieval.index.vectors import choose_kind
 from retrieval.index.writing import Writer
 from retrieval.ranking import Hit, Passage, Query, best_passages, score_candidates, score_passages
 
@@ -49,6 +49,7 @@ class Index:
         parts: Sequence[str] = PARTS,
         token_precision: str = "binary",
         token_dim: int | None = None,
+        vector_search: str = "lists",
         shard_mb: float = 256,
         memory: int | None = None,
         batch_tokens: int = 16_384,
@@ -68,6 +69,8 @@ class Index:
             token_precision: of token vectors: `float32`, `float16`, `int8`, `binary`, `residual1` or `residual2`; all
                 but the first two are fitted to the first documents.
             token_dim: leading dimensions of token vectors that are kept; None: all.
+            vector_search: how more than 100,000 vectors of passages are searched: by inverted `lists`, or by a `graph`
+                (HNSW), which is in memory, faster to search and slower to build, where documents are rarely deleted.
             shard_mb: MiB of a shard, nearly, which are in memory while it is built.
             memory: bytes that the vectors of passages may take in memory; None: half of the machine's.
             batch_tokens: tokens in one forward pass.
@@ -80,7 +83,9 @@ class Index:
             UserError: there is an index, an argument is none of what is allowed, or no document was given.
         """
         folder = Path(path)
-        settings = Settings(segments, _checked_parts(parts), token_precision, token_dim)
+        settings = Settings(segments, _checked_parts(parts), token_precision, token_dim, vector_search)
+        if vector_search not in WAYS:
+            raise UserError(f"vector_search {vector_search!r}: choose from {', '.join(WAYS)}")
         if token_precision not in TOKEN_PRECISIONS:
             raise UserError(f"token_precision {token_precision!r}: choose from {', '.join(TOKEN_PRECISIONS)}")
         loaded = load_model(model)

@@ -32,12 +32,14 @@ class Settings:
         parts: `vector`, `tokens` and `words`, or some of them.
         token_precision: kind of the codes of token vectors.
         token_dim: number of leading dimensions of token vectors; None: all.
+        vector_search: how more vectors of passages are searched than are compared one by one: `lists` or `graph`.
     """
 
     segments: str
     parts: tuple[str, ...]
     token_precision: str
     token_dim: int | None
+    vector_search: str = "lists"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class VectorsEntry:
         name: of its folder.
         kind: faiss's name of it.
         reason: why this kind was chosen.
-        nprobe: number of lists that a search reads.
+        nprobe: how far a search looks: the number of lists that it reads, or, in a graph, of candidates.
         shards: the shards whose vectors it holds, in their order.
     """
 

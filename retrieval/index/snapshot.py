@@ -13,10 +13,11 @@ from safetensors import safe_open
 from common.errors import UserError, reading
 from modeling_longembed.output_token_codes_longembed import TokenCodec
 from retrieval.documents.document import Document
+from retrieval.index.approximate import INDEX
 from retrieval.index.filters import matches
 from retrieval.index.manifest import CODECS, SHARDS, VECTORS, Manifest
 from retrieval.index.shards import Shard
-from retrieval.index.vectors import LISTS, VectorScores
+from retrieval.index.vectors import VectorScores
 from retrieval.index.words import WordScores
 
 
@@ -54,13 +55,13 @@ class Snapshot:
         self.vectors: VectorScores | None = None
         if "vector" in parts:
             found = manifest.vectors
-            lists = None if found is None else folder / VECTORS / found.name
-            if lists is not None and not (lists / LISTS).exists():
-                raise FileNotFoundError(lists)
+            approximate = None if found is None else folder / VECTORS / found.name
+            if approximate is not None and not (approximate / INDEX).exists():
+                raise FileNotFoundError(approximate)
             self.vectors = VectorScores(
                 [shard.arrays["vectors"] for shard in self.shards],
                 [shard.arrays["passage_ends"] for shard in self.shards],
-                lists,
+                approximate,
                 0 if found is None else len(found.shards),
                 0 if found is None else found.nprobe,
             )

@@ -18,11 +18,11 @@ from common.errors import UserError
 from common.files import atomic_file, atomic_folder, remove_leftovers
 from modeling_longembed.output_token_codes_longembed import TokenCodec
 from retrieval.documents.document import Document
+from retrieval.index.approximate import EXACT_LIMIT, build_approximate, choose_kind
 from retrieval.index.manifest import CODECS, SHARDS, VECTORS, Manifest, ShardEntry, VectorsEntry, new_name
 from retrieval.index.reading import DocumentReader
 from retrieval.index.shards import Record, Shard, ShardContent
 from retrieval.index.snapshot import Snapshot, read_codec
-from retrieval.index.vectors import EXACT_LIMIT, build_lists, choose_kind
 
 Save = Callable[[Manifest], None]
 
@@ -213,9 +213,9 @@ class Writer:
             return manifest
         shards = [Shard(self.folder / SHARDS / entry.name) for entry in manifest.shards]
         vectors = [shard.arrays["vectors"] for shard in shards]
-        kind = choose_kind(total, vectors[0].shape[1], self.memory)
+        kind = choose_kind(total, vectors[0].shape[1], self.memory, manifest.settings.vector_search)
         name = new_name(len(shards))
         with atomic_folder(self.folder / VECTORS / name) as folder:
-            nprobe = build_lists(folder, vectors, kind, self.memory)
+            nprobe = build_approximate(folder, vectors, kind, self.memory)
         names = tuple(entry.name for entry in manifest.shards)
         return replace(manifest, vectors=VectorsEntry(name, kind.name, kind.reason, nprobe, names))
