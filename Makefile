@@ -9,7 +9,9 @@ PYTEST = -m pytest -q --promises $(PARALLEL)
 # Python compiles a module when it is first imported: pip would compile all of them, most of which nothing imports.
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
 
-.PHONY: help demo test test-all fuzz kill-test test-isa test-lower lint docs reference clean
+DATA_DIR ?=
+
+.PHONY: help demo model test test-all fuzz kill-test test-isa test-lower lint docs reference clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -17,6 +19,11 @@ help: ## list the targets
 
 demo: $(VENV)/.stamp-demo ## convert, judge, train and publish a real model; goes on where it was stopped
 	$(BIN)/python experiments/demo.py
+
+model: $(VENV)/.stamp-demo ## DATA_DIR=FOLDER makes the released longembed-minilm again; goes on where it was stopped
+	@test -n "$(DATA_DIR)" || { echo "error: give DATA_DIR=FOLDER, with train/ and dev/, whose documents \
+	model_cards/longembed-minilm/README.md lists" >&2; exit 2; }
+	$(BIN)/python -m model_cards.rebuild longembed-minilm --data_dir "$(DATA_DIR)" --output_dir runs/model
 
 test: lint ## lint, then all tests that are not slow, then the result for each promise
 	$(BIN)/python $(PYTEST) -m 'not slow' --hypothesis-profile fast

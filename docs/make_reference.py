@@ -19,7 +19,7 @@ from transformers.hf_argparser import HfArgumentParser
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(ROOT))  # where the scripts are imported from
-FOLDERS = ("training", "eval", "retrieval", "experiments")
+FOLDERS = ("training", "eval", "retrieval", "model_cards", "experiments")
 
 
 class _Parsed(BaseException):
@@ -32,7 +32,7 @@ def scripts() -> list[Path]:
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).glob("*.py")):
             text = path.read_text(encoding="utf-8")
-            if 'if __name__ == "__main__"' in text and "def main(" in text and "parse" in text:
+            if 'if __name__ == "__main__"' in text and "def main(" in text and "import parse" in text:
                 found.append(path.relative_to(ROOT))
     return found
 

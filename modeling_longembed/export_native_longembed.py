@@ -215,13 +215,6 @@ def renamed(ours: dict[str, Tensor], modules: dict) -> dict[str, Tensor]:
     return {name: torch.cat(parts) for name, parts in parts_of.items()}
 
 
-def native_class(model_type: str, with_head: bool) -> tuple[Any, dict]:
-    """Return the Auto class that builds the native model, and its options."""
-    # The pooling layer of BERT, a dense layer over the first token, is not part of the embedding.
-    options = {"add_pooling_layer": False} if model_type == "bert" and not with_head else {}
-    return AutoModelForMaskedLM if with_head else AutoModel, options
-
-
 @torch.no_grad()
 def export_native(model: HubModel, path: str | Path) -> None:
     """Write the model as BERT, ModernBERT or NomicBERT, the first of them that can express all choices of its config.
@@ -253,7 +246,7 @@ def export_native(model: HubModel, path: str | Path) -> None:
         model._write_tokenizer(folder, token_vectors=False)
         (folder / "README.md").write_text(native_card(model, path.name, native_config), encoding="utf-8")
         length = min(model.config.max_position_embeddings, COMPARED_LENGTH)
-        difference = difference_from_native(model, folder, native_config.model_type, with_head, length)
+        difference = difference_from_native(model, folder, with_head, length)
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"to_native: what was written changes the outputs by {difference:.1e}, more than {TOLERANCE:.0e}: "
@@ -269,6 +262,11 @@ def export_native(model: HubModel, path: str | Path) -> None:
     )
 
 
+def native_class(with_head: bool) -> Any:
+    """Return the Auto class that builds the native model."""
+    return AutoModelForMaskedLM if with_head else AutoModel
+
+
 def native_model(model: Any, native_config, with_head: bool):
     """Build the native model with our weights.
 
@@ -282,23 +280,25 @@ def native_model(model: Any, native_config, with_head: bool):
             tokens = (getattr(model.tokenizer, f"{choice}_token_id") for choice in choices)
             if hasattr(native_config, f"{name}_token_id"):
                 setattr(native_config, f"{name}_token_id", next((x for x in tokens if x is not None), None))
-    auto, options = native_class(native_config.model_type, with_head)
-    native = auto.from_config(native_config, dtype=model.dtype, **options)
+    native = native_class(with_head).from_config(native_config, dtype=model.dtype)
     family, prefix = FAMILIES[native_config.model_type], f"{native.base_model_prefix}." if with_head else ""
     weights = {f"{prefix}{name}": x for name, x in native_weights(model.base_model, family).items()}
+    if (pooler := getattr(native, "pooler", None)) is not None:
+        # BERT's dense layer over the first token is no part of the embedding. With zeros transformers does not call it
+        # missing, and nobody takes its output for a vector.
+        weights |= {f"pooler.{name}": torch.zeros_like(tensor) for name, tensor in pooler.state_dict().items()}
     if with_head:
         weights |= renamed(model.head.state_dict(), family.head)
     native.load_state_dict(weights, strict=False)
     return native
 
 
-def difference_from_native(model: HubModel, folder: Path, model_type: str, with_head: bool, length: int) -> float:
+def difference_from_native(model: HubModel, folder: Path, with_head: bool, length: int) -> float:
     """Compute the largest difference of the outputs of a model and of its native form, on the CPU in fp32 or wider.
 
     Args:
         model: our model.
         folder: the folder of the native model.
-        model_type: the native architecture.
         with_head: whether the models have the masked-language-model head.
         length: length of the longest document of the comparison in tokens.
 
@@ -309,8 +309,7 @@ def difference_from_native(model: HubModel, folder: Path, model_type: str, with_
     ours: Any = copy.deepcopy(model)
     ours = ours.to("cpu", dtype).eval()
     ours.set_attn_implementation(DEFAULT_KERNEL)
-    auto, options = native_class(model_type, with_head)
-    native = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, **options)
+    native = native_class(with_head).from_pretrained(folder, dtype=dtype, local_files_only=True)
     return largest_difference(native, ours, length)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ with `MultiVectorEncoder`. Those who `pip install longembed` and `import modelin
 | layout | `{layout}` |
 | parameters | {parameters:,} |
 
-## Results
+{training}## Results
 
 {results}
 
@@ -79,6 +79,14 @@ documents = model.encode(["a long document ..."], prompt_name="document", output
 queries = model.encode(["a question"], prompt_name="query", output_value="tokens")
 scores = model.similarity(queries, documents)
 ```
+
+"""
+
+TRAINING = """## Training
+
+| | |
+|---|---|
+{rows}
 
 """
 
@@ -138,6 +146,11 @@ def summarize_token_vectors(config) -> str:
     return ", ".join(parts)
 
 
+def shown_score(score: float) -> str:
+    """Return a score with four digits after the point where it is a fraction, and with two where it is times 100."""
+    return f"{score:.4f}" if abs(score) <= 1 else f"{score:.2f}"
+
+
 class HubModel(PreTrainedModel):
     """A model that loads the tokenizer of its own revision, and saves everything that a published folder needs."""
 
@@ -146,6 +159,9 @@ class HubModel(PreTrainedModel):
     _encode_tokenizer: tuple | None = None
     # Rows of the table in the model card, `{"task": ..., "metric": ..., "score": ...}`; set them before saving.
     results: Sequence[dict] = ()
+    # Likewise the rows of a table about the training, and its data sets on the Hub.
+    training_rows: Mapping[str, str] = {}
+    datasets: Sequence[str] = ()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -315,12 +331,14 @@ class HubModel(PreTrainedModel):
         metadata += [f"license: {config.license}"] if config.license else []
         base = config.original_model
         metadata += [f"base_model: {base}"] if base and "/" in base else []  # the id of a model on the Hub
+        metadata += ["datasets:", *(f"- {name}" for name in self.datasets)] if self.datasets else []
         extension, extended = config.position_extension, ""
         if extension is not None:
             original = extension["original_max_position_embeddings"]
             extended = f", extended by `{extension['method']}` from {original:,} tokens"
         weighting = f", tokens weighed by `{config.token_weighting}`" if config.token_weighting != "none" else ""
-        rows = [f"| {row['task']} | {row['metric']} | {row['score']:.2f} |" for row in self.results]
+        made = "\n".join(f"| {name} | {value} |" for name, value in self.training_rows.items())
+        rows = [f"| {row['task']} | {row['metric']} | {shown_score(row['score'])} |" for row in self.results]
         files = sorted({*folder.glob("*.py"), *folder.glob("*.safetensors")})
         return CARD.format(
             metadata="\n".join(metadata),
@@ -337,6 +355,7 @@ class HubModel(PreTrainedModel):
             patterns=summarize_patterns(config.attention_patterns),
             layout=config.sublayer_pattern,
             parameters=self.num_parameters(),
+            training=TRAINING.format(rows=made) if made else "",
             results="\n".join(["| task | metric | score |", "|---|---|---|", *rows])
             if rows
             else "None recorded when this model was saved.",

@@ -29,6 +29,7 @@ from common.records import Records
 from modeling_longembed.layout_registry_longembed import layers_of
 from training.data.pairs.batches import PairTokenizer
 from training.data.sources import PAIRS, read_sources
+from training.engine.record import record
 from training.engine.saving import save
 from training.models.encoder import ModelArguments, load_encoder, text_length
 from training.models.identity import model_identity
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         value = score(kept)
         assert value is not None
         print(f"{len(kept)} {args.unit}s: nDCG@10 {100 * value:.2f}, kept {' '.join(map(str, kept))}")
-    save(pruned(model, path[-1], args.unit), output_dir, title=output_dir.name)
+    save(pruned(model, path[-1], args.unit), output_dir, title=output_dir.name, made=record((model_args, args)))
 
 
 def _hash_texts(retrievals: list[PairRetrieval]) -> str:

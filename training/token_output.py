@@ -21,6 +21,7 @@ from common.arguments import parse
 from common.errors import UserError, run
 from common.provenance import device_kind
 from training.data.sources import Columns, Source, read_sources
+from training.engine.record import record
 from training.engine.saving import save
 from training.models.encoder import ModelArguments, load_encoder
 
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"--train_data {' '.join(args.train_data)}: {error}") from error
         print(f"head of {args.token_dim} dimensions: keeps {kept:.1%} of the token states of the documents")
     output_dir.mkdir(parents=True, exist_ok=True)
-    print(save(model, output_dir, title=output_dir.name))
+    print(save(model, output_dir, title=output_dir.name, made=record((model_args, args))))
 
 
 def texts(sources: Sequence[Source], order: Sequence[int] | np.ndarray | None = None) -> Iterator[str]:

@@ -27,6 +27,7 @@ from common.arguments import parse
 from common.errors import UserError, run
 from training.data.documents.token_store import tokenize_documents
 from training.data.sources import Columns, read_sources
+from training.engine.record import record
 from training.engine.saving import save
 from training.models.encoder import ModelArguments, load_encoder
 
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trimmed = trim_tokenizer(tokenizer, keep)
     trim_embeddings(model, keep)
     model.tokenizer = trimmed
-    final = save(model, output_dir, title=output_dir.name)
+    final = save(model, output_dir, title=output_dir.name, made=record((model_args, args)))
     print(
         f"{final}: {len(keep):,} of {before[1]:,} tokens, {model.num_parameters():,} of {before[0]:,} parameters; "
         f"{counts[keep].sum() / max(1, counts.sum()):.2%} of the tokens of the corpus are as they were"

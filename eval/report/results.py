@@ -74,7 +74,7 @@ class AtomicResultCache(ResultCache):
             # The scores are moved last: if they are there, so is the description of the model.
             for file in sorted(folder.iterdir(), key=lambda file: file.name == f"{task_result.task_name}.json"):
                 atomic_write(final / file.name, file.read_bytes())
-        costs = self._costs(final)
+        costs = read_costs(final)
         for split, found in self.costs.items():
             costs[task_result.task_name, split] = (found.bytes_per_document, found.seconds_per_query)
         if costs:
@@ -89,14 +89,6 @@ class AtomicResultCache(ResultCache):
         path = folder / STAMPS
         rows = read_jsonl(path, "task", "computed_by") if path.is_file() else ()
         return {row["task"]: row["computed_by"] for _, row in rows}
-
-    @staticmethod
-    def _costs(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
-        """Return the costs in a folder: (task, split) -> bytes per document, seconds per query."""
-        path = folder / COSTS
-        rows = read_jsonl(path, *_COST_FIELDS) if path.is_file() else ()
-        found = (tuple(row[name] for name in _COST_FIELDS) for _, row in rows)
-        return {(task, split): (size, seconds) for task, split, size, seconds in found}
 
     def is_complete(self, task: AbsTask, meta: ModelMeta) -> bool:
         """Return whether there are results of all splits of the task that are current."""
@@ -128,7 +120,7 @@ class AtomicResultCache(ResultCache):
         result = self.load_task_result(task.metadata.name, meta)
         found = result.scores if result else {}
         name = str(meta.model_name_with_experiment)
-        costs = self._costs(self.get_task_result_path(task.metadata.name, meta).parent)
+        costs = read_costs(self.get_task_result_path(task.metadata.name, meta).parent)
         scores = []
         for split in task.eval_splits:
             if split in found:
@@ -141,6 +133,18 @@ class AtomicResultCache(ResultCache):
                     cost = costs.get((task.metadata.name, split), (None, None))
                     scores.append(Score(name, task.metadata.name, split, 100 * values[metric], title, *cost))
         return scores
+
+
+def read_costs(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return the costs beside results: (task, split) -> bytes per document, seconds per query.
+
+    Args:
+        folder: of the results of one model; without a file of costs, nothing is known.
+    """
+    path = folder / COSTS
+    rows = read_jsonl(path, *_COST_FIELDS) if path.is_file() else ()
+    found = (tuple(row[name] for name in _COST_FIELDS) for _, row in rows)
+    return {(task, split): (size, seconds) for task, split, size, seconds in found}
 
 
 @dataclass(frozen=True)

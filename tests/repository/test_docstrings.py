@@ -33,7 +33,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("modeling_longembed", "common", "training", "eval", "retrieval", "experiments")
+PACKAGES = ("modeling_longembed", "common", "training", "eval", "retrieval", "model_cards", "experiments")
 # Methods that a library calls and defines the meaning of.
 LIBRARY_METHODS = {
     "forward",

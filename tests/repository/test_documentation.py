@@ -30,7 +30,10 @@ from tests.modeling_longembed.tiny_checkpoints import CONTEXT, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-GENERATED = [ROOT / "docs" / "reference" / folder for folder in ("training", "eval", "retrieval", "experiments", "api")]
+GENERATED = [
+    ROOT / "docs" / "reference" / folder
+    for folder in ("training", "eval", "retrieval", "model_cards", "experiments", "api")
+]
 WORDS = 1500
 
 _spec = importlib.util.spec_from_file_location("make_reference", ROOT / "docs" / "make_reference.py")
@@ -96,7 +99,7 @@ def test_a_page_is_short(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_a_page_names_exist(page):
-    folders = "training|eval|retrieval|experiments|modeling_longembed|common|tests|docs"
+    folders = "training|eval|retrieval|model_cards|experiments|modeling_longembed|common|tests|docs"
     named = re.findall(rf"(?<![\w/.-])(?:{folders})/[\w./-]+\.(?:py|yaml|md|png)\b", page.read_text(encoding="utf-8"))
     examples = r"strided|logarithmic|triplet"  # files that CONTRIBUTING would have one write
     assert not [path for path in named if not (ROOT / path).exists() and not re.search(examples, path)]
@@ -104,7 +107,16 @@ def test_files_that_a_page_names_exist(page):
 
 def test_pages_that_the_code_names_exist():
     named = {}
-    for folder in ("training", "eval", "retrieval", "experiments", "modeling_longembed", "common", "tests"):
+    for folder in (
+        "training",
+        "eval",
+        "retrieval",
+        "model_cards",
+        "experiments",
+        "modeling_longembed",
+        "common",
+        "tests",
+    ):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".py", ".yaml"):
                 for page in re.findall(r"docs/[\w/-]+\.md", path.read_text(encoding="utf-8")):

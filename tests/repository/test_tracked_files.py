@@ -34,7 +34,9 @@ def test_no_path_of_a_machine_and_no_private_host():
 
 
 def test_no_large_file_is_tracked():
-    assert not [str(path) for path in tracked_files() if path.stat().st_size > 1 << 20]
+    """But for what is kept of a released model, whose size model_cards/difference.py limits."""
+    large = [path for path in tracked_files() if path.stat().st_size > 1 << 20]
+    assert not [str(path) for path in large if path.parents[1] != ROOT / "model_cards"]
 
 
 def pins(name: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The training script as a user meets it: what it writes, and one sentence for every mistake."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,13 @@ def test_learns_and_reports(train_contrastive, pairs_file):
     card = (output / "final" / "README.md").read_text()
     assert "# out\n" in card
     assert ".tmp" not in card  # the folder that it was written in
+    assert "None recorded" not in card
+    rows = dict(re.findall(r"^\| (\w+) \| `(.*)` \|$", card, re.MULTILINE))
+    assert (rows["max_steps"], rows["learning_rate"], rows["seed"]) == ("40", "0.003", "42")
+    assert rows["train_data"] == "pairs.jsonl"
+    assert not {"output_dir", "save_steps"} & rows.keys()
+    assert f"| held-out rows | ndcg_at_10 | {evaluation[-1]['eval_ndcg_at_10']:.4f} |" in card
+    assert f"| training, step 40 | loss | {training[-1]['loss']:.4f} |" in card
 
 
 @pytest.mark.parametrize("tuning", ["lora", "longlora"])

@@ -16,7 +16,9 @@ from common.files import atomic_write
 from training.engine.loop import Loop
 from training.engine.loop_arguments import LoopArguments
 from training.engine.memory import Memory, MemoryArguments
+from training.engine.record import record
 from training.engine.rehearsal import Probe, largest_that_fits, rehearse, run_probe
+from training.engine.run_log import METRICS
 from training.engine.saving import HubArguments, push, save
 from training.engine.training import AnyBatch, AnyModel, Training
 
@@ -106,7 +108,8 @@ def run_training(training: Training[AnyModel, AnyBatch], loop: Loop, arguments: 
     if loop.is_main:
         final: Any = trained if training.export is None else training.export(trained)
         folder = Path(arguments.output_dir).absolute()
-        saved = save(final, folder, title=arguments.hub_model_id or folder.name, tuning=training.tuning or "full")
+        title, made = arguments.hub_model_id or folder.name, record(training.options, folder / METRICS)
+        saved = save(final, folder, title, training.tuning or "full", made)
         if arguments.push_to_hub:
             assert arguments.hub_model_id  # HubArguments has checked it
             push(saved, arguments.hub_model_id, arguments.hub_private_repo)

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from common.files import atomic_write
 from common.memory import resident_memory
 
+METRICS = "metrics.jsonl"
+
 
 class MetricsLog:
     """`metrics.jsonl` in the output folder, and the tracker of `--report_to` (TensorBoard).
@@ -24,7 +26,7 @@ class MetricsLog:
     """
 
     def __init__(self, accelerator: Accelerator, output_dir: Path, step: int) -> None:
-        self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
+        self.accelerator, self.path = accelerator, output_dir / METRICS
         if not accelerator.is_main_process:
             return
         kept = [line for line in self._lines() if _step(line) in range(step + 1)]

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from common.errors import UserError, one_line
 from common.files import atomic_folder
 from modeling_longembed.hub_files_longembed import CLIENT_ERROR
+from modeling_longembed.hub_longembed import HubModel
+from training.engine.record import Record
 
 TUNING = "tuning.json"
 WHOLE_WEIGHTS = "train_embed_norm.safetensors"
@@ -37,7 +39,13 @@ class HubArguments:
             raise UserError("--push_to_hub needs --hub_model_id org/name")
 
 
-def save(model: PreTrainedModel | PeftModel, output_dir: Path, title: str, tuning: str = "full") -> Path:
+def save(
+    model: PreTrainedModel | PeftModel,
+    output_dir: Path,
+    title: str,
+    tuning: str = "full",
+    made: Record | None = None,
+) -> Path:
     """Write a model to `output_dir/final`; merge a LoRA model first and write its adapter to `output_dir/adapter`.
 
     Args:
@@ -45,6 +53,7 @@ def save(model: PreTrainedModel | PeftModel, output_dir: Path, title: str, tunin
         output_dir: folder of the training.
         title: heading of the model card.
         tuning: the `--tuning` of the training, which the adapter's folder records.
+        made: what the model card says about the training.
 
     Returns:
         The folder of the final model.
@@ -53,6 +62,8 @@ def save(model: PreTrainedModel | PeftModel, output_dir: Path, title: str, tunin
         with atomic_folder(output_dir / "adapter") as folder:
             save_adapter(model, tuning, folder)
         model = model.merge_and_unload()
+    if made is not None and isinstance(model, HubModel):
+        model.training_rows, model.results, model.datasets = made.rows, made.results, made.datasets
     with atomic_folder(output_dir / "final") as folder:
         model.eval().save_pretrained(str(folder), title=title)
     return output_dir / "final"

@@ -132,6 +132,17 @@ def test_transformers_own_model_gives_the_same_outputs(family, exported):
     assert_same_outputs(model, folder)
 
 
+@pytest.mark.parametrize("with_head", [False, True])
+@pytest.mark.parametrize("family", WRITTEN_AS)
+def test_no_weight_is_missing_or_too_many(family, with_head, exported):
+    _, _, folder = exported(family, with_head)
+    auto = AutoModelForMaskedLM if with_head else AutoModel
+    model, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    if WRITTEN_AS[family] == "bert" and not with_head:
+        assert (model(**random_batch(LENGTHS, 0)).pooler_output == 0).all()  # nobody takes it for the embedding
+
+
 @pytest.mark.promise("X6")
 @pytest.mark.parametrize("family", WRITTEN_AS)
 def test_the_head_is_written_too(family, exported):
