@@ -132,7 +132,7 @@ def score_candidates(
         scores["tokens"] = np.zeros(len(numbers), np.float32)
         if snapshot.codec is not None:
             maxsim = TokenScores(snapshot.codec, query.tokens)
-            scores["tokens"] = maxsim.of_documents([snapshot.codes(int(number)) for number in numbers])
+            scores["tokens"] = maxsim.of_documents([snapshot.tokens(int(number)) for number in numbers])
     if words is not None:
         scores["words"] = words[numbers]
     return Scores(numbers, scores)

@@ -50,8 +50,8 @@ def import_faiss() -> Any:
         import faiss.contrib.ondisk
     except ImportError:
         raise UserError(
-            f"an index of more than {EXACT_LIMIT} passages needs faiss; install the extra 'search': pip install "
-            "-e '.[search]'"
+            f"token vectors of one bit a dimension, and more than {EXACT_LIMIT:,} passages, need faiss; install the "
+            "extra 'search': pip install -e '.[search]'"
         ) from None
     return faiss
 

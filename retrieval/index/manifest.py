@@ -17,7 +17,8 @@ from typing import IO, Any
 from common.errors import UserError
 from common.files import atomic_write
 
-FORMAT, VERSION = "longembed-index", 1
+# Version 1 had other codes of token vectors, which are still read.
+FORMAT, VERSION, VERSIONS = "longembed-index", 2, (1, 2)
 # What the folder of an index holds.
 MANIFEST, UNFINISHED, LOCK = "manifest.json", "building.json", "lock"
 SHARDS, VECTORS, CODECS = "shards", "vectors", "codecs"
@@ -131,10 +132,10 @@ class Manifest:
             raise UserError(f"{path}: the manifest is damaged ({error}); copy the index again, or build it") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise UserError(f"{path} is no manifest of an index of ours; name the folder of an index")
-        if content.get("version") != VERSION:
+        if content.get("version") not in VERSIONS:
             raise UserError(
-                f"{path}: the index has version {content.get('version')}, and this program reads version {VERSION}; "
-                "build it again"
+                f"{path}: the index has version {content.get('version')}, and this program reads versions to "
+                f"{VERSION}; build it again"
             )
         try:
             vectors = content["vectors"]

@@ -7,7 +7,8 @@ The file is in the format of safetensors. D documents, P passages, T token vecto
 - `passages` `(P, 2)` int64, the characters of each passage in its document, and `passage_tokens` `(P, 2)` int64, the
   token vectors of its tokens among those of the document; `passage_ends` `(D,)` int64;
 - `vectors` `(P, d)` float32, unit length;
-- `codes` `(T, ...)` of token vectors, and `code_ends` `(D,)` int64;
+- `codes` `(T, ...)` of token vectors, or `code_blocks` if they have one bit a dimension, those of each document as
+  `TokenBits` has them; and `code_ends` `(D,)` int64, where the vectors of each document end;
 - the postings of words; see `retrieval.index.words`.
 """
 
@@ -25,6 +26,7 @@ from safetensors.numpy import save_file
 from common.errors import reading
 from common.files import atomic_file
 from retrieval.documents.document import Document, Mark
+from retrieval.index.token_bits import BLOCK, TokenBits
 from retrieval.index.words import postings
 
 _DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
@@ -78,12 +80,13 @@ class ShardContent:
         """How many token vectors there are."""
         return sum(len(record.codes) for record in self.records if record.codes is not None)
 
-    def write(self, path: Path, words: bool) -> None:
+    def write(self, path: Path, words: bool, bits: bool = False) -> None:
         """Write the shard, all of it or nothing.
 
         Args:
             path: of the file.
             words: whether documents will be searched by their words.
+            bits: whether codes have one bit a dimension.
         """
         records = self.records
         documents = [record.document for record in records]
@@ -107,6 +110,10 @@ class ShardContent:
                 # Before there is a codec, documents without tokens have rows of another width than codes.
                 arrays[name] = np.concatenate([array for array in kept if len(array)] or kept[:1])
                 arrays |= {} if ends is None else {ends: _ends(kept)}
+        if bits and "codes" in arrays:
+            del arrays["codes"]
+            packed = [TokenBits.pack(array).blocks for array in kept if len(array)]
+            arrays["code_blocks"] = np.concatenate(packed) if packed else np.zeros((0, 0), np.uint8)
         if words:
             arrays |= postings([document.text for document in documents])
         with atomic_file(path) as temporary:
@@ -150,7 +157,9 @@ class Shard:
             }
             self.path = path
             self.documents = len(self.arrays["ids_ends"])
-            self.passage_ends = self.arrays["passage_ends"]
+            if "code_blocks" in self.arrays:
+                counts = np.diff(self.arrays["code_ends"], prepend=0)
+                self.block_ends = np.cumsum(np.concatenate([[0], -(-counts // BLOCK)]))
 
     def __len__(self) -> int:
         return self.documents
@@ -183,9 +192,18 @@ class Shard:
         ends = self.arrays[f"{name}_ends"]
         return slice(int(ends[place - 1]) if place else 0, int(ends[place]))
 
+    def tokens(self, place: int) -> np.ndarray | TokenBits:
+        """Return the codes of the token vectors of a document, as they are stored."""
+        rows = self.rows("code", place)
+        if "codes" in self.arrays:
+            return self.arrays["codes"][rows]
+        blocks = slice(*self.block_ends[place : place + 2].tolist())
+        return TokenBits(self.arrays["code_blocks"][blocks], rows.stop - rows.start)
+
     def codes(self, place: int) -> np.ndarray:
-        """Return the codes of the token vectors of a document."""
-        return self.arrays["codes"][self.rows("code", place)]
+        """Return the codes of the token vectors of a document, `(t, ...)`."""
+        tokens = self.tokens(place)
+        return tokens.codes if isinstance(tokens, TokenBits) else tokens
 
     def record(self, place: int) -> Record:
         """Return a document with all that is kept of it."""
@@ -195,7 +213,7 @@ class Shard:
             self.arrays["passages"][passages],
             self.arrays["passage_tokens"][passages],
             self.arrays["vectors"][passages] if "vectors" in self.arrays else None,
-            self.codes(place) if "codes" in self.arrays else None,
+            self.codes(place) if "code_ends" in self.arrays else None,
         )
 
     def ids(self) -> Iterator[str]:

@@ -17,6 +17,7 @@ from retrieval.index.approximate import INDEX
 from retrieval.index.filters import matches
 from retrieval.index.manifest import CODECS, SHARDS, VECTORS, Manifest
 from retrieval.index.shards import Shard
+from retrieval.index.token_bits import TokenBits
 from retrieval.index.vectors import VectorScores
 from retrieval.index.words import WordScores
 
@@ -100,10 +101,10 @@ class Snapshot:
         shard, place = self.locate(number)
         return shard.document(place)
 
-    def codes(self, number: int) -> np.ndarray:
-        """Return the codes of the token vectors of a document."""
+    def tokens(self, number: int) -> np.ndarray | TokenBits:
+        """Return the codes of the token vectors of a document, as they are stored."""
         shard, place = self.locate(number)
-        return shard.codes(place)
+        return shard.tokens(place)
 
     def allowed(self, filters: Mapping[str, Any] | None) -> np.ndarray:
         """Return which documents are not deleted and match all filters, `(D,)` bool."""

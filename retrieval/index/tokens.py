@@ -1,6 +1,6 @@
 """MaxSim of a query with documents whose token vectors are codes, without decoding them in full.
 
-The codes stay memory-mapped; those of the candidates are unpacked some at a time.
+The codes stay memory-mapped; those of the candidates are unpacked some at a time, or looked up as they are.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modeling_longembed.output_maxsim_longembed import maxsim
 from modeling_longembed.output_token_codes_longembed import TokenCodec
+from retrieval.index.token_bits import TokenBits, nearest_tokens
 
 # Token vectors that are unpacked at a time.
 TOKENS_AT_A_TIME = 1 << 16
@@ -28,12 +29,16 @@ class TokenScores:
         self.codec = codec
         self.query, self.constants = codec.prepare(query.float())
 
-    def of_documents(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+    def of_documents(self, documents: Sequence[np.ndarray | TokenBits]) -> np.ndarray:
         """Return the MaxSim of each document, `(n,)` float32; 0 for one without token vectors.
+
+        With codes of one bit a dimension it may be too small, by what `nearest_tokens` says, and is never too large.
 
         Args:
             documents: the codes of each.
         """
+        if self.codec.kind == "binary":
+            return self._of_bits([one if isinstance(one, TokenBits) else TokenBits.pack(one) for one in documents])
         scores = np.zeros(len(documents), np.float32)
         for places in _runs(documents):
             run = [documents[place] for place in places]
@@ -41,6 +46,18 @@ class TokenScores:
             vectors = self.codec.numbers(torch.from_numpy(np.concatenate(run)))
             found = maxsim(self.query, torch.tensor([0, len(self.query)]), vectors, lengths.cumsum(0))[0]
             scores[places] = (found + self.constants.sum()).numpy()
+        return scores
+
+    def _of_bits(self, documents: Sequence[TokenBits]) -> np.ndarray:
+        scores = np.zeros(len(documents), np.float32)
+        filled = np.array([place for place, bits in enumerate(documents) if len(bits)], int)
+        scores[filled] = self.constants.sum()
+        query = self.query[(self.query != 0).any(1)]
+        for run, rows in nearest_tokens(query.numpy(), [documents[place] for place in filled]):
+            codes = [documents[filled[one]].take(of_one.ravel()) for one, of_one in zip(run, rows, strict=True)]
+            signs = self.codec.numbers(torch.from_numpy(np.concatenate(codes))).view(*rows.shape, -1)
+            products = torch.einsum("dtnk,tk->dtn", signs, query)
+            scores[filled[run]] += products.amax(2).sum(1).numpy()
         return scores
 
     def of_passages(self, document: np.ndarray, passages: np.ndarray) -> np.ndarray:

@@ -157,7 +157,8 @@ class Writer:
     def _write(self, content: ShardContent, manifest: Manifest, number: int) -> ShardEntry:
         name = new_name(number, ".safetensors")
         path = self.folder / SHARDS / name
-        content.write(path, "words" in manifest.settings.parts)
+        settings = manifest.settings
+        content.write(path, "words" in settings.parts, settings.token_precision == "binary")
         passages = sum(len(record.passages) for record in content.records)
         return ShardEntry(name, path.stat().st_size, len(content.records), passages, content.tokens)
 

@@ -44,7 +44,7 @@ DAMAGES = {
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "the manifest is damaged"),
     "no fields": (lambda f: edit_manifest(f, shards=[{"name": "x"}]), "the manifest is damaged"),
     "foreign": (lambda f: (f / "manifest.json").write_text("[1]"), "is no manifest of an index of ours"),
-    "newer": (lambda f: edit_manifest(f, version=2), "has version 2, and this program reads version 1"),
+    "newer": (lambda f: edit_manifest(f, version=3), "has version 3, and this program reads versions to 2"),
     "cut off": (lambda f: shard_of(f).write_bytes(shard_of(f).read_bytes()[:-9]), "bytes instead of"),
     "no shard": (lambda f: shard_of(f).unlink(), "is missing; copy the index again"),
     "bad shard": (
