@@ -1,6 +1,7 @@
 """Build an index of long documents, to be searched by `retrieval.search`, or add documents to one.
 
     python -m retrieval.build --model M --data docs/ --index my-index
+    python -m retrieval.build --embedded O --index my-index      # what retrieval.embed has read
 
 Documents are files in a folder (.txt, .md, .html, .pdf, .docx), rows of JSON lines or Parquet, or a data set of the
 Hub. A killed build goes on where it stopped. docs/guides/documents.md says what to choose.
@@ -15,10 +16,15 @@ from typing import Literal
 from tqdm.auto import tqdm
 
 from common.arguments import parse
+from common.conditions import NOT_GIVEN
 from common.errors import UserError, run
 from retrieval.documents.sources import Columns, Skipped, read_documents
-from retrieval.index.index import PARTS, Index
+from retrieval.index.index import Index
+from retrieval.index.manifest import PARTS
 
+# Options of documents that are read here, and of an index that is new.
+READ = {"embedded": NOT_GIVEN}
+NEW = {"add": False, **READ}
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -26,36 +32,52 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 class Arguments:
     """Options of the script."""
 
-    data: list[str] = field(
-        metadata={
-            "help": "folders, files of documents, .jsonl, .jsonl.gz or .parquet files, or org/name[@config] on the Hub"
-        }
-    )
     index: str = field(metadata={"help": "folder of the index", "output": "folder"})
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "folders, files of documents, .jsonl, .jsonl.gz or .parquet files, org/name[@config] on the Hub, "
+            "or URLs of Parquet",
+            "applies": READ,
+        },
+    )
+    embedded: str | None = field(
+        default=None,
+        metadata={
+            "help": "output folder of retrieval.embed, or its URL: its documents become an index of the settings that "
+            "they were embedded with"
+        },
+    )
     model: str | None = field(
         default=None,
-        metadata={"help": "model of ours, a folder or an id on the Hub; with --add, the one of the index by default"},
+        metadata={
+            "help": "model of ours, a folder or an id on the Hub; with --add, the one of the index by default",
+            "applies": READ,
+        },
     )
     add: bool = field(
         default=False,
-        metadata={"help": "add the documents to an index that exists; they replace those that have the same id"},
+        metadata={
+            "help": "add the documents to an index that exists; they replace those that have the same id",
+            "applies": READ,
+        },
     )
     segments: str = field(
         default="late:254",
         metadata={
             "help": "passages: late:SIZE (one reading of the document), tokens:SIZE/STRIDE, sentences:SIZE or document",
-            "applies": {"add": False},
+            "applies": NEW,
         },
     )
     parts: list[str] = field(
         default_factory=lambda: list(PARTS),
-        metadata={"help": "ways to score: vector (one a passage), tokens, words (BM25)", "applies": {"add": False}},
+        metadata={"help": "ways to score: vector (one a passage), tokens, words (BM25)", "applies": NEW},
     )
     token_precision: str = field(
         default="binary",
         metadata={
             "help": "how token vectors are kept: float32, float16, int8, binary, residual1 or residual2",
-            "applies": {"add": False},
+            "applies": NEW,
         },
     )
     token_dim: int | None = field(
@@ -63,17 +85,21 @@ class Arguments:
         metadata={
             "help": "leading dimensions of token vectors to keep",
             "within": "[1, inf)",
-            "applies": {"add": False},
+            "applies": NEW,
         },
     )
     text_columns: list[str] = field(
         default_factory=lambda: ["text"],
-        metadata={"help": "columns of rows that are the text, such as title text; a blank line is put between them"},
+        metadata={
+            "help": "columns of rows that are the text, such as title text; a blank line is put between them",
+            "applies": READ,
+        },
     )
     id_column: str | None = field(
-        default=None, metadata={"help": "column of rows that names a document; by default id, doc_id or _id"}
+        default=None,
+        metadata={"help": "column of rows that names a document; by default id, doc_id or _id", "applies": READ},
     )
-    split: str = field(default="train", metadata={"help": "split of a data set on the Hub"})
+    split: str = field(default="train", metadata={"help": "split of a data set on the Hub", "applies": READ})
     vector_search: Literal["lists", "graph"] = field(
         default="lists",
         metadata={
@@ -91,7 +117,11 @@ class Arguments:
     )
     batch_tokens: int = field(
         default=16384,
-        metadata={"help": "tokens in one forward pass; lower it if memory runs out", "within": "[1, inf)"},
+        metadata={
+            "help": "tokens in one forward pass; lower it if memory runs out",
+            "within": "[1, inf)",
+            "applies": READ,
+        },
     )
 
 
@@ -118,9 +148,19 @@ def build_index(arguments: Arguments, skipped: list[Skipped]) -> Index:
         The index, opened.
 
     Raises:
-        UserError: no model is named, or as `Index.build`, `Index.add` and `read_documents`.
+        UserError: no model is named, or as `Index.build`, `Index.add`, `Index.merge` and `read_documents`.
     """
     memory = None if arguments.memory is None else size_in_bytes(arguments.memory)
+    if arguments.embedded is not None:
+        return Index.merge(
+            arguments.index,
+            arguments.embedded,
+            vector_search=arguments.vector_search,
+            shard_mb=arguments.shard_mb,
+            memory=memory,
+        )
+    if not arguments.data:
+        raise UserError("--data is missing: name documents, or what retrieval.embed has read with --embedded")
     columns = Columns(tuple(arguments.text_columns), arguments.id_column)
     read = read_documents(arguments.data, columns, split=arguments.split, skipped=skipped)
     documents = tqdm(read, unit=" documents", disable=None)

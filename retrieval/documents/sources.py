@@ -15,6 +15,7 @@ from common.errors import UserError, one_line
 from common.jsonl import read_jsonl, text_or_id
 from retrieval.documents.document import Document, Value
 from retrieval.documents.formats import FORMATS, UnreadableFile, read_file
+from retrieval.documents.storage import Storage, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +66,9 @@ def read_documents(
     that is damaged or lacks a column is an error, because all rows of a file are made alike.
 
     Args:
-        sources: each a folder (files of `FORMATS` and of rows, in all folders below it), a file, or `org/name[@config]`
-            on the Hub.
+        sources: each a folder (files of `FORMATS` and of rows, in all folders below it), a file, `org/name[@config]` on
+            the Hub, or the URL of a Parquet file or of a folder of them (`s3://bucket/folder`, and all that fsspec
+            knows).
         columns: what is read of rows.
         split: the split of a data set on the Hub.
         skipped: a list that what is skipped is added to.
@@ -80,7 +82,9 @@ def read_documents(
     log: list[Skipped] = [] if skipped is None else skipped
     for source in sources:
         name, path = os.fspath(source), Path(source)
-        if path.is_dir():
+        if is_url(name):
+            yield from _read_url(name, columns, log)
+        elif path.is_dir():
             yield from _read_folder(path, columns, log)
         elif path.exists() and name.endswith(ROW_SUFFIXES):
             yield from _read_rows(path, path.name, columns, log)
@@ -90,7 +94,7 @@ def read_documents(
             yield from _read_file(path, path.name, log)
         elif is_hub_id(name):
             for number, row in enumerate(load_hub_dataset(name, split), start=1):
-                yield from _document(f"{name}, row {number}", f"{name}:{number}", row, columns, log)
+                yield from document_of_row(f"{name}, row {number}", f"{name}:{number}", row, columns, log)
         else:
             raise UserError(f"{name}: no such file or folder, and not the id of a Hub dataset (org/name)")
 
@@ -152,19 +156,32 @@ def _skip(name: str, reason: str, skipped: list[Skipped]) -> None:
 
 
 def _read_rows(file: Path, name: str, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
-    rows = _parquet_rows(file) if file.name.endswith(PARQUET_SUFFIX) else read_jsonl(file)
+    rows = _parquet_rows(file, file) if file.name.endswith(PARQUET_SUFFIX) else read_jsonl(file)
     for number, row in rows:
-        yield from _document(f"{file}, row {number}", f"{name}:{number}", row, columns, skipped)
+        yield from document_of_row(f"{file}, row {number}", f"{name}:{number}", row, columns, skipped)
 
 
-def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_url(url: str, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
+    storage = Storage(url)
+    names = list(storage.sizes(ending=PARQUET_SUFFIX))
+    if not names:
+        raise UserError(f"{url}: no such Parquet file, and no folder with one; of URLs nothing else is read")
+    for name in names:
+        place = f"{url.rstrip('/')}/{name}" if name else url
+        with storage.open(name) as file:
+            for number, row in _parquet_rows(file, place):
+                title = f"{name or url.rpartition('/')[2]}:{number}"
+                yield from document_of_row(f"{place}, row {number}", title, row, columns, skipped)
+
+
+def _parquet_rows(opened_or_path: Any, file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{file}: reading Parquet needs the extra 'files' (pyarrow is missing)") from None
     try:
-        with pyarrow.parquet.ParquetFile(file) as opened:
+        with pyarrow.parquet.ParquetFile(opened_or_path) as opened:
             number = 0
             for batch in opened.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
@@ -174,10 +191,21 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{file}: is not readable Parquet: {one_line(error)}") from None
 
 
-def _document(
+def document_of_row(
     place: str, name: str, row: dict[str, Any], columns: Columns, skipped: list[Skipped]
 ) -> Iterator[Document]:
-    """Yield the document of a row, or nothing if it has no text."""
+    """Yield the document of a row, or nothing if it has no text.
+
+    Args:
+        place: file and row, for errors.
+        name: the id, if no column is one.
+        row: values by column.
+        columns: what the columns are.
+        skipped: a list that a row without text is added to.
+
+    Raises:
+        UserError: a column is missing, or is no text.
+    """
     id_column = columns.id or next((column for column in ID_COLUMNS if column in row), None)
     for column in (*columns.text, *([id_column] if id_column else [])):
         if column not in row:

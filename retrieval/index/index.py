@@ -7,17 +7,15 @@ from typing import Any
 
 from common.errors import UserError
 from retrieval.documents.document import Document
-from retrieval.index.approximate import WAYS, choose_kind
+from retrieval.embedding.embedded import Embedded
+from retrieval.index.approximate import choose_kind
 from retrieval.index.filters import check_filters
 from retrieval.index.identity import check_model, describe_model, load_model
-from retrieval.index.manifest import LOCK, MANIFEST, UNFINISHED, Manifest, Settings, only_writer
-from retrieval.index.reading import DocumentReader, QueryReader
+from retrieval.index.manifest import LOCK, MANIFEST, PARTS, UNFINISHED, Manifest, Settings, checked_parts, only_writer
+from retrieval.index.reading import QueryReader, document_reader
 from retrieval.index.snapshot import Snapshot
-from retrieval.index.writing import Writer
+from retrieval.index.writing import Save, Writer
 from retrieval.ranking import Hit, Passage, Query, best_passages, score_candidates, score_passages
-
-PARTS = ("vector", "tokens", "words")
-TOKEN_PRECISIONS = ("float32", "float16", "int8", "binary", "residual1", "residual2")
 
 
 class Index:
@@ -83,49 +81,67 @@ class Index:
             UserError: there is an index, an argument is none of what is allowed, or no document was given.
         """
         folder = Path(path)
-        settings = Settings(segments, _checked_parts(parts), token_precision, token_dim, vector_search)
-        if vector_search not in WAYS:
-            raise UserError(f"vector_search {vector_search!r}: choose from {', '.join(WAYS)}")
-        if token_precision not in TOKEN_PRECISIONS:
-            raise UserError(f"token_precision {token_precision!r}: choose from {', '.join(TOKEN_PRECISIONS)}")
+        settings = Settings(segments, checked_parts(parts), token_precision, token_dim, vector_search).checked()
         loaded = load_model(model)
-        reader = _reader(loaded, settings, batch_tokens)
-        described = describe_model(loaded)
-        _check_place(folder)
-        with only_writer(folder):
-            if (folder / MANIFEST).exists():
-                raise UserError(f"{folder} holds an index; add documents to it, or name another folder")
-            begun = Manifest(settings, described)
-            if (folder / UNFINISHED).exists():
-                begun = Manifest.read(folder, UNFINISHED)
-                if begun.settings != settings:
-                    raise UserError(
-                        f"{folder} holds the beginning of an index with other settings ({begun.settings}); name "
-                        "the same ones, or remove the folder"
-                    )
-                check_model(loaded, begun.model, str(folder))
-            writer = Writer(folder, shard_mb, memory)
-            writer.tidy(begun)
+        reader = document_reader(loaded, settings, batch_tokens)
 
-            def save(current: Manifest) -> None:
-                nonlocal begun
-                current.write(folder, UNFINISHED)
-                begun = current
-                if on_shard is not None:
-                    on_shard(sum(entry.documents - len(entry.deleted) for entry in current.shards))
+        def add(writer: Writer, manifest: Manifest, save: Save) -> Manifest:
+            return writer.add(manifest, documents, reader, save, whole=True)
 
-            try:
-                manifest = writer.add(begun, documents, reader, save, whole=True)
-                if not any(len(entry.deleted) < entry.documents for entry in manifest.shards):
-                    raise UserError(f"there is no document to index in {folder}; give at least one")
-            except BaseException:
-                writer.tidy(begun)
-                raise
-            manifest.write(folder)
-            (folder / UNFINISHED).unlink()
+        def check(model: Mapping[str, Any]) -> None:
+            check_model(loaded, model, str(folder))
+
+        _write_new(Manifest(settings, describe_model(loaded)), Writer(folder, shard_mb, memory), check, add, on_shard)
         index = cls(folder, batch_tokens=batch_tokens)
         index._model = loaded
         return index
+
+    @classmethod
+    def merge(
+        cls,
+        path: str | Path,
+        embedded: str | Path,
+        *,
+        vector_search: str = "lists",
+        shard_mb: float = 256,
+        memory: int | None = None,
+        on_shard: Callable[[int], None] | None = None,
+    ) -> "Index":
+        """Make an index of what `retrieval.embed` has read, on however many machines; nothing is read by the model.
+
+        After a kill, the same call goes on where it stopped.
+
+        Args:
+            path: a folder that holds no index.
+            embedded: the output folder of `retrieval.embed`, or its URL.
+            vector_search: as in `build`.
+            shard_mb: as in `build`.
+            memory: as in `build`.
+            on_shard: as in `build`.
+
+        Returns:
+            The index, opened.
+
+        Raises:
+            UserError: there is an index, the embedded documents are unfinished or damaged, or two have one id.
+        """
+        found = Embedded(embedded)
+
+        def check(model: Mapping[str, Any]) -> None:
+            if model != found.plan.model:
+                raise UserError(
+                    f"{path} holds the beginning of an index of other embedded documents; remove the folder"
+                )
+
+        def add(writer: Writer, manifest: Manifest, save: Save) -> Manifest:
+            if found.codec is not None:
+                manifest = writer.keep_codec(manifest, found.codec)
+            return writer.add(manifest, found.records(), None, save, whole=True)
+
+        settings = replace(found.plan.settings, vector_search=vector_search).checked()
+        begin = Manifest(settings, found.plan.model)
+        _write_new(begin, Writer(Path(path), shard_mb, memory), check, add, on_shard)
+        return cls(Path(path))
 
     @classmethod
     def open(cls, path: str | Path, model: Any = None, batch_tokens: int = 16_384) -> "Index":
@@ -301,7 +317,7 @@ class Index:
 
     def _used(self, parts: Sequence[str] | None) -> tuple[str, ...]:
         has = self.manifest.settings.parts
-        used = has if parts is None else _checked_parts(parts)
+        used = has if parts is None else checked_parts(parts)
         if missing := [part for part in used if part not in has]:
             raise UserError(f"{self.folder} was built without {missing[0]}; it has {', '.join(has)}")
         return used
@@ -338,7 +354,7 @@ class Index:
         """
 
         def change(writer: Writer, manifest: Manifest) -> Manifest:
-            return writer.add(manifest, documents, _reader(self.model, manifest.settings, self.batch_tokens))
+            return writer.add(manifest, documents, document_reader(self.model, manifest.settings, self.batch_tokens))
 
         self._write(change, shard_mb, memory)
 
@@ -400,18 +416,54 @@ def _check_place(folder: Path) -> None:
         raise UserError(f"{folder} holds {min(other)} and is no index; name an empty folder or a new one")
 
 
-def _reader(model: Any, settings: Settings, batch_tokens: int) -> DocumentReader:
-    try:
-        return DocumentReader(model, settings, batch_tokens)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+def _write_new(
+    begin: Manifest,
+    writer: Writer,
+    check: Callable[[Mapping[str, Any]], None],
+    add: Callable[[Writer, Manifest, Save], Manifest],
+    on_shard: Callable[[int], None] | None,
+) -> None:
+    """Write an index where there is none, or go on with one whose writer was killed.
 
+    Args:
+        begin: the manifest without documents.
+        writer: of the folder.
+        check: raises a `UserError` if the model of the index that was begun is another one.
+        add: adds all documents.
+        on_shard: is called after each shard with the number of documents so far.
+    """
+    folder = writer.folder
+    _check_place(folder)
+    with only_writer(folder):
+        if (folder / MANIFEST).exists():
+            raise UserError(f"{folder} holds an index; add documents to it, or name another folder")
+        if (folder / UNFINISHED).exists():
+            begun = Manifest.read(folder, UNFINISHED)
+            if begun.settings != begin.settings:
+                raise UserError(
+                    f"{folder} holds the beginning of an index with other settings ({begun.settings}); name "
+                    "the same ones, or remove the folder"
+                )
+            check(begun.model)
+            begin = begun
+        writer.tidy(begin)
 
-def _checked_parts(parts: Sequence[str]) -> tuple[str, ...]:
-    chosen = {parts} if isinstance(parts, str) else set(parts)
-    if not chosen or not chosen <= set(PARTS):
-        raise UserError(f"parts {', '.join(sorted(chosen)) or '(none)'}: choose from {', '.join(PARTS)}")
-    return tuple(part for part in PARTS if part in chosen)
+        def save(current: Manifest) -> None:
+            nonlocal begin
+            current.write(folder, UNFINISHED)
+            begin = current
+            if on_shard is not None:
+                on_shard(sum(entry.documents - len(entry.deleted) for entry in current.shards))
+
+        try:
+            manifest = add(writer, begin, save)
+            if not any(len(entry.deleted) < entry.documents for entry in manifest.shards):
+                raise UserError(f"there is no document to index in {folder}; give at least one")
+        except BaseException:
+            writer.tidy(begin)
+            raise
+        manifest.write(folder)
+        (folder / UNFINISHED).unlink()
 
 
 def _check_counts(**counts: int) -> None:

@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import IO, Any
 
 from common.errors import UserError
 from common.files import atomic_write
+from retrieval.index.approximate import WAYS
 
 # Version 1 had other codes of token vectors, which are still read.
 FORMAT, VERSION, VERSIONS = "longembed-index", 2, (1, 2)
 # What the folder of an index holds.
 MANIFEST, UNFINISHED, LOCK = "manifest.json", "building.json", "lock"
 SHARDS, VECTORS, CODECS = "shards", "vectors", "codecs"
+# What can be kept of a document, and how its token vectors can be kept.
+PARTS = ("vector", "tokens", "words")
+TOKEN_PRECISIONS = ("float32", "float16", "int8", "binary", "residual1", "residual2")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,33 @@ class Settings:
     token_precision: str
     token_dim: int | None
     vector_search: str = "lists"
+
+    def checked(self) -> "Settings":
+        """Return the settings.
+
+        Raises:
+            UserError: the precision is none of `TOKEN_PRECISIONS`, or the search of vectors none of `WAYS`.
+        """
+        if self.vector_search not in WAYS:
+            raise UserError(f"vector_search {self.vector_search!r}: choose from {', '.join(WAYS)}")
+        if self.token_precision not in TOKEN_PRECISIONS:
+            raise UserError(f"token_precision {self.token_precision!r}: choose from {', '.join(TOKEN_PRECISIONS)}")
+        return self
+
+
+def checked_parts(parts: Sequence[str]) -> tuple[str, ...]:
+    """Return parts in the order of `PARTS`.
+
+    Args:
+        parts: some of them.
+
+    Raises:
+        UserError: there are none, or one is none of `PARTS`.
+    """
+    chosen = {parts} if isinstance(parts, str) else set(parts)
+    if not chosen or not chosen <= set(PARTS):
+        raise UserError(f"parts {', '.join(sorted(chosen)) or '(none)'}: choose from {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in chosen)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from common.errors import UserError
 from modeling_longembed.encoding_choices_longembed import EncodingChoices
 from modeling_longembed.encoding_longembed import (
     CHARACTERS_PER_BATCH_TOKEN,
@@ -149,6 +150,23 @@ class DocumentReader:
                 found = torch.cat([found, *(vector for vector, _ in read)])
             yield found[: len(spans)].numpy()
             found = found[len(spans) :]
+
+
+def document_reader(model: Any, settings: Settings, batch_tokens: int = 16_384) -> DocumentReader:
+    """Return a `DocumentReader` for settings that a user has chosen.
+
+    Args:
+        model: a model of ours.
+        settings: what is kept of a document.
+        batch_tokens: tokens in one forward pass.
+
+    Raises:
+        UserError: the segments are none that there are, or the model does not have such token vectors.
+    """
+    try:
+        return DocumentReader(model, settings, batch_tokens)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _pairs(pairs: Iterable[tuple[int, int]]) -> np.ndarray:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
-from common.errors import UserError, reading
-from modeling_longembed.output_token_codes_longembed import TokenCodec
+from common.errors import UserError
 from retrieval.documents.document import Document
 from retrieval.index.approximate import INDEX
+from retrieval.index.codec import read_codec
 from retrieval.index.filters import matches
 from retrieval.index.manifest import CODECS, SHARDS, VECTORS, Manifest
 from retrieval.index.shards import Shard
@@ -120,18 +119,3 @@ class Snapshot:
             ids = (one for shard in self.shards for one in shard.ids())
             self._places = {one: number for number, one in enumerate(ids) if self.all_alive[number]}
         return self._places
-
-
-def read_codec(path: Path) -> TokenCodec:
-    """Read a codec of token vectors.
-
-    Raises:
-        UserError: the file is damaged.
-        FileNotFoundError: there is none.
-    """
-    if not path.exists():
-        raise FileNotFoundError(str(path))
-    with reading(f"{path}", path), safe_open(path, framework="pt") as file:
-        about = file.metadata()
-        tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return TokenCodec.from_state({"kind": about["kind"], "dim": about["dim"], **tables})

@@ -7,22 +7,22 @@ manifest is replaced last.
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-from common.encoders.kept_tokens import SAMPLE_DOCUMENTS, SAMPLE_VECTORS, UNFITTED
 from common.errors import UserError
 from common.files import atomic_file, atomic_folder, remove_leftovers
 from modeling_longembed.output_token_codes_longembed import TokenCodec
 from retrieval.documents.document import Document
 from retrieval.index.approximate import EXACT_LIMIT, build_approximate, choose_kind
+from retrieval.index.codec import fit_codec, read_codec, write_codec
 from retrieval.index.manifest import CODECS, SHARDS, VECTORS, Manifest, ShardEntry, VectorsEntry, new_name
 from retrieval.index.reading import DocumentReader
 from retrieval.index.shards import Record, Shard, ShardContent
-from retrieval.index.snapshot import Snapshot, read_codec
+from retrieval.index.snapshot import Snapshot
 
 Save = Callable[[Manifest], None]
 
@@ -42,8 +42,8 @@ class Writer:
     def add(
         self,
         manifest: Manifest,
-        documents: Iterable[Document],
-        reader: DocumentReader,
+        documents: Iterable[Document] | Iterable[Record],
+        reader: DocumentReader | None,
         save: Save = lambda _: None,
         whole: bool = False,
     ) -> Manifest:
@@ -51,8 +51,8 @@ class Writer:
 
         Args:
             manifest: the index as it is.
-            documents: the documents.
-            reader: reads them.
+            documents: the documents, or records of them.
+            reader: reads them; None: they are records, whose codes are those of the manifest's codec.
             save: is called after each shard with the manifest so far.
             whole: whether documents that are in the manifest, but not among these, are deleted.
 
@@ -66,8 +66,9 @@ class Writer:
         places, replaced = snapshot.places(), dict[str, set[int]]()
         seen: set[str] = set()
 
-        def changed() -> Iterator[Document]:
-            for document in documents:
+        def changed() -> Iterator[Any]:
+            for item in documents:
+                document = item.document if isinstance(item, Record) else item
                 if document.id in seen:
                     raise UserError(f"two documents have the id {document.id!r}; give each an id of its own")
                 seen.add(document.id)
@@ -76,17 +77,14 @@ class Writer:
                     if shard.document(place) == document:
                         continue
                     replaced.setdefault(shard.path.name, set()).add(place)
-                yield document
+                yield item
 
         new = changed()
-        records: Iterator[Record] = iter([])
-        if "tokens" in manifest.settings.parts:
-            if manifest.codec is None:
-                name, records = self._fit_codec(new, manifest, reader)
-                manifest = replace(manifest, codec=name)
-            if manifest.codec is not None:
-                reader.codec = read_codec(self.folder / CODECS / manifest.codec)
-        for entry in self._shards(chain(records, reader(new)), manifest):
+        if reader is None:
+            records: Iterator[Record] = new
+        else:
+            manifest, records = self._read(manifest, new, reader)
+        for entry in self._shards(records, manifest):
             manifest = replace(manifest, shards=(*manifest.shards, entry)).without(replaced)
             save(manifest)
         if whole:
@@ -143,6 +141,43 @@ class Writer:
                 if path.relative_to(self.folder) not in manifest.files:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def keep_codec(self, manifest: Manifest, codec: TokenCodec) -> Manifest:
+        """Write the codec of token vectors, unless the index has it.
+
+        Args:
+            manifest: the index as it is.
+            codec: the codec.
+
+        Returns:
+            The manifest with it.
+
+        Raises:
+            UserError: the index has another one.
+        """
+        if manifest.codec is not None:
+            kept = read_codec(self.folder / CODECS / manifest.codec)
+            same = kept.tables.keys() == codec.tables.keys()
+            if not same or any(not torch.equal(kept.tables[name], codec.tables[name]) for name in kept.tables):
+                raise UserError(f"{self.folder}: the codes of its token vectors are others; build another index")
+            return manifest
+        name = new_name(0, ".safetensors")
+        with atomic_file(self.folder / CODECS / name) as temporary:
+            write_codec(temporary, codec)
+        return replace(manifest, codec=name)
+
+    def _read(
+        self, manifest: Manifest, documents: Iterator[Document], reader: DocumentReader
+    ) -> tuple[Manifest, Iterator[Record]]:
+        """Return the manifest with the codec of the documents' tokens, and their records, which are read one by one."""
+        first: list[Record] = []
+        if "tokens" in manifest.settings.parts:
+            if manifest.codec is None:
+                codec, first = fit_codec(documents, reader)
+                manifest = manifest if codec is None else self.keep_codec(manifest, codec)
+            if manifest.codec is not None:
+                reader.codec = read_codec(self.folder / CODECS / manifest.codec)
+        return manifest, chain(first, reader(documents))
+
     def _shards(self, records: Iterable[Record], manifest: Manifest) -> Iterator[ShardEntry]:
         """Write records as shards; yield the entry of each."""
         content, number = ShardContent(), len(manifest.shards)
@@ -161,42 +196,6 @@ class Writer:
         content.write(path, "words" in settings.parts, settings.token_precision == "binary")
         passages = sum(len(record.passages) for record in content.records)
         return ShardEntry(name, path.stat().st_size, len(content.records), passages, content.tokens)
-
-    def _fit_codec(
-        self, documents: Iterator[Document], manifest: Manifest, reader: DocumentReader
-    ) -> tuple[str | None, Iterator[Record]]:
-        """Make the codec of token vectors, and fit it to the first documents if it depends on them.
-
-        Returns:
-            The name of its file, None if there was no token; and the records of the documents that have been read.
-        """
-        precision = manifest.settings.token_precision
-        # Dimensions in the order of their importance, as of a head, vary the less the later; rotated, all vary alike.
-        codec = TokenCodec(precision, rotate=precision == "binary" and reader.model.config.token_dim is not None)
-        records: list[Record] = []
-        sample: list[torch.Tensor] = []
-        if precision in UNFITTED:
-            config = reader.model.config
-            sample = [torch.zeros(1, manifest.settings.token_dim or config.token_dim or config.hidden_size)]
-        while not sample and (first := list(islice(documents, SAMPLE_DOCUMENTS))):
-            read = list(reader(first))
-            records += read
-            found = (torch.from_numpy(record.codes) for record in read if record.codes is not None)
-            sample += [codes[:: max(1, len(codes) // SAMPLE_VECTORS)] for codes in found if len(codes)]
-        if not sample:
-            return None, iter(records)
-        codec.fit(torch.cat(sample))
-        name = new_name(0, ".safetensors")
-        state = codec.state()
-        tables = {key: value.contiguous() for key, value in state.items() if isinstance(value, torch.Tensor)}
-        with atomic_file(self.folder / CODECS / name) as temporary:
-            save_file(tables, temporary, {"kind": codec.kind, "dim": str(codec.dim)})
-        coded = (
-            replace(record, codes=codec.encode(torch.from_numpy(record.codes)).numpy())
-            for record in records
-            if record.codes is not None
-        )
-        return name, coded
 
     def index_vectors(self, manifest: Manifest) -> Manifest:
         """Make the approximate index of passage vectors if they are many, and if many are not yet in it.
