@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -23,7 +23,9 @@ from eval.report.markdown import markdown_table
 
 STAMPS = "computed_by.jsonl"  # not .json, which is what MTEB's readers take for results
 COSTS = "costs.jsonl"
+QUERIES = "queries.jsonl"
 _COST_FIELDS = ("task", "split", "bytes_per_document", "seconds_per_query")
+_QUERY_FIELDS = ("task", "split", "scores")
 
 
 class AtomicResultCache(ResultCache):
@@ -31,7 +33,8 @@ class AtomicResultCache(ResultCache):
 
     MTEB writes to the final name; a kill would leave half a JSON file there, on which the next run would fail. Nor does
     MTEB ask what has computed the results that it finds: here that is written beside them, into
-    `computed_by.jsonl`, and results of other code are not current. What retrieval costs is in `costs.jsonl`.
+    `computed_by.jsonl`, and results of other code are not current. What retrieval costs is in `costs.jsonl`, and what
+    each query scores in `queries.jsonl`.
 
     Args:
         path: the folder of the results.
@@ -39,12 +42,14 @@ class AtomicResultCache(ResultCache):
 
     Attributes:
         costs: of the task that is evaluated, for each of its splits; the model fills it in.
+        query_scores: main score of each query of that task: split -> query id -> score; see `noting_query_scores`.
     """
 
     def __init__(self, path: str | Path, computed_by: Mapping[str, Any] | None = None):
         super().__init__(path)
         self.computed_by = dict(computed_by or {})
         self.costs: Mapping[str, Costs] = {}
+        self.query_scores: Mapping[str, Mapping[str, float]] = {}
 
     def save_to_cache(
         self,
@@ -74,14 +79,17 @@ class AtomicResultCache(ResultCache):
             # The scores are moved last: if they are there, so is the description of the model.
             for file in sorted(folder.iterdir(), key=lambda file: file.name == f"{task_result.task_name}.json"):
                 atomic_write(final / file.name, file.read_bytes())
-        costs = read_costs(final)
+        task, costs, queries = task_result.task_name, read_costs(final), read_queries(final)
         for split, found in self.costs.items():
-            costs[task_result.task_name, split] = (found.bytes_per_document, found.seconds_per_query)
+            costs[task, split] = (found.bytes_per_document, found.seconds_per_query)
         if costs:
             write_jsonl(final / COSTS, [dict(zip(_COST_FIELDS, (*k, *v), strict=True)) for k, v in costs.items()])
+        queries |= {(task, split): scores for split, scores in self.query_scores.items()}
+        if queries:
+            write_jsonl(final / QUERIES, [dict(zip(_QUERY_FIELDS, (*k, v), strict=True)) for k, v in queries.items()])
         # After the scores: a kill between the two leaves results that are not current, and computed again.
-        stamps = self._stamps(final) | {task_result.task_name: self.computed_by}
-        if rows := [{"task": task, "computed_by": by} for task, by in sorted(stamps.items()) if by]:
+        stamps = self._stamps(final) | {task: self.computed_by}
+        if rows := [{"task": name, "computed_by": by} for name, by in sorted(stamps.items()) if by]:
             write_jsonl(final / STAMPS, rows)
 
     def _stamps(self, folder: Path) -> dict[str, Any]:
@@ -120,7 +128,8 @@ class AtomicResultCache(ResultCache):
         result = self.load_task_result(task.metadata.name, meta)
         found = result.scores if result else {}
         name = str(meta.model_name_with_experiment)
-        costs = read_costs(self.get_task_result_path(task.metadata.name, meta).parent)
+        folder = self.get_task_result_path(task.metadata.name, meta).parent
+        costs, queries = read_costs(folder), read_queries(folder)
         scores = []
         for split in task.eval_splits:
             if split in found:
@@ -131,7 +140,12 @@ class AtomicResultCache(ResultCache):
                         raise UserError(f"{task.metadata.name} has no metric {metric!r}; near it are {', '.join(near)}")
                     title = metric if metrics else None
                     cost = costs.get((task.metadata.name, split), (None, None))
-                    scores.append(Score(name, task.metadata.name, split, 100 * values[metric], title, *cost))
+                    is_main = metric in ("main_score", task.metadata.main_score)
+                    of_queries = queries.get((task.metadata.name, split), {}) if is_main else {}
+                    of_queries = {query: 100 * score for query, score in of_queries.items()}
+                    scores.append(
+                        Score(name, task.metadata.name, split, 100 * values[metric], title, *cost, queries=of_queries)
+                    )
         return scores
 
 
@@ -147,6 +161,17 @@ def read_costs(folder: Path) -> dict[tuple[str, str], tuple[float, float]]:
     return {(task, split): (size, seconds) for task, split, size, seconds in found}
 
 
+def read_queries(folder: Path) -> dict[tuple[str, str], Mapping[str, float]]:
+    """Return the main scores of queries beside results: (task, split) -> query id -> score.
+
+    Args:
+        folder: of the results of one model; without a file of such scores, nothing is known.
+    """
+    path = folder / QUERIES
+    rows = read_jsonl(path, *_QUERY_FIELDS) if path.is_file() else ()
+    return {(row["task"], row["split"]): row["scores"] for _, row in rows}
+
+
 @dataclass(frozen=True)
 class Score:
     """The score of a model on a split.
@@ -160,6 +185,7 @@ class Score:
         metric: MTEB's name of the metric; None: the task's main score.
         bytes_per_document: what is kept of a document for the search; None: not known.
         seconds_per_query: time to compare a query with all documents; None: not known.
+        queries: query id -> its score times 100, of which `value` is the mean; empty: not known.
     """
 
     model: str
@@ -169,6 +195,7 @@ class Score:
     metric: str | None = None
     bytes_per_document: float | None = None
     seconds_per_query: float | None = None
+    queries: Mapping[str, float] = field(default_factory=dict, repr=False, hash=False)
 
     @property
     def length(self) -> int | None:

@@ -15,6 +15,7 @@ from common.provenance import computed_by
 from eval.models.mteb_models import EvaluatedModel
 from eval.models.quantization import VECTORS
 from eval.report.results import AtomicResultCache, Score, distinct_names
+from eval.tasks.query_scores import noting_query_scores
 from eval.tasks.retrieval import get_tasks, load
 
 
@@ -134,14 +135,15 @@ def evaluate_tasks(
             loaded.costs.clear()
             print(f"{model.meta.model_name_with_experiment} on {task.metadata.name}", flush=True)
             load(task)
-            mteb.evaluate(
-                loaded,
-                task,
-                co2_tracker=False,
-                cache=results[model],
-                overwrite_strategy="only-missing" if results[model].is_current(task, model.meta) else "always",
-                show_progress_bar=False,
-            )
+            with noting_query_scores(task) as results[model].query_scores:
+                mteb.evaluate(
+                    loaded,
+                    task,
+                    co2_tracker=False,
+                    cache=results[model],
+                    overwrite_strategy="only-missing" if results[model].is_current(task, model.meta) else "always",
+                    show_progress_bar=False,
+                )
             task.unload_data()
     scores = []
     names = distinct_names([(str(m.meta.model_name_with_experiment), m.meta.revision or "") for m in models])

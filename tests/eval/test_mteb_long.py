@@ -73,6 +73,13 @@ def test_models_and_baselines_side_by_side(
     assert call(monkeypatch, capsys, mteb_long, *arguments)[0] == 0
     assert (tmp_path / "r" / "table.md").read_text().splitlines() == table
 
+    # With intervals it has another table, of all that was measured before.
+    assert call(monkeypatch, capsys, mteb_long, *arguments, "--intervals")[0] == 0
+    intervals = (tmp_path / "r" / "table.md").read_text().removeprefix("\n".join([*table, "", ""])).splitlines()
+    assert intervals[0] == "| 95% intervals | Animals | Hidden 64 | Hidden 128 | mean |"
+    assert len(intervals) == 2 + len(models) + len(models) - 1
+    assert intervals[-2] == "| baseline/bm25s | 100.0 to 100.0" + " | 100.0 to 100.0" * 3 + " |"
+
     code, out, _ = call(monkeypatch, capsys, plot, "--results_dir", tmp_path / "r", "--output", tmp_path / "report.png")
     assert (code, out.strip()) == (0, str(tmp_path / "report.png"))
 
