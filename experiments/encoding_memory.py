@@ -41,19 +41,16 @@ class Arguments:
     output: str | None = field(default=None, metadata={"help": "file for the table, in Markdown", "output": "file"})
 
 
-def build_model() -> LongEmbedModel:
-    """Return a random model of one layer with a tokenizer of a token per word."""
+def build_model(**fields: Any) -> LongEmbedModel:
+    """Return a random model of one layer with a tokenizer of a token per word.
+
+    Args:
+        fields: of its config, if other than those of a tiny model.
+    """
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, **{word: n for n, word in enumerate(VOCABULARY, 1)}}, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    config = LongEmbedConfig(
-        vocab_size=len(VOCABULARY) + 1,
-        hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=CONTEXT,
-    )
-    model = LongEmbedModel(config)
+    tiny = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": CONTEXT}
+    model = LongEmbedModel(LongEmbedConfig(vocab_size=len(VOCABULARY) + 1, num_hidden_layers=1, **tiny | fields))
     model.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]")
     return model
 

@@ -1,7 +1,7 @@
 """Measure what the storage of token vectors costs in quality: nDCG against bytes a document, for every combination.
 
     python experiments/token_storage.py --model runs/my/final --data_dir tasks --dims 128 64 --pools 2 4 \\
-        --precisions float16 int8 binary --output_dir runs/token-storage
+        --precisions int8 binary --settings precision=residual2 dim=64,pool=8 --output_dir runs/token-storage
 
 From one vector a document to all of its tokens: each row is a value of `--model` of eval/mteb_long.py, whose results
 and vectors are below `<output_dir>`, so that a killed run goes on. All tokens in float16 come first, and what is kept
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from common.arguments import parse
+from common.encoders.token_settings import TokenSettings
 from common.errors import UserError, run
 from common.files import atomic_write
 from eval.report.figures import plt, save_figure
@@ -50,6 +51,12 @@ class Arguments:
         default_factory=lambda: ["float16", "int8", "binary"],
         metadata={"help": "storage of the vectors, beside all tokens in float16"},
     )
+    settings: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "further rows, each as after PATH@tokens: in eval/mteb_long.py: dim=64,pool=8,precision=int8"
+        },
+    )
     weights: str | None = field(default=None, metadata={"help": "none: without the weights of query words"})
     chunks: list[int] = field(
         default_factory=lambda: [254],
@@ -68,12 +75,14 @@ class Row:
         precision: of token vectors; empty for other vectors.
         size: bytes a document, the mean over the tasks.
         scores: heading of the column -> main score, times 100.
+        pool: tokens per vector.
     """
 
     label: str
     precision: str
     size: float
     scores: dict[str, float]
+    pool: int = 1
 
     @property
     def score(self) -> float:
@@ -81,25 +90,31 @@ class Row:
         return mean(self.scores.values())
 
 
-def combinations(arguments: Arguments) -> dict[str, tuple[str, str]]:
-    """Return what is measured, BM25 and all tokens first: value of `--model` -> its label and its precision."""
-    model, found = arguments.model, dict[str, tuple[str, str]]()
-    dims, pools = [None, *arguments.dims], [1, *arguments.pools]
-    ending = [] if arguments.weights is None else [f"weights={arguments.weights}"]
-    # The first comes again if it is asked for, and stays the first.
-    ways: list[tuple[int | None, int, str]] = [
-        (None, 1, "float16"),
-        *itertools.product(dims, pools, arguments.precisions),
-    ]
-    for dim, pool, precision in ways:
-        settings = [f"dim={dim}"] if dim else []
-        settings += [f"pool={pool}"] if pool > 1 else []
-        settings += [f"precision={precision}"]
-        label = ", ".join([f"{dim} dimensions" if dim else "all tokens"] * (dim is not None or pool == 1))
-        label = ", ".join(filter(None, [label, f"pooled by {pool}" if pool > 1 else "", precision]))
-        found[f"{model}@tokens:{','.join(settings + ending)}"] = (label, precision)
-    found |= {f"{model}@chunks:{size}": (f"late chunks of {size}", "") for size in arguments.chunks}
-    return {"bm25": ("BM25", "")} | found | {f"{model}@vector": ("one vector", "")}
+def combinations(arguments: Arguments) -> dict[str, tuple[str, TokenSettings | None]]:
+    """Return what is measured, BM25 and all tokens first.
+
+    Returns:
+        Value of `--model` -> its label, and how tokens are kept; None where they are not.
+
+    Raises:
+        UserError: `--settings` are none of token vectors.
+    """
+    model, found = arguments.model, dict[str, tuple[str, TokenSettings | None]]()
+    ways = [TokenSettings()]  # the first comes again if it is asked for, and stays the first
+    for dim, pool, precision in itertools.product([None, *arguments.dims], [1, *arguments.pools], arguments.precisions):
+        ways.append(TokenSettings(dim, pool, precision))
+    ways += [TokenSettings.parse(text, f"--settings {text}") for text in arguments.settings]
+    for way in ways:
+        if not way.weights:
+            raise UserError("--settings weights=none: give --weights none, which holds for all rows")
+        parts = {"dim": way.dim, "pool": way.pool if way.pool > 1 else None, "precision": way.precision}
+        parts["weights"] = arguments.weights
+        value = ",".join(f"{name}={part}" for name, part in parts.items() if part is not None)
+        kept = [f"{way.dim} dimensions"] if way.dim else [] if way.pool > 1 else ["all tokens"]
+        kept += [f"pooled by {way.pool}"] if way.pool > 1 else []
+        found[f"{model}@tokens:{value}"] = (", ".join([*kept, way.precision]), way)
+    found |= {f"{model}@chunks:{size}": (f"late chunks of {size}", None) for size in arguments.chunks}
+    return {"bm25": ("BM25", None)} | found | {f"{model}@vector": ("one vector", None)}
 
 
 def pareto(rows: Sequence[Row]) -> list[Row]:
@@ -111,19 +126,20 @@ def pareto(rows: Sequence[Row]) -> list[Row]:
     return front
 
 
-def as_row(scores: Sequence[Score], label: str, precision: str) -> Row:
+def as_row(scores: Sequence[Score], label: str, settings: TokenSettings | None) -> Row:
     """Gather what was measured of one way to keep documents.
 
     Args:
         scores: of its tasks.
         label: what is kept.
-        precision: of token vectors; empty for other vectors.
+        settings: how tokens are kept; None: they are not.
 
     Returns:
         The row.
     """
     sizes = [score.bytes_per_document for score in scores if score.bytes_per_document is not None]
-    return Row(label, precision, mean(sizes), {score.column: score.value for score in scores})
+    of_tasks = {score.column: score.value for score in scores}
+    return Row(label, settings.precision if settings else "", mean(sizes), of_tasks, settings.pool if settings else 1)
 
 
 def as_markdown(rows: Sequence[Row]) -> str:
@@ -146,33 +162,41 @@ def as_markdown(rows: Sequence[Row]) -> str:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw score against bytes a document, with the Pareto front as a line; BM25 is a level.
 
+    The marker is the precision, the colour says how many tokens a vector stands for.
+
     Args:
         rows: of the table.
         path: the PNG file.
     """
-    figure, axis = plt.subplots(figsize=(9, 6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 5.5), layout="constrained")
     points = [row for row in rows if row.label != "BM25"]
     for level in (row for row in rows if row.label == "BM25"):
         axis.axhline(level.score, color="0.5", linestyle="--", label=f"BM25 ({level.score:.1f})", zorder=0)
+    pools = sorted({row.pool for row in points})
+    colours = {pool: plt.get_cmap("viridis")(0.9 * place / len(pools)) for place, pool in enumerate(pools)}
     for precision in dict.fromkeys(row.precision for row in points):
         own = [row for row in points if row.precision == precision]
         axis.scatter(
             [row.size for row in own],
             [row.score for row in own],
-            marker=STYLES.get(precision, "P"),
+            marker=STYLES[precision],
             s=40 if precision else 90,
-            label=precision or "one vector, chunks",
+            c=[colours[row.pool] for row in own],
         )
+        axis.scatter([], [], marker=STYLES[precision], color="0.3", label=precision or "one vector, chunks")
+    for pool in pools:
+        label = "a vector a token" if pool == 1 else f"a vector for {pool} tokens"
+        axis.plot([], [], color=colours[pool], linewidth=5, label=label)
     front = pareto(points)
     axis.plot([row.size for row in front], [row.score for row in front], color="black", linewidth=1, zorder=0)
-    for number, row in enumerate(front):
-        place = (4, -12 if number % 2 else 6)
-        axis.annotate(row.label, (row.size, row.score), fontsize=7, xytext=place, textcoords="offset points")
+    for number, row in enumerate(front, 1):
+        axis.annotate(str(number), (row.size, row.score), fontsize=8, xytext=(-4, 7), textcoords="offset points")
+        axis.plot([], [], linestyle="", label=f"{number}  {row.label}")
     axis.set_xscale("log")
     axis.set_xlabel("bytes a document")
     axis.set_ylabel("score x 100, mean over the tasks")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     save_figure(figure, path)
 
 
@@ -192,7 +216,7 @@ def measure(arguments: Arguments) -> list[Row]:
         raise UserError(f"--weights {arguments.weights}: give none, or leave it out for the model's own weights")
     rows: list[Row] = []
     folder = Path(arguments.output_dir)
-    for value, (label, precision) in combinations(arguments).items():
+    for value, (label, way) in combinations(arguments).items():
         settings = RetrievalArguments(
             model=[value],
             output_dir=str(folder),
@@ -201,7 +225,7 @@ def measure(arguments: Arguments) -> list[Row]:
             tasks=arguments.tasks,
             data_dir=arguments.data_dir,
         )
-        rows.append(as_row(evaluate_retrieval(settings), label, precision))
+        rows.append(as_row(evaluate_retrieval(settings), label, way))
         atomic_write(folder / "results.json", json.dumps([asdict(row) for row in rows], indent=1))
         atomic_write(folder / "table.md", as_markdown(rows))
         draw(rows, folder / "plot.png")

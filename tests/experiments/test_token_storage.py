@@ -45,6 +45,25 @@ def test_all_tokens_come_first_also_where_nobody_asks_for_them():
     assert "m@tokens:pool=2,precision=float16" not in values
 
 
+def test_rows_beside_the_combinations_are_chosen_one_by_one():
+    given = ["precision=residual2", "dim=64,pool=8,precision=int8", "pool=2,precision=binary"]
+    found = combinations(Arguments(model="m", output_dir="o", pools=[2], precisions=["binary"], settings=given))
+    assert list(found)[1:] == [
+        "m@tokens:precision=float16",
+        "m@tokens:precision=binary",
+        "m@tokens:pool=2,precision=binary",
+        "m@tokens:precision=residual2",
+        "m@tokens:dim=64,pool=8,precision=int8",
+        "m@chunks:254",
+        "m@vector",
+    ]
+    assert found["m@tokens:dim=64,pool=8,precision=int8"][0] == "64 dimensions, pooled by 8, int8"
+    refused = {"dim=0": "dim=0 is no setting of token vectors", "weights=none": "give --weights none"}
+    for settings, complaint in refused.items():
+        with pytest.raises(UserError, match=f"--settings {settings}.*{complaint}"):
+            combinations(Arguments(model="m", output_dir="o", settings=[settings]))
+
+
 @pytest.mark.parametrize("option", ["dims", "pools", "chunks"])
 def test_numbers_below_1_are_refused(option):
     with pytest.raises(UserError, match=f"--{option}.*0: must be at least 1"):
