@@ -102,6 +102,9 @@ class LongEmbedConfig(PretrainedConfig):
             content does not dominate rare content (see `token_weights` in `output_pooling_longembed`); or `none`.
         token_weighting_regularization: regularization strength of the token weights; the larger it is, the closer the
             weights are to those of plain pooling.
+        token_weighting_power: power of a token's entry in the table of `query_token_weights` that its state is
+            multiplied by before a mean, such as 0.25, so that rare words count more in the vector of a text; 0: the
+            table has no part in it.
         token_dim: width of the vectors of single tokens, for late interaction; None: the token states themselves, which
             need no head.
         token_head: what makes token vectors of states: `linear`, or `mlp`, two layers.
@@ -166,6 +169,7 @@ class LongEmbedConfig(PretrainedConfig):
     pooling: Literal["mean", "cls", "last", "weighted_mean"] = "mean"
     token_weighting: Literal["none", "generalized_max"] = "none"
     token_weighting_regularization: float | int = 50.0
+    token_weighting_power: float | int = 0.0
     token_dim: int | None = None
     token_head: Literal["linear", "mlp"] = "linear"
     token_skip_punctuation: bool = False
@@ -334,12 +338,21 @@ class LongEmbedConfig(PretrainedConfig):
         """Check that token weights are used only with a pooling that averages tokens.
 
         Raises:
-            ValueError: the pooling takes a single token, or the regularization is not positive.
+            ValueError: the pooling takes a single token, a number is out of range, or there is no table of weights.
         """
-        if self.token_weighting != "none" and self.pooling in ("cls", "last"):
+        for name, off in (("token_weighting", "none"), ("token_weighting_power", 0)):
+            value = getattr(self, name)
+            if value != off and self.pooling in ("cls", "last"):
+                raise ValueError(
+                    f"{name}={value!r} weights the tokens of a mean, and pooling={self.pooling!r} "
+                    f"takes a single token; use pooling='mean', or {name}={off!r}"
+                )
+        if not 0 <= self.token_weighting_power < float("inf"):
+            raise ValueError(f"token_weighting_power={self.token_weighting_power}; give 0 or a positive number")
+        if self.token_weighting_power and self.query_token_weights == "none":
             raise ValueError(
-                f"token_weighting={self.token_weighting!r} weights the tokens of a mean, and pooling={self.pooling!r} "
-                "takes a single token; use pooling='mean', or token_weighting='none'"
+                f"token_weighting_power={self.token_weighting_power} but there are no query_token_weights, whose table "
+                "it is a power of; set query_token_weights, or leave it out"
             )
         if not 0 < self.token_weighting_regularization < float("inf"):
             raise ValueError(

@@ -43,6 +43,7 @@ CHOICES = (
     "pooling",
     "token_weighting",
     "token_weighting_regularization",
+    "token_weighting_power",
     "token_dim",
     "token_head",
     "token_skip_punctuation",
@@ -294,11 +295,11 @@ def convert_encoder(
             values (`global_projections` are copies, `adaptive` starts at its `initial_span`).
         attn_implementation: name of the attention kernel, as in `from_pretrained`.
         **kwargs: `training_attention_patterns`, `pooling`, `token_weighting`, `token_weighting_regularization`,
-            `token_dim` and `token_head` (which start at random; `fit_token_head` of the model starts them at an optimum
-            instead), `token_skip_punctuation`, `query_token_weights` (all 1 at the start), `prompts`,
-            `default_prompt_name`, `normalize`, `similarity_fn_name`, `hidden_dropout_prob`, `attention_dropout`,
-            `layerdrop`, `layerdrop_unit`, `original_model` (a name for the card); and the options of `from_pretrained`
-            to find files: `revision`, `token`, `cache_dir`, `local_files_only`.
+            `token_weighting_power`, `token_dim` and `token_head` (which start at random; `fit_token_head` of the model
+            starts them at an optimum instead), `token_skip_punctuation`, `query_token_weights` (all 1 at the start),
+            `prompts`, `default_prompt_name`, `normalize`, `similarity_fn_name`, `hidden_dropout_prob`,
+            `attention_dropout`, `layerdrop`, `layerdrop_unit`, `original_model` (a name for the card); and the options
+            of `from_pretrained` to find files: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Returns:
         The model in fp32 and evaluation mode, with the original's tokenizer as `model.tokenizer`.
@@ -483,9 +484,9 @@ def report_difference(model: HubModel, original_model, length: int, global_token
         return
     length = min(length, COMPARED_LENGTH)
     encoder: Any = model.base_model
-    weighting, encoder.token_weighting = encoder.token_weighting, "none"  # compare the unweighted states
+    weighs_tokens, encoder.weighs_tokens = encoder.weighs_tokens, False  # compare the unweighted states
     difference = largest_difference(original_model, model, length, global_tokens)
-    encoder.token_weighting = weighting
+    encoder.weighs_tokens = weighs_tokens
     print(
         f"longembed: {name} converted; largest difference from the original on documents of up to {length} tokens: "
         f"{difference:.1e}"

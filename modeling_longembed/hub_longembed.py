@@ -336,7 +336,9 @@ class HubModel(PreTrainedModel):
         if extension is not None:
             original = extension["original_max_position_embeddings"]
             extended = f", extended by `{extension['method']}` from {original:,} tokens"
-        weighting = f", tokens weighed by `{config.token_weighting}`" if config.token_weighting != "none" else ""
+        weights = [f"`{config.token_weighting}`"] if config.token_weighting != "none" else []
+        weights += ["how rare they are"] if config.token_weighting_power else []
+        weighting = f", tokens weighed by {' and '.join(weights)}" if weights else ""
         made = "\n".join(f"| {name} | {value} |" for name, value in self.training_rows.items())
         rows = [f"| {row['task']} | {row['metric']} | {shown_score(row['score'])} |" for row in self.results]
         files = sorted({*folder.glob("*.py"), *folder.glob("*.safetensors")})

@@ -294,7 +294,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
         self.final_norm = None
         if config.final_norm:
             self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.norm_bias)
-        self.token_weighting = config.token_weighting
+        self.weighs_tokens = True  # False: states as they are, whatever the config says
         self.token_output = LongEmbedTokenOutput(config)
         self._left_out: tuple | None = None  # see `left_out_tokens`
         self.layers_of_batch: list[bool] | None = None  # set by `layers_drawn_once`
@@ -407,7 +407,7 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
                 side = side.repeat_interleave(documents.cu_seqlens.diff(), output_size=len(hidden_states))
             packed = self.token_output(hidden_states, documents.pack(inputs), left_out, side)
             vectors, token_mask = map(documents.unpack, packed)
-        hidden_states = self._weigh_tokens(hidden_states, documents)
+        hidden_states = self._weigh_tokens(hidden_states, documents, input_ids)
         if stream is None:
             pooled = pool(hidden_states, documents.cu_seqlens, config.pooling)
         else:
@@ -495,12 +495,19 @@ class LongEmbedModel(LongEmbedPreTrainedModel):
             positions.bias = bucket_bias(self.config, self.relative_attention_bias)
         return positions
 
-    def _weigh_tokens(self, hidden_states: Tensor, documents: PackedDocuments) -> Tensor:
-        """Multiply the states `(T, d)` by the weights of `config.token_weighting`."""
-        if self.token_weighting == "none":
-            return hidden_states
-        weights = token_weights(hidden_states, documents, self.config.token_weighting_regularization)
-        return hidden_states * weights[:, None].to(hidden_states.dtype)
+    def _weigh_tokens(self, hidden_states: Tensor, documents: PackedDocuments, input_ids: Tensor | None) -> Tensor:
+        """Multiply the states `(T, d)` by the weights of `config.token_weighting` and `token_weighting_power`."""
+        config, weights = self.config, None
+        if self.weighs_tokens and config.token_weighting_power:
+            if input_ids is None:
+                raise ValueError(
+                    f"token_weighting_power={config.token_weighting_power} needs input_ids: inputs_embeds do not tell "
+                    "which words they are of"
+                )
+            weights = self.token_output.rarity(documents.pack(input_ids), config.token_weighting_power)
+        if self.weighs_tokens and config.token_weighting != "none":
+            weights = token_weights(hidden_states, documents, config.token_weighting_regularization, weights)
+        return hidden_states if weights is None else hidden_states * weights[:, None].to(hidden_states.dtype)
 
 
 @dataclass
@@ -532,7 +539,7 @@ class LongEmbedForMaskedLM(LongEmbedPreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         self.model = LongEmbedModel(config)
-        self.model.token_weighting = "none"  # the weights are for embeddings; the head reads unweighted states
+        self.model.weighs_tokens = False  # the weights are for embeddings; the head reads unweighted states
         self.head = LongEmbedMaskedLMHead(config)
         self.post_init()
 

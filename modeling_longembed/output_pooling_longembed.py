@@ -97,7 +97,9 @@ def _row_or_zero(hidden_states: Tensor, rows: Tensor, cu_seqlens: Tensor) -> Ten
 POOLINGS = {"mean": mean_pooling, "cls": cls_pooling, "last": last_pooling, "weighted_mean": weighted_mean_pooling}
 
 
-def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularization: float) -> Tensor:
+def token_weights(
+    hidden_states: Tensor, documents: PackedDocuments, regularization: float, rarity: Tensor | None = None
+) -> Tensor:
     """Compute the weight of each token in the mean over its document, by generalized max pooling.
 
     Murray and Perronnin 2014, arXiv:1406.0312. With the unit vectors x of the tokens of a document and lambda =
@@ -110,27 +112,40 @@ def token_weights(hidden_states: Tensor, documents: PackedDocuments, regularizat
     embedding of a short document does not change. A token that occurs n times and is orthogonal to all others has the
     weight lambda / (n + lambda) each time: the sum saturates, as the count of a word does in BM25.
 
+    With a weight r of each token, the ridge regression is weighted by them, and so is its residual:
+
+        r (1 - x . v)    where    v = (sum of r x x^T + lambda I)^-1 (sum of r x)
+
     Args:
         hidden_states: `(T, d)`.
         documents: which rows belong to which document.
-        regularization: lambda, positive; the weights of a document with far fewer tokens are close to 1.
+        regularization: lambda, positive; the weights of a document with far fewer tokens are close to r.
+        rarity: r, `(T,)`, at least 0; None: 1.
 
     Returns:
         `(T,)`, fp32 or wider.
     """
     with torch.autocast(hidden_states.device.type, enabled=False):
         wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        unit = torch.nn.functional.normalize(wide, dim=-1)
-        return torch.cat([_weights(tokens, regularization) for tokens in unit.split(documents.lengths)])
+        root = wide.new_ones(len(wide)) if rarity is None else rarity.to(wide.dtype).sqrt()
+        rows = torch.nn.functional.normalize(wide, dim=-1) * root[:, None]
+        parts = zip(rows.split(documents.lengths), root.split(documents.lengths), strict=True)
+        return torch.cat([_weights(*part, regularization) for part in parts])
 
 
-def _weights(unit: Tensor, regularization: float) -> Tensor:
-    """Compute the weights `(L,)` of one document from unit vectors `(L, d)`, by the smaller of two Gram matrices."""
-    short = unit.shape[0] <= unit.shape[1]
-    gram, total = (unit @ unit.T, unit.new_ones(len(unit))) if short else (unit.T @ unit, unit.sum(0))
+def _weights(rows: Tensor, root: Tensor, regularization: float) -> Tensor:
+    """Compute the weights `(L,)` of one document by the smaller of two Gram matrices.
+
+    Args:
+        rows: `(L, d)`, unit vectors times `root`.
+        root: `(L,)`, the square root of r.
+        regularization: lambda.
+    """
+    short = rows.shape[0] <= rows.shape[1]
+    gram, total = (rows @ rows.T, root) if short else (rows.T @ rows, rows.T @ root)
     ridge = gram + regularization * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.cholesky_solve(total[:, None], torch.linalg.cholesky(ridge))[:, 0]
-    return regularization * solution if short else 1 - unit @ solution
+    return root * (regularization * solution if short else root - rows @ solution)
 
 
 def pool(hidden_states: Tensor, cu_seqlens: Tensor, method: str) -> Tensor:

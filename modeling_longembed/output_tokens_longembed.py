@@ -75,6 +75,17 @@ class LongEmbedTokenOutput(nn.Module):
         table = table.to(self.query_table)
         self.query_table = nn.Parameter(table) if isinstance(self.query_table, nn.Parameter) else table
 
+    def rarity(self, input_ids: Tensor, power: float) -> Tensor:
+        """Return a power of the entries of the table, `(T,)`, by which pooling weighs tokens.
+
+        Nothing trains the table through it: the root of the entry 0 of a special token has no finite derivative.
+
+        Args:
+            input_ids: `(T,)`.
+            power: above 0.
+        """
+        return self.query_table.detach()[input_ids].float().abs() ** power
+
     def query_weights(self, hidden_states: Tensor, input_ids: Tensor) -> Tensor:
         """Return the weight of each query token, `(T,)`, at least 0, fp32 or wider.
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     student.config.layerdrop = 0.0  # the teacher may have been trained with it
     encoders: tuple[Any, Any] = (model, student)
     for encoder in encoders:
-        encoder.token_weighting = "none"
+        encoder.weighs_tokens = False
     teacher = RelationTeacher(model, relation_args.teacher_layer, loop.device, loop.accelerator.autocast)
 
     # The documents, in sequences.

@@ -55,6 +55,14 @@ class TokenOutputArguments:
             "within": "[0, inf)",
         },
     )
+    token_weighting_power: float | None = field(
+        default=None,
+        metadata={
+            "help": "weigh the tokens of the vector of a text by this power of their weight in a query, such as 0.25; "
+            "the model's own power if not given; 0: all alike",
+            "within": "[0, inf)",
+        },
+    )
     query_token_weights: Literal["idf", "table", "state"] | None = field(
         default=None,
         metadata={
@@ -72,8 +80,8 @@ class TokenOutputArguments:
     )
 
     def __post_init__(self) -> None:
-        given = (self.token_dim, self.query_token_weights, self.token_min_weight)
-        if given == (None, None, None) and not self.token_skip_punctuation:
+        given = (self.token_dim, self.query_token_weights, self.token_min_weight, self.token_weighting_power)
+        if given == (None, None, None, None) and not self.token_skip_punctuation:
             raise UserError("nothing to do: give --token_dim, --query_token_weights, or both")
         if self.token_dim is None and self.token_head != "linear":
             raise UserError(f"--token_head {self.token_head}: needs --token_dim, the width of the token vectors")
@@ -103,13 +111,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.query_token_weights is not None:
         count = model.fit_query_token_weights(texts(sources), kind=args.query_token_weights)
         print(f"weights of query tokens: {args.query_token_weights}, from {count:,} documents")
-    if args.token_min_weight is not None:
-        if args.token_min_weight and model.config.query_token_weights == "none":
+    for name in ("token_min_weight", "token_weighting_power"):
+        value = getattr(args, name)
+        if value and model.config.query_token_weights == "none":
             raise UserError(
-                f"--token_min_weight {args.token_min_weight}: this model has no weights of query tokens; give "
-                "--query_token_weights too"
+                f"--{name} {value}: this model has no weights of query tokens; give --query_token_weights too"
             )
-        model.config.token_min_weight = args.token_min_weight
+        if value is not None:
+            setattr(model.config, name, value)
+    if args.token_weighting_power and model.config.pooling in ("cls", "last"):
+        raise UserError(
+            f"--token_weighting_power {args.token_weighting_power}: weighs the tokens of a mean, and this model's "
+            f"pooling is {model.config.pooling!r}"
+        )
     if args.token_dim is not None:
         order = np.random.default_rng(args.seed).permutation(sum(len(source.rows) for source in sources))
         drawn, choices = texts(sources, order), {"max_tokens": args.max_tokens, "batch_tokens": args.batch_tokens}

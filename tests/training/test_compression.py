@@ -169,7 +169,7 @@ def test_hidden_states_are_compared_as_they_are(compress, teacher, tmp_path, wei
             piece = torch.tensor([[word_tokenizer.cls_token_id, *ids[start : start + 38], word_tokenizer.sep_token_id]])
             states = []
             for model in (LongEmbedModel.from_pretrained(teacher), student):
-                model.token_weighting = "none"
+                model.weighs_tokens = False
                 states.append(model.eval()(input_ids=piece).last_hidden_state[0])
             squares.append((states[0] - states[1]).pow(2).mean(1))
     assert evaluation["eval_hidden_loss"] == pytest.approx(torch.cat(squares).mean().item(), rel=1e-4)

@@ -75,6 +75,14 @@ def test_frequent_tokens_of_documents_have_no_vector(fit):
     np.testing.assert_allclose(*(m.token_output.head.weight.detach() for m in (whole, fitted)), atol=1e-3)
 
 
+def test_the_vector_of_a_text_weighs_its_tokens_by_a_power(fit):
+    _, plain, texts = fit("--query_token_weights idf")
+    _, fitted, _ = fit("--query_token_weights idf --token_weighting_power 0.5")
+    assert fitted.config.token_weighting_power == 0.5
+    plain.config.token_weighting_power = 0.5
+    np.testing.assert_array_equal(fitted.encode(texts), plain.encode(texts))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -84,6 +92,7 @@ def test_frequent_tokens_of_documents_have_no_vector(fit):
         ("--token_dim 0", "--token_dim 0: must be at least 1"),
         ("--token_dim 8 --max_tokens 0", "max_tokens.* must be at least 1"),
         ("--token_min_weight 1", "--token_min_weight 1.0: this model has no weights of query tokens"),
+        ("--token_weighting_power 1", "--token_weighting_power 1.0: this model has no weights of query tokens"),
         ("--query_token_weights tf", "--query_token_weights"),
         ("--token_dim 8 --text_column body", "body"),
     ],

@@ -22,6 +22,7 @@ LATER_FIELDS = {
     "token_skip_punctuation": False,
     "query_token_weights": "none",
     "token_min_weight": 0.0,
+    "token_weighting_power": 0.0,
 }
 
 

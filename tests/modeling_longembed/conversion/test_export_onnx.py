@@ -62,12 +62,16 @@ CASES = {
         "is_causal": True,
         **extended("interpolate"),
     },
+    "rare words": {"query_token_weights": "idf", "token_weighting_power": 0.5},
 }
 
 
 def model(**fields) -> LongEmbedModel:
     torch.manual_seed(0)
-    return LongEmbedModel(LongEmbedConfig(**SIZES | fields)).eval()
+    encoder = LongEmbedModel(LongEmbedConfig(**SIZES | fields)).eval()
+    if encoder.token_output.query_table is not None:
+        encoder.token_output.set_table(3 * torch.rand(encoder.config.vocab_size))
+    return encoder
 
 
 def batches() -> list[torch.Tensor]:

@@ -452,6 +452,12 @@ def test_mistakes_in_the_config_and_in_a_forward_pass():
         ({"token_head": "mlp"}, "token_head='mlp' but token_dim is not set"),
         ({"token_min_weight": 0.5}, "token_min_weight=0.5 but there are no query_token_weights"),
         ({"token_min_weight": -1, "query_token_weights": "idf"}, "token_min_weight=-1; give 0 or"),
+        ({"token_weighting_power": 0.5}, "token_weighting_power=0.5 but there are no query_token_weights"),
+        ({"token_weighting_power": -1, "query_token_weights": "idf"}, "token_weighting_power=-1; give 0 or"),
+        (
+            {"token_weighting_power": 1, "query_token_weights": "idf", "pooling": "cls"},
+            "token_weighting_power=1 .*pooling='cls'",
+        ),
         ({"token_head": "deep", "token_dim": 4}, "token_head"),
         ({"query_token_weights": "tf"}, "query_token_weights"),
     ):

@@ -7,7 +7,14 @@ from modeling_longembed import LongEmbedModel
 from tests.training.tiny_training import tiny_config
 from training.models.identity import model_identity
 
-LATER = ("token_dim", "token_head", "token_skip_punctuation", "query_token_weights", "token_min_weight")
+LATER = (
+    "token_dim",
+    "token_head",
+    "token_skip_punctuation",
+    "query_token_weights",
+    "token_min_weight",
+    "token_weighting_power",
+)
 
 
 def model_of(**fields) -> LongEmbedModel:
