@@ -6,7 +6,8 @@ What is executed, and what is only read:
   modeling_longembed alone, with the encoder that it names in a fake cache of the Hub.
 - All other Python blocks run in this process, those of a page one after the other in one namespace and in an empty
   folder, in which the encoder has its Hub name and `you/your-model` is a tiny model. Functions called `test_...` are
-  called. A block after a comment `<!-- not run: reason -->` is compiled only.
+  called. A block after a comment `<!-- not run: reason -->` is compiled only, and one after `<!-- needs PACKAGE -->`
+  where the package is missing.
 - Shell blocks are expanded by bash with stubs for the commands. What a command of ours would get is parsed by the
   script's own dataclasses (options exist, values have their type, recipes exist), and then nothing runs. `accelerate`,
   `torchrun`, `make` and `pip` are read by their own parsers, the Makefile and pyproject.toml.
@@ -54,11 +55,15 @@ def name(path: Path) -> str:
 
 
 def blocks(page: Path, *languages: str) -> list[tuple[str, bool]]:
-    """The fenced blocks of these languages, without their indentation, and whether each is marked as not run."""
-    fence = re.compile(r"(<!-- not run: .+? -->\n)?^( *)```(\w*)\n(.*?)^\2```$", re.DOTALL | re.MULTILINE)
+    """The fenced blocks of these languages, without their indentation, and whether each is marked as not run here."""
+    mark = r"(?:<!-- (not run: .+?|needs (\w+)) -->\n)?"
+    fence = re.compile(mark + r"^( *)```(\w*)\n(.*?)^\3```$", re.DOTALL | re.MULTILINE)
     return [
-        (re.sub(rf"^{indent}", "", code, flags=re.MULTILINE), bool(mark))
-        for mark, indent, language, code in fence.findall(page.read_text(encoding="utf-8"))
+        (
+            re.sub(rf"^{indent}", "", code, flags=re.MULTILINE),
+            bool(mark) and not (package and importlib.util.find_spec(package)),
+        )
+        for mark, package, indent, language, code in fence.findall(page.read_text(encoding="utf-8"))
         if language in languages
     ]
 

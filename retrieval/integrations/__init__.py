@@ -1,0 +1,1 @@
+"""Retrievers for other libraries, over an index of ours."""
