@@ -61,6 +61,7 @@ class Words:
 
     def __init__(self, dim: int):
         self.model = SimpleNamespace(config=SimpleNamespace(token_dim=dim, hidden_size=HIDDEN_SIZE))
+        self.settings = Settings(f"late:{PASSAGE}", PARTS, "binary", None)
         self.codec = TokenCodec("float32")  # until one is fitted
         self.random = torch.Generator().manual_seed(0)
         self.vectors = torch.randn(VOCABULARY, dim, generator=self.random)
@@ -112,7 +113,7 @@ def build(folder: Path, words: Words, count: int, tokens: int) -> UnreadIndex:
     draw = random.Random(0)
     documents = (Document(f"d{number}", random_text(draw, tokens)) for number in range(count))
     with only_writer(folder):
-        manifest = Manifest(Settings(f"late:{PASSAGE}", PARTS, "binary", None), {"hidden_size": HIDDEN_SIZE})
+        manifest = Manifest(words.settings, {"hidden_size": HIDDEN_SIZE})
         Writer(folder).add(manifest, documents, words).write(folder)  # type: ignore[arg-type]
     return UnreadIndex(folder)
 

@@ -70,10 +70,12 @@ class TokenBits:
             rows: `(r,)` int.
         """
         blocks, places = np.divmod(rows, BLOCK)
-        halves = self.blocks[blocks].reshape(len(rows), -1, 2, 16)
-        halves = np.take_along_axis(halves, _PLACE[places % 16][:, None, None, None], axis=3)[..., 0]
-        halves = (halves >> np.where(places < 16, 0, 4)[:, None, None].astype(np.uint8)) & 15
-        return halves[:, :, 0] | (halves[:, :, 1] << 4)
+        lower = (blocks * self.blocks.shape[1] + _PLACE[places % 16])[:, None] + np.arange(
+            0, self.blocks.shape[1], BLOCK
+        )
+        shift = (places // 16 * 4).astype(np.uint8)[:, None]
+        numbers = self.blocks.ravel()
+        return (numbers[lower] >> shift & 15) | (numbers[lower + 16] >> shift << 4)
 
 
 def nearest_tokens(query: np.ndarray, documents: Sequence[TokenBits]) -> Iterator[tuple[list[int], np.ndarray]]:

@@ -68,19 +68,30 @@ class TokenScores:
             passages: `(p, 2)`, first row of each passage in it and the one after its last.
         """
         scores = np.full(len(passages), -np.inf, np.float32)
-        if len(document) and len(self.query):
-            products = torch.cat(
-                [
-                    # A copy, because a memory-mapped array cannot be written to, which torch warns of.
-                    self.query @ self.codec.numbers(torch.tensor(document[start : start + TOKENS_AT_A_TIME])).T
-                    for start in range(0, len(document), TOKENS_AT_A_TIME)
-                ],
-                dim=1,
-            )
-            for place, (start, end) in enumerate(passages.tolist()):
-                if end > start:
-                    scores[place] = float((products[:, start:end].amax(1) + self.constants).sum())
+        filled = passages[:, 1] > passages[:, 0]
+        if filled.any() and len(self.query):
+            products = np.concatenate([self._products(document), np.zeros((1, len(self.query)), np.float32)])
+            # Of each second pair of bounds, which are those of a passage; the last row is where the last one may end.
+            best = np.maximum.reduceat(products, passages[filled].ravel())[::2]
+            scores[filled] = (best + self.constants.numpy()).sum(1)
         return scores
+
+    def _products(self, codes: np.ndarray) -> np.ndarray:
+        """Return the products of codes `(n, ...)` with the query, `(n, t)`, without the constants."""
+        if self.codec.kind == "binary":
+            # What a query token and the 8 signs of a byte give is added up from a table, `(b * 256, t)`.
+            width = codes.shape[1]
+            padded = torch.nn.functional.pad(self.query, (0, 8 * width - self.query.shape[1])).view(-1, width, 8)
+            signs = 2.0 * (torch.arange(256)[:, None] >> torch.arange(7, -1, -1) & 1) - 1
+            table = torch.einsum("tbi,vi->bvt", padded, signs).reshape(width * 256, -1)
+            places = torch.from_numpy(codes.astype(np.int32) + 256 * np.arange(width, dtype=np.int32))
+            return torch.nn.functional.embedding_bag(places, table, mode="sum").numpy()
+        parts = [
+            # A copy, because a memory-mapped array cannot be written to, which torch warns of.
+            self.codec.numbers(torch.tensor(codes[start : start + TOKENS_AT_A_TIME])) @ self.query.T
+            for start in range(0, len(codes), TOKENS_AT_A_TIME)
+        ]
+        return torch.cat(parts).numpy()
 
 
 def _runs(documents: Sequence[np.ndarray]) -> Iterator[list[int]]:

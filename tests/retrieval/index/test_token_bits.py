@@ -62,6 +62,24 @@ def test_maxsim_of_bits_is_that_of_the_decoded_vectors(monkeypatch, width, fitte
     assert scores.of_documents([]).shape == (0,)
 
 
+@pytest.mark.promise("I3")
+@pytest.mark.parametrize("kind", ["binary", "int8", "float16"])
+def test_maxsim_of_passages_is_that_of_the_decoded_vectors(kind):
+    random = torch.Generator().manual_seed(0)
+    vectors, query = torch.randn(50, 20, generator=random), torch.randn(3, 20, generator=random)
+    codec = TokenCodec(kind).fit(vectors)
+    codes = codec.encode(vectors)
+    passages = [(0, 10), (4, 14), (50, 50), (14, 15), (0, 0), (20, 50), (0, 50), (49, 50)]  # in no order, overlapping
+    decoded = codec.decode(codes)
+    expected = [
+        sum(max(token @ vector for vector in decoded[start:end]) for token in query) if end > start else -torch.inf
+        for start, end in passages
+    ]
+    found = TokenScores(codec, query).of_passages(codes.numpy(), np.array(passages))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert TokenScores(codec, query).of_passages(codes.numpy()[:0], np.zeros((2, 2), int)).tolist() == [-np.inf] * 2
+
+
 @pytest.mark.promise("I5")
 def test_an_index_whose_codes_are_not_in_blocks_is_read_and_added_to(tmp_path, tiny_model, monkeypatch):
     documents = make_documents(6)
