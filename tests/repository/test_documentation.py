@@ -10,7 +10,7 @@ What is executed, and what is only read:
   where the package is missing.
 - Shell blocks are expanded by bash with stubs for the commands. What a command of ours would get is parsed by the
   script's own dataclasses (options exist, values have their type, recipes exist), and then nothing runs. `accelerate`,
-  `torchrun`, `make` and `pip` are read by their own parsers, the Makefile and pyproject.toml.
+  `torchrun`, `make`, `pip` and `hf` are read by their own parsers, the Makefile and pyproject.toml.
 """
 
 import importlib.util
@@ -202,7 +202,7 @@ def test_python_runs(page, reader_folder, monkeypatch):
 STUBS = """
 set -eu
 record() { printf '%s\\037' "$@" >&3; printf '\\036' >&3; }
-for command in python accelerate torchrun make pip; do eval "$command() { record $command \\"\\$@\\"; }"; done
+for command in python accelerate torchrun make pip hf; do eval "$command() { record $command \\"\\$@\\"; }"; done
 FIRST_MACHINE=first.example
 """
 
@@ -231,6 +231,12 @@ def check_command(command: list[str]) -> None:
         extras = set(metadata("longembed").get_all("Provides-Extra"))
         assert arguments[0] == "install"
         assert set(re.findall(r"[\w-]+", "".join(re.findall(r"\[(.*)\]", arguments[-1])))) <= extras
+    elif program == "hf":
+        from training import hf_job
+
+        place = arguments.index("training/hf_job.py")
+        hf_job.main(["--dry_run", *arguments[place + 1 :]])
+        check_command(["python", *arguments[arguments.index("training/contrastive.py") :]])
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 

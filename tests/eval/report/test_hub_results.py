@@ -47,6 +47,8 @@ def passkey(tmp_path):
 @pytest.mark.promise("X8")
 def test_benchmarks_are_written_as_mteb_writes_them(passkey, tmp_path):
     """Oracle: what `ModelMeta.push_eval_results` of MTEB would upload."""
+    if not hasattr(TaskResult, "_to_hf_benchmark_result"):
+        pytest.skip("this release of mteb writes no .eval_results")
     (scores,) = read_task_scores(tmp_path)
     entries = benchmark_entries([scores])[PASSKEY]
     ours = {entry.task_id: entry for entry in entries}
