@@ -11,12 +11,7 @@ from dataclasses import dataclass, field
 from common.arguments import parse
 from common.errors import UserError, one_line, run
 from retrieval.index.index import Index
-from retrieval.server.limits import Limits
-
-# Connections that are open at a time; a request beyond is answered by 503.
-MAX_CONNECTIONS = 512
-# Seconds that requests have to be answered after Ctrl-C.
-GRACE = 10
+from retrieval.server.limits import Limits, OwnLimits
 
 
 @dataclass
@@ -66,13 +61,12 @@ def main() -> None:
     Raises:
         UserError: a package is missing, the address cannot be listened at, or the index does not open.
     """
-    arguments, limits = parse(ServeArguments, Limits)
+    arguments, limits, own_limits = parse(ServeArguments, Limits, OwnLimits)
     # Before packages: who misspelt the folder need not install any to be told.
     index = Index.open(arguments.index, arguments.model)
     try:
-        import uvicorn
-
         from retrieval.server.api import make_app
+        from retrieval.server.process import serve
         from retrieval.server.service import Service
 
         if arguments.page:
@@ -81,21 +75,19 @@ def main() -> None:
         raise UserError(
             f"serving needs {error.name}, which is not installed: pip install -e '.[serve]', or '.[api]' for --no_page"
         ) from None
+    if own_limits.own_mb * 1.5 > limits.max_request_mb:
+        raise UserError(
+            f"--own_mb {own_limits.own_mb:g} needs requests of {own_limits.own_mb * 1.5:g} MiB, since files are sent "
+            "as text; raise --max_request_mb"
+        )
     with listen(arguments.host, arguments.port) as listening:
-        service = Service(index, arguments.batch_tokens, arguments.queue_tokens)
+        service = Service(index, arguments.batch_tokens, arguments.queue_tokens, own_limits)
         app = make_app(service, limits)
         if arguments.page:
             app = mount_page(app, make_page(service, limits.timeout))
         host, port = listening.getsockname()[:2]
         print(f"{len(service.index):,} documents at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_graceful_shutdown=GRACE,
-        )
-        uvicorn.Server(config).run([listening])
+        serve(app, listening)
 
 
 if __name__ == "__main__":

@@ -125,15 +125,34 @@ def read_file(path: Path) -> Text:
         UserError: a package that reads the format is not installed.
     """
     try:
-        text = FORMATS[path.suffix.lower()](path.read_bytes())
-    except (UserError, UnreadableFile):
-        raise
+        data = path.read_bytes()
     except OSError as error:
         raise UnreadableFile(f"cannot be read: {error.strerror or one_line(error)}") from None
+    return read_data(data, path.suffix.lower())
+
+
+def read_data(data: bytes, suffix: str) -> Text:
+    """Read what is in a file in the format of a suffix.
+
+    Args:
+        data: the whole file.
+        suffix: one of the `FORMATS`.
+
+    Returns:
+        Its text.
+
+    Raises:
+        UnreadableFile: it is damaged, or has no text.
+        UserError: a package that reads the format is not installed.
+    """
+    try:
+        text = FORMATS[suffix](data)
+    except (UserError, UnreadableFile):
+        raise
     except Exception as error:  # readers of formats meet damage in the middle of anything
         raise UnreadableFile(f"is damaged ({type(error).__name__}: {one_line(error, most=200)})") from None
     if not any(piece.strip() for piece in text.pieces):
-        raise UnreadableFile("has no text" + "; it may be a scan" * (path.suffix.lower() == ".pdf"))
+        raise UnreadableFile("has no text" + "; it may be a scan" * (suffix == ".pdf"))
     return text
 
 

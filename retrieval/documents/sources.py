@@ -14,7 +14,7 @@ from common.data_files import JSON_SUFFIXES, PARQUET_SUFFIX, is_hub_id, load_hub
 from common.errors import UserError, one_line
 from common.jsonl import read_jsonl, text_or_id
 from retrieval.documents.document import Document, Value
-from retrieval.documents.formats import FORMATS, UnreadableFile, read_file
+from retrieval.documents.formats import FORMATS, Text, UnreadableFile, read_file
 from retrieval.documents.storage import Storage, is_url
 
 logger = logging.getLogger(__name__)
@@ -142,11 +142,20 @@ def _read_file(file: Path, name: str, skipped: list[Skipped]) -> Iterator[Docume
             name.encode()
         except UnicodeEncodeError:
             raise UnreadableFile("has a name that is not UTF-8; rename it") from None
-        text = read_file(file)
-        metadata = {"type": file.suffix.lower()[1:], **text.metadata}
-        yield Document(name, str(text), metadata, text.marks_in_order())
+        yield to_document(name, file.suffix.lower(), read_file(file))
     except UnreadableFile as error:
         _skip(str(file), str(error), skipped)
+
+
+def to_document(name: str, suffix: str, text: Text) -> Document:
+    """Return what was read of a file as a document.
+
+    Args:
+        name: what the document is called.
+        suffix: one of `FORMATS`.
+        text: what was read.
+    """
+    return Document(name, str(text), {"type": suffix[1:], **text.metadata}, text.marks_in_order())
 
 
 def _skip(name: str, reason: str, skipped: list[Skipped]) -> None:

@@ -52,6 +52,7 @@ class Index:
         memory: int | None = None,
         batch_tokens: int = 16_384,
         on_shard: Callable[[int], None] | None = None,
+        on_read: Callable[[float], None] = lambda _: None,
     ) -> "Index":
         """Build an index of documents.
 
@@ -73,6 +74,8 @@ class Index:
             memory: bytes that the vectors of passages may take in memory; None: half of the machine's.
             batch_tokens: tokens in one forward pass.
             on_shard: is called after each shard with the number of documents so far.
+            on_read: is called after each forward pass with the number of characters, nearly, that it read; what it
+                raises ends the build.
 
         Returns:
             The index, opened.
@@ -83,7 +86,7 @@ class Index:
         folder = Path(path)
         settings = Settings(segments, checked_parts(parts), token_precision, token_dim, vector_search).checked()
         loaded = load_model(model)
-        reader = document_reader(loaded, settings, batch_tokens)
+        reader = document_reader(loaded, settings, batch_tokens, on_read)
 
         def add(writer: Writer, manifest: Manifest, save: Save) -> Manifest:
             return writer.add(manifest, documents, reader, save, whole=True)

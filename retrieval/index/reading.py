@@ -4,7 +4,7 @@ A document that is longer than the context of the model is read in pieces, so th
 """
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,14 +42,21 @@ class DocumentReader:
         model: a model of ours.
         settings: what is kept of a document.
         batch_tokens: tokens in one forward pass.
+        on_read: is called after each forward pass with the number of characters, nearly, that it read.
 
     Raises:
         UserError: the segments are none that there are, or the tokenizer does not tell the characters of a token.
         ValueError: the model does not have such token vectors.
     """
 
-    def __init__(self, model: Any, settings: Settings, batch_tokens: int = 16_384):
-        self.model, self.settings, self.batch_tokens = model, settings, batch_tokens
+    def __init__(
+        self,
+        model: Any,
+        settings: Settings,
+        batch_tokens: int = 16_384,
+        on_read: Callable[[float], None] = lambda _: None,
+    ):
+        self.model, self.settings, self.batch_tokens, self.on_read = model, settings, batch_tokens, on_read
         self.prompt_name = prompt_of(model, DOCUMENT_PROMPTS)
         _, self.prompt = EncodingChoices(prompt_name=self.prompt_name).prompt(model.config)
         context = model.config.max_position_embeddings
@@ -60,6 +67,8 @@ class DocumentReader:
         kind, _, size = settings.segments.partition(":")
         self.chunk_tokens = int(size) if kind == "late" and "vector" in parts else None
         self.output = OUTPUTS.get((self.chunk_tokens is not None, "tokens" in parts))
+        # How often the model reads the text of a document: at once, passages apart, both, or not at all.
+        self.times = (self.output is not None) + ("vector" in parts and self.chunk_tokens is None)
         if self.output is not None:
             self._choices(self.output).check(model.config)
 
@@ -88,7 +97,10 @@ class DocumentReader:
         rows = [array("i", reading.ids.tolist()) for parts in readings for reading in parts]
         found: Iterator[Any] = iter([])
         if self.output is not None:
-            found = iter(encode_rows(self.model, rows, self._choices(self.output), lambda _: None))
+            share = sum(len(document.text) for document in documents) / max(1, len(rows)) / self.times
+            found = iter(
+                encode_rows(self.model, rows, self._choices(self.output), lambda count: self.on_read(count * share))
+            )
         segments = [
             _pairs(self.segmenter(document.text, parts)) for document, parts in zip(documents, readings, strict=True)
         ]
@@ -102,6 +114,7 @@ class DocumentReader:
                 vectors = torch.cat([passages for passages, _ in outputs]).numpy()
             elif "vector" in self.settings.parts:
                 vectors = next(apart)
+                self.on_read(len(document.text) / self.times)
             if "tokens" in self.settings.parts:
                 codes = torch.cat([tokens for _, tokens in outputs]).numpy()
             # Special tokens alone are a late chunk too, but no passage of the document.
@@ -152,19 +165,22 @@ class DocumentReader:
             found = found[len(spans) :]
 
 
-def document_reader(model: Any, settings: Settings, batch_tokens: int = 16_384) -> DocumentReader:
+def document_reader(
+    model: Any, settings: Settings, batch_tokens: int = 16_384, on_read: Callable[[float], None] = lambda _: None
+) -> DocumentReader:
     """Return a `DocumentReader` for settings that a user has chosen.
 
     Args:
         model: a model of ours.
         settings: what is kept of a document.
         batch_tokens: tokens in one forward pass.
+        on_read: as of `DocumentReader`.
 
     Raises:
         UserError: the segments are none that there are, or the model does not have such token vectors.
     """
     try:
-        return DocumentReader(model, settings, batch_tokens)
+        return DocumentReader(model, settings, batch_tokens, on_read)
     except ValueError as error:
         raise UserError(str(error)) from None
 

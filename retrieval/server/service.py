@@ -15,7 +15,9 @@ from modeling_longembed.encoding_longembed import encode_rows, tokenize_texts
 from retrieval.index.index import Index
 from retrieval.index.manifest import MANIFEST
 from retrieval.ranking import Hit, best_passages
+from retrieval.server.limits import OwnLimits
 from retrieval.server.metrics import Metrics
+from retrieval.server.own_files import OwnFiles
 from retrieval.server.view import Found
 from retrieval.server.worker import Worker
 
@@ -32,12 +34,19 @@ class Service:
         index: what is searched.
         batch_tokens: tokens in one forward pass.
         queue_tokens: tokens that may wait; requests beyond are refused.
+        own_limits: what visitors of the page may bring along.
 
     Raises:
         UserError: the model of the index does not load.
     """
 
-    def __init__(self, index: Index, batch_tokens: int = 16_384, queue_tokens: int = 1_000_000):
+    def __init__(
+        self,
+        index: Index,
+        batch_tokens: int = 16_384,
+        queue_tokens: int = 1_000_000,
+        own_limits: OwnLimits | None = None,
+    ):
         self.index, self.model = index, index.model
         name = index.manifest.model["name"]
         self.name = Path(name).name if Path(name).is_absolute() else name
@@ -47,6 +56,7 @@ class Service:
         self.worker = Worker(batch_tokens, queue_tokens, self.metrics.batch_tokens.observe)
         self.metrics.watch(lambda: self.worker.waiting_tokens, lambda: len(self.index))
         self._opened = self._manifest_state()
+        self.own_files = OwnFiles(index, own_limits)
 
     def tokenize(self, texts: list[str], prompt_name: str | None) -> list[array]:
         """Tokenize texts as `encode` does.
@@ -109,12 +119,13 @@ class Service:
         """
         return self._alone(lambda: self.index.search(query, **options))
 
-    def look(self, query: str, k: int) -> "Future[list[Found]]":
+    def look(self, query: str, k: int, own: Index | None = None) -> "Future[list[Found]]":
         """Ask for a search with what is shown of each document.
 
         Args:
             query: the text.
             k: most documents.
+            own: another index of the same model, which is searched instead.
 
         Returns:
             A future of the documents, best first.
@@ -124,9 +135,9 @@ class Service:
         """
 
         def compute() -> list[Found]:
-            index, found = self.index, []
+            index, found = self.index if own is None else own, []
             read = index.read_query(query)
-            for hit in index.search(read, k, passages=0):
+            for hit in index.search(read, k, passages=0, weight=self.index.manifest.weight):
                 passages = index.passages(read, hit.id)
                 shown = replace(hit, passages=best_passages(passages, SHOWN))
                 found.append(Found(shown, index.document(hit.id), passages))
@@ -150,5 +161,6 @@ class Service:
         return found.st_ino, found.st_mtime_ns
 
     def close(self) -> None:
-        """Compute what is waiting, and accept nothing more."""
+        """Compute what is waiting, accept nothing more, and remove the files of visitors."""
+        self.own_files.close()
         self.worker.close()

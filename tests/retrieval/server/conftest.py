@@ -30,10 +30,10 @@ def ask(port: int, path: str, body: Any = None, *, headers: dict[str, str] | Non
 @contextmanager
 def running(app: Any) -> Iterator[int]:
     """Serve an application in a thread, and give its port."""
-    import uvicorn
+    from retrieval.server.process import make_server
 
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
+        server = make_server(app)
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()
         while not server.started and thread.is_alive():
