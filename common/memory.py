@@ -11,17 +11,20 @@ import torch
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, version 1
 
 
-def resident_memory(name: str = "VmRSS") -> int:
-    """Return the resident memory of this process in bytes.
+def resident_memory(name: str = "VmRSS", process: int | str = "self") -> int:
+    """Return the resident memory of a process in bytes.
 
     On Linux `getrusage(...).ru_maxrss` is of no use: a process inherits it from the process that started it.
 
     Args:
         name: `VmRSS` for the memory at this moment, `VmHWM` for the peak.
+        process: its number; other processes than this one on Linux alone.
     """
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:  # not Linux
+        if process != "self":
+            raise
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
