@@ -123,6 +123,9 @@ def load(port: int, expected: Expected, clients: int, seconds: float, each: int 
         clients: how many.
         seconds: after which none asks again.
         each: most texts of a request.
+
+    Returns:
+        What became of the requests.
     """
     tally, lock, start, model = Tally(), threading.Lock(), threading.Barrier(clients), served_name(port)
 
