@@ -182,7 +182,7 @@ def _files(sent: str, most_bytes: int) -> list[tuple[str, bytes]]:
     Raises:
         UserError: they are not what the page sends, or too many or too large.
     """
-    too_large = UserError(f"the files have more than {most_bytes / 2**20:g} MiB together; choose fewer")
+    too_large = UserError(f"the files have more than {most_bytes / 2**20:.3g} MiB together; choose fewer")
     # Base64 has four characters for three bytes; names come on top.
     if len(sent) > most_bytes * 4 // 3 + MAX_FILES * (6 * MAX_NAME + 16):
         raise too_large

@@ -11,6 +11,7 @@ from tests.retrieval.conftest import make_documents
 
 def test_the_index_is_missed_before_a_package_is(tmp_path, tiny_model, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "uvicorn", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "retrieval.server.process", raising=False)
 
     def errors() -> str:
         monkeypatch.setattr(sys, "argv", ["serve", "--index", str(tmp_path / "index")])
