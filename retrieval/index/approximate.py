@@ -29,8 +29,8 @@ TRAINING_VECTORS = 64
 CODE_VECTORS = 65_536
 # Rounds of k-means.
 ROUNDS = 10
-# Groups of lists that are looked into for the list of a vector; 8 find the nearest list of 99.5%.
-GROUPS = 8
+# Groups of lists that are looked into for the list of a vector; 4 find the nearest list of 98%.
+GROUPS = 4
 # Neighbours of a vector in the graph.
 NEIGHBOURS = 32
 # Searches by which `nprobe` is chosen: their recall of the 10 nearest must be at least this, unless twice as many
@@ -315,7 +315,7 @@ def is_graph(index: Any) -> bool:
 def oversampling(index: Any) -> int:
     """Return how many vectors must be found for each one that is asked for: short codes mistake more of them."""
     faiss = import_faiss()
-    return 4 if isinstance(index, (faiss.IndexIVFScalarQuantizer, faiss.IndexHNSWSQ)) else 16
+    return 16 if isinstance(index, (faiss.IndexIVFRaBitQ, faiss.IndexIVFFastScan)) else 4
 
 
 def search_parameters(index: Any, nprobe: int, selector: Any = None) -> Any:
