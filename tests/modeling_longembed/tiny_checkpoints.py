@@ -35,6 +35,11 @@ SAVED_BESIDE_CODE = {
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
+PARAGRAPH = (
+    "The committee met in the morning to discuss the budget for the coming year. Several members asked for more money "
+    "for roads and schools, while others thought that taxes are high enough. Nobody mentioned the bridge that closed. "
+)
+
 CONFIGS = {
     "bert": BertConfig(**SIZES, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, pad_token_id=0),
     "roberta": RobertaConfig(**SIZES, vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT + 2, pad_token_id=1),
@@ -134,3 +139,16 @@ def random_text(words: int, seed: int = 0) -> str:
     """So many words of the vocabulary: `words + 2` tokens."""
     generator = torch.Generator().manual_seed(seed)
     return " ".join(WORDS[n] for n in torch.randint(len(WORDS), (words,), generator=generator))
+
+
+def largest_difference(ours, theirs, attention_mask):
+    """The largest difference of two outputs `(B, S, ...)` at tokens that are no padding."""
+    return (ours - theirs)[attention_mask == 1].abs().max().item()
+
+
+def one_sentence(error) -> str:
+    """The message of an error that pytest caught, on one line."""
+    message = str(error.value)
+    assert message
+    assert "\n" not in message
+    return message

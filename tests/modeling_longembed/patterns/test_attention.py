@@ -3,162 +3,40 @@
 The tests run over the registries: a pattern, a kernel or a position scheme that is added is tested by being there.
 """
 
-import inspect
-from dataclasses import dataclass, fields, replace
-from itertools import pairwise
+from dataclasses import fields, replace
 from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
-from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+from transformers import ModernBertConfig, ModernBertModel
 
 from modeling_longembed import (
-    LongEmbedConfig,
     LongEmbedModel,
     attention_kernels_longembed,
-    attention_longembed,
-    pattern_local_longembed,
 )
-from modeling_longembed.attention_interface_longembed import longembed_varlen
-from modeling_longembed.attention_longembed import KERNELS, flash_attention
+from modeling_longembed.attention_longembed import KERNELS
 from modeling_longembed.packing_longembed import PackedDocuments
-from modeling_longembed.pattern_base_longembed import AttentionInputs, AttentionPattern, Places
+from modeling_longembed.pattern_base_longembed import AttentionPattern
 from modeling_longembed.pattern_registry_longembed import PATTERNS, build_pattern
 from modeling_longembed.position_alibi_longembed import AlibiBias, alibi_slopes
-from modeling_longembed.position_buckets_longembed import BucketBias
-from modeling_longembed.position_relative_longembed import DistanceBias
-from modeling_longembed.position_rope_longembed import rope_plan
 from tests.covering import covering_first
 from tests.modeling_longembed.pattern_settings import entries
+from tests.modeling_longembed.patterns.dense_attention import (
+    HEADS,
+    assert_same_gradients,
+    dense_attention,
+    gradients,
+    make_problem,
+    predicate,
+)
 
-HEADS, DIM = 4, 8
-BUCKETS, DISTANCE = 8, 20
 SCHEMES = ("absolute", "rope", "alibi", "buckets", "relative", "rope+group")
-# flash-attn needs a GPU: what is passed to it is tested with a stand-in below.
+# flash-attn needs a GPU: what is passed to it is tested with a stand-in in test_attention_refusals.py.
 CPU_KERNELS = [name for name in KERNELS if name != "flash_attention_2"]
 TRAINABLE_KERNELS = [name for name in CPU_KERNELS if name != "flex_attention"]
 LENGTHS = (0, 1, 2, 3, 7, 13, 61, 64, 65, 67, 131)
-
-
-# The oracle -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Problem:
-    """Attention inputs and the leaves that gradients are taken at."""
-
-    inputs: AttentionInputs
-    scheme: str
-    leaves: list[Tensor]
-
-    def attend(self, kernel):
-        return KERNELS[kernel][0](self.inputs)[0]
-
-
-def scheme_fields(scheme, neighbours):
-    """Config fields of a position scheme; under Self-Extend documents beyond 8 tokens are extended."""
-    if scheme == "buckets":
-        return {"relative_attention_num_buckets": BUCKETS, "relative_attention_max_distance": DISTANCE}
-    extension = {"method": "group", "original_max_position_embeddings": 8, "factor": 3, "neighbours": neighbours}
-    return {
-        "position_embedding_type": scheme.partition("+")[0],
-        "position_extension": extension if scheme == "rope+group" else None,
-    }
-
-
-def make_problem(pattern, scheme, lengths, is_global=None, neighbours=16, dtype=torch.float64, causal=False):
-    """Random inputs, with gradients unless they are turned off. ValueError where the config refuses the combination."""
-    config = LongEmbedConfig(
-        hidden_size=HEADS * DIM,
-        num_attention_heads=HEADS,
-        num_hidden_layers=1,
-        max_position_embeddings=256,
-        attention_patterns={"type": pattern.type, **vars(pattern)},
-        is_causal=causal,
-        **scheme_fields(scheme, neighbours),
-    )
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    documents = PackedDocuments(cu_seqlens, max(lengths), is_global=is_global)
-    trainable = torch.is_grad_enabled()
-    leaves = [torch.randn(sum(lengths), HEADS, DIM, dtype=dtype, requires_grad=trainable) for _ in range(3)]
-    query, key, value = leaves
-    bias = grouped = None
-    if config.position_embedding_type == "rope":
-        query, key, grouped = rope_plan(config, config.rope_parameters, documents, documents.token_index)(query, key)
-    elif scheme == "alibi":
-        bias = AlibiBias(torch.tensor(alibi_slopes(HEADS)))
-    elif scheme == "buckets":
-        leaves.append(torch.randn(BUCKETS, HEADS, dtype=dtype, requires_grad=trainable))
-        bias = BucketBias(leaves[-1], DISTANCE)
-    elif scheme == "relative":  # Transformer-XL: keys of the distances -reach to reach, u and v
-        reach = max(lengths)
-        leaves.append(torch.randn(HEADS, 2 * reach + 1, DIM, dtype=dtype, requires_grad=trainable))
-        leaves += [torch.randn(HEADS, DIM, dtype=dtype, requires_grad=trainable) for _ in range(2)]
-        keys, u, v = leaves[3:]
-        query, bias = query + u, DistanceBias(keys, v - u, 0.3)
-    inputs = AttentionInputs(
-        query, key, value, pattern, documents, scaling=0.3, dropout=0.0, bias=bias, grouped=grouped, causal=causal
-    )
-    return Problem(inputs, scheme, leaves)
-
-
-def predicate(pattern, length, marked):
-    """The pattern's own definition, on every pair of tokens of a document: bool `(1 or H, L, L)`."""
-    fields = (torch.arange(length), torch.full((length,), length), marked)
-    query, key = (Places(*(x.view(shape) for x in fields)) for shape in ((-1, 1), (1, -1)))
-    return pattern.visible(query, key, torch.arange(HEADS)[:, None, None], HEADS)
-
-
-def dense_attention(problem, dtype=torch.float64):
-    """The definition: softmax over all the keys that the predicate allows, document by document, in `dtype`."""
-    inputs, cu_seqlens = problem.inputs, problem.inputs.documents.cu_seqlens.tolist()
-    query, key, value = (x.to(dtype) for x in inputs[:3])
-    contexts = []
-    for start, end in pairwise(cu_seqlens):
-        rows, i = slice(start, end), torch.arange(end - start)[:, None]
-        j = i.T
-        marked = inputs.documents.is_global
-        marked = torch.zeros(end - start, dtype=torch.bool) if marked is None else marked[rows]
-        scores = torch.einsum("qhd,khd->hqk", query[rows], key[rows])
-        if inputs.grouped is not None:
-            left, right = inputs.grouped.query_left[rows].to(dtype), inputs.grouped.query_right[rows].to(dtype)
-            far_key = inputs.grouped.key[rows].to(dtype)
-            far = torch.where(
-                j < i, torch.einsum("qhd,khd->hqk", left, far_key), torch.einsum("qhd,khd->hqk", right, far_key)
-            )
-            scores = torch.where((i - j).abs() < inputs.grouped.neighbours[rows][:, None], scores, far)
-        scores = scores * inputs.scaling
-        if problem.scheme == "alibi":
-            scores = scores - torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256], dtype=dtype)[:, None, None] * (i - j).abs()
-        if problem.scheme == "relative":  # (q + v) . r_{i - j}, pair by pair; the query carries u already
-            keys, u, v = (leaf.to(dtype) for leaf in problem.leaves[3:])
-            pairs = keys[:, i - j + keys.shape[1] // 2]  # (H, L, L, D)
-            scores = scores + inputs.scaling * torch.einsum("qhd,hqkd->hqk", query[rows] - u + v, pairs)
-        if problem.scheme == "buckets":
-            buckets = MPNetEncoder.relative_position_bucket(j - i, BUCKETS, DISTANCE)
-            scores = scores + problem.leaves[3].to(dtype)[buckets].permute(2, 0, 1)
-        visible = predicate(inputs.pattern, end - start, marked).expand(scores.shape)
-        visible = visible & (j <= i) if inputs.causal else visible
-        weights = torch.where(visible, scores.exp(), 0.0)
-        total = weights.sum(-1, keepdim=True)
-        weights = weights / torch.where(total > 0, total, 1.0)
-        contexts.append(torch.einsum("hqk,khd->qhd", weights, value[rows]))
-    return torch.cat(contexts).to(dtype)
-
-
-def gradients(output, leaves):
-    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-    grads = torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True, retain_graph=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
-
-
-def assert_same_gradients(output, expected, leaves):
-    for ours, theirs in zip(gradients(output, leaves), gradients(expected, leaves), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
 
 
 def allowed(pattern, scheme, kernel, causal):
@@ -486,153 +364,3 @@ def test_the_window_is_that_of_modernbert(tmp_path, kernel):
         expected = original(input_ids, attention_mask=attention_mask).last_hidden_state
         output = model(input_ids, attention_mask=attention_mask).last_hidden_state
     torch.testing.assert_close(output[attention_mask == 1], expected[attention_mask == 1], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("side", ["right", "left", "holes"])
-def test_the_entry_in_transformers_table_serves_other_models(side):
-    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = BertConfig(vocab_size=64, **sizes, initializer_range=0.3)
-    model = BertModel(config, add_pooling_layer=False).eval()
-    input_ids = torch.randint(1, 64, (3, 20))
-    attention_mask = torch.ones_like(input_ids)
-    if side == "holes":
-        attention_mask = torch.bernoulli(torch.full((3, 20), 0.6)).long()
-    else:
-        attention_mask[1, slice(12, None) if side == "right" else slice(0, 8)] = 0
-    outputs = {}
-    for name in ("sdpa", "longembed_varlen"):
-        model.set_attn_implementation(name)
-        outputs[name] = model(input_ids, attention_mask=attention_mask).last_hidden_state[attention_mask == 1]
-    torch.testing.assert_close(outputs["longembed_varlen"], outputs["sdpa"], atol=1e-5, rtol=0)
-    # Without the registered mask function the padding would have been seen: it makes a difference here.
-    assert (model(input_ids).last_hidden_state[attention_mask == 1] - outputs["sdpa"]).abs().max() > 1e-2
-
-
-def test_the_entry_takes_packed_input_too():
-    query, key, value = torch.randn(3, 1, HEADS, 12, DIM)
-    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
-    output, _ = longembed_varlen(None, query, key, value, None, cu_seq_lens_q=cu_seqlens, is_causal=False)
-    for start, end in ((0, 5), (5, 12)):
-        part = (x[:, :, start:end] for x in (query, key, value))
-        expected = torch.nn.functional.scaled_dot_product_attention(*part).transpose(1, 2)
-        torch.testing.assert_close(output[:, start:end], expected, atol=1e-6, rtol=0)
-
-
-# Kernels that need a GPU ----------------------------------------------------------------------------------------------
-
-
-def dense_varlen(query, key, value, cu_seqlens, window, scale):
-    """What both flash kernels are documented to compute: segments, `-1` for no limit, windows with both ends."""
-    context = torch.empty_like(query)
-    for start, end in pairwise(cu_seqlens.tolist()):
-        index = torch.arange(end - start)
-        distance = index[:, None] - index[None]
-        visible = torch.ones_like(distance, dtype=torch.bool)
-        if window[0] >= 0:
-            visible &= distance <= window[0]
-        if window[1] >= 0:
-            visible &= -distance <= window[1]
-        scores = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * scale
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        context[start:end] = torch.einsum("hqk,khd->qhd", weights, value[start:end])
-    return context
-
-
-PLAIN_PATTERNS = [
-    build_pattern(entry) for entry in ("full", {"type": "sliding", "window": 5}, {"type": "block", "size": 6})
-]
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("pattern", PLAIN_PATTERNS, ids=str)
-def test_what_flash_attention_is_asked_for(pattern, causal):
-    def flash(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)):
-        assert cu_q is cu_k
-        assert cu_q.dtype == torch.int32
-        assert max_q == max_k == cu_q.diff().max()
-        assert causal == problem.inputs.causal
-        return dense_varlen(q, k, v, cu_q, (window_size[0], 0) if causal else window_size, softmax_scale)
-
-    problem = make_problem(pattern, "rope", [20, 3, 7], causal=causal)
-    with patch.object(attention_longembed, "flash_attn_varlen_func", flash):
-        output, _ = flash_attention(problem.inputs)
-    torch.testing.assert_close(output, dense_attention(problem), atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("causal", [False, True], ids=["both-ways", "causal"])
-@pytest.mark.parametrize("pattern", PLAIN_PATTERNS, ids=str)
-def test_what_the_varlen_kernel_of_torch_is_asked_for(pattern, causal):
-    real = attention_kernels_longembed.varlen_attn
-    if real is None:
-        pytest.skip("this torch has no torch.nn.attention.varlen")
-
-    def varlen(*args, **kwargs):
-        call = inspect.signature(real).bind(*args, **kwargs)
-        call.apply_defaults()
-        call = call.arguments
-        assert call["max_q"] == call["max_k"] == call["cu_seq_q"].diff().max()
-        return dense_varlen(
-            call["query"], call["key"], call["value"], call["cu_seq_q"], tuple(call["window_size"]), call["scale"]
-        )
-
-    problem = make_problem(pattern, "rope", [20, 3, 7], causal=causal)
-    applies = {"varlen_kernel_applies": lambda query, dropout: True}
-    with (
-        patch.multiple(attention_kernels_longembed, varlen_attn=varlen, **applies),
-        patch.multiple(pattern_local_longembed, **applies),
-    ):
-        output = problem.attend("longembed_varlen")
-    torch.testing.assert_close(output, dense_attention(problem), atol=1e-10, rtol=0)
-
-
-@pytest.mark.skipif(attention_longembed.flash_attn_varlen_func is not None, reason="flash-attn is installed")
-def test_flash_attention_is_refused_where_it_is_not_installed(build_tiny_model):
-    for build in (
-        lambda: build_tiny_model(attn_implementation="flash_attention_2"),
-        lambda: build_tiny_model().set_attn_implementation("flash_attention_2"),
-    ):
-        with pytest.raises(
-            ValueError, match=r"^attn_implementation='flash_attention_2' needs the package flash-attn, "
-        ):
-            build()
-
-
-def test_what_a_kernel_cannot_compute_is_refused(build_tiny_model):
-    with patch.object(attention_longembed, "flash_attn_varlen_func", dense_varlen):
-        for scheme, refusal in (("alibi", "cannot add the position bias"), ("rope+group", "cannot compute Self-Ext")):
-            with pytest.raises(ValueError, match=rf"^attn_implementation='flash_attention_2' {refusal}.*; use "):
-                build_tiny_model(attn_implementation="flash_attention_2", **scheme_fields(scheme, 16))
-        with pytest.raises(ValueError, match=r"^attn_implementation='flex_attention' cannot add the position bias"):
-            build_tiny_model(**scheme_fields("relative", 16)).set_attn_implementation("flex_attention")
-        more_than_a_mask = {"type": "sliding", "window": 2, "global_projections": True}
-        with pytest.raises(ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern"):
-            build_tiny_model(attn_implementation="sdpa", attention_patterns=more_than_a_mask)
-        pattern = build_pattern({"type": "sliding", "window": 2, "global_tokens": 1})
-        with pytest.raises(ValueError, match=r"^flash_attention_2 computes .* without global tokens; load with"):
-            flash_attention(make_problem(pattern, "absolute", [9]).inputs)
-    with pytest.raises(
-        ValueError, match=r"^attn_implementation='fast' is not one of our kernels; choose from eager, sdpa"
-    ):
-        build_tiny_model(attn_implementation="fast")
-    model = build_tiny_model(attn_implementation="flex_attention")
-    with pytest.raises(ValueError, match=r"^flex_attention has no backward pass on CPU; train with"):
-        model(torch.ones(1, 4, dtype=torch.long))
-    model = build_tiny_model(attn_implementation="flex_attention", attention_dropout=0.1).train()
-    with torch.no_grad(), pytest.raises(ValueError, match=r"^flex_attention has no dropout; set"):
-        model(torch.ones(1, 4, dtype=torch.long))
-    # Patterns of training count when the model trains, and a change of the positions is checked against the kernel.
-    model = build_tiny_model(attn_implementation="sdpa", training_attention_patterns={"type": "focused", "size": 4})
-    model(torch.ones(1, 4, dtype=torch.long))
-    with pytest.raises(
-        ValueError, match=r"^attn_implementation='sdpa' computes masks alone, and the pattern 'focused'"
-    ):
-        model.train()(torch.ones(1, 4, dtype=torch.long))
-    model = build_tiny_model(attn_implementation="flex_attention")
-    with pytest.raises(ValueError, match=r"^attn_implementation='flex_attention' cannot add the position bias"):
-        model.switch_positions("relative")
-    assert model.config.position_embedding_type == "absolute"
-    problem = make_problem(
-        build_pattern({"type": "sliding", "window": 2}), "rope+group", [20], is_global=torch.arange(20) == 0
-    )
-    with pytest.raises(ValueError, match=r"^global_attention_mask cannot be combined with Self-Extend"):
-        problem.attend("longembed_varlen")

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, AutoModel, masking_utils
+from transformers import AutoConfig, AutoModel, BertConfig, BertModel, masking_utils
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -306,6 +306,36 @@ def test_a_mask_of_places_in_the_row_is_refused_for_packed_sequences(name):
 def test_the_packed_rows_are_found_once_for_all_layers():
     mask = packed_mask(mask_function=causal_mask_function, attention_mask=masks())
     assert mask.rows(BATCH, LENGTH, torch.device("cpu")) is mask.rows(BATCH, LENGTH, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+def test_the_entry_in_transformers_table_serves_other_models(side):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=64, **sizes, initializer_range=0.3)
+    model = BertModel(config, add_pooling_layer=False).eval()
+    input_ids = torch.randint(1, 64, (3, 20))
+    attention_mask = torch.ones_like(input_ids)
+    if side == "holes":
+        attention_mask = torch.bernoulli(torch.full((3, 20), 0.6)).long()
+    else:
+        attention_mask[1, slice(12, None) if side == "right" else slice(0, 8)] = 0
+    outputs = {}
+    for name in ("sdpa", "longembed_varlen"):
+        model.set_attn_implementation(name)
+        outputs[name] = model(input_ids, attention_mask=attention_mask).last_hidden_state[attention_mask == 1]
+    torch.testing.assert_close(outputs["longembed_varlen"], outputs["sdpa"], atol=1e-5, rtol=0)
+    # Without the registered mask function the padding would have been seen: it makes a difference here.
+    assert (model(input_ids).last_hidden_state[attention_mask == 1] - outputs["sdpa"]).abs().max() > 1e-2
+
+
+def test_the_entry_takes_packed_input_too():
+    query, key, value = torch.randn(3, 1, 4, 12, 8)
+    cu_seqlens = torch.tensor([0, 5, 12], dtype=torch.int32)
+    output, _ = longembed_varlen(None, query, key, value, None, cu_seq_lens_q=cu_seqlens, is_causal=False)
+    for start, end in ((0, 5), (5, 12)):
+        part = (x[:, :, start:end] for x in (query, key, value))
+        expected = torch.nn.functional.scaled_dot_product_attention(*part).transpose(1, 2)
+        torch.testing.assert_close(output[:, start:end], expected, atol=1e-6, rtol=0)
 
 
 # What the caller asks for ---------------------------------------------------------------------------------------------
