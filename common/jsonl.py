@@ -3,19 +3,22 @@
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import UserError, one_line
 
 
-def read_jsonl(path: str | Path, *columns: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(
+    path: str | Path, *columns: str, open_file: Callable[[], BinaryIO] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Read the rows of a file of JSON lines; blank lines are skipped, but counted.
 
     Args:
         path: the file; it is decompressed if its name ends in `.gz`.
         columns: names that every row must have. Their values are not checked.
+        open_file: opens it, if it is not a file of this machine.
 
     Yields:
         The number of the line, from 1, and its object.
@@ -23,9 +26,11 @@ def read_jsonl(path: str | Path, *columns: str) -> Iterator[tuple[int, dict[str,
     Raises:
         UserError: the file cannot be read, or a row is not an object with these columns.
     """
-    path = Path(path)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        with (
+            open(path, "rb") if open_file is None else open_file() as file,
+            gzip.open(file) if str(path).endswith(".gz") else file as lines,
+        ):
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, parse_row(f"{path}, row {number}", line, *columns)

@@ -36,8 +36,8 @@ class Arguments:
     data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "folders, files of documents, .jsonl, .jsonl.gz or .parquet files, org/name[@config] on the Hub, "
-            "or URLs of Parquet",
+            "help": "folders, files of documents, .jsonl, .jsonl.gz or .parquet files, URLs of these, such as "
+            "s3://bucket/folder, or org/name[@config] on the Hub",
             "applies": READ,
         },
     )

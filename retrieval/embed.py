@@ -39,7 +39,7 @@ class Arguments:
     model: str = field(metadata={"help": "model of ours, a folder or an id on the Hub"})
     data: list[str] = field(
         metadata={
-            "help": "what retrieval.build reads, also URLs of Parquet, such as s3://bucket/folder; with --engine ray, "
+            "help": "what retrieval.build reads, also URLs such as s3://bucket/folder; with --engine ray, "
             "Parquet files and folders of them"
         }
     )

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from io import BytesIO
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
 from common.errors import UserError, one_line
 from retrieval.documents.document import Mark, Value
@@ -111,11 +111,12 @@ def _with_whole_pairs(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_file(path: Path) -> Text:
+def read_file(path: str | Path, open_file: Callable[[], BinaryIO] | None = None) -> Text:
     """Read a file in the format that its name says.
 
     Args:
         path: a file with one of the `FORMATS`.
+        open_file: opens it, if it is not a file of this machine.
 
     Returns:
         Its text.
@@ -125,10 +126,11 @@ def read_file(path: Path) -> Text:
         UserError: a package that reads the format is not installed.
     """
     try:
-        data = path.read_bytes()
+        with open(path, "rb") if open_file is None else open_file() as file:
+            data = file.read()
     except OSError as error:
         raise UnreadableFile(f"cannot be read: {error.strerror or one_line(error)}") from None
-    return read_data(data, path.suffix.lower())
+    return read_data(data, PurePath(path).suffix.lower())
 
 
 def read_data(data: bytes, suffix: str) -> Text:

@@ -1,14 +1,15 @@
-"""Documents from folders of files, JSON lines, Parquet and data sets of the Hub, one at a time."""
+"""Documents from folders of files, JSON lines, Parquet, URLs and data sets of the Hub, one at a time."""
 
 import datetime
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
 from common.data_files import JSON_SUFFIXES, PARQUET_SUFFIX, is_hub_id, load_hub_dataset
 from common.errors import UserError, one_line
@@ -66,9 +67,8 @@ def read_documents(
     that is damaged or lacks a column is an error, because all rows of a file are made alike.
 
     Args:
-        sources: each a folder (files of `FORMATS` and of rows, in all folders below it), a file, `org/name[@config]` on
-            the Hub, or the URL of a Parquet file or of a folder of them (`s3://bucket/folder`, and all that fsspec
-            knows).
+        sources: each a folder (files of `FORMATS` and of rows, in all folders below it), a file, the URL of either
+            (`s3://bucket/folder`, and all that fsspec knows), or `org/name[@config]` on the Hub.
         columns: what is read of rows.
         split: the split of a data set on the Hub.
         skipped: a list that what is skipped is added to.
@@ -83,15 +83,13 @@ def read_documents(
     for source in sources:
         name, path = os.fspath(source), Path(source)
         if is_url(name):
-            yield from _read_url(name, columns, log)
+            yield from _read_files(name, _files_of_url(name), columns, log)
         elif path.is_dir():
-            yield from _read_folder(path, columns, log)
-        elif path.exists() and name.endswith(ROW_SUFFIXES):
-            yield from _read_rows(path, path.name, columns, log)
+            yield from _read_files(name, _files_of_folder(path), columns, log)
         elif path.exists():
-            if path.suffix.lower() not in FORMATS:
-                raise UserError(f"{path}: is none of the files that are read: {_kinds()}")
-            yield from _read_file(path, path.name, log)
+            yield from _read_files(
+                name, [_File(path.name, name, partial(open, path, "rb"), is_named=True)], columns, log
+            )
         elif is_hub_id(name):
             for number, row in enumerate(load_hub_dataset(name, split), start=1):
                 yield from document_of_row(f"{name}, row {number}", f"{name}:{number}", row, columns, log)
@@ -103,48 +101,82 @@ def _kinds() -> str:
     return ", ".join((*FORMATS, ".jsonl", ".jsonl.gz", ".parquet"))
 
 
-def _read_folder(folder: Path, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
-    others: Counter[str] = Counter()
-    found = 0
-    for file in _files(folder):
-        name = file.relative_to(folder).as_posix()
+@dataclass(frozen=True)
+class _File:
+    """A file that is read.
+
+    Args:
+        name: relative to the folder, which is the id of its document.
+        place: its path or its URL.
+        open: opens it.
+        is_named: whether the user names it, and not the folder.
+    """
+
+    name: str
+    place: str
+    open: Callable[[], BinaryIO]
+    is_named: bool = False
+
+    @property
+    def suffix(self) -> str:
+        return PurePath(self.name).suffix.lower()
+
+    @property
+    def has_rows(self) -> bool:
         # What is called .json among other files is seldom rows; such a file is read if it is named itself.
-        if name.endswith(ROW_SUFFIXES) and not name.endswith((".json", ".json.gz")):
-            yield from _read_rows(file, name, columns, skipped)
-        elif file.suffix.lower() in FORMATS:
-            yield from _read_file(file, name, skipped)
-        else:
-            others[file.suffix.lower() or "no suffix"] += 1
-            continue
-        found += 1
-    if others:
-        kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(others.items()))
-        logger.warning(f"{folder}: files of other kinds are left out: {kinds}")
-    if not found:
-        raise UserError(f"{folder}: holds none of the files that are read: {_kinds()}")
+        return self.name.endswith(ROW_SUFFIXES) and (self.is_named or not self.name.endswith((".json", ".json.gz")))
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def _files_of_folder(folder: Path, parents: str = "") -> Iterator[_File]:
     """Yield the files below a folder in the order of their paths, but hidden ones and linked folders."""
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            if not entry.is_symlink():
-                yield from _files(entry)
+        name = f"{parents}{entry.name}"
+        if not entry.is_dir():
+            yield _File(name, str(entry), partial(open, entry, "rb"))
+        elif not entry.is_symlink():
+            yield from _files_of_folder(entry, f"{name}/")
+
+
+def _files_of_url(url: str) -> Iterator[_File]:
+    """Yield the file at a URL, or those below a folder in the order of their names, but hidden ones."""
+    storage, url = Storage(url), url.rstrip("/")
+    for name in storage.sizes():
+        place = f"{url}/{name}" if name else url
+        yield _File(name or url.rpartition("/")[2], place, partial(storage.open, name), is_named=not name)
+
+
+def _read_files(source: str, files: Iterable[_File], columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
+    others: Counter[str] = Counter()
+    found = 0
+    for file in files:
+        if file.has_rows:
+            yield from _read_rows(file, columns, skipped)
+        elif file.suffix in FORMATS:
+            yield from _read_file(file, skipped)
+        elif file.is_named:
+            raise UserError(f"{source}: is none of the files that are read: {_kinds()}")
         else:
-            yield entry
+            others[file.suffix or "no suffix"] += 1
+            continue
+        found += 1
+    if others:
+        kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(others.items()))
+        logger.warning(f"{source}: files of other kinds are left out: {kinds}")
+    if not found:
+        raise UserError(f"{source}: holds none of the files that are read: {_kinds()}")
 
 
-def _read_file(file: Path, name: str, skipped: list[Skipped]) -> Iterator[Document]:
+def _read_file(file: _File, skipped: list[Skipped]) -> Iterator[Document]:
     try:
         try:
-            name.encode()
+            file.name.encode()
         except UnicodeEncodeError:
             raise UnreadableFile("has a name that is not UTF-8; rename it") from None
-        yield to_document(name, file.suffix.lower(), read_file(file))
+        yield to_document(file.name, file.suffix, read_file(file.name, file.open))
     except UnreadableFile as error:
-        _skip(str(file), str(error), skipped)
+        _skip(file.place, str(error), skipped)
 
 
 def to_document(name: str, suffix: str, text: Text) -> Document:
@@ -164,40 +196,27 @@ def _skip(name: str, reason: str, skipped: list[Skipped]) -> None:
     logger.warning(f"skipped: {skipped[-1]}")
 
 
-def _read_rows(file: Path, name: str, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
-    rows = _parquet_rows(file, file) if file.name.endswith(PARQUET_SUFFIX) else read_jsonl(file)
+def _read_rows(file: _File, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
+    rows = _parquet_rows(file) if file.suffix == PARQUET_SUFFIX else read_jsonl(file.place, open_file=file.open)
     for number, row in rows:
-        yield from document_of_row(f"{file}, row {number}", f"{name}:{number}", row, columns, skipped)
+        yield from document_of_row(f"{file.place}, row {number}", f"{file.name}:{number}", row, columns, skipped)
 
 
-def _read_url(url: str, columns: Columns, skipped: list[Skipped]) -> Iterator[Document]:
-    storage = Storage(url)
-    names = list(storage.sizes(ending=PARQUET_SUFFIX))
-    if not names:
-        raise UserError(f"{url}: no such Parquet file, and no folder with one; of URLs nothing else is read")
-    for name in names:
-        place = f"{url.rstrip('/')}/{name}" if name else url
-        with storage.open(name) as file:
-            for number, row in _parquet_rows(file, place):
-                title = f"{name or url.rpartition('/')[2]}:{number}"
-                yield from document_of_row(f"{place}, row {number}", title, row, columns, skipped)
-
-
-def _parquet_rows(opened_or_path: Any, file: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet_rows(file: _File) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{file}: reading Parquet needs the extra 'files' (pyarrow is missing)") from None
+        raise UserError(f"{file.place}: reading Parquet needs the extra 'files' (pyarrow is missing)") from None
     try:
-        with pyarrow.parquet.ParquetFile(opened_or_path) as opened:
+        with file.open() as opened, pyarrow.parquet.ParquetFile(opened) as table:
             number = 0
-            for batch in opened.iter_batches(batch_size=256):
+            for batch in table.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: is not readable Parquet: {one_line(error)}") from None
+        raise UserError(f"{file.place}: is not readable Parquet: {one_line(error)}") from None
 
 
 def document_of_row(

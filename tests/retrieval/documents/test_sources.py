@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import datasets
+import fsspec
 import pytest
 
 from common.errors import UserError
@@ -121,6 +122,52 @@ def test_a_folder_is_read_to_its_last_file_and_what_is_broken_is_named(tmp_path,
     for skip in skipped:
         assert f"skipped: {skip}" in caplog.text
     assert "left out: 1 with .png" in caplog.text
+
+
+@pytest.mark.promise("R4")
+def test_a_folder_elsewhere_is_read_as_one_on_this_machine(tmp_path):
+    folder = tmp_path / "docs"
+    (folder / "b").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / ".git" / "hidden.txt").write_text("hidden")
+    (folder / "a.md").write_text("# A\n\ntext\n")
+    (folder / "b" / "broken.txt").write_bytes(b"\xff")
+    (folder / "b" / "picture.png").write_bytes(b"png")
+    (folder / "b" / "left-out.json").write_text("{}")
+    write_rows(folder / "b" / "rows.jsonl.gz", ROWS)
+    write_rows(folder / "c.jsonl", [{"text": "of no name"}])
+    datasets.Dataset.from_list(ROWS).to_parquet(folder / "d.parquet")
+    url = f"memory://{tmp_path.name}/docs"
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), f"/{tmp_path.name}/docs", recursive=True)
+    here, there = [], []
+    expected = list(read_documents([folder], skipped=here))
+    assert [document.id for document in expected] == ["a.md", "a", "b", "c.jsonl:1", "a", "b"]
+    assert list(read_documents([url], skipped=there)) == expected
+    assert [skip.reason for skip in there] == [skip.reason for skip in here] == ["is not UTF-8 at byte 0; convert it"]
+    assert there[0].name == f"{url}/b/broken.txt"
+    for name in ("a.md", "b/rows.jsonl.gz", "c.jsonl", "d.parquet"):
+        assert list(read_documents([f"{url}/{name}"])) == list(read_documents([folder / name]))
+
+
+@pytest.mark.promise("R4")
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("memory://nowhere", "holds none of the files that are read"),
+        ("memory://of-urls/picture.png", "none of the files that are read: .txt, .md"),
+        ("memory://of-urls/rows.jsonl", "memory://of-urls/rows.jsonl, row 1: is not JSON"),
+        ("memory://of-urls/rows.parquet", "memory://of-urls/rows.parquet: is not readable Parquet"),
+        ("nothing://bucket/rows.jsonl", "Protocol not known: nothing; give a path, or a URL"),
+        ("oss://bucket/rows.jsonl", "Install ossfs"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_one_sentence(url, told):
+    memory = fsspec.filesystem("memory")
+    for name in ("picture.png", "rows.jsonl", "rows.parquet"):
+        memory.pipe(f"/of-urls/{name}", b"text")
+    with pytest.raises(UserError, match=told):
+        list(read_documents([url]))
 
 
 @pytest.mark.promise("R4")
