@@ -8,6 +8,8 @@ PARALLEL = --numprocesses logical --maxprocesses 4 --dist loadgroup
 PYTEST = -m pytest -q --promises $(PARALLEL)
 # Python compiles a module when it is first imported: pip would compile all of them, most of which nothing imports.
 PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile
+# Where nothing may be kept, each of the many processes that the tests start would compile torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 DATA_DIR ?=
 
