@@ -3,22 +3,21 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from common.encoders.encoder import ChunkEncoder, Encoder
+from common.encoders.vector_cache import VectorCache
 from common.errors import run
 from eval import mteb_long, plot, synthetic
 from eval.models.mteb_models import EvaluatedModel
 from eval.tasks import evaluation
 from modeling_longembed import LongEmbedModel
+from tests.forked import run_forked
 
-ROOT = Path(__file__).parents[2]
 ANIMALS = "fox whale frog heron badger otter salmon eagle beetle mole".split()  # noqa: SIM905
 TEXTS = [f"A story about one {animal} and the {animal}'s many friends in the wood. " * 8 for animal in ANIMALS]
 QUERIES = [f"Which story is about the {animal}?" for animal in ANIMALS]
@@ -226,20 +225,23 @@ def test_synthetic_tasks_are_made_and_judged(minilm, tmp_path, monkeypatch, caps
 
 
 def test_a_killed_run_goes_on_where_it_stopped(make_task, tiny_sentence_transformer, tmp_path, monkeypatch, capsys):
-    """SIGKILL once the first of the documents are in the cache; the second run encodes only the others."""
-    texts = [f"{text} {i} {'and more ' * 600}" for i in range(4) for text in TEXTS]
+    """SIGKILL when the first of the documents are in the cache; the second run encodes only the others."""
+    texts = [f"{text} {'and more ' * 600}" for text in TEXTS]
     make_task("Animals", texts, QUERIES)
     arguments = ["--model", "bm25", f"chunk-mean:{tiny_sentence_transformer}:16", "--data_dir", tmp_path / "data"]
     arguments += ["--output_dir", tmp_path / "r", "--batch_tokens", "256"]
-    command = [sys.executable, "eval/mteb_long.py", *map(str, arguments)]
-    cache = tmp_path / "r" / "vectors.sqlite"
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 300
-        while not (cache.is_file() and cache.stat().st_size > 60_000):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
+
+    def run_until_killed():
+        put = VectorCache.put
+
+        def put_and_die(self, matrices):
+            put(self, matrices)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        VectorCache.put, sys.argv = put_and_die, ["mteb_long", *map(str, arguments)]
+        run(mteb_long.main)
+
+    assert run_forked(run_until_killed, seconds=300, log=tmp_path / "log").code == -signal.SIGKILL
     assert not (tmp_path / "r" / "table.md").exists()
     (finished,) = (tmp_path / "r" / "results").glob("baseline__bm25s/*/Animals.json")
     before = finished.read_bytes()

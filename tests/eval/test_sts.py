@@ -177,6 +177,7 @@ def test_tasks_are_found_however_their_names_are_spelled(tmp_path):
     assert official.metadata.dataset["path"] == "mteb/stsbenchmark-sts"
 
 
+@pytest.mark.slow  # 2,372 sentences; the fast tests compare a tiny model's table with sentence-transformers and scipy
 @pytest.mark.promise("E1")
 def test_minilm_has_its_published_correlations(minilm, tmp_path):
     """MTEB's published results: STS16 78.99, STS13 80.60."""

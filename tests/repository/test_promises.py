@@ -1,10 +1,14 @@
 """`pytest --promises`, run on a suite whose outcomes are known."""
 
+import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from tests.forked import run_forked
 
 TESTS = Path(__file__).parents[1]
 SUITE = """
@@ -45,9 +49,13 @@ def test_each_promise_is_reported_and_the_last_line_is_pytests(tmp_path):
     (tmp_path / "docs" / "promises.md").write_text(TABLE)
     shutil.copy(TESTS / "conftest.py", tmp_path / "tests")
     (tmp_path / "tests" / "test_suite.py").write_text(SUITE)
-    command = [sys.executable, "-m", "pytest", "-q", "--promises", "-p", "no:cacheprovider", "tests"]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    lines = process.stdout.splitlines()
+
+    def run_suite():
+        os.chdir(tmp_path)
+        sys.exit(pytest.main(["-q", "--promises", "-p", "no:cacheprovider", "tests"]))
+
+    assert run_forked(run_suite, seconds=300, log=tmp_path / "log").code == pytest.ExitCode.TESTS_FAILED
+    lines = (tmp_path / "log").read_text().splitlines()
     report = [re.split(r"\s{2,}", line.strip()) for line in lines[lines.index(f"{' promises ':=^80}") + 1 : -4]]
     by_id = {" ".join(fields).split()[0]: " ".join(fields) for fields in report}
     assert list(by_id) == ["A1", "B2", "C9", "C10", "D1", "E1"]

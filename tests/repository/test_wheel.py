@@ -54,7 +54,9 @@ def test_an_index_of_packages_accepts_both_files(built):
 
 def test_the_wheel_holds_the_model_alone(wheel):
     packaged = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert packaged == {f"modeling_longembed/{path.name}" for path in (ROOT / "modeling_longembed").glob("*.py")}
+    sources = {f"modeling_longembed/{path.name}": path for path in (ROOT / "modeling_longembed").glob("*.py")}
+    assert packaged == sources.keys()
+    assert all(wheel.read(name) == path.read_bytes() for name, path in sources.items())
 
 
 def test_the_wheel_carries_its_licence_and_needs_three_libraries(wheel):
@@ -67,6 +69,7 @@ def test_the_wheel_carries_its_licence_and_needs_three_libraries(wheel):
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
 
 
+@pytest.mark.slow  # the fast tests compare its files with ours, which test_hub.py loads by the auto classes
 def test_the_unpacked_wheel_registers_the_auto_classes(wheel, tmp_path):
     # Away from this checkout (-I ignores PYTHONPATH and the working folder), as one who installed the wheel has it.
     wheel.extractall(tmp_path)

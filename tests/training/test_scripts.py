@@ -2,8 +2,7 @@
 
 import importlib
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
+from tests.forked import run_forked
 from tests.training.double_precision import double_precision
 from tests.training.tiny_training import SCRIPTS, losses, random_documents, random_pairs, tiny_config, write_jsonl
 from training.engine.training import Training
@@ -110,7 +110,7 @@ def test_gradient_checkpointing_and_the_token_budget_change_nothing(train_script
     options = "--dropout 0 --logging_steps 1 --max_steps 2"
     with double_precision():
         plain = losses(train_script(script, options))
-        for number, more in enumerate(("--gradient_checkpointing", "--batch_tokens 1", "--batch_tokens 1000")):
+        for number, more in enumerate(("--batch_tokens 1", "--batch_tokens 1000 --gradient_checkpointing")):
             train_script(script, f"{options} --output_dir {tmp_path}/{number} {more}")
             for one, two in zip(losses(tmp_path / str(number)), plain, strict=True):
                 assert one == pytest.approx(two, rel=1e-6), more  # a teacher's vectors are float32
@@ -212,25 +212,20 @@ def test_a_mistake_is_one_sentence(train_script, script, tmp_path, options, comp
     assert not (tmp_path / "out" / "final").exists()
 
 
-# One script in a process of its own is enough for the fast tests: all of them end by the same function.
-@pytest.mark.parametrize(
-    "script",
-    [name if name == "contrastive" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
-    indirect=True,
-)
 def test_exit_code_and_stderr_of_the_script_itself(script, inputs, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     options = (
         f"--model_name_or_path {inputs[script][0]} --train_data {tmp_path}/empty.jsonl --output_dir {tmp_path}/out"
     )
     options += f" {SCRIPTS[script].options.format(model=inputs[script][0])}"
-    done = subprocess.run(
-        [sys.executable, str(TRAINING / f"{script}.py"), *options.split()],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
+    path = str(TRAINING / f"{script}.py")
+
+    def run_script():
+        sys.argv = [path, *options.split()]
+        runpy.run_path(path, run_name="__main__")
+
+    done = run_forked(run_script, seconds=300, log=tmp_path / "log")
+    assert done.code == 2
     columns = {
         "compression": "text",
         "contrastive": "anchor and positive",

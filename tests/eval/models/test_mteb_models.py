@@ -110,7 +110,8 @@ def test_passkey_is_all_for_an_oracle_and_one_in_a_hundred_for_chance(minilm_tok
 
 
 @pytest.mark.parametrize(
-    "name", ["{}", "chunk-mean:{}:16", pytest.param("chunk-max:{}:16", marks=pytest.mark.slow), "bm25"]
+    "name",
+    ["{}", *(pytest.param(f"chunk-{kind}:{{}}:16", marks=pytest.mark.slow) for kind in ("mean", "max")), "bm25"],
 )
 def test_mtebs_own_check_of_models_passes(tiny_sentence_transformer, tmp_path, name):
     from mteb.mocks.mock_run import mock_run
