@@ -120,10 +120,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     made.keep(model.eval(), base)
     made.build(base, runs / "final")
     released = sums(release.folder / SUMS).get(WEIGHTS) if (release.folder / SUMS).is_file() else None
-    same = sums(made.folder / SUMS)[WEIGHTS] == released
-    relation = "bit by bit" if same else "but other rounding than that of the machine that made"
-    print(f"{runs / 'final'}: the recipe's model, {relation} the released one")
-    print(f"its difference is in {made.folder}; python -m model_cards.keep {arguments.name} --model ... releases it")
+    if sums(made.folder / SUMS)[WEIGHTS] == released:
+        print(f"{runs / 'final'}: bit by bit the released weights")
+    else:
+        print(
+            f"{runs / 'final'}: not bit by bit the released weights, because another machine rounds differently, or the "
+            f"recipe is newer; python -m model_cards.keep {arguments.name} --model {runs / 'final'} would release these"
+        )
 
 
 if __name__ == "__main__":
