@@ -1,6 +1,6 @@
 """Keep a trained model in the repository: as a difference from its base, with its config and the sums of its files.
 
-python -m model_cards.keep longembed-minilm --model runs/model/final
+python -m model_cards.keep longembed-minilm --model runs/model/small/final
 
 `difference.safetensors`, `config.json` and `SHA256SUMS` in the folder of the release are replaced. A byte a number is
 kept, so that the weights change a little: judge what model_cards/build.py makes of them, not the trained model.

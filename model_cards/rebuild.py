@@ -116,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = Release(runs / "kept")
     made.folder.mkdir(exist_ok=True)
     atomic_write(made.folder / RECIPE, (release.folder / RECIPE).read_bytes())
-    model: Any = load_encoder(ModelArguments(model_name_or_path=str(runs / recipe["steps"][-1]["name"] / "final")))[0]
+    last = runs / recipe["steps"][-1]["name"] / "final"
+    model: Any = load_encoder(ModelArguments(model_name_or_path=str(last)))[0]
     made.keep(model.eval(), base)
     made.build(base, runs / "final")
     released = sums(release.folder / SUMS).get(WEIGHTS) if (release.folder / SUMS).is_file() else None
@@ -124,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{runs / 'final'}: bit by bit the released weights")
     else:
         print(
-            f"{runs / 'final'}: not bit by bit the released weights, because another machine rounds differently, or the "
-            f"recipe is newer; python -m model_cards.keep {arguments.name} --model {runs / 'final'} would release these"
+            f"{runs / 'final'}: not bit by bit the released weights, because another machine rounds differently, or "
+            f"the recipe is newer; python -m model_cards.keep {arguments.name} --model {last} would release these"
         )
 
 
