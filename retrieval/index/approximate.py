@@ -36,6 +36,8 @@ NEIGHBOURS = 32
 # Searches by which `nprobe` is chosen: their recall of the 10 nearest must be at least this, unless twice as many
 # lists find hardly more.
 TRIALS, TRIAL_K, LEAST_RECALL, LEAST_GAIN = 64, 10, 0.97, 0.005
+# Of a trial and the vector it is made of: as far as few questions are from their answers, so that those are found too.
+TRIAL_COSINE = 0.4
 INDEX, LISTS_DATA = "lists.faiss", "lists.data"
 
 
@@ -282,13 +284,14 @@ def nearest(queries: np.ndarray, shards: Sequence[np.ndarray], count: int) -> np
 def _choose_nprobe(index: Any, shards: Sequence[np.ndarray], kind: Kind, random: np.random.Generator) -> int:
     """Return the smallest power of two at which the index finds nearly all of the nearest vectors.
 
-    The trials are vectors of the index, each moved so far in a random direction that its cosine to the vector is 0.7,
-    about as near as a question is to its answer.
+    The trials are vectors of the index, each moved so far in a random direction that its cosine to the vector is
+    `TRIAL_COSINE`.
     """
     count = sum(map(len, shards))
     trials = _take(shards, np.sort(random.choice(count, min(count, TRIALS), replace=False)))
     noise = random.standard_normal(trials.shape).astype(np.float32)
-    trials = trials + noise / np.linalg.norm(noise, axis=1, keepdims=True)
+    noise *= math.sqrt(1 / TRIAL_COSINE**2 - 1) / np.linalg.norm(noise, axis=1, keepdims=True)
+    trials = trials + noise
     trials /= np.linalg.norm(trials, axis=1, keepdims=True)
     expected = nearest(trials, shards, TRIAL_K)
     wanted = oversampling(index) * TRIAL_K
