@@ -88,17 +88,7 @@ class Words:
         return Query(text, vector.numpy(), self.tokens(text))
 
 
-class UnreadIndex(Index):
-    """An index whose queries were read before, by their texts."""
-
-    queries: dict[str, Query]
-
-    def read_query(self, query: str, parts: Sequence[str] | None = None) -> Query:
-        """Return a query that was read before."""
-        return self.queries[query]
-
-
-def build(folder: Path, words: Words, count: int, tokens: int) -> UnreadIndex:
+def build(folder: Path, words: Words, count: int, tokens: int) -> Index:
     """Build an index of random documents.
 
     Args:
@@ -115,7 +105,7 @@ def build(folder: Path, words: Words, count: int, tokens: int) -> UnreadIndex:
     with only_writer(folder):
         manifest = Manifest(words.settings, {"hidden_size": HIDDEN_SIZE})
         Writer(folder).add(manifest, documents, words).write(folder)  # type: ignore[arg-type]
-    return UnreadIndex(folder)
+    return Index(folder)
 
 
 def random_text(draw: random.Random, count: int) -> str:
@@ -134,7 +124,7 @@ def unpacked(scores: TokenScores, documents: Sequence[Tensor]) -> np.ndarray:
     return (torch.cat(found) + scores.constants.sum()).numpy()
 
 
-def measure(index: UnreadIndex, words: Words, count: int, repeats: int) -> tuple[list[list[str]], str]:
+def measure(index: Index, words: Words, count: int, repeats: int) -> tuple[list[list[str]], str]:
     """Measure the rows for queries of one length.
 
     Args:
@@ -152,7 +142,6 @@ def measure(index: UnreadIndex, words: Words, count: int, repeats: int) -> tuple
     bits = [snapshot.tokens(number) for number in range(documents)]
     codes = [torch.from_numpy(shard.codes(place)) for shard in snapshot.shards for place in range(len(shard))]
     queries = [words.query(random_text(draw, count)) for _ in range(repeats + 1)]
-    index.queries = {query.text: query for query in queries}
     found: dict[str, list[np.ndarray]] = {"bits": [], "unpacked": []}
 
     def keep(name: str, scores: np.ndarray) -> None:
@@ -170,10 +159,8 @@ def measure(index: UnreadIndex, words: Words, count: int, repeats: int) -> tuple
             "bits", scores_of(query).of_documents(bits)
         ),
         "candidates and all scores": lambda query: score_candidates(snapshot, query, PARTS, documents),
-        "search, 10 documents without passages": lambda query: index.search(
-            query.text, passages=0, candidates=documents
-        ),
-        "search, 10 documents with 3 passages": lambda query: index.search(query.text, candidates=documents),
+        "search, 10 documents without passages": lambda query: index.search(query, passages=0, candidates=documents),
+        "search, 10 documents with 3 passages": lambda query: index.search(query, candidates=documents),
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in rows}
     for query in queries:
