@@ -87,9 +87,7 @@ def read_documents(
         elif path.is_dir():
             yield from _read_files(name, _files_of_folder(path), columns, log)
         elif path.exists():
-            yield from _read_files(
-                name, [_File(path.name, name, partial(open, path, "rb"), is_named=True)], columns, log
-            )
+            yield from _read_files(name, [_File(path.name, name, partial(_open, path), is_named=True)], columns, log)
         elif is_hub_id(name):
             for number, row in enumerate(load_hub_dataset(name, split), start=1):
                 yield from document_of_row(f"{name}, row {number}", f"{name}:{number}", row, columns, log)
@@ -127,6 +125,10 @@ class _File:
         return self.name.endswith(ROW_SUFFIXES) and (self.is_named or not self.name.endswith((".json", ".json.gz")))
 
 
+def _open(path: Path) -> BinaryIO:
+    return open(path, "rb")
+
+
 def _files_of_folder(folder: Path, parents: str = "") -> Iterator[_File]:
     """Yield the files below a folder in the order of their paths, but hidden ones and linked folders."""
     for entry in sorted(folder.iterdir()):
@@ -134,7 +136,7 @@ def _files_of_folder(folder: Path, parents: str = "") -> Iterator[_File]:
             continue
         name = f"{parents}{entry.name}"
         if not entry.is_dir():
-            yield _File(name, str(entry), partial(open, entry, "rb"))
+            yield _File(name, str(entry), partial(_open, entry))
         elif not entry.is_symlink():
             yield from _files_of_folder(entry, f"{name}/")
 

@@ -140,6 +140,7 @@ def test_a_search_answers_what_the_index_finds(port, index):
         ("/search", {"query": "a", "filters": {"number": {"~": 3}}}, 400, "is no comparison"),
         ("/search", {"query": "\ud83d"}, 400, "the query has half"),
         ("/search", {"query": 5}, 400, "query: "),
+        ("/search", b'{"query": "\xff"}', 400, "parsing the body"),
         ("/search", b'{"query": "' + b"x" * 150_000 + b'"}', 413, "104,857 bytes"),
         ("/../../etc/passwd", None, 404, "Not Found"),
         ("/search", None, 405, "Method Not Allowed"),
