@@ -1,6 +1,6 @@
 """Take the pictures of the page that the README and docs/guides/serve-an-index.md show.
 
-    python experiments/page_screenshots.py --index runs/space/index --query "Why was a canal dug through Panama?"
+    python experiments/page_screenshots.py --index runs/space/index --query "How is the work on the Panama canal going?"
 
 It needs the extra `browser` and a Chromium of the system's. `page-search.png` shows what is found in the index,
 `page-own-files.png` what is found in a text file of a visitor's.
