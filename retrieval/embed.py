@@ -11,6 +11,7 @@ stopped. docs/guides/scale.md says what to choose, and what millions of passages
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -137,7 +138,12 @@ def embed(arguments: Arguments, skipped: list[Skipped]) -> bool:
         return embed_with_ray(arguments.data, work, arguments.actors, arguments.ray_address)
     rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
     given = tqdm(documents(skipped), unit=" documents", disable=None if rank == 0 else True)
-    return embed_shards(output, plan, given, reader, rank, world)
+    before, start = reader.tokens_read, time.perf_counter()
+    whole = embed_shards(output, plan, given, reader, rank, world)
+    tokens, seconds = reader.tokens_read - before, time.perf_counter() - start
+    if tokens:
+        print(f"process {rank} of {world} has read {tokens:,} tokens, {tokens / seconds:,.0f} a second")
+    return whole
 
 
 def _state_of_launch(engine: str) -> Any:

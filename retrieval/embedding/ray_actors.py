@@ -141,7 +141,6 @@ def embed_with_ray(data: Sequence[str], work: Work, actors: int | None = None, a
             # Reading and writing need the CPUs: actors that took them all would wait for documents for ever.
             num_cpus=0,
             num_gpus=1 if gpus else None,
-            scheduling_strategy="SPREAD",
         ).write_parquet(
             f"{output.path.rstrip('/')}/{DOCUMENTS}", filesystem=target, min_rows_per_file=work.plan.shard_documents
         )

@@ -76,7 +76,7 @@ def embed_shards(
     shards = 0
     for number, shard in enumerate(_in_shards(documents, plan.shard_documents)):
         digest = hashlib.blake2b(digest_size=16)
-        given = _hashed(shard, digest)
+        given = hashed(shard, digest)
         if number % world == rank:
             marker = _read_marker(output, number)
             if marker is None:
@@ -100,7 +100,13 @@ def _in_shards(documents: Iterable[Document], size: int) -> Iterator[Iterator[Do
         deque(shard, maxlen=0)  # what the caller has left of it
 
 
-def _hashed(documents: Iterable[Document], digest: Any) -> Iterator[Document]:
+def hashed(documents: Iterable[Document], digest: Any) -> Iterator[Document]:
+    """Yield documents, and add each to a digest of `hashlib`.
+
+    Args:
+        documents: the documents.
+        digest: what they are added to.
+    """
     for document in documents:
         known = [document.id, document.text, sorted(document.metadata.items()), [asdict(m) for m in document.marks]]
         digest.update(json.dumps(known).encode())

@@ -44,6 +44,9 @@ class DocumentReader:
         batch_tokens: tokens in one forward pass.
         on_read: is called after each forward pass with the number of characters, nearly, that it read.
 
+    Attributes:
+        tokens_read: how many tokens the model has read so far.
+
     Raises:
         UserError: the segments are none that there are, or the tokenizer does not tell the characters of a token.
         ValueError: the model does not have such token vectors.
@@ -57,6 +60,7 @@ class DocumentReader:
         on_read: Callable[[float], None] = lambda _: None,
     ):
         self.model, self.settings, self.batch_tokens, self.on_read = model, settings, batch_tokens, on_read
+        self.tokens_read = 0
         self.prompt_name = prompt_of(model, DOCUMENT_PROMPTS)
         _, self.prompt = EncodingChoices(prompt_name=self.prompt_name).prompt(model.config)
         context = model.config.max_position_embeddings
@@ -97,6 +101,7 @@ class DocumentReader:
         rows = [array("i", reading.ids.tolist()) for parts in readings for reading in parts]
         found: Iterator[Any] = iter([])
         if self.output is not None:
+            self.tokens_read += sum(map(len, rows))
             share = sum(len(document.text) for document in documents) / max(1, len(rows)) / self.times
             found = iter(
                 encode_rows(self.model, rows, self._choices(self.output), lambda count: self.on_read(count * share))
@@ -159,6 +164,7 @@ class DocumentReader:
         for spans in segments:
             while len(found) < len(spans):
                 rows = [array("i", ids) for ids in tokenize_texts(self.model, next(windows), self.prompt)]
+                self.tokens_read += sum(map(len, rows))
                 read = encode_rows(self.model, rows, self._choices("vector"), lambda _: None)
                 found = torch.cat([found, *(vector for vector, _ in read)])
             yield found[: len(spans)].numpy()
