@@ -151,7 +151,11 @@ def reading_rate(data: Sequence[str]) -> float:
 
 
 def main() -> None:
-    """Run the script."""
+    """Run the script.
+
+    Raises:
+        UserError: there is not one rate for each device, or the embedded documents or the data cannot be read.
+    """
     (arguments,) = parse(Arguments)
     if len(arguments.devices) != len(arguments.tokens_per_second):
         raise UserError(
