@@ -3,6 +3,11 @@
 import multiprocessing
 from multiprocessing.context import ForkServerContext
 
+import pytest
+
+# Of tests that start fresh processes, so that one process of pytest-xdist runs them all: its server imports once.
+with_fresh_processes = pytest.mark.xdist_group("fresh_processes")
+
 PRELOADED = [
     "training.compression",
     "training.contrastive",

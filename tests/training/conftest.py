@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from modeling_longembed import LongEmbedForMaskedLM, LongEmbedModel
+from tests.modeling_longembed.tiny_checkpoints import leave_out_code
 from tests.training.tiny_training import (
     SCRIPTS,
     random_documents,
@@ -133,6 +134,12 @@ def _no_waiting_for_the_disk():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _without_code(monkeypatch):
+    """Save models without a copy of the package, which would take most of the time of saving a tiny one."""
+    leave_out_code(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -110,15 +110,15 @@ def test_a_fresh_student_of_another_width_pattern_and_scheme_learns(compress, tm
     held_out_file = write_jsonl(tmp_path / "held-out.jsonl", random_documents(4, seed=1))
     options = f"--relation_objective {objective} --student_hidden_size 16 --student_num_hidden_layers 2 "
     options += "--student_attention_patterns sliding:window=12 --student_position_embedding_type rope "
-    options += f"--eval_data {held_out_file} --max_steps 40 --learning_rate 1e-2 --eval_steps 1 --logging_steps 40"
-    lines, final = compress(options)
-    held_out = [line for line in lines if "eval_loss" in line]
+    options += f"--eval_data {held_out_file} --learning_rate 1e-2"
+    (*_, first), _ = compress(f"{options} --max_steps 1", "first")
+    (*_, last), final = compress(f"{options} --max_steps 40")
     parts = ("attention", "value") if objective == "minilm" else ("query", "key", "value")
-    assert set(held_out[0]) >= {f"eval_{name}_loss" for name in parts}
-    assert held_out[0]["eval_loss"] == pytest.approx(sum(held_out[0][f"eval_{name}_loss"] for name in parts))
-    for name in held_out[0].keys() - {"step"}:
-        assert held_out[-1][name] < held_out[0][name]
-    assert held_out[-1]["eval_loss"] < 0.8 * held_out[0]["eval_loss"]
+    assert set(first) >= {f"eval_{name}_loss" for name in parts}
+    assert first["eval_loss"] == pytest.approx(sum(first[f"eval_{name}_loss"] for name in parts))
+    for name in first.keys() - {"step"}:
+        assert last[name] < first[name]
+    assert last["eval_loss"] < 0.8 * first["eval_loss"]
     config = LongEmbedModel.from_pretrained(final).config
     assert (config.hidden_size, config.intermediate_size, config.sublayer_pattern) == (16, 32, "sfsf")
     assert config.position_embedding_type == "rope"
@@ -162,15 +162,15 @@ def test_hidden_states_are_compared_as_they_are(compress, teacher, tmp_path, wei
     (step, evaluation), final = compress(options + "--max_steps 1")
     student = LongEmbedModel.from_pretrained(final)
     assert student.config.token_weighting == weighting
-    squares = []
+    models, squares = (LongEmbedModel.from_pretrained(teacher).eval(), student.eval()), []
+    for model in models:
+        model.weighs_tokens = False
     for line in documents_file.read_text().splitlines():
         ids = word_tokenizer(json.loads(line)["text"], add_special_tokens=False)["input_ids"]
         for start in range(0, len(ids), 38):  # a piece of 40 tokens has two special ones
             piece = torch.tensor([[word_tokenizer.cls_token_id, *ids[start : start + 38], word_tokenizer.sep_token_id]])
-            states = []
-            for model in (LongEmbedModel.from_pretrained(teacher), student):
-                model.weighs_tokens = False
-                states.append(model.eval()(input_ids=piece).last_hidden_state[0])
+            with torch.no_grad():
+                states = [model(input_ids=piece).last_hidden_state[0] for model in models]
             squares.append((states[0] - states[1]).pow(2).mean(1))
     assert evaluation["eval_hidden_loss"] == pytest.approx(torch.cat(squares).mean().item(), rel=1e-4)
     assert evaluation["eval_loss"] == pytest.approx(3 * evaluation["eval_hidden_loss"])

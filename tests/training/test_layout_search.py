@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import re
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import pytest
@@ -353,23 +353,23 @@ def end(output: Path) -> tuple:
     return *((output / name).read_bytes() for name in names), losses(output)
 
 
-@pytest.mark.parametrize("step", [2, 7, 11])
-def test_a_search_that_is_interrupted_goes_on_to_the_same_layout(search, monkeypatch, step):
+def test_a_search_that_is_interrupted_goes_on_to_the_same_layout(search, monkeypatch):
     """In the steps of weights alone, in the middle of the architecture's share, and in the second cycle."""
     options = "--changed_share 1 --save_steps 1 --architecture_learning_rate 0.3"
-    undisturbed = end(search(options))
-    calls, optimize = [0], torch.optim.AdamW.step
+    undisturbed, optimize = end(search(options)), torch.optim.AdamW.step
+    for step in (2, 7, 11):
+        calls = count(1)
 
-    def interrupted(self, *args, **kwargs):
-        calls[0] += 1
-        if calls[0] == step:
-            raise KeyboardInterrupt
-        return optimize(self, *args, **kwargs)
+        def interrupted(self, *args, step=step, calls=calls, **kwargs):
+            if next(calls) == step:
+                raise KeyboardInterrupt
+            return optimize(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        search(options, "interrupted")
-    assert end(search(options + " --resume_from_checkpoint last", "interrupted")) == undisturbed
+        monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            search(options, f"interrupted-{step}")
+        monkeypatch.setattr(torch.optim.AdamW, "step", optimize)
+        assert end(search(options + " --resume_from_checkpoint last", f"interrupted-{step}")) == undisturbed
 
 
 def test_a_search_that_is_over_stays_over(search):

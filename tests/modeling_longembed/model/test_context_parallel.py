@@ -17,10 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 
 from modeling_longembed import LongEmbedConfig, LongEmbedModel
+from tests.fresh_processes import with_fresh_processes
 from tests.two_processes import PROCESSES, in_two_processes
 
 pytestmark = [
-    pytest.mark.xdist_group("context_parallel"),  # what the module fixtures make is made once
+    with_fresh_processes,
     pytest.mark.slow,  # it tests what torch and accelerate refuse, which changes with their versions and not with ours
 ]
 

@@ -15,10 +15,11 @@ from transformers.distributed import DistributedConfig
 
 from modeling_longembed import LongEmbedConfig, LongEmbedForMaskedLM, LongEmbedModel
 from modeling_longembed.pattern_registry_longembed import PATTERNS
+from tests.fresh_processes import with_fresh_processes
 from tests.modeling_longembed.tiny_checkpoints import leave_out_code
 from tests.two_processes import PROCESSES, in_two_processes
 
-pytestmark = pytest.mark.xdist_group("tensor_parallel")  # what the module fixtures make is made once
+pytestmark = with_fresh_processes
 
 SIZES = {
     "vocab_size": 64,

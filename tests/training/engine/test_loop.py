@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.files import sha256_file
-from tests.fresh_processes import fresh_processes
+from tests.fresh_processes import fresh_processes, with_fresh_processes
 from tests.training.tiny_training import SCRIPTS, losses, train_until_killed
 from training.engine.checkpoints.folders import COMPLETE, WEIGHTS
 
@@ -27,10 +27,9 @@ def processes():
     params=[
         pytest.param(
             name,
-            marks=[
-                pytest.mark.xdist_group(f"loop_{name}"),
-                *([] if name == "contrastive" else [pytest.mark.slow]),
-            ],
+            marks=[with_fresh_processes]
+            if name == "contrastive"
+            else [pytest.mark.xdist_group(f"loop_{name}"), pytest.mark.slow],
         )
         for name in SCRIPTS
     ],

@@ -413,8 +413,9 @@ def test_blocks_of_rows_change_no_gradient_and_no_metric(case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["info_nce", "info_nce masked", "nt_xent", "sup_con"])
-def test_scores_take_memory_in_proportion_to_the_rows(case):
+def test_scores_take_memory_in_proportion_to_the_rows(case, monkeypatch):
     """For twice the rows autograd keeps twice, not four times, as many bytes for the backward pass."""
+    monkeypatch.setattr(blocks, "ROWS_AT_ONCE", 64)
     objective = double_objective(case, double_encoder(), PAIRS)
 
     def kept(rows: int) -> int:

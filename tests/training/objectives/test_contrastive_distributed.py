@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.fresh_processes import with_fresh_processes
 from tests.training.objectives.objective_cases import (
     CASES,
     batch_of,
@@ -21,7 +22,7 @@ from training.engine.processes.distributed import average_gradients, broadcast, 
 from training.objectives.contrastive.words import read_words
 from training.objectives.pair_step import pair_gradient
 
-pytestmark = pytest.mark.xdist_group("objective_processes")  # what the module fixtures make is made once
+pytestmark = with_fresh_processes
 
 PAIRS, STEPS = 6, 3
 

@@ -89,6 +89,12 @@ def docstrings(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def untrained(docstrings) -> dict[str, float]:
+    """The held-out metrics of the untrained model."""
+    return held_out_metrics(docstrings / "start", docstrings)
+
+
 def train(docstrings: Path, output: Path, name: str, options: str = "") -> list[dict]:
     """Train with an objective; return the lines of metrics.jsonl."""
     given = f"--model_name_or_path {docstrings}/start --train_data {docstrings}/train.jsonl --output_dir {output} "
@@ -128,16 +134,13 @@ def test_every_objective_has_a_recipe():
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_objective_and_held_out_retrieval_improve(name, docstrings, tmp_path):
-    lines = train(docstrings, tmp_path, name, "--max_steps 40")
+def test_the_objective_and_held_out_retrieval_improve(name, docstrings, untrained, tmp_path):
+    lines = train(docstrings, tmp_path, name, f"--max_steps {26 if name == 'vicreg' else 40}")
     losses = [line["loss"] for line in lines if "loss" in line]
     if name == "momentum":
         losses = losses[5:]  # until the queue is full there are fewer negatives, and the loss is lower
     assert sum(losses[-8:]) < 0.98 * sum(losses[:8])
-    before, after = (
-        held_out_metrics(docstrings / "start", docstrings),
-        held_out_metrics(tmp_path / "final", docstrings),
-    )
+    before, after = untrained, held_out_metrics(tmp_path / "final", docstrings)
     if name == "simcse":
         # SimCSE first spreads the texts. To retrieve one by another, it needs an encoder that already knows words.
         assert after["eval_uniformity"] < 2 * before["eval_uniformity"]

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_longembed import LongEmbedModel
+from tests.fresh_processes import with_fresh_processes
 from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from tests.two_processes import PROCESSES, in_two_processes
 from training.data.modality_features import FeatureBatches
@@ -73,6 +74,7 @@ def of_one_process(rank: int, folder: Path) -> dict[str, torch.Tensor]:
     return gradients(model, wrapped, task, rank, PROCESSES)
 
 
+@with_fresh_processes
 @pytest.mark.promise("C9")
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     data = load_digits()

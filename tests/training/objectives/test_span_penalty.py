@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from tests.fresh_processes import with_fresh_processes
 from tests.training.tiny_training import random_pairs, tiny_config, write_jsonl
 from tests.two_processes import in_two_processes
 from training.contrastive import main
@@ -75,6 +76,7 @@ def of_one_process(rank: int) -> dict:
     return results
 
 
+@with_fresh_processes
 @pytest.mark.promise("A7")
 def test_two_processes_add_the_penalty_as_one_does(tmp_path):
     first, second = in_two_processes(of_one_process, tmp_path)

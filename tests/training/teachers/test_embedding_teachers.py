@@ -294,7 +294,7 @@ def test_the_student_comes_to_its_teacher(word_tokenizer, tmp_path):
     held_out = write_jsonl(tmp_path / "held-out.jsonl", random_documents(20, seed=1))
     options = f"--model_name_or_path {tmp_path}/student --train_data {data} --eval_data {held_out} "
     options += f"--structural_teacher chunk-mean:{tmp_path}/teacher:16 --output_dir {tmp_path}/out --max_steps 60 "
-    options += "--per_device_train_batch_size 20 --learning_rate 5e-3 --dataloader_num_workers 0 --eval_steps 1 "
+    options += "--per_device_train_batch_size 20 --learning_rate 5e-3 --dataloader_num_workers 0 --eval_steps 3 "
     distillation.main(options.split())
     lines = [line for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines() if "eval_loss" in line]
     losses = [float(line.split('"eval_loss": ')[1].split(",")[0].rstrip("}")) for line in lines]

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.arguments import parse
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from tests.fresh_processes import with_fresh_processes
 from tests.training.tiny_training import random_documents, tiny_config, word_tokenizer, write_jsonl
 from tests.two_processes import PROCESSES, in_two_processes
 from training import distillation, pretraining
@@ -163,6 +164,7 @@ def of_one_process(rank: int) -> dict:
     return results
 
 
+@with_fresh_processes
 @pytest.mark.promise("C9")
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     both = in_two_processes(of_one_process, tmp_path)

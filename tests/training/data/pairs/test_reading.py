@@ -251,7 +251,6 @@ def test_training_on_real_documents(train_script, tmp_path, pairs):
     whole = losses(train_script("contrastive", options))
     assert whole[-1][1] < whole[0][1]
     first = tmp_path / "out" / "checkpoints"
-    checkpoint = sorted(first.iterdir())[0]
     other = tmp_path / "again"
-    train_script("contrastive", options + f"--output_dir {other} --resume_from_checkpoint {checkpoint}")
-    assert losses(other)[-2:] == whole[-2:]
+    train_script("contrastive", options + f"--output_dir {other} --resume_from_checkpoint {first / 'step-20'}")
+    assert losses(other) == whole[-1:]

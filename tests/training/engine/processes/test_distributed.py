@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.errors import UserError
 from modeling_longembed import LongEmbedModel
+from tests.fresh_processes import with_fresh_processes
 from tests.training.tiny_training import tiny_config
 from tests.two_processes import PROCESSES, in_two_processes
 from training.data.packing import pack
@@ -18,7 +19,7 @@ from training.engine.processes.sharding import Sharding, whole
 from training.objectives.embed import embed
 from training.objectives.losses.contrastive import info_nce
 
-pytestmark = pytest.mark.xdist_group("engine_processes")  # what the module fixtures make is made once
+pytestmark = with_fresh_processes
 
 PAIRS, NEGATIVES = 6, 2
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.fresh_processes import with_fresh_processes
 from tests.two_processes import PROCESSES, in_two_processes
 from training.engine.processes.distributed import gather_rows, own_rows
 from training.objectives.losses.contrastive import info_nce
@@ -21,7 +22,7 @@ from training.objectives.losses.simclr import nt_xent
 from training.objectives.losses.supcon import sup_con
 from training.objectives.losses.vicreg import vicreg
 
-pytestmark = pytest.mark.xdist_group("loss_processes")  # what the module fixtures make is made once
+pytestmark = with_fresh_processes
 
 PAIRS = 6
 COLUMNS = 4  # query, positive and two columns of negatives
