@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, eval_result_entries_to_yaml
@@ -55,7 +56,7 @@ def card_with_results(content: str, repository: str, model: str, scores: Sequenc
     """
     if not BETWEEN.search(content):
         raise UserError(f"the card of {repository} has no lines <!-- results --> and <!-- /results -->; add them")
-    card = ModelCard(BETWEEN.sub(lambda _: f"\n{as_markdown(as_scores(scores))}\n", content))
+    card: Any = ModelCard(BETWEEN.sub(lambda _: f"\n{as_markdown(as_scores(scores))}\n", content))
     card.data.model_name = repository
     card.data.eval_results = model_index([one for one in scores if one.model == model])
     return f"---\n{card.data.to_yaml()}\n---\n{card.text}"

@@ -139,12 +139,12 @@ class AtomicResultCache(ResultCache):
                         near = difflib.get_close_matches(metric, values, n=3, cutoff=0)
                         raise UserError(f"{task.metadata.name} has no metric {metric!r}; near it are {', '.join(near)}")
                     title = metric if metrics else None
-                    cost = costs.get((task.metadata.name, split), (None, None))
+                    size, seconds = costs.get((task.metadata.name, split), (None, None))
                     is_main = metric in ("main_score", task.metadata.main_score)
                     of_queries = queries.get((task.metadata.name, split), {}) if is_main else {}
                     of_queries = {query: 100 * score for query, score in of_queries.items()}
                     scores.append(
-                        Score(name, task.metadata.name, split, 100 * values[metric], title, *cost, queries=of_queries)
+                        Score(name, task.metadata.name, split, 100 * values[metric], title, size, seconds, of_queries)
                     )
         return scores
 
