@@ -24,14 +24,15 @@ def noting_query_scores(task: AbsTask) -> Iterator[dict[str, dict[str, float]]]:
     if not isinstance(task, AbsTaskRetrieval):
         yield noted
         return
-    own, metric = task.task_specific_scores, task.metadata.main_score.replace("_at_", "_cut_")
+    own: Any = task.task_specific_scores
+    metric = task.metadata.main_score.replace("_at_", "_cut_")
 
     def noting(scores: dict[str, dict[str, float]], *args: Any, hf_split: str, **kwargs: Any) -> dict[str, float]:
         if all(metric in of_query for of_query in scores.values()):
             noted.setdefault(hf_split, {query: of_query[metric] for query, of_query in scores.items()})
         return own(scores, *args, hf_split=hf_split, **kwargs)
 
-    task.task_specific_scores = noting  # type: ignore[method-assign]
+    task.task_specific_scores = noting  # type: ignore[method-assign, assignment]
     try:
         yield noted
     finally:

@@ -129,7 +129,7 @@ def _embed_shard(
                 counts[1] += sum(len(record.passages) for record in group)
                 counts[2] += sum(len(record.codes) for record in group if record.codes is not None)
         size = path.stat().st_size
-    marker = Marker(name, size, *counts, digest.hexdigest())
+    marker = Marker(name, size, counts[0], counts[1], counts[2], digest.hexdigest())
     output.write(f"{DONE}/{number:06}.json", json.dumps(asdict(marker)).encode())
     return marker
 

@@ -85,7 +85,7 @@ def to_table(records: Sequence[Record], schema: Any) -> Any:
             kind = schema.field(name).type
             arrays = [getattr(record, name) for record in records]
             ends = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
-            flat = np.concatenate([array.reshape(-1) for array in arrays]) if arrays else []
+            flat = np.concatenate([array.reshape(-1) for array in arrays]) if arrays else np.empty(0, np.float32)
             values = arrow.array(flat, kind.value_type.value_type)
             rows = arrow.FixedSizeListArray.from_arrays(values, kind.value_type.list_size)
             columns[name] = arrow.ListArray.from_arrays(ends, rows, type=kind)

@@ -112,8 +112,8 @@ class ShardContent:
                 arrays |= {} if ends is None else {ends: _ends(kept)}
         if bits and "codes" in arrays:
             del arrays["codes"]
-            packed = [TokenBits.pack(array).blocks for array in kept if len(array)]
-            arrays["code_blocks"] = np.concatenate(packed) if packed else np.zeros((0, 0), np.uint8)
+            blocks = [TokenBits.pack(array).blocks for array in kept if len(array)]
+            arrays["code_blocks"] = np.concatenate(blocks) if blocks else np.zeros((0, 0), np.uint8)
         if words:
             arrays |= postings([document.text for document in documents])
         with atomic_file(path) as temporary:

@@ -4,6 +4,7 @@ The codes stay memory-mapped; those of the candidates are unpacked some at a tim
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -39,9 +40,10 @@ class TokenScores:
         """
         if self.codec.kind == "binary":
             return self._of_bits([one if isinstance(one, TokenBits) else TokenBits.pack(one) for one in documents])
-        scores = np.zeros(len(documents), np.float32)
-        for places in _runs(documents):
-            run = [documents[place] for place in places]
+        arrays = cast(Sequence[np.ndarray], documents)
+        scores = np.zeros(len(arrays), np.float32)
+        for places in _runs(arrays):
+            run = [arrays[place] for place in places]
             lengths = torch.tensor([0, *map(len, run)])
             vectors = self.codec.numbers(torch.from_numpy(np.concatenate(run)))
             found = maxsim(self.query, torch.tensor([0, len(self.query)]), vectors, lengths.cumsum(0))[0]

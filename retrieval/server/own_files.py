@@ -133,8 +133,9 @@ class OwnFiles:
         Args:
             session: as in `build`.
         """
+        session = session or ""
         with self._lock:
-            own = self._owned.get(session or "")
+            own = self._owned.get(session)
             if own is None or own.index is None:
                 return None
             self._restart(session, own)
