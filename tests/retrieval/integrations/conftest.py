@@ -8,10 +8,10 @@ from tests.retrieval.conftest import make_documents
 
 
 @pytest.fixture(scope="module")
-def index(tiny_model, tmp_path_factory):
+def index_with_pages(tiny_model, tmp_path_factory):
     text = "river stone cloud green table.\fpaper music house train north."
     marks = (Mark(0, "page", "1"), Mark(6, "heading", "The stone"), Mark(31, "page", "2"))
     lease = Document("lease.pdf", text, {"number": 100, "score": "of an examination"}, marks)
     folder = tmp_path_factory.mktemp("index") / "index"
-    with Index.build(folder, [*make_documents(12), lease], tiny_model, segments="sentences:8") as index:
-        yield index
+    with Index.build(folder, [*make_documents(12), lease], tiny_model, segments="sentences:8") as index_with_pages:
+        yield index_with_pages

@@ -17,21 +17,21 @@ from retrieval.integrations.langchain import LongembedRetriever
 
 
 @pytest.mark.promise("R6")
-def test_the_passages_are_those_of_a_search(index):
-    found = LongembedRetriever(index=index, k=4, passages=2).invoke("river stone")
-    hits = index.search("river stone", 4, passages=2)
+def test_the_passages_are_those_of_a_search(index_with_pages):
+    found = LongembedRetriever(index=index_with_pages, k=4, passages=2).invoke("river stone")
+    hits = index_with_pages.search("river stone", 4, passages=2)
     assert [one.page_content for one in found] == [passage.text for hit in hits for passage in hit.passages]
     assert [one.metadata["document"] for one in found] == [hit.id for hit in hits for _ in hit.passages]
     assert len({one.id for one in found}) == len(found) > 4
     for one in found:
         about = one.metadata
-        assert index.document(about["document"]).text[about["start"] : about["end"]] == one.page_content
+        assert index_with_pages.document(about["document"]).text[about["start"] : about["end"]] == one.page_content
 
 
 @pytest.mark.promise("R6")
-def test_what_is_known_of_a_passage_comes_with_it(index):
-    (hit,) = index.search("paper music", parts=["words"], passages=1, filters={"number": 100})
-    retriever = LongembedRetriever(index=index, passages=1, parts=["words"], filters={"number": 100})
+def test_what_is_known_of_a_passage_comes_with_it(index_with_pages):
+    (hit,) = index_with_pages.search("paper music", parts=["words"], passages=1, filters={"number": 100})
+    retriever = LongembedRetriever(index=index_with_pages, passages=1, parts=["words"], filters={"number": 100})
     assert retriever.invoke("paper music") == [
         Document(
             page_content="paper music house train north.",
@@ -52,8 +52,8 @@ def test_what_is_known_of_a_passage_comes_with_it(index):
 
 
 @pytest.mark.promise("R6")
-def test_langchains_other_calls_give_the_same(index):
-    retriever = LongembedRetriever(index=index, k=3)
+def test_langchains_other_calls_give_the_same(index_with_pages):
+    retriever = LongembedRetriever(index=index_with_pages, k=3)
     questions = [*WORDS[:6], "", "river stone " * 9]
     expected = [retriever.invoke(question) for question in questions]
     assert expected[6] == []
@@ -74,11 +74,11 @@ def test_langchains_other_calls_give_the_same(index):
         ({"size": 3}, "no option size; it has k, passages"),
     ],
 )
-def test_a_search_that_cannot_be_made_is_one_sentence(index, options, told):
+def test_a_search_that_cannot_be_made_is_one_sentence(index_with_pages, options, told):
     with pytest.raises(UserError, match=told):
-        LongembedRetriever(index=index).invoke("river", **options)
+        LongembedRetriever(index=index_with_pages).invoke("river", **options)
     with pytest.raises(UserError, match="half a surrogate pair"):
-        LongembedRetriever(index=index).invoke("\ud83d")
+        LongembedRetriever(index=index_with_pages).invoke("\ud83d")
 
 
 @pytest.mark.promise("R6")

@@ -19,9 +19,9 @@ from retrieval.integrations.llama_index import LongembedRetriever
 
 
 @pytest.mark.promise("R6")
-def test_the_passages_are_those_of_a_search(index):
-    found = LongembedRetriever(index, k=4, passages=2).retrieve("river stone")
-    hits = index.search("river stone", 4, passages=2)
+def test_the_passages_are_those_of_a_search(index_with_pages):
+    found = LongembedRetriever(index_with_pages, k=4, passages=2).retrieve("river stone")
+    hits = index_with_pages.search("river stone", 4, passages=2)
     pairs = [(hit, passage) for hit in hits for passage in hit.passages]
     assert [one.text for one in found] == [passage.text for _, passage in pairs]
     assert [one.score for one in found] == [hit.score for hit, _ in pairs]
@@ -33,9 +33,9 @@ def test_the_passages_are_those_of_a_search(index):
 
 
 @pytest.mark.promise("R6")
-def test_what_is_known_of_a_passage_comes_with_it(index):
-    retriever = LongembedRetriever(index, passages=1, parts=["words"], filters={"number": 100})
-    (hit,) = index.search("paper music", parts=["words"], passages=1, filters={"number": 100})
+def test_what_is_known_of_a_passage_comes_with_it(index_with_pages):
+    retriever = LongembedRetriever(index_with_pages, passages=1, parts=["words"], filters={"number": 100})
+    (hit,) = index_with_pages.search("paper music", parts=["words"], passages=1, filters={"number": 100})
     (found,) = retriever.retrieve("paper music")
     assert (found.node_id, found.text) == ("lease.pdf:31-61", "paper music house train north.")
     assert found.metadata == {
@@ -58,8 +58,8 @@ def test_what_is_known_of_a_passage_comes_with_it(index):
 
 
 @pytest.mark.promise("R6")
-def test_llama_indexs_other_calls_give_the_same(index):
-    retriever = LongembedRetriever(index, k=3)
+def test_llama_indexs_other_calls_give_the_same(index_with_pages):
+    retriever = LongembedRetriever(index_with_pages, k=3)
     expected = [retriever.retrieve(question) for question in WORDS[:6]]
 
     async def all_at_once():
@@ -77,12 +77,12 @@ def test_llama_indexs_other_calls_give_the_same(index):
 
 
 @pytest.mark.promise("R6")
-def test_a_search_that_cannot_be_made_is_one_sentence(index):
+def test_a_search_that_cannot_be_made_is_one_sentence(index_with_pages):
     for options, told in [({"passages": 0}, "give at least 1"), ({"filters": {"number": None}}, "filter number")]:
         with pytest.raises(UserError, match=told):
-            LongembedRetriever(index, **options).retrieve("river")
+            LongembedRetriever(index_with_pages, **options).retrieve("river")
     with pytest.raises(UserError, match="half a surrogate pair"):
-        LongembedRetriever(index).retrieve("\ud83d")
+        LongembedRetriever(index_with_pages).retrieve("\ud83d")
 
 
 @pytest.mark.promise("R6")
