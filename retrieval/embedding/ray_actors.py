@@ -5,6 +5,7 @@ when the same command is started again; a file that was not whole is removed the
 between is replaced, and what it was reading is read again.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -195,13 +196,13 @@ def _id_column(file: str, system: Any, columns: Columns) -> str:
     return str(chosen)
 
 
-def _user_error(error: BaseException | None) -> UserError | None:
-    """Return the mistake of the user that an error of Ray was caused by; None if it was none."""
-    while error is not None:
-        if isinstance(error, UserError):
-            return UserError(str(getattr(error, "cause", error)))
-        error = getattr(error, "cause", None) or error.__cause__
-    return None
+def _user_error(error: BaseException) -> UserError | None:
+    """Return the mistake of the user that an error of Ray was caused by; None if it was none.
+
+    The cause of an exception is lost between processes, and is left in the text of the traceback alone.
+    """
+    told = re.findall(r"^\s*common\.errors\.UserError: (.+)$", str(error), re.MULTILINE)
+    return UserError(told[-1]) if told else None
 
 
 def _finish(output: Storage, id_column: str) -> None:

@@ -123,6 +123,7 @@ def test_what_ray_cannot_tell_apart_is_refused_in_a_sentence(tmp_path, cluster, 
     twice = ray_actors.replace(work, columns=Columns(id="code"))
     with pytest.raises(UserError, match=r"2 documents have 1 ids \(code\)"):
         embed_with_ray([bare], twice, actors=1)
-    numbers = ray_actors.replace(work, columns=Columns(("number",), "code"))
+    other = work_of(tmp_path / "other", tiny_model, tiny_longembed, rows)  # without ids that are done
+    numbers = ray_actors.replace(other, columns=Columns(("number",), "code"))
     with pytest.raises(UserError, match="number is int instead of text"):
         embed_with_ray([bare], numbers, actors=1)
