@@ -21,7 +21,8 @@ from retrieval.ranking import Hit, Passage, Query, best_passages, score_candidat
 class Index:
     """An index that is opened; made by `Index.build` or `Index.open`.
 
-    It stays what it was when it was opened while others write; `refresh` makes it what it is now.
+    It stays what it was when it was opened while others write; `refresh` makes it what it is now. One thread
+    uses it at a time: tokenizer and model serve one.
 
     Args:
         folder: of the index.
