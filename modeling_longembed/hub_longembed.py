@@ -302,6 +302,8 @@ class HubModel(PreTrainedModel):
         if self.has_tokenizer():
             tokenizer = copy_tokenizer(self.tokenizer)
             tokenizer.model_max_length = self.config.max_position_embeddings
+            for name in ("is_local", "local_files_only"):  # how it was loaded here is no property of it
+                tokenizer.init_kwargs.pop(name, None)
             tokenizer.save_pretrained(folder)
         for name, content in sentence_transformers_files(self.config, token_vectors).items():
             (folder / name).parent.mkdir(exist_ok=True)

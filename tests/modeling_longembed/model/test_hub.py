@@ -153,6 +153,18 @@ def test_the_card_shows_results_base_and_licence(extended_model, tmp_path):
     assert not LongEmbedModel.results
 
 
+def test_what_is_published_does_not_depend_on_whether_this_machine_was_offline(
+    extended_model, published, tmp_path, monkeypatch
+):
+    for offline in (False, True):
+        tokenizer = AutoTokenizer.from_pretrained(published, local_files_only=offline)
+        monkeypatch.setattr(extended_model, "tokenizer", tokenizer)
+        extended_model.save_pretrained(tmp_path / str(offline))
+    first, second = ((tmp_path / str(offline) / "tokenizer_config.json").read_text() for offline in (False, True))
+    assert first == second
+    assert "local" not in first
+
+
 def test_a_model_without_a_tokenizer_is_saved_without_one(extended_model, tmp_path):
     LongEmbedModel(extended_model.config).save_pretrained(tmp_path)
     assert not list(tmp_path.glob("tokenizer*"))
