@@ -247,7 +247,8 @@ def check_command(command: list[str]) -> None:
         assert arguments[0] == "launch"
         launch = launch_command_parser().parse_args(arguments[1:])
         assert launch.config_file is None or (ROOT / launch.config_file).is_file()
-        check_command(["python", launch.training_script, *launch.training_script_args])
+        module = ["-m"] if launch.module else []
+        check_command(["python", *module, launch.training_script, *launch.training_script_args])
     elif arguments[:1] == ["-m"]:
         assert importlib.util.find_spec(arguments[1])
         script = Path(*arguments[1].split(".")).with_suffix(".py")
